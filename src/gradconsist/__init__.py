@@ -1,0 +1,31 @@
+"""Gradient-Guided Consistency Regularization for any PyTorch training loop.
+
+The per-sample gradients of the loss, taken on a weakly and a strongly augmented view of the same unlabeled input,
+should point the same way. `GradientConsistencyLoss` is that demand as one term to add to a loss; `GGCRWrapper` adds it
+to any semi-supervised method.
+
+    >>> import torch
+    >>> from gradconsist import GradientConsistencyLoss
+    >>> model = torch.nn.Linear(4, 3)
+    >>> gc = GradientConsistencyLoss(model)
+    >>> weak = torch.randn(8, 4)
+    >>> loss = gc(weak, weak, torch.randint(3, [8]))  # identical views agree
+    >>> f"{abs(loss.item()):.3f}"
+    '0.000'
+"""
+
+from gradconsist.loss import GradientConsistencyLoss
+from gradconsist.types import ConsistencyRecord, SSLBatch, StepOutput, ViewPair
+from gradconsist.wrapper import GGCRWrapper
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "ConsistencyRecord",
+    "GGCRWrapper",
+    "GradientConsistencyLoss",
+    "SSLBatch",
+    "StepOutput",
+    "ViewPair",
+    "__version__",
+]

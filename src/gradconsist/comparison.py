@@ -1,0 +1,347 @@
+"""One comparison from checked pairs to the loss: statistics, chunks, weights, reduction, record.
+
+Knows engines only by their seam, and layers not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradconsist.batch import concatenable, concatenate, take
+from gradconsist.engines.base import Engine, Problem, explain
+from gradconsist.errors import (
+    ConfigError,
+    GradConsistError,
+    InputShapeError,
+    InputValueError,
+    NonFiniteError,
+    UnsupportedModuleError,
+)
+from gradconsist.forward import PerSampleForward, comparison_scope, cross_entropy, find_logits
+from gradconsist.fused import GradientBuffer, foreign_leaves
+from gradconsist.normalization import BatchNormCalls, BatchNormPolicy, Statistics, StatisticsMissingError
+from gradconsist.randomness import preserved_randomness
+from gradconsist.similarity import GradProducts, cosine, degenerate_pairs
+from gradconsist.types import ConsistencyRecord, Inputs, LossFunction
+from gradconsist.validation import Pairs, non_finite_cause
+
+# Float16 gradients below 6e-8 vanish. GradScaler starts at 2^16 on a mean over about 2^6 samples.
+_FLOAT16_LOSS_SCALE = 2.0**10
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that one call needs beside the pairs; the fields are `GradientConsistencyLoss`'s options.
+
+    Attributes:
+        model: the model.
+        loss_fn: per-sample loss.
+        engine: computes the inner products.
+        compared: E, by name.
+        trainable: what L_g is differentiated for.
+        batchnorm: policy.
+        statistics: given constants of the BatchNorm calls, or None.
+        dropout: whether random layers stay on.
+        chunk_size: pairs at a time.
+        max_pairs: size of the random subset.
+        constant: views whose gradient has no graph.
+        min_norm: bound for degenerate pairs.
+        reduction: "mean", "sum" or "none".
+        fused: whether the gradient is formed inside.
+        generator: source of randomness.
+        probed: what was found to hold in which train mode, so that it is looked at once; added to.
+    """
+
+    model: nn.Module
+    loss_fn: LossFunction
+    engine: Engine
+    compared: Mapping[str, Tensor]
+    trainable: list[nn.Parameter]
+    batchnorm: BatchNormPolicy
+    statistics: list[Statistics] | None
+    dropout: bool
+    chunk_size: int | str | None
+    max_pairs: int | None
+    constant: tuple[str | None, ...]
+    min_norm: float
+    reduction: str
+    fused: bool
+    generator: torch.Generator
+    probed: set[tuple[str, bool]]
+
+
+@dataclass(frozen=True)
+class _Selection:
+    """Which pairs are compared, [n], and the weight of each, subset rescaling and reduction included."""
+
+    index: Tensor
+    weight: Tensor
+
+
+def compare(options: Comparison, pairs: Pairs) -> tuple[Tensor, ConsistencyRecord]:
+    """L_g and the record of `pairs`.
+
+    Args:
+        options: the loss's options.
+        pairs: checked arguments.
+
+    Returns:
+        The loss (scalar, or [B] without reduction) and what was seen.
+
+    Raises:
+        GradConsistError: the model cannot be compared exactly, or a gradient is not finite.
+        RuntimeError: an error of the user's own model, as it was.
+    """
+    selection = _select(options, pairs)
+    seed = int(torch.randint(2**62, (), generator=options.generator)) if options.dropout else None
+    # Everything but the forwards runs in full precision: derivatives and sums are not for autocast.
+    autocast = _autocast(pairs.device.type)
+    try:
+        with (
+            preserved_randomness(pairs.device, seed),
+            comparison_scope(options.model, dropout=options.dropout),
+            torch.autocast(pairs.device.type, enabled=False),
+        ):
+            return _Run(options, pairs, selection, autocast).result()
+    except RuntimeError as error:
+        refusal = None if isinstance(error, GradConsistError | torch.OutOfMemoryError) else explain(error)
+        if refusal is None:
+            raise
+        raise refusal from error
+
+
+def _autocast(device: str) -> tuple[str, torch.dtype] | None:
+    return (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
+
+
+def _select(options: Comparison, pairs: Pairs) -> _Selection:
+    index = pairs.weight.detach().nonzero().squeeze(1)
+    scale = 1.0
+    if options.max_pairs is not None and len(index) > options.max_pairs:
+        order = torch.randperm(len(index), generator=options.generator, device=options.generator.device)
+        chosen = order[: options.max_pairs].sort().values.to(index.device)
+        scale = len(index) / options.max_pairs
+        index = index[chosen]
+    if options.reduction == "mean":
+        scale /= len(pairs)
+    return _Selection(index, pairs.weight[index] * scale)
+
+
+class _Run:
+    """The state of one call."""
+
+    def __init__(
+        self,
+        options: Comparison,
+        pairs: Pairs,
+        selection: _Selection,
+        autocast: tuple[str, torch.dtype] | None,
+    ) -> None:
+        self.options = options
+        self.pairs = pairs
+        self.selection = selection
+        half = autocast is not None and autocast[1] == torch.float16
+        self.scale = _FLOAT16_LOSS_SCALE if half else 1.0
+        self.drop_non_finite = half
+        self.batchnorm = BatchNormCalls(options.batchnorm, options.statistics)
+        self.forward = PerSampleForward(
+            options.model,
+            options.loss_fn,
+            self.batchnorm,
+            dropout=options.dropout,
+            autocast=autocast,
+            loss_scale=self.scale,
+        )
+        self.wide = torch.promote_types(next(iter(options.compared.values())).dtype, torch.float32)
+        count = len(pairs)
+        self.cosine = torch.full([count], torch.nan, dtype=self.wide, device=pairs.device)
+        self.norm_weak = self.cosine.clone()
+        self.norm_strong = self.cosine.clone()
+        self.degenerate = torch.zeros(count, dtype=torch.bool, device=pairs.device)
+
+    def result(self) -> tuple[Tensor, ConsistencyRecord]:
+        if len(self.selection.index):
+            if self.options.statistics is None and needs_statistics(self.options.model, self.options.batchnorm):
+                take_statistics(self.forward, self.pairs.weak, self.pairs.strong)
+            try:
+                loss = self._loss()
+            except StatisticsMissingError:  # a BatchNorm that no module announced
+                take_statistics(self.forward, self.pairs.weak, self.pairs.strong)
+                loss = self._loss()
+        else:
+            loss = self._zero()
+        compared = torch.zeros_like(self.degenerate)
+        compared[self.selection.index] = True
+        record = ConsistencyRecord(self.cosine, self.norm_weak, self.norm_strong, self.degenerate, compared)
+        return loss, record
+
+    def _loss(self) -> Tensor:
+        self._probe_independence()
+        problem = Problem(
+            losses=self.forward.losses,
+            parameters=self.options.compared,
+            weak=self.pairs.weak,
+            strong=self.pairs.strong,
+            target=self.pairs.target,
+            graph_weak="weak" not in self.options.constant,
+            graph_strong="strong" not in self.options.constant,
+            random=self.options.dropout,
+        )
+        options, trainable = self.options, self.options.trainable
+        buffer = GradientBuffer(trainable) if options.fused else None
+        total = self._zero(graph=not options.fused)
+        start, size = 0, self._chunk_size(problem)
+        while start < len(self.selection.index):
+            rows = slice(start, start + size)
+            index = self.selection.index[rows]
+            try:
+                terms = self._terms(problem, index, self.selection.weight[rows])
+                if buffer is not None:
+                    self._refuse_foreign(terms)
+                    buffer.add(terms.sum())
+                elif options.reduction == "none":
+                    total = total.index_add(0, index, terms)
+                else:
+                    total = total + terms.sum()
+            except torch.OutOfMemoryError:
+                if options.chunk_size != "auto" or size == 1:
+                    raise
+                size = (size + 1) // 2
+                torch.cuda.empty_cache()
+                continue
+            start += size
+        return total if buffer is None else buffer.attach(total)
+
+    def _terms(self, problem: Problem, index: Tensor, weight: Tensor) -> Tensor:
+        """Weight * (1 - GC) of the pairs `index`, and their rows of the record."""
+        products = self._products(problem, index)
+        degenerate = degenerate_pairs(products, self.options.min_norm)
+        similarity = cosine(products, degenerate)
+        self.degenerate[index] = degenerate
+        self.norm_weak[index] = products.weak.detach().sqrt()
+        self.norm_strong[index] = products.strong.detach().sqrt()
+        self.cosine[index] = similarity.detach().masked_fill(degenerate, torch.nan)
+        return weight.masked_fill(degenerate, 0.0) * (1.0 - similarity)
+
+    def _products(self, problem: Problem, index: Tensor) -> GradProducts:
+        """Finite inner products of the pairs `index`; zeros (degenerate) where float16 autocast overflows."""
+        scaled = self.options.engine.products(problem.take(index))
+        products = GradProducts(*(part / self.scale**2 for part in scaled))
+        finite = products.isfinite()
+        if bool(finite.all()):
+            return products
+        if not self.drop_non_finite:
+            count, cause = int((~finite).sum()), non_finite_cause(self.options.model, self.pairs)
+            raise NonFiniteError(f"the gradients of {count} of {len(index)} pairs are NaN or infinite: {cause}")
+        # Computed again without them: multiplied by 0 they would still send NaN backwards.
+        kept = finite.nonzero().squeeze(1)
+        zeros = torch.zeros(len(index), dtype=products.weak.dtype, device=index.device)
+        if not len(kept):
+            return GradProducts(zeros, zeros.clone(), zeros.clone())
+        rest = self._products(problem, index[kept])
+        return GradProducts(*(zeros.index_copy(0, kept, part) for part in rest))
+
+    def _chunk_size(self, problem: Problem) -> int:
+        everything = len(self.selection.index)
+        if self.options.chunk_size is None:
+            return everything
+        if isinstance(self.options.chunk_size, int):
+            return self.options.chunk_size
+        preferred: Any = getattr(self.options.engine, "preferred_chunk", None)
+        return everything if preferred is None else int(preferred(problem))
+
+    def _zero(self, *, graph: bool = True) -> Tensor:
+        """0 (or [B] zeros), with `graph` connected to every trainable parameter: distributed reducers wait for each."""
+        shape = [len(self.pairs)] if self.options.reduction == "none" else []
+        zero = torch.zeros(shape, dtype=self.wide, device=self.pairs.device)
+        if not graph or not torch.is_grad_enabled():
+            return zero
+        return GradientBuffer(self.options.trainable).attach(zero)
+
+    def _refuse_foreign(self, terms: Tensor) -> None:
+        """On the first fused call: nothing but the model's parameters may wait for a gradient."""
+        if self._known("no foreign leaves"):
+            return
+        foreign = foreign_leaves(terms, self.options.trainable)
+        if foreign:
+            raise ConfigError(
+                f"`fused=True` forms gradients for the model's parameters only, but `loss_fn` or the model also uses a"
+                f" tensor of shape {tuple(foreign[0].shape)} that requires grad: pass `fused=False`, or detach it."
+            )
+
+    def _known(self, fact: str) -> bool:
+        """Whether `fact` was asked for before in this train mode; from now on it was."""
+        key = (fact, self.options.model.training)
+        known = key in self.options.probed
+        self.options.probed.add(key)
+        return known
+
+    def _probe_independence(self) -> None:
+        """On the first call in a train mode: a sample's output must not depend on its neighbours."""
+        if not concatenable(self.pairs.weak, self.pairs.strong) or self._known("independent samples"):
+            return
+        first = slice(0, 1)
+        one = take(self.pairs.weak, first)
+        two = concatenate(one, take(self.pairs.strong, first))
+        forward = PerSampleForward(
+            self.options.model, self.options.loss_fn, self.batchnorm, autocast=self.forward.autocast
+        )
+        with torch.no_grad(), comparison_scope(self.options.model, dropout=False):
+            alone, together = forward.output(one), forward.output(two)
+        self._check_classes(alone)
+        a, b = find_logits(alone), find_logits(together)
+        if a is None or b is None or a.shape[1:] != b.shape[1:] or not a.is_floating_point():
+            return
+        half = self.forward.autocast is not None or a.dtype in (torch.float16, torch.bfloat16)
+        tolerance = 5e-2 if half else 1e-8 if a.dtype == torch.float64 else 1e-3
+        if bool((a[0] - b[0]).abs().max() > tolerance * b.abs().max()):
+            raise UnsupportedModuleError(
+                "the model's output for a sample changes with the other samples of the batch, beyond BatchNorm: a layer"
+                " normalises, sorts or routes over the batch. A per-sample gradient is not defined there: put that"
+                " layer in eval mode, or replace it."
+            )
+
+    def _check_classes(self, output: Any) -> None:
+        logits, target = find_logits(output), self.pairs.target
+        if self.options.loss_fn is not cross_entropy or logits is None or logits.dim() != 2:
+            return
+        classes = logits.shape[1]
+        if target.dim() == 1 and int(target.max()) >= classes:
+            raise InputValueError(
+                f"`target` has class {int(target.max())}, the model {classes} classes (0 to {classes - 1})."
+            )
+        if target.dim() == 2 and target.shape[1] != classes:
+            raise InputShapeError(f"`target` has {target.shape[1]} columns, the model {classes} classes.")
+
+
+def needs_statistics(model: nn.Module, batchnorm: BatchNormPolicy) -> bool:
+    """Whether some BatchNorm module of `model` will ask for batch statistics under this policy."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if batchnorm == "running":
+        return False
+    return any(batchnorm == "batch" or norm.training or norm.running_mean is None for norm in norms)
+
+
+def take_statistics(forward: PerSampleForward, weak: Inputs, strong: Inputs) -> None:
+    """Records the joint statistics of all weak and strong inputs, by one forward without graph.
+
+    Args:
+        forward: its BatchNorm calls answer with these statistics from now on.
+        weak: all weak views of a call.
+        strong: all strong views.
+
+    Raises:
+        InputShapeError: the views cannot be one batch.
+    """
+    if not concatenable(weak, strong):
+        raise InputShapeError(
+            "`weak` and `strong` differ in shape, so BatchNorm's joint statistics cannot be taken from one batch: pad"
+            " both to one shape, or use `batchnorm='running'`."
+        )
+    with torch.no_grad():
+        forward.output(concatenate(weak, strong), record=True)

@@ -1,0 +1,120 @@
+"""The seam: what an engine is given, and what it returns.
+
+An engine knows how to differentiate the per-sample losses of two views with respect to the compared parameters. It
+knows nothing of cosines, weights, chunks or reductions; those are written once, on top of `GradProducts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gradconsist.batch import take
+from gradconsist.errors import UnsupportedModuleError
+from gradconsist.similarity import GradProducts
+from gradconsist.types import Inputs
+
+LossesFunction = Callable[[Inputs, Tensor, Mapping[str, Tensor] | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Pairs of views whose per-sample gradients are to be compared.
+
+    Attributes:
+        losses: ``(inputs, target, replacements) -> [B]``: per-sample losses, each a function of its own sample, with
+            named parameters replaced where given.
+        parameters: the compared parameters, E, by name.
+        weak: weakly augmented inputs.
+        strong: strongly augmented inputs.
+        target: targets for both.
+        graph_weak: whether the weak view's gradient keeps its graph.
+        graph_strong: whether the strong view's gradient keeps its graph.
+        random: whether the forward may draw random numbers.
+    """
+
+    losses: LossesFunction
+    parameters: Mapping[str, Tensor]
+    weak: Inputs
+    strong: Inputs
+    target: Tensor
+    graph_weak: bool = True
+    graph_strong: bool = True
+    random: bool = False
+
+    def take(self, index: Tensor) -> Problem:
+        """The same problem for the pairs `index`."""
+        return replace(self, weak=take(self.weak, index), strong=take(self.strong, index), target=self.target[index])
+
+
+class Engine(Protocol):
+    """Anything with this method is an engine.
+
+    It may also have ``preferred_chunk(problem) -> int``, the number of pairs at a time that `chunk_size="auto"` takes;
+    without it, all pairs go at once.
+    """
+
+    def products(self, problem: Problem) -> GradProducts:
+        """The three inner products of every pair, [B] each, in float32 at least.
+
+        Where ``problem.graph_weak`` and ``problem.graph_strong`` say so, they are differentiable in every trainable
+        parameter of the model, the compared ones included.
+
+        Args:
+            problem: the pairs.
+
+        Returns:
+            Inner products.
+        """
+        ...
+
+
+def inner(first: list[Tensor], second: list[Tensor], keep: int = 0) -> Tensor:
+    """<first, second> over all tensors as one flat vector, summed in float32 at least.
+
+    Args:
+        first: gradients, one tensor a parameter.
+        second: gradients in the same order.
+        keep: number of leading dimensions that are not summed over.
+
+    Returns:
+        Tensor with `keep` dimensions.
+    """
+    terms = []
+    for a, b in zip(first, second, strict=True):
+        wide = torch.promote_types(a.dtype, torch.float32)
+        product = a.to(wide) * b.to(wide)
+        terms.append(product.flatten(keep).sum(-1) if product.dim() > keep else product)
+    return torch.stack(terms).sum(0)
+
+
+# What torch says where it cannot go on, and what to do instead.
+_LIMITS = (
+    ("called random operation while in randomness error mode", "the model draws random numbers: `dropout='on'`"),
+    ("Checkpointing is not compatible", "reentrant checkpointing: pass use_reentrant=False to torch.utils.checkpoint"),
+    ("saved tensor hooks", "checkpointing or saved-tensor hooks inside the model: `engine='loop'`"),
+    ("does not currently support double backward", "a compiled part of the model: use the uncompiled module"),
+    ("trying to differentiate twice a function that was marked with @once_differentiable", "a custom autograd.Function"
+     " without a second derivative: write its backward with differentiable operations"),
+    ("derivative for", "an operation without a second derivative: replace it, or leave its parameters out"),
+    ("Double backward", "an operation without a second derivative: replace it, or leave its parameters out"),
+    ("vmap", "`engine='loop'`"),
+    ("functorch", "`engine='loop'`"),
+    ("torch.func", "`engine='loop'`"),
+    ("batching rule", "`engine='loop'`"),
+)  # fmt: skip
+
+
+def explain(error: RuntimeError) -> UnsupportedModuleError | None:
+    """A refusal with its remedy, if torch's `error` says that it cannot differentiate this model; else None."""
+    if isinstance(error, UnsupportedModuleError):
+        return None
+    message = str(error)
+    for needle, remedy in _LIMITS:
+        if needle in message:
+            return UnsupportedModuleError(f"torch cannot do this here; remedy: {remedy}. Torch said: {message}")
+    return None

@@ -1,0 +1,50 @@
+"""The reference engine: one sample at a time, by `torch.autograd.grad` with ``create_graph=True``.
+
+Slow, and plain enough to be believed. It runs whatever torch can differentiate twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradconsist.batch import take
+from gradconsist.engines.base import Problem, inner
+from gradconsist.similarity import GradProducts
+from gradconsist.types import Inputs
+
+
+@dataclass(frozen=True)
+class LoopEngine:
+    """Per-sample gradients by a loop over samples, as algorithm 1 of the paper writes them.
+
+    Each sample is a batch of one. Time: 2 B forwards and backwards; memory: the graphs of all pairs that are alive,
+    which with chunks of one pair and the fused backward is one.
+    """
+
+    def products(self, problem: Problem) -> GradProducts:
+        """See `Engine.products`."""
+        rows = []
+        for i in range(problem.target.shape[0]):
+            one = slice(i, i + 1)
+            weak = _gradient(problem, take(problem.weak, one), problem.target[one], problem.graph_weak)
+            strong = _gradient(problem, take(problem.strong, one), problem.target[one], problem.graph_strong)
+            rows.append(torch.stack([inner(weak, weak), inner(strong, strong), inner(weak, strong)]))
+        return GradProducts(*torch.stack(rows).unbind(1))
+
+    def preferred_chunk(self, problem: Problem) -> int:
+        """One pair: more at a time gain nothing here and keep more graphs alive."""
+        del problem
+        return 1
+
+
+def _gradient(problem: Problem, inputs: Inputs, target: Tensor, graph: bool) -> list[Tensor]:
+    """The gradient of one sample's loss, one tensor a parameter; zeros where the loss does not depend on it."""
+    with torch.enable_grad():
+        loss = problem.losses(inputs, target, None).sum()
+        gradient = torch.autograd.grad(
+            loss, list(problem.parameters.values()), create_graph=graph, materialize_grads=True
+        )
+    return list(gradient) if graph else [part.detach() for part in gradient]

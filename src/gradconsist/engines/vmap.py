@@ -1,0 +1,69 @@
+"""Per-sample gradients of a whole chunk at once: `torch.func.vmap` of `torch.func.grad`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+
+from gradconsist.batch import leaves, map_leaves
+from gradconsist.engines.base import Problem, inner
+from gradconsist.similarity import GradProducts
+from gradconsist.types import Inputs
+
+# Fixed numbers and not timings, so that a resumed run adds up in the same order and stays bitwise equal.
+_CHUNK = {"cpu": 8, "cuda": 64}
+_GRADIENT_BYTES = 2**30
+_COPIES = 8  # of E a pair: two gradients, their cotangents and the intermediates of each, an upper estimate
+
+
+@dataclass(frozen=True)
+class VmapEngine:
+    """Vectorised per-sample gradients; they are materialised, so a chunk of n pairs holds 2 n copies of E.
+
+    Operators without a batching rule, data-dependent control flow and in-place writes into buffers are refused by
+    torch; the loop engine takes those models.
+    """
+
+    def products(self, problem: Problem) -> GradProducts:
+        """See `Engine.products`."""
+        weak = _gradients(problem, problem.weak, problem.graph_weak)
+        strong = _gradients(problem, problem.strong, problem.graph_strong)
+        return GradProducts(inner(weak, weak, keep=1), inner(strong, strong, keep=1), inner(weak, strong, keep=1))
+
+    def preferred_chunk(self, problem: Problem) -> int:
+        """The size from which on more pairs gain nothing, less where E is so large that they would not fit."""
+        parameters = list(problem.parameters.values())
+        size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        most = _CHUNK.get(parameters[0].device.type, _CHUNK["cpu"])
+        return max(1, min(most, _GRADIENT_BYTES // (_COPIES * size)))
+
+
+def _gradients(problem: Problem, inputs: Inputs, graph: bool) -> list[Tensor]:
+    """Gradients of all samples, [n, *parameter shape] each."""
+    is_tensor = isinstance(inputs, Tensor)
+
+    def loss(parameters: Mapping[str, Tensor], target: Tensor, *sample: Tensor) -> Tensor:
+        batched = [leaf.unsqueeze(0) for leaf in sample]
+        one: Inputs = batched[0] if is_tensor else _rebuild(inputs, batched)
+        return problem.losses(one, target.unsqueeze(0), parameters).squeeze(0)
+
+    columns = leaves(inputs)
+    per_sample = vmap(
+        grad(loss),
+        in_dims=(None, 0, *[0] * len(columns)),
+        randomness="different" if problem.random else "error",
+    )
+    # Under no_grad the inner `grad` still works and its result has no graph to the outside: a constant view.
+    with torch.set_grad_enabled(graph):
+        gradients = per_sample(dict(problem.parameters), problem.target, *columns)
+    return list(gradients.values())
+
+
+def _rebuild(template: Inputs, values: list[Tensor]) -> Inputs:
+    supply = iter(values)
+    rebuilt: Inputs = map_leaves(lambda _: next(supply), template)
+    return rebuilt

@@ -1,0 +1,274 @@
+"""The forward that is compared: the user's model, evaluated so that each sample stands for itself.
+
+`PerSampleForward` calls the model on a batch and returns one loss per sample, under these rules:
+
+- BatchNorm uses constant statistics (`normalization`), InstanceNorm does not update its running ones;
+- dropout and other random layers are off, unless asked for;
+- buffers are handed to the model as copies, so that none of the user's can change;
+- operators whose second derivative is missing or wrong in torch are computed by another formula: fused attention,
+  mkldnn and cuDNN recurrent layers, `weight_norm`.
+
+Modes, flags and attributes are restored on the way out, whatever happens inside.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from gradconsist.batch import call
+from gradconsist.errors import LossContractError, UnsupportedModuleError
+from gradconsist.normalization import BatchNormCalls
+from gradconsist.types import Inputs, LossFunction
+
+# Functions whose first argument is returned unchanged while dropout is off.
+_DROPOUTS = [
+    *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
+    *(torch.dropout, torch.dropout_, torch.feature_dropout, torch.feature_dropout_),
+    *(torch.alpha_dropout, torch.alpha_dropout_, torch.feature_alpha_dropout, torch.feature_alpha_dropout_),
+]
+_ATTENTION_SIGNATURE = inspect.signature(F.multi_head_attention_forward)
+
+
+class _ComparisonMode(TorchFunctionMode):
+    """Replaces single torch functions while the user's forward runs; everything else passes through."""
+
+    def __init__(self, batchnorm: BatchNormCalls, *, dropout: bool) -> None:
+        super().__init__()
+        self._rules: dict[Any, Callable[..., Any]] = {
+            F.batch_norm: batchnorm,
+            torch.batch_norm: lambda x, weight, bias, mean, var, training, momentum, eps, cudnn: batchnorm(
+                x, mean, var, weight, bias, training, momentum, eps
+            ),
+            F.instance_norm: _instance_norm,
+            torch._weight_norm: _weight_norm,
+            F.embedding: _embedding,
+            F.embedding_bag: _embedding_bag,
+        }
+        if not dropout:
+            self._rules |= dict.fromkeys(_DROPOUTS, lambda x, *args, **kwargs: x)
+            self._rules[F.multi_head_attention_forward] = _attention_without_dropout
+            self._rules[F.scaled_dot_product_attention] = _scaled_attention_without_dropout
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self._rules.get(func, func)(*args, **(kwargs or {}))
+
+
+def _instance_norm(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """InstanceNorm from the input's own statistics, without the write to the running ones; else the affine map."""
+    if use_input_stats:
+        running_mean = running_var = None
+    return F.instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """``v * g / ||v||``: the second derivative of torch's fused form is wrong, in silence (seen in torch 2.13)."""
+    if dim == -1:
+        return v * (g / torch.linalg.vector_norm(v))
+    others = [other for other in range(v.dim()) if other != dim]
+    return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=True))
+
+
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    if max_norm is not None:
+        raise UnsupportedModuleError("Embedding(max_norm=...) writes into the weights during the forward: remove it.")
+    if scale_grad_by_freq:
+        raise UnsupportedModuleError(
+            "Embedding(scale_grad_by_freq=True) scales a sample's gradient by the rest of the batch: switch it off."
+        )
+    del sparse  # a sparse gradient has no inner products that can be differentiated; the value is the same
+    return F.embedding(input, weight, padding_idx, None, norm_type, False, False)
+
+
+def _embedding_bag(*args: Any, **kwargs: Any) -> Tensor:
+    raise UnsupportedModuleError(
+        "EmbeddingBag has no second derivative in torch: use Embedding followed by a sum or mean over the tokens."
+    )
+
+
+def _attention_without_dropout(*args: Any, **kwargs: Any) -> Any:
+    bound = _ATTENTION_SIGNATURE.bind(*args, **kwargs)
+    bound.arguments["training"] = False
+    return F.multi_head_attention_forward(*bound.args, **bound.kwargs)
+
+
+def _scaled_attention_without_dropout(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    **options: Any,
+) -> Tensor:
+    del dropout_p
+    return F.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, **options)
+
+
+@contextmanager
+def comparison_scope(model: nn.Module, *, dropout: bool) -> Iterator[None]:
+    """Flags of torch and of `model` as the comparison needs them; as they were, on the way out.
+
+    Random layers are told from others by what they are: a module in train mode without parameters, buffers and
+    children has nothing to learn or to remember, so what training changes in it is chance (dropout, stochastic depth,
+    noise). Those go to eval mode. Recurrent layers hold dropout of their own.
+    """
+    flipped: list[nn.Module] = []
+    kept: list[tuple[nn.Module, dict[str, Tensor]]] = []
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the fused forms cannot be differentiated twice
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            # Neither the mkldnn nor the cuDNN kernels of recurrent layers can be differentiated twice.
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            for module in model.modules():
+                if module._forward_pre_hooks:  # the old weight_norm and spectral_norm set plain attributes there
+                    kept.append((module, {k: v for k, v in vars(module).items() if isinstance(v, Tensor)}))
+                if module.training and not dropout and (_is_bare(module) or isinstance(module, nn.RNNBase)):
+                    flipped.append(module)
+                    module.training = False
+            yield
+        finally:
+            for module in flipped:
+                module.training = True
+            for module, tensors in kept:
+                vars(module).update(tensors)
+            torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+def _is_bare(module: nn.Module) -> bool:
+    return not (module._parameters or module._buffers or module._modules)
+
+
+def find_logits(output: Any) -> Tensor | None:
+    """The logits in a model's output: itself, or its attribute or key ``logits``; None where there are none."""
+    if isinstance(output, Mapping):
+        output = output.get("logits")
+    elif not isinstance(output, Tensor):
+        output = getattr(output, "logits", None)
+    return output if isinstance(output, Tensor) else None
+
+
+def cross_entropy(output: Any, target: Tensor) -> Tensor:
+    """The default `loss_fn`: cross-entropy per sample, in float32 at least.
+
+    Args:
+        output: logits [B, C], or an object with them as attribute or key ``logits``.
+        target: class indices [B] or probabilities [B, C].
+
+    Returns:
+        Losses [B].
+
+    Raises:
+        LossContractError: there are no such logits.
+    """
+    logits = find_logits(output)
+    if logits is None or logits.dim() != 2:
+        found = type(output).__name__ if logits is None else f"of shape {tuple(logits.shape)}"
+        raise LossContractError(
+            f"the model's output is {found}, not logits [B, C] or an object with `logits`: give a"
+            " `loss_fn(output, target)` that returns one loss per sample."
+        )
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if target.is_floating_point():
+        target = target.to(logits.dtype)
+    return F.cross_entropy(logits, target, reduction="none")
+
+
+class PerSampleForward:
+    """The user's model and loss as a function from a batch to per-sample losses.
+
+    Args:
+        model: the user's model.
+        loss_fn: ``(output, target) -> [B]``.
+        batchnorm: what answers the BatchNorm calls.
+        dropout: whether random layers stay as they are.
+        autocast: device type and dtype of the caller's autocast region, or None.
+        loss_scale: factor on the losses, so that float16 gradients do not underflow; the cosine does not see it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFunction,
+        batchnorm: BatchNormCalls,
+        *,
+        dropout: bool = False,
+        autocast: tuple[str, torch.dtype] | None = None,
+        loss_scale: float = 1.0,
+    ) -> None:
+        self.model = model
+        self.loss_fn = loss_fn
+        self.batchnorm = batchnorm
+        self.dropout = dropout
+        self.autocast = autocast
+        self.loss_scale = loss_scale
+
+    def output(self, inputs: Inputs, parameters: Mapping[str, Tensor] | None = None, *, record: bool = False) -> Any:
+        """The model's output, with `parameters` in place of its own; with `record`, takes BatchNorm statistics."""
+        # Copies: a forward that writes into its buffers (step counts, running statistics) writes into these.
+        state = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        state |= parameters or {}
+        self.batchnorm.start_forward(record=record)
+        with ExitStack() as stack:
+            stack.enter_context(_ComparisonMode(self.batchnorm, dropout=self.dropout))
+            if self.autocast is not None:
+                device, dtype = self.autocast
+                # No cached casts: a cast cached under no_grad would cut the graph in a later forward, in silence.
+                stack.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=False))
+            output = call(lambda *args, **kwargs: functional_call(self.model, state, args, kwargs), inputs)
+        self.batchnorm.finish_forward()
+        return output
+
+    def losses(self, inputs: Inputs, target: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Losses [B] (times `loss_scale`), with `parameters` in place of the model's own.
+
+        Args:
+            inputs: one view, batch first.
+            target: targets, batch first.
+            parameters: replacements by name.
+
+        Returns:
+            Losses [B], in float32 at least.
+
+        Raises:
+            LossContractError: `loss_fn` returned something else than one real number per sample.
+        """
+        value = self.loss_fn(self.output(inputs, parameters), target)
+        if not isinstance(value, Tensor) or value.shape != target.shape[:1] or not value.is_floating_point():
+            found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise LossContractError(
+                f"`loss_fn` returned {found}, expected one loss per sample, shape {tuple(target.shape[:1])}: use"
+                " reduction='none' and reduce over everything but the batch."
+            )
+        return value * self.loss_scale

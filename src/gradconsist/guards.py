@@ -1,0 +1,107 @@
+"""Models that are refused by name, because a number would be wrong or torch would fail far from the cause."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from gradconsist.errors import ConfigError, DeviceError, UnsupportedModuleError
+
+# By the class's qualified name: most of these live in modules that are slow or impossible to import everywhere.
+_WRAPPERS = {
+    "torch.nn.parallel.distributed.DistributedDataParallel": (
+        "pass the inner model (`ddp.module`) to the loss and wrap the step instead: DDP(GGCRWrapper(method, loss))"
+    ),
+    "torch.nn.parallel.data_parallel.DataParallel": (
+        "pass the inner model (`.module`); for several devices use DistributedDataParallel over the wrapper"
+    ),
+    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": (
+        "FSDP does not support double backward: use DistributedDataParallel over the wrapper"
+    ),
+    "torch._dynamo.eval_frame.OptimizedModule": (
+        "a compiled module cannot be differentiated twice: pass the original one (`compiled._orig_mod`), which shares"
+        " its parameters"
+    ),
+    "torch.jit._script.ScriptModule": "a scripted or traced module cannot be taken apart: pass the Python module",
+}
+
+
+def check_model(model: object) -> None:
+    """Refuses a model that cannot be compared exactly.
+
+    Args:
+        model: what the user passed as `model`.
+
+    Raises:
+        ConfigError: it is not a module.
+        UnsupportedModuleError: it, or a module inside it, is of a kind that is refused; the message names its path.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"`model` is a {type(model).__name__}, not a torch.nn.Module: pass the module itself.")
+    for path, module in model.named_modules():
+        where = f"`model.{path}`" if path else "`model`"
+        for kind in type(module).__mro__:
+            remedy = _WRAPPERS.get(f"{kind.__module__}.{kind.__qualname__}")
+            if remedy is not None:
+                raise UnsupportedModuleError(f"{where} is a {kind.__name__}: {remedy}.")
+        if hasattr(module, "_fsdp_state") or type(module).__name__.startswith("FSDP"):
+            raise UnsupportedModuleError(
+                f"{where} is sharded by FSDP, which does not support double backward: use DistributedDataParallel."
+            )
+        _check_module(where, module)
+
+
+def _check_module(where: str, module: nn.Module) -> None:
+    if any(p is not None and torch.nn.parameter.is_lazy(p) for p in module._parameters.values()):
+        raise UnsupportedModuleError(f"{where} has uninitialized (lazy) parameters: run one forward first.")
+    if isinstance(module, nn.EmbeddingBag):
+        raise UnsupportedModuleError(
+            f"{where} is an EmbeddingBag, which has no second derivative in torch: use Embedding and a sum or mean over"
+            " the tokens."
+        )
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        raise UnsupportedModuleError(
+            f"{where} is an Embedding(max_norm=...), which writes into its weights in the forward: set it to None."
+        )
+    if isinstance(module, nn.Embedding) and module.scale_grad_by_freq:
+        raise UnsupportedModuleError(
+            f"{where} is an Embedding(scale_grad_by_freq=True), which scales a sample's gradient by the rest of the"
+            " batch: set it to False."
+        )
+    if isinstance(module, nn.SyncBatchNorm) and module.training and _processes() > 1:
+        raise UnsupportedModuleError(
+            f"{where} is a SyncBatchNorm in train mode among {_processes()} processes, whose joint statistics this"
+            " library does not gather: put it in eval mode, or use `batchnorm='running'` with BatchNorm2d or GroupNorm."
+        )
+
+
+def _processes() -> int:
+    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if ready else 1
+
+
+def check_one_device(model: nn.Module, tensors: dict[str, torch.Tensor]) -> torch.device:
+    """The device that model and inputs share.
+
+    Args:
+        model: the model.
+        tensors: inputs by the name that a message should use.
+
+    Returns:
+        The device.
+
+    Raises:
+        DeviceError: parameters or inputs lie on several devices, or on the meta device.
+    """
+    places = {str(parameter.device) for parameter in model.parameters()}
+    if len(places) != 1:
+        raise DeviceError(f"the parameters of `model` lie on {sorted(places)}: a model split over devices is refused.")
+    device = next(model.parameters()).device
+    if device.type == "meta":
+        raise DeviceError(
+            "`model` is on the meta device, where there are no numbers: move it with `.to_empty()` and load."
+        )
+    for name, tensor in tensors.items():
+        if tensor.device != device:
+            raise DeviceError(f"`{name}` is on {tensor.device}, the model on {device}: move it there.")
+    return device

@@ -1,0 +1,321 @@
+"""`GradientConsistencyLoss`: one term to add to a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gradconsist.comparison import Comparison, compare
+from gradconsist.engines import ENGINES, Engine
+from gradconsist.errors import ConfigError, GradModeError, StateError
+from gradconsist.forward import cross_entropy
+from gradconsist.guards import check_model
+from gradconsist.normalization import BatchNormPolicy, Statistics
+from gradconsist.selection import Encoder, compared_parameters, trainable_parameters
+from gradconsist.types import ConsistencyRecord, Inputs, LossFunction
+from gradconsist.validation import Pairs, check_choice, check_count, check_number, check_pairs
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+class GradientConsistencyLoss:
+    """L_g = 1/B * sum over pairs u of weight(u) * (1 - GC(u)), differentiable in the model's parameters.
+
+    For weak view w, strong view s, target t and the compared parameters E,
+
+        g_w = d loss_fn(model(w), t) / dE,    g_s = d loss_fn(model(s), t) / dE,    GC = <g_w, g_s> / (||g_w|| ||g_s||)
+
+    with all of E as one flat vector. What is compared is E; what the result is differentiated for is every trainable
+    parameter. Pairs whose norm is at most `min_norm` on either side get weight 0 and are counted. Per-sample gradients
+    hold BatchNorm's statistics constant; the model's buffers, modes, ``.grad`` and the random state stay untouched.
+
+    The loss is no module and holds no parameters: `model` is neither copied nor registered.
+
+    Args:
+        model: any module from a batch to logits (or to an object with ``logits``).
+        encoder: what to compare: a module, a sequence of modules, a predicate on the names of
+            ``model.named_parameters()``, or None for every trainable parameter. Frozen parameters have no gradient and
+            are left out.
+        loss_fn: ``(model output, target) -> [B]``; None is cross-entropy for class indices [B] and probabilities [B,
+            C].
+        engine: "auto", "loop", "vmap", or an object with `gradconsist.engines.Engine`'s method.
+        projection: must be None; random projections are not part of this version.
+        batchnorm: "auto" gives a BatchNorm in train mode the joint statistics of this call's weak and strong inputs
+            (all pairs, those of weight 0 included) and one in eval mode its running statistics; "batch" and "running"
+            force one of them; "observed" takes those of the method's own forward and needs `GGCRWrapper`.
+        dropout: "off" switches random layers off inside the comparison; "on" keeps them, with an independent draw for
+            each view and sample.
+        chunk_size: pairs at a time: an int, None for all, or "auto" for the engine's own choice (halved where a CUDA
+            device runs out of memory). The result does not depend on it beyond rounding.
+        max_pairs: at most so many pairs are compared: a random subset of those with positive weight, rescaled so that
+            the expectation is unchanged.
+        stop_gradient: "weak" or "strong" makes that view's gradient a constant.
+        min_norm: bound below which a gradient's direction is noise, in units of the loss per unit of a parameter.
+        reduction: "mean" divides by the number of pairs of the call, weight 0 included; "sum" does not divide; "none"
+            returns [B] and needs ``fused=False``.
+        fused: True forms the parameter gradient inside the call, chunk by chunk, and keeps one buffer of the
+            parameters' size; False builds an ordinary graph over all chunks, which also serves inputs and weights that
+            require grad.
+
+    Attributes:
+        last: `ConsistencyRecord` of the last call, or None.
+
+    Raises:
+        ConfigError: an option has no such value, or does not go with another.
+        ParameterSelectionError: `encoder` selects nothing that is trainable.
+        UnsupportedModuleError: the model contains a module for which the result would not be exact.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        >>> gc = GradientConsistencyLoss(model, encoder=model[0])
+        >>> weak = torch.randn(5, 4)
+        >>> loss = gc(weak, weak + 0.1 * torch.randn(5, 4), model(weak).argmax(1))
+        >>> loss.backward()
+        >>> f"{loss.item():.4f}", gc.last.summary()["degenerate"]
+        ('0.0017', 0.0)
+
+    Source: the paper's definition 1, eq. (2) and algorithm 1, whose two forms of L_g differ by a constant.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        encoder: Encoder = None,
+        loss_fn: LossFunction | None = None,
+        engine: str | Engine = "auto",
+        projection: None = None,
+        batchnorm: BatchNormPolicy = "auto",
+        dropout: Literal["off", "on"] = "off",
+        chunk_size: int | Literal["auto"] | None = "auto",
+        max_pairs: int | None = None,
+        stop_gradient: Literal["weak", "strong"] | None = None,
+        min_norm: float = 1e-8,
+        reduction: Reduction = "mean",
+        fused: bool = True,
+    ) -> None:
+        check_model(model)
+        if projection is not None:
+            raise ConfigError(
+                "`projection` must be None: random projections are not part of this version. `max_pairs` is the"
+                " unbiased way to spend less."
+            )
+        if loss_fn is not None and not callable(loss_fn):
+            raise ConfigError(
+                f"`loss_fn` is a {type(loss_fn).__name__}: pass a function (output, target) -> [B], or None."
+            )
+        check_choice("batchnorm", batchnorm, ("auto", "batch", "running", "observed"))
+        check_choice("dropout", dropout, ("off", "on"))
+        check_choice("stop_gradient", stop_gradient, (None, "weak", "strong"))
+        check_choice("reduction", reduction, ("mean", "sum", "none"))
+        check_choice("fused", fused, (True, False))
+        if chunk_size is not None and chunk_size != "auto":
+            check_count("chunk_size", chunk_size)
+        if max_pairs is not None:
+            check_count("max_pairs", max_pairs)
+        check_number("min_norm", min_norm, least=1e-18)  # its square must be a normal float32
+        if reduction == "none" and fused:
+            raise ConfigError(
+                "`reduction='none'` needs `fused=False`: the fused gradient is already summed over the pairs, so"
+                " weights applied to the result would be lost."
+            )
+        compared_parameters(model, encoder)
+        self.model = model
+        self.encoder = encoder
+        self.loss_fn: LossFunction = cross_entropy if loss_fn is None else loss_fn
+        self.engine = _engine(engine)
+        self.batchnorm: BatchNormPolicy = batchnorm
+        self.dropout = dropout
+        self.chunk_size = chunk_size
+        self.max_pairs = max_pairs
+        self.stop_gradient = stop_gradient
+        self.min_norm = min_norm
+        self.reduction = reduction
+        self.fused = fused
+        self.last: ConsistencyRecord | None = None
+        # Reading the seed does not draw from the global generator; drawing from our own does not either.
+        self._generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
+        self._probed: set[tuple[str, bool]] = set()
+
+    def __call__(
+        self,
+        weak: Inputs,
+        strong: Inputs,
+        target: Tensor,
+        weight: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """L_g of a batch of pairs.
+
+        Args:
+            weak: weakly augmented inputs: a tensor, or a dict, tuple or list of tensors, batch first.
+            strong: strongly augmented inputs of the same samples, in the same order.
+            target: pseudo-labels for both views: class indices [B] or probabilities [B, C]; used without their graph.
+            weight: [B], non-negative, real or boolean; None is 1. Pairs of weight 0 enter BatchNorm's joint statistics
+                and cost nothing else.
+            generator: source of the random subset and of dropout's seed; None is the loss's own.
+
+        Returns:
+            Scalar, or [B] with ``reduction="none"``, in float32 at least. With no pair to compare it is 0 and its
+            gradient is 0.
+
+        Raises:
+            GradConsistError: one of the family, each naming argument or module path, finding and remedy.
+        """
+        return self.evaluate(weak, strong, target, weight, generator=generator)
+
+    def evaluate(
+        self,
+        weak: Inputs,
+        strong: Inputs,
+        target: Tensor,
+        weight: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        statistics: list[Statistics] | None = None,
+    ) -> Tensor:
+        """`__call__` with given BatchNorm statistics, one entry for each BatchNorm call of a forward.
+
+        Args:
+            weak: as in `__call__`.
+            strong: as in `__call__`.
+            target: as in `__call__`.
+            weight: as in `__call__`.
+            generator: as in `__call__`.
+            statistics: constants for the BatchNorm calls in batch mode, instead of this call's own.
+
+        Returns:
+            As `__call__`.
+
+        Raises:
+            GradModeError: no graph can be built here.
+        """
+        if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            mode = "inference_mode" if torch.is_inference_mode_enabled() else "no_grad"
+            raise GradModeError(
+                f"GradientConsistencyLoss was called under {mode}, where no graph can be built: call it outside, or use"
+                " `measure(...)`, which needs none."
+            )
+        pairs = self._check(weak, strong, target, weight, fused=self.fused)
+        loss, self.last = compare(self._comparison(generator, statistics, measure=False), pairs)
+        return loss
+
+    def measure(
+        self,
+        weak: Inputs,
+        strong: Inputs,
+        target: Tensor,
+        weight: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        statistics: list[Statistics] | None = None,
+    ) -> ConsistencyRecord:
+        """Cosines and norms without a graph: for monitoring, in any mode, also under ``no_grad``.
+
+        Args:
+            weak: as in `__call__`.
+            strong: as in `__call__`.
+            target: as in `__call__`.
+            weight: as in `__call__`; pairs of weight 0 are not compared.
+            generator: as in `__call__`.
+            statistics: as in `evaluate`.
+
+        Returns:
+            The record, which is also kept in `last`.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            pairs = self._check(weak, strong, target, weight, fused=False)
+            _, self.last = compare(self._comparison(generator, statistics, measure=True), pairs)
+        return self.last
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The state of the loss's own generator, which `max_pairs` and ``dropout="on"`` draw from."""
+        return {"generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continues where `state_dict` was taken.
+
+        Args:
+            state: what `state_dict` returned.
+
+        Raises:
+            StateError: it is something else.
+        """
+        if set(state) != {"generator"}:
+            raise StateError(
+                f"`state` has the keys {sorted(state)}, expected ['generator']: pass this class's state_dict."
+            )
+        self._generator.set_state(state["generator"].cpu())
+
+    def __repr__(self) -> str:
+        names = (
+            "batchnorm",
+            "dropout",
+            "chunk_size",
+            "max_pairs",
+            "stop_gradient",
+            "min_norm",
+            "reduction",
+            "fused",
+        )
+        options = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        return f"GradientConsistencyLoss({type(self.model).__name__}, engine={self.engine!r}, {options})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Generators cannot be copied or pickled in every supported torch.
+        return vars(self) | {"_generator": self._generator.get_state()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._generator = torch.Generator()
+        self._generator.set_state(state["_generator"])
+
+    def _check(self, weak: Any, strong: Any, target: Any, weight: Any, *, fused: bool) -> Pairs:
+        check_model(self.model)
+        default = self.loss_fn is cross_entropy
+        return check_pairs(self.model, weak, strong, target, weight, default_loss=default, fused=fused)
+
+    def _comparison(
+        self, generator: torch.Generator | None, statistics: list[Statistics] | None, *, measure: bool
+    ) -> Comparison:
+        if self.batchnorm == "observed" and statistics is None:
+            raise ConfigError(
+                "`batchnorm='observed'` takes the statistics of the method's own forward: call the loss through"
+                " GGCRWrapper, or use `batchnorm='auto'`."
+            )
+        return Comparison(
+            model=self.model,
+            loss_fn=self.loss_fn,
+            engine=self.engine,
+            compared=compared_parameters(self.model, self.encoder),
+            trainable=list(trainable_parameters(self.model).values()),
+            batchnorm=self.batchnorm,
+            statistics=statistics,
+            dropout=self.dropout == "on",
+            chunk_size=self.chunk_size,
+            max_pairs=self.max_pairs,
+            constant=("weak", "strong") if measure else (self.stop_gradient,),
+            min_norm=self.min_norm,
+            reduction="none" if measure else self.reduction,
+            fused=self.fused and not measure,
+            generator=generator or self._generator,
+            probed=self._probed,
+        )
+
+
+def _engine(engine: str | Engine) -> Engine:
+    if isinstance(engine, str):
+        if engine == "ghost":
+            raise ConfigError("`engine='ghost'` is not part of this version: use 'auto', 'vmap' or 'loop', all exact.")
+        check_choice("engine", engine, ENGINES)
+        return ENGINES[engine]()
+    if isinstance(engine, type) or not callable(getattr(engine, "products", None)):
+        raise ConfigError(
+            f"`engine` is {engine!r}: pass one of {sorted(ENGINES)}, or an engine object such as VmapEngine()."
+        )
+    return engine

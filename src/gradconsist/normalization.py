@@ -1,0 +1,147 @@
+"""BatchNorm with constant statistics, as an explicit affine map.
+
+With batch statistics a sample's output depends on its neighbours, so "the gradient of one sample" needs a definition.
+Ours: the statistics that the forward would use are constants, and are never updated by us. With them BatchNorm is
+
+    y = x * scale + shift,    scale = gamma / sqrt(var + eps),    shift = beta - mean * scale
+
+and every engine, per sample or in chunks, computes the same numbers. The fused operator in evaluation mode would do as
+well in theory; it has no batching rule under `torch.func.vmap` and an expensive second derivative.
+
+Calls are told apart by their position in the forward, not by module: a layer that runs twice has two sets of
+statistics, and a function that calls `F.batch_norm` without a module works like any other.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from gradconsist.errors import ConfigError, InputShapeError, UnsupportedModuleError
+
+BatchNormPolicy: TypeAlias = Literal["auto", "batch", "running", "observed"]
+
+
+class Statistics(NamedTuple):
+    """Mean and biased variance of one BatchNorm call, [channels] each, without graph."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+class StatisticsMissingError(Exception):
+    """A forward met a BatchNorm in batch mode though no statistics were taken; caught inside the library."""
+
+
+def batch_statistics(x: Tensor) -> Statistics:
+    """Statistics over the batch and all positions, in float32 at least.
+
+    Args:
+        x: input of a BatchNorm, [B, channels, ...].
+
+    Returns:
+        Mean and biased variance, detached.
+
+    Raises:
+        InputShapeError: there is one value per channel, whose variance would be 0.
+    """
+    if x.numel() == x.shape[1]:
+        raise InputShapeError(
+            f"a BatchNorm in batch mode met one value per channel (input of shape {tuple(x.shape)}): use more pairs per"
+            " call, or `batchnorm='running'`."
+        )
+    dims = [dim for dim in range(x.dim()) if dim != 1]
+    wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    variance, mean = torch.var_mean(wide, dims, correction=0)
+    return Statistics(mean, variance)
+
+
+def affine(x: Tensor, statistics: Statistics, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """``x * scale + shift`` with constant statistics, in float32 at least, returned in the dtype of `x`."""
+    scale = torch.rsqrt(statistics.variance + eps)
+    if weight is not None:
+        scale = scale * weight
+    shift = -statistics.mean * scale
+    if bias is not None:
+        shift = shift + bias
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    return (x * scale.view(shape) + shift.view(shape)).to(x.dtype)
+
+
+class BatchNormCalls:
+    """Answers the BatchNorm calls of one or more forwards, in the order in which they come.
+
+    While recording, each call in batch mode takes its statistics from its own input. Afterwards the same calls, in the
+    same order, get the recorded ones.
+    """
+
+    def __init__(self, policy: BatchNormPolicy, recorded: list[Statistics] | None = None) -> None:
+        self.policy = policy
+        self.recorded = recorded
+        self._recording: list[Statistics] | None = None
+        self._position = 0
+
+    def start_forward(self, *, record: bool = False) -> None:
+        """Before a forward: the next call is the first one."""
+        self._position = 0
+        self._recording = [] if record else None
+
+    def finish_forward(self) -> None:
+        """After a forward: keeps what was recorded, or checks that every recorded call came.
+
+        Raises:
+            UnsupportedModuleError: this forward made fewer calls than the one whose statistics were taken.
+        """
+        if self._recording is not None:
+            self.recorded, self._recording = self._recording, None
+        elif self.recorded is not None and self._position != len(self.recorded):
+            raise UnsupportedModuleError(self._mismatch(f"only {self._position} calls"))
+
+    def __call__(
+        self,
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """Stands in for `torch.nn.functional.batch_norm`, whose signature it has; buffers are not written."""
+        del momentum
+        return affine(x, self._statistics(x, running_mean, running_var, training), weight, bias, eps)
+
+    def _statistics(
+        self, x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, training: bool
+    ) -> Statistics:
+        use_batch = self.policy == "batch" or (self.policy != "running" and training)
+        if not use_batch:
+            if running_mean is None or running_var is None:
+                raise ConfigError(
+                    "`batchnorm='running'` met a BatchNorm without running statistics (track_running_stats=False): use"
+                    " `batchnorm='auto'` or 'batch'."
+                )
+            return Statistics(running_mean, running_var)
+        if self._recording is not None:
+            self._recording.append(batch_statistics(x))
+            return self._recording[-1]
+        if self.recorded is None:
+            raise StatisticsMissingError
+        if self._position >= len(self.recorded):
+            raise UnsupportedModuleError(self._mismatch("more calls"))
+        statistics = self.recorded[self._position]
+        self._position += 1
+        if statistics.mean.shape[0] != x.shape[1]:
+            raise UnsupportedModuleError(self._mismatch(f"{x.shape[1]} channels at call {self._position}"))
+        return statistics
+
+    def _mismatch(self, found: str) -> str:
+        expected = len(self.recorded or [])
+        return (
+            f"the model's BatchNorm calls differ between forwards: {expected} when statistics were taken, {found} now."
+            " The model's control flow depends on its input or on chance: make it fixed, or put its BatchNorm layers in"
+            " eval mode."
+        )

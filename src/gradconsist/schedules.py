@@ -1,0 +1,27 @@
+"""Weights as pure functions of the step: a resumed run has nothing to restore but the step."""
+
+from __future__ import annotations
+
+
+def linear_ramp(step: int, steps: int) -> float:
+    """min(1, step / steps): 0 at step 0, 1 from `steps` on; always 1 for ``steps=0``.
+
+    >>> [linear_ramp(step, 4) for step in (0, 1, 4, 9)]
+    [0.0, 0.25, 1.0, 1.0]
+    """
+    return min(1.0, step / steps) if steps > 0 else 1.0
+
+
+def warmup_then_ramp(step: int, weight: float, warmup_steps: int, ramp_steps: int = 0) -> float:
+    """lambda(t): 0 while step < warmup_steps, then `weight`, reached linearly over `ramp_steps`.
+
+    The ramp's first step has weight / ramp_steps and not 0, so that the term is there from the warm-up's end on.
+
+    >>> [warmup_then_ramp(step, 0.1, 1000) for step in (0, 999, 1000)]
+    [0.0, 0.0, 0.1]
+    >>> [warmup_then_ramp(step, 1.0, 10, 4) for step in (9, 10, 13, 20)]
+    [0.0, 0.25, 1.0, 1.0]
+    """
+    if step < warmup_steps:
+        return 0.0
+    return weight * linear_ramp(step - warmup_steps + 1, ramp_steps)

@@ -1,0 +1,70 @@
+"""From inner products to the loss: pure tensors, ignorant of models and layers.
+
+Every engine returns the same three numbers per pair, and everything that follows is written here once:
+
+    weak = ||g_w||^2      strong = ||g_s||^2      cross = <g_w, g_s>      GC = cross / sqrt(weak * strong)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class GradProducts(NamedTuple):
+    """Inner products of the two views' per-sample gradients, one row a pair.
+
+    Attributes:
+        weak: ||g_w||^2, [B].
+        strong: ||g_s||^2, [B].
+        cross: <g_w, g_s>, [B].
+    """
+
+    weak: Tensor
+    strong: Tensor
+    cross: Tensor
+
+    def isfinite(self) -> Tensor:
+        """Which pairs [B] have three finite numbers."""
+        return torch.isfinite(self.weak) & torch.isfinite(self.strong) & torch.isfinite(self.cross)
+
+
+def degenerate_pairs(products: GradProducts, min_norm: float) -> Tensor:
+    """Pairs whose cosine is noise: ||g_w|| <= min_norm or ||g_s|| <= min_norm.
+
+    The derivative of the cosine grows like 1/||g||, and confident samples, which semi-supervised methods select, have
+    gradients that vanish: this is a normal case and not a corner.
+
+    Args:
+        products: inner products, [B] each.
+        min_norm: bound on each norm, in the loss's own units.
+
+    Returns:
+        Boolean tensor [B].
+    """
+    return (products.weak.detach().sqrt() <= min_norm) | (products.strong.detach().sqrt() <= min_norm)
+
+
+def cosine(products: GradProducts, degenerate: Tensor) -> Tensor:
+    """GC = <g_w, g_s> / (||g_w|| ||g_s||), and 0 with a zero derivative for degenerate pairs.
+
+    Each norm is divided by on its own: their product overflows and underflows where the norms do not. The value is
+    clamped to [-1, 1], which rounding can leave by a few units in the last place; the derivative is not clamped, so a
+    pair at the edge still pulls.
+
+    Args:
+        products: inner products, [B] each.
+        degenerate: pairs to leave out, [B].
+
+    Returns:
+        Cosines [B], differentiable in the products.
+    """
+    # Double `where`: a value masked after a division by zero still sends NaN backwards.
+    one = torch.ones_like(products.weak)
+    weak = torch.where(degenerate, one, products.weak)
+    strong = torch.where(degenerate, one, products.strong)
+    cross = torch.where(degenerate, torch.zeros_like(products.cross), products.cross)
+    value = cross * weak.rsqrt() * strong.rsqrt()
+    return value + (value.clamp(-1.0, 1.0) - value).detach()

@@ -1,0 +1,105 @@
+"""The records that methods, wrapper and loss exchange.
+
+Index letters: B pairs of a call, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
+
+from torch import Tensor
+
+Inputs: TypeAlias = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
+"""What a model takes: a tensor (``model(x)``), a mapping (``model(**x)``) or a sequence (``model(*x)``)."""
+
+LossFunction: TypeAlias = Callable[[Any, Tensor], Tensor]
+"""``(model output, target) -> per-sample losses [B]``."""
+
+
+class ViewPair(NamedTuple):
+    """The two views of one unlabeled batch, as a method compared them.
+
+    Attributes:
+        weak: weakly augmented inputs, batch first.
+        strong: strongly augmented inputs of the same samples, in the same order.
+        target: pseudo-labels for both views: class indices [B] or probabilities [B, C].
+        weight: [B], non-negative; 0 leaves a pair out. None means 1 for all.
+    """
+
+    weak: Inputs
+    strong: Inputs
+    target: Tensor
+    weight: Tensor | None = None
+
+
+class StepOutput(NamedTuple):
+    """What one call of a semi-supervised method returns.
+
+    Attributes:
+        loss: scalar with its graph.
+        pair: what gradient consistency may compare; None where the step has no such pair.
+        logs: numbers worth looking at, by name.
+    """
+
+    loss: Tensor
+    pair: ViewPair | None = None
+    logs: Mapping[str, float | Tensor] = {}
+
+
+class SSLBatch(NamedTuple):
+    """One step's data: labeled inputs with labels, and two views of the unlabeled inputs.
+
+    Attributes:
+        x: labeled inputs.
+        y: class indices of `x`.
+        weak: weakly augmented unlabeled inputs.
+        strong: strongly augmented inputs of the same unlabeled samples, in the same order.
+        index: positions of the unlabeled samples in their data set, for methods that remember them.
+    """
+
+    x: Tensor
+    y: Tensor
+    weak: Tensor
+    strong: Tensor
+    index: Tensor | None = None  # type: ignore[assignment]  # hides tuple.index, which nobody calls here
+
+
+@dataclass(frozen=True)
+class ConsistencyRecord:
+    """What one comparison saw, pair by pair: detached tensors of shape [B].
+
+    Attributes:
+        cosine: GC(u); NaN for pairs that were not compared or are degenerate.
+        norm_weak: norm of the weak view's gradient; NaN for pairs that were not compared.
+        norm_strong: norm of the strong view's gradient; NaN for pairs that were not compared.
+        degenerate: pairs whose cosine is noise, because one of their norms is at most `min_norm`.
+        compared: pairs of positive weight (and, with `max_pairs`, drawn in this call).
+    """
+
+    cosine: Tensor = field(repr=False)
+    norm_weak: Tensor = field(repr=False)
+    norm_strong: Tensor = field(repr=False)
+    degenerate: Tensor = field(repr=False)
+    compared: Tensor = field(repr=False)
+
+    def summary(self) -> dict[str, float]:
+        """The record in six numbers; means are NaN where nothing was compared.
+
+        Returns:
+            pairs, compared and degenerate as counts; cosine_mean over the pairs that have a cosine;
+            norm_weak_mean and norm_strong_mean over the compared pairs.
+        """
+        return {
+            "pairs": float(self.compared.numel()),
+            "compared": float(self.compared.sum()),
+            "degenerate": float(self.degenerate.sum()),
+            "cosine_mean": float(self.cosine.nanmean()),
+            "norm_weak_mean": float(self.norm_weak.nanmean()),
+            "norm_strong_mean": float(self.norm_strong.nanmean()),
+        }
+
+    def __repr__(self) -> str:
+        numbers = ", ".join(f"{name}={value:.4g}" for name, value in self.summary().items())
+        return f"ConsistencyRecord({numbers})"

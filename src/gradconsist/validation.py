@@ -1,0 +1,204 @@
+"""What a call may be given: every mistake gets the argument's name, what was found, and the remedy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradconsist.batch import check_inputs, leaves, map_leaves, same_structure
+from gradconsist.errors import ConfigError, InputShapeError, InputTypeError, InputValueError, NonFiniteError
+from gradconsist.guards import check_one_device
+from gradconsist.types import Inputs
+
+
+def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
+    """`value` must be one of `choices`.
+
+    Raises:
+        ConfigError: it is not; the message names the nearest choice.
+    """
+    options = list(choices)
+    if any(value is option or (isinstance(value, str) and value == option) for option in options):
+        return
+    near = get_close_matches(str(value), [str(option) for option in options], n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"`{name}` is {value!r}: choose one of {', '.join(repr(option) for option in options)}.{hint}")
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """`value` must be an int (and no bool) of at least `least`.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"`{name}` is {value!r}: give an int of at least {least}.")
+
+
+def check_number(name: str, value: object, least: float, most: float = math.inf) -> None:
+    """`value` must be a finite real number in [least, most].
+
+    Raises:
+        ConfigError: it is not.
+    """
+    real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not real or not least <= value <= most:  # type: ignore[operator]
+        upper = f" and at most {most:g}" if math.isfinite(most) else ""
+        raise ConfigError(f"`{name}` is {value!r}: give a finite number of at least {least:g}{upper}.")
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The checked arguments of a call: B pairs on one device, without graph in target and weight.
+
+    Attributes:
+        weak: weak views.
+        strong: strong views.
+        target: targets, [B, ...].
+        weight: [B], in float32 at least.
+        device: where they are.
+    """
+
+    weak: Inputs
+    strong: Inputs
+    target: Tensor
+    weight: Tensor
+    device: torch.device
+
+    def __len__(self) -> int:
+        return self.target.shape[0]
+
+
+def check_pairs(
+    model: nn.Module, weak: Any, strong: Any, target: Any, weight: Any, *, default_loss: bool, fused: bool
+) -> Pairs:
+    """Checks and normalises the arguments of a call.
+
+    Args:
+        model: the model, for its device.
+        weak: weak views.
+        strong: strong views.
+        target: targets.
+        weight: weights or None.
+        default_loss: whether `target` goes to the default cross-entropy.
+        fused: whether the inputs cannot get a gradient.
+
+    Returns:
+        The checked pairs.
+
+    Raises:
+        InputTypeError: an argument is no tensor of a usable kind.
+        InputShapeError: batch sizes or ranks do not belong together.
+        InputValueError: an entry is out of range.
+        NonFiniteError: target or weight has NaN or infinite entries.
+        ConfigError: an input requires grad, which `fused=True` cannot serve.
+    """
+    weak, strong = check_inputs("weak", weak), check_inputs("strong", strong)
+    if not same_structure(weak, strong):
+        raise InputTypeError("`weak` and `strong` are built differently: both need the same keys or number of tensors.")
+    size = leaves(weak)[0].shape[0]
+    if leaves(strong)[0].shape[0] != size:
+        raise InputShapeError(
+            f"`weak` has {size} samples and `strong` {leaves(strong)[0].shape[0]}: row i of both is one input."
+        )
+    named = {f"{name}{'' if isinstance(view, Tensor) else f'[{place}]'}": leaf
+             for name, view in (("weak", weak), ("strong", strong))
+             for place, leaf in enumerate(leaves(view))}  # fmt: skip
+    for name, leaf in named.items():
+        if leaf.dtype == torch.uint8:
+            raise InputTypeError(f"`{name}` is uint8: convert images to float and normalise them as in training.")
+        if fused and leaf.requires_grad:
+            raise ConfigError(
+                f"`{name}` requires grad, but `fused=True` forms gradients for the model's parameters only: pass"
+                " `fused=False`, or detach it."
+            )
+    # Inference tensors cannot be saved for a derivative; their copies can.
+    weak, strong = (map_leaves(lambda leaf: leaf.clone() if leaf.is_inference() else leaf, v) for v in (weak, strong))
+    target = _check_target(target, size, default_loss)
+    weight = _check_weight(weight, target, fused)
+    device = check_one_device(model, named | {"target": target, "weight": weight})
+    return Pairs(weak, strong, target, weight, device)
+
+
+def _check_target(target: Any, size: int, default_loss: bool) -> Tensor:
+    if not isinstance(target, Tensor):
+        raise InputTypeError(
+            f"`target` is a {type(target).__name__}, not a tensor: pass class indices or probabilities."
+        )
+    if target.dim() == 0 or target.shape[0] != size:
+        raise InputShapeError(f"`target` has shape {tuple(target.shape)}, the views {size} samples: one row a pair.")
+    target = target.clone() if target.is_inference() else target.detach()
+    if not default_loss:
+        return target
+    if target.is_floating_point():
+        if target.dim() != 2:
+            raise InputTypeError(
+                f"`target` is {target.dtype} of shape {tuple(target.shape)}: class indices must be integers [B],"
+                " probabilities floating point [B, C]."
+            )
+        _check_probabilities(target)
+        return target
+    if target.dtype == torch.bool or target.is_complex() or target.dim() != 1:
+        raise InputTypeError(
+            f"`target` is {target.dtype} of shape {tuple(target.shape)}: pass class indices [B] (an integer type) or"
+            " probabilities [B, C] (a floating type)."
+        )
+    if bool((target < 0).any()):
+        raise InputValueError(
+            f"`target` has the negative class {int(target.min())}: give such pairs weight 0 and any valid class."
+        )
+    return target.long()
+
+
+def _check_probabilities(target: Tensor) -> None:
+    if not bool(torch.isfinite(target).all()):
+        raise NonFiniteError("`target` has NaN or infinite entries: pass probabilities.")
+    total = target.double().sum(1)
+    # A row of C rounded entries is off by up to C / 2 units in the last place.
+    tolerance = max(1e-3, target.shape[1] * torch.finfo(target.dtype).eps)
+    if bool((target < 0).any()) or bool(((total - 1).abs() > tolerance).any()):
+        raise InputValueError("`target` rows are not probabilities (non-negative, sum 1): pass softmax outputs.")
+
+
+def _check_weight(weight: Any, target: Tensor, fused: bool) -> Tensor:
+    if weight is None:
+        return torch.ones(target.shape[0], device=target.device)
+    if not isinstance(weight, Tensor) or weight.is_complex():
+        found = "a complex tensor" if isinstance(weight, Tensor) else f"a {type(weight).__name__}"
+        raise InputTypeError(f"`weight` is {found}: pass a real or boolean tensor [B].")
+    if weight.shape != target.shape[:1]:
+        raise InputShapeError(f"`weight` has shape {tuple(weight.shape)}, expected ({target.shape[0]},): one a pair.")
+    if fused and weight.requires_grad:
+        raise ConfigError(
+            "`weight` requires grad, but `fused=True` forms gradients for the model's parameters only: detach it, or"
+            " pass `fused=False`."
+        )
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    if not bool(torch.isfinite(weight).all()):
+        raise NonFiniteError("`weight` has NaN or infinite entries: pass finite, non-negative numbers.")
+    if bool((weight < 0).any()):
+        raise InputValueError(f"`weight` has the negative entry {float(weight.min()):g}: pass non-negative numbers.")
+    return weight
+
+
+def non_finite_cause(model: nn.Module, pairs: Pairs) -> str:
+    """Names the first tensor with NaN or infinite entries that a non-finite gradient may come from."""
+    suspects: list[tuple[str, Sequence[Tensor]]] = [
+        ("`weak`", leaves(pairs.weak)),
+        ("`strong`", leaves(pairs.strong)),
+    ]
+    suspects += [(f"parameter {name!r} of `model`", [parameter]) for name, parameter in model.named_parameters()]
+    suspects += [(f"buffer {name!r} of `model`", [buffer]) for name, buffer in model.named_buffers()]
+    for name, tensors in suspects:
+        if any(not bool(torch.isfinite(tensor).all()) for tensor in tensors):
+            return f"{name} has NaN or infinite entries: skip the step, or find where they arise."
+    return (
+        "inputs and parameters are finite, so the loss or its gradient overflowed or divided by zero: lower the"
+        " learning rate, or compute in a wider dtype."
+    )

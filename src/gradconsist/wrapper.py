@@ -1,0 +1,218 @@
+"""`GGCRWrapper`: gradient consistency around any semi-supervised method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from gradconsist.errors import ConfigError, LossContractError, StateError
+from gradconsist.loss import GradientConsistencyLoss
+from gradconsist.observation import StatisticsObserver
+from gradconsist.schedules import warmup_then_ramp
+from gradconsist.types import StepOutput, ViewPair
+from gradconsist.validation import check_choice, check_count, check_number
+
+PairFunction = Callable[[tuple[Any, ...], dict[str, Any], Any], ViewPair | None]
+
+
+class GGCRWrapper(nn.Module):
+    """``loss = base + lambda(t) * L_g`` around a method that is called once a step.
+
+    ``out = wrapper(...)`` calls ``method(...)`` with the same arguments and returns a `StepOutput`. Before the
+    warm-up's end, with ``weight=0``, in eval mode, or where a step has no pair, nothing but the method runs: its
+    loss, gradients, buffers, random stream and state are bitwise those without the wrapper.
+
+    The optimizer, GradScaler, accumulation and the distributed wrapper (``DDP(wrapper)``) stay the user's own.
+
+    Args:
+        method: any callable. It returns a `StepOutput`, or a scalar tensor, a mapping with ``"loss"``, or a tuple that
+            starts with one of these. A module is registered, so its parameters and state are the wrapper's.
+        consistency: the term; its ``model`` should be the one that the method trains.
+        weight: lambda after warm-up and ramp.
+        warmup_steps: steps of this wrapper without the term.
+        ramp_steps: steps after the warm-up over which lambda grows linearly.
+        every: the term enters every so many steps, times `every`, which leaves its mean unchanged.
+        gate: "method" weights pairs as the method did (its confidence mask), "all" weights them 1.
+        pair_fn: ``(args, kwargs, output) -> ViewPair | None``, for methods that do not return a `StepOutput` with a
+            pair.
+
+    Attributes:
+        step: number of calls in train mode so far; part of ``state_dict()``.
+
+    Raises:
+        ConfigError: an option has no such value.
+
+    Example:
+        >>> import torch
+        >>> from gradconsist import SSLBatch
+        >>> from gradconsist.methods import FixMatch
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> wrapper = GGCRWrapper(FixMatch(model, threshold=0.3), GradientConsistencyLoss(model), warmup_steps=0)
+        >>> u = torch.randn(6, 4)
+        >>> out = wrapper(SSLBatch(torch.randn(2, 4), torch.tensor([0, 1]), u, u + 0.1))
+        >>> out.loss.backward()
+        >>> wrapper.step, float(out.logs["ggcr_weight"])
+        (1, 0.1)
+    """
+
+    def __init__(
+        self,
+        method: Callable[..., Any],
+        consistency: GradientConsistencyLoss,
+        *,
+        weight: float = 0.1,
+        warmup_steps: int = 1000,
+        ramp_steps: int = 0,
+        every: int = 1,
+        gate: Literal["method", "all"] = "method",
+        pair_fn: PairFunction | None = None,
+    ) -> None:
+        super().__init__()
+        if not callable(method):
+            raise ConfigError(
+                f"`method` is a {type(method).__name__}: pass a module or function that returns a step's loss."
+            )
+        if not isinstance(consistency, GradientConsistencyLoss):
+            raise ConfigError(f"`consistency` is a {type(consistency).__name__}: pass a GradientConsistencyLoss.")
+        if consistency.reduction == "none":
+            raise ConfigError("`consistency` has reduction='none': the wrapper adds a scalar, use 'mean' or 'sum'.")
+        check_number("weight", weight, least=0.0)
+        check_count("warmup_steps", warmup_steps, least=0)
+        check_count("ramp_steps", ramp_steps, least=0)
+        check_count("every", every)
+        check_choice("gate", gate, ("method", "all"))
+        if pair_fn is not None and not callable(pair_fn):
+            raise ConfigError(
+                f"`pair_fn` is a {type(pair_fn).__name__}: pass a function (args, kwargs, output) -> ViewPair."
+            )
+        self.method = method
+        self.consistency = consistency
+        self.weight = weight
+        self.warmup_steps = warmup_steps
+        self.ramp_steps = ramp_steps
+        self.every = every
+        self.gate = gate
+        self.pair_fn = pair_fn
+        self.step = 0
+
+    def current_weight(self) -> float:
+        """Lambda of the coming step: 0 in the warm-up, in eval mode, and on steps that `every` leaves out."""
+        if not self.training or (self.step - self.warmup_steps) % self.every:
+            return 0.0
+        return self.every * warmup_then_ramp(self.step, self.weight, self.warmup_steps, self.ramp_steps)
+
+    def forward(self, *args: Any, **kwargs: Any) -> StepOutput:
+        """One step of the method, with the term where it is due.
+
+        Args:
+            *args: the method's arguments.
+            **kwargs: the method's keyword arguments.
+
+        Returns:
+            The loss, the method's pair, and its logs with ``ggcr_weight`` and, where the term was computed,
+            ``ggcr_loss``, ``ggcr_cosine``, ``ggcr_degenerate`` and ``ggcr_pairs`` added.
+
+        Raises:
+            LossContractError: the method returned no loss, or neither it nor `pair_fn` supplies a pair.
+        """
+        weight = self.current_weight()
+        observe = weight > 0 and self.consistency.batchnorm == "observed"
+        observer = StatisticsObserver(self.consistency.model) if observe else nullcontext()
+        with observer:
+            output = self.method(*args, **kwargs)
+        base = as_step_output(output)
+        if self.training:
+            self.step += 1
+        if weight == 0:
+            return base._replace(logs={**base.logs, "ggcr_weight": 0.0})
+        pair = self._pair(args, kwargs, output, base)
+        if pair is None:
+            return base._replace(logs={**base.logs, "ggcr_weight": 0.0})
+        statistics = observer.statistics() if isinstance(observer, StatisticsObserver) else None
+        gate = pair.weight if self.gate == "method" else None
+        term = self.consistency.evaluate(pair.weak, pair.strong, pair.target, gate, statistics=statistics)
+        return StepOutput(base.loss + weight * term, pair, {**base.logs, "ggcr_weight": weight, **self._logs(term)})
+
+    def _pair(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, base: StepOutput) -> ViewPair | None:
+        if self.pair_fn is not None:
+            return self.pair_fn(args, kwargs, output)
+        if isinstance(output, StepOutput):
+            return base.pair
+        raise LossContractError(
+            f"`method` returned {type(output).__name__}, which holds no views to compare: return a StepOutput with a"
+            " ViewPair, or give `pair_fn(args, kwargs, output) -> ViewPair | None`."
+        )
+
+    def _logs(self, term: Tensor) -> dict[str, float | Tensor]:
+        record = self.consistency.last
+        if record is None:
+            return {}
+        return {
+            "ggcr_loss": term.detach(),
+            "ggcr_cosine": record.cosine.nanmean(),
+            "ggcr_degenerate": record.degenerate.sum(),
+            "ggcr_pairs": record.compared.sum(),
+        }
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Step counter, the loss's generator, and the state of a method that is no module but has one."""
+        state: dict[str, Any] = {"step": self.step, "consistency": self.consistency.state_dict()}
+        if self._has_own_state():
+            state["method"] = self.method.state_dict()  # type: ignore[attr-defined]
+        return state
+
+    def set_extra_state(self, state: Any) -> None:
+        """Continues where `get_extra_state` was taken; called by ``load_state_dict``.
+
+        Args:
+            state: what `get_extra_state` returned.
+
+        Raises:
+            StateError: it is something else.
+        """
+        expected = {"step", "consistency"} | ({"method"} if self._has_own_state() else set())
+        if not isinstance(state, Mapping) or set(state) != expected:
+            found = sorted(state) if isinstance(state, Mapping) else type(state).__name__
+            raise StateError(
+                f"`state_dict` holds {found} for GGCRWrapper, expected {sorted(expected)}: load the wrapper's own."
+            )
+        self.step = int(state["step"])
+        self.consistency.load_state_dict(state["consistency"])
+        if "method" in expected:
+            self.method.load_state_dict(state["method"])  # type: ignore[attr-defined]
+
+    def _has_own_state(self) -> bool:
+        stateful = hasattr(self.method, "state_dict") and hasattr(self.method, "load_state_dict")
+        return stateful and not isinstance(self.method, nn.Module)
+
+
+def as_step_output(output: Any) -> StepOutput:
+    """A method's return value as a `StepOutput`.
+
+    Args:
+        output: a `StepOutput`, a scalar tensor, a mapping with ``"loss"``, or a tuple that starts with one of these.
+
+    Returns:
+        The same step; without a pair unless `output` is a `StepOutput`.
+
+    Raises:
+        LossContractError: there is no scalar loss in it.
+    """
+    loss: Any = output
+    if isinstance(output, StepOutput):
+        loss = output.loss
+    elif isinstance(output, tuple) and output:
+        return as_step_output(output[0])
+    elif isinstance(output, Mapping):
+        loss = output.get("loss")
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise LossContractError(
+            f"`method` returned {type(output).__name__} whose loss is {found}: return a StepOutput, a scalar tensor, a"
+            " mapping with a scalar 'loss', or a tuple that starts with one of these."
+        )
+    return output if isinstance(output, StepOutput) else StepOutput(loss)
