@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gradconsist.batch import concatenable, concatenate, take
+from gradconsist.default_loss import cross_entropy, find_logits
 from gradconsist.engines.base import Engine, Problem, explain
 from gradconsist.errors import (
     ConfigError,
@@ -22,7 +23,7 @@ from gradconsist.errors import (
     NonFiniteError,
     UnsupportedModuleError,
 )
-from gradconsist.forward import PerSampleForward, comparison_scope, cross_entropy, find_logits
+from gradconsist.forward import PerSampleForward, comparison_scope
 from gradconsist.fused import GradientBuffer, foreign_leaves
 from gradconsist.normalization import BatchNormCalls, BatchNormPolicy, Statistics, StatisticsMissingError
 from gradconsist.randomness import preserved_randomness
@@ -129,7 +130,12 @@ def _select(options: Comparison, pairs: Pairs) -> _Selection:
         index = index[chosen]
     if options.reduction == "mean":
         scale /= len(pairs)
-    return _Selection(index, pairs.weight[index] * scale)
+    return _Selection(index, pairs.weight[index].to(_wide(options)) * scale)
+
+
+def _wide(options: Comparison) -> torch.dtype:
+    """The dtype of products and loss: the compared parameters' own, float32 at least."""
+    return torch.promote_types(next(iter(options.compared.values())).dtype, torch.float32)
 
 
 class _Run:
@@ -157,7 +163,7 @@ class _Run:
             autocast=autocast,
             loss_scale=self.scale,
         )
-        self.wide = torch.promote_types(next(iter(options.compared.values())).dtype, torch.float32)
+        self.wide = _wide(options)
         count = len(pairs)
         self.cosine = torch.full([count], torch.nan, dtype=self.wide, device=pairs.device)
         self.norm_weak = self.cosine.clone()
@@ -200,13 +206,10 @@ class _Run:
             rows = slice(start, start + size)
             index = self.selection.index[rows]
             try:
-                terms = self._terms(problem, index, self.selection.weight[rows])
-                if buffer is not None:
-                    self._refuse_foreign(terms)
-                    buffer.add(terms.sum())
-                elif options.reduction == "none":
+                terms = self._attempt(problem, index, self.selection.weight[rows], buffer)
+                if options.reduction == "none":
                     total = total.index_add(0, index, terms)
-                else:
+                elif buffer is None:
                     total = total + terms.sum()
             except torch.OutOfMemoryError:
                 if options.chunk_size != "auto" or size == 1:
@@ -216,6 +219,29 @@ class _Run:
                 continue
             start += size
         return total if buffer is None else buffer.attach(total)
+
+    def _attempt(self, problem: Problem, index: Tensor, weight: Tensor, buffer: GradientBuffer | None) -> Tensor:
+        """One chunk's terms, by the engine or, where torch refuses that, by what the engine falls back to."""
+        try:
+            return self._chunk(problem, index, weight, buffer)
+        except torch.OutOfMemoryError:
+            raise  # a smaller chunk may fit
+        except RuntimeError as error:
+            fall_back: Any = getattr(self.options.engine, "fall_back", None)
+            if fall_back is None:
+                raise
+            with fall_back(error):
+                return self._chunk(problem, index, weight, buffer)
+
+    def _chunk(self, problem: Problem, index: Tensor, weight: Tensor, buffer: GradientBuffer | None) -> Tensor:
+        terms = self._terms(problem, index, weight)
+        if buffer is not None:
+            self._refuse_foreign(terms)
+            buffer.add(terms.sum())
+        elif terms.requires_grad and not self._known("second derivative"):
+            # Fails here, by name, and not in the user's own backward.
+            torch.autograd.grad(terms.sum(), self.options.trainable, allow_unused=True, retain_graph=True)
+        return terms
 
     def _terms(self, problem: Problem, index: Tensor, weight: Tensor) -> Tensor:
         """Weight * (1 - GC) of the pairs `index`, and their rows of the record."""

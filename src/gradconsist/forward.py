@@ -6,7 +6,7 @@
 - dropout and other random layers are off, unless asked for;
 - buffers are handed to the model as copies, so that none of the user's can change;
 - operators whose second derivative is missing or wrong in torch are computed by another formula: fused attention,
-  mkldnn and cuDNN recurrent layers, `weight_norm`.
+  mkldnn and cuDNN recurrent layers, `weight_norm`, and under vmap LayerNorm and InstanceNorm.
 
 Modes, flags and attributes are restored on the way out, whatever happens inside.
 """
@@ -14,7 +14,7 @@ Modes, flags and attributes are restored on the way out, whatever happens inside
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from gradconsist.batch import call
 from gradconsist.errors import LossContractError, UnsupportedModuleError
-from gradconsist.normalization import BatchNormCalls
+from gradconsist.normalization import BatchNormCalls, Statistics, affine
 from gradconsist.types import Inputs, LossFunction
 
 # Functions whose first argument is returned unchanged while dropout is off.
@@ -50,6 +50,13 @@ class _ComparisonMode(TorchFunctionMode):
                 x, mean, var, weight, bias, training, momentum, eps
             ),
             F.instance_norm: _instance_norm,
+            torch.instance_norm: lambda x, weight, bias, mean, var, use_input_stats, momentum, eps, cudnn: (
+                _instance_norm(x, mean, var, weight, bias, use_input_stats, momentum, eps)
+            ),
+            F.layer_norm: _layer_norm,
+            torch.layer_norm: lambda x, shape, weight=None, bias=None, eps=1e-5, cudnn=True: _layer_norm(
+                x, shape, weight, bias, eps
+            ),
             torch._weight_norm: _weight_norm,
             F.embedding: _embedding,
             F.embedding_bag: _embedding_bag,
@@ -65,6 +72,30 @@ class _ComparisonMode(TorchFunctionMode):
         return self._rules.get(func, func)(*args, **(kwargs or {}))
 
 
+# torch.func.vmap drops the derivative through mean and variance from the second derivative of the fused LayerNorm and
+# InstanceNorm, in silence (seen in torch 2.13 and 2.15 on CPU; the loop is right). By formula both are right.
+
+
+def _standardized(x: Tensor, dims: list[int], eps: float) -> Tensor:
+    """(x - mean) / sqrt(var + eps) over `dims`, in float32 at least."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    centered = wide - wide.mean(dims, keepdim=True)
+    return centered * torch.rsqrt(centered.square().mean(dims, keepdim=True) + eps)
+
+
+def _layer_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    y = _standardized(x, list(range(-len(normalized_shape), 0)), eps)
+    if weight is not None:
+        y = y * weight
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
 def _instance_norm(
     x: Tensor,
     running_mean: Tensor | None = None,
@@ -76,9 +107,14 @@ def _instance_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """InstanceNorm from the input's own statistics, without the write to the running ones; else the affine map."""
-    if use_input_stats:
-        running_mean = running_var = None
-    return F.instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    del momentum
+    if not use_input_stats:
+        if running_mean is None or running_var is None:
+            raise UnsupportedModuleError("InstanceNorm without input statistics needs running ones: none are there.")
+        return affine(x, Statistics(running_mean, running_var), weight, bias, eps)
+    y = _standardized(x, list(range(2, x.dim())), eps)
+    unit = Statistics(y.new_zeros(x.shape[1]), y.new_ones(x.shape[1]))
+    return affine(y, unit, weight, bias, 0.0).to(x.dtype)
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -168,41 +204,6 @@ def comparison_scope(model: nn.Module, *, dropout: bool) -> Iterator[None]:
 
 def _is_bare(module: nn.Module) -> bool:
     return not (module._parameters or module._buffers or module._modules)
-
-
-def find_logits(output: Any) -> Tensor | None:
-    """The logits in a model's output: itself, or its attribute or key ``logits``; None where there are none."""
-    if isinstance(output, Mapping):
-        output = output.get("logits")
-    elif not isinstance(output, Tensor):
-        output = getattr(output, "logits", None)
-    return output if isinstance(output, Tensor) else None
-
-
-def cross_entropy(output: Any, target: Tensor) -> Tensor:
-    """The default `loss_fn`: cross-entropy per sample, in float32 at least.
-
-    Args:
-        output: logits [B, C], or an object with them as attribute or key ``logits``.
-        target: class indices [B] or probabilities [B, C].
-
-    Returns:
-        Losses [B].
-
-    Raises:
-        LossContractError: there are no such logits.
-    """
-    logits = find_logits(output)
-    if logits is None or logits.dim() != 2:
-        found = type(output).__name__ if logits is None else f"of shape {tuple(logits.shape)}"
-        raise LossContractError(
-            f"the model's output is {found}, not logits [B, C] or an object with `logits`: give a"
-            " `loss_fn(output, target)` that returns one loss per sample."
-        )
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if target.is_floating_point():
-        target = target.to(logits.dtype)
-    return F.cross_entropy(logits, target, reduction="none")
 
 
 class PerSampleForward:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from gradconsist.comparison import Comparison, compare
+from gradconsist.default_loss import cross_entropy
 from gradconsist.engines import ENGINES, Engine
 from gradconsist.errors import ConfigError, GradModeError, StateError
-from gradconsist.forward import cross_entropy
 from gradconsist.guards import check_model
 from gradconsist.normalization import BatchNormPolicy, Statistics
 from gradconsist.selection import Encoder, compared_parameters, trainable_parameters

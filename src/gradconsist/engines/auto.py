@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-
-import torch
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from gradconsist.engines.base import Problem
 from gradconsist.engines.loop import LoopEngine
 from gradconsist.engines.vmap import VmapEngine
-from gradconsist.errors import UnsupportedModuleError
 from gradconsist.similarity import GradProducts
 
 logger = logging.getLogger("gradconsist")
@@ -26,19 +25,34 @@ class AutoEngine:
 
     def products(self, problem: Problem) -> GradProducts:
         """See `Engine.products`."""
-        if isinstance(self.engine, LoopEngine):
-            return self.engine.products(problem)
-        try:
-            return self.engine.products(problem)
-        except torch.OutOfMemoryError:
-            raise  # a smaller chunk may fit
-        except (RuntimeError, UnsupportedModuleError) as error:
-            # The loop is the judge of what cannot be done at all: if it fails too, its error is the one to see.
-            result = LoopEngine().products(problem)
-            logger.warning("engine='auto' uses the per-sample loop, since vmap refused the model: %s", error)
-            self.engine = LoopEngine()
-            return result
+        return self.engine.products(problem)
 
     def preferred_chunk(self, problem: Problem) -> int:
         """What the engine in use prefers."""
         return self.engine.preferred_chunk(problem)
+
+    @contextmanager
+    def fall_back(self, error: RuntimeError) -> Iterator[None]:
+        """After `error`, the block is tried with the loop; if that fails too, its error counts and nothing changes.
+
+        Args:
+            error: what vmap, or the derivative of its result, raised.
+
+        Yields:
+            None.
+
+        Raises:
+            RuntimeError: `error` itself, if the loop is in use already.
+        """
+        if isinstance(self.engine, LoopEngine):
+            raise error
+        before, self.engine = self.engine, LoopEngine()
+        try:
+            yield
+        except BaseException:
+            self.engine = before
+            raise
+        logger.warning("engine='auto' uses the per-sample loop from now on, since vmap refused the model: %s", error)
+
+    def __repr__(self) -> str:
+        return f"AutoEngine({self.engine!r})"

@@ -54,8 +54,9 @@ class Problem:
 class Engine(Protocol):
     """Anything with this method is an engine.
 
-    It may also have ``preferred_chunk(problem) -> int``, the number of pairs at a time that `chunk_size="auto"` takes;
-    without it, all pairs go at once.
+    It may also have ``preferred_chunk(problem) -> int``, the number of pairs at a time that `chunk_size="auto"` takes
+    (without it, all pairs go at once), and ``fall_back(error)``, a context manager in which a chunk that failed is
+    tried once more.
     """
 
     def products(self, problem: Problem) -> GradProducts:

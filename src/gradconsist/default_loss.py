@@ -1,0 +1,70 @@
+"""The default per-sample loss: cross-entropy, written so that small residuals keep their relative accuracy.
+
+Semi-supervised methods select confident samples, whose per-sample gradient is J^T (p - t) with a tiny residual p - t.
+Computed as `softmax - onehot` its true-class entry is off by the rounding of 1, 6e-8 in float32: nothing for a loss,
+all of it for the *direction* of a gradient whose residual is 1e-6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gradconsist.errors import LossContractError
+
+
+def find_logits(output: Any) -> Tensor | None:
+    """The logits in a model's output: itself, or its attribute or key ``logits``; None where there are none."""
+    if isinstance(output, Mapping):
+        output = output.get("logits")
+    elif not isinstance(output, Tensor):
+        output = getattr(output, "logits", None)
+    return output if isinstance(output, Tensor) else None
+
+
+def cross_entropy(output: Any, target: Tensor) -> Tensor:
+    """Cross-entropy per sample, in float32 at least.
+
+    For class indices it is computed as
+
+        -log softmax(z)[t] = softplus(logsumexp of the other logits - z[t])
+
+    whose derivative is sigmoid(.) times a difference of order 1, exact to rounding for any confidence. For
+    probabilities, a residual softmax(z) - t that is all rounding (a target that is the view's own prediction) is zero
+    by definition, and so is its derivative.
+
+    Args:
+        output: logits [B, C], or an object with them as attribute or key ``logits``.
+        target: class indices [B] or probabilities [B, C].
+
+    Returns:
+        Losses [B].
+
+    Raises:
+        LossContractError: there are no such logits.
+    """
+    logits = find_logits(output)
+    if logits is None or logits.dim() != 2:
+        found = type(output).__name__ if logits is None else f"of shape {tuple(logits.shape)}"
+        raise LossContractError(
+            f"the model's output is {found}, not logits [B, C] or an object with `logits`: give a"
+            " `loss_fn(output, target)` that returns one loss per sample."
+        )
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if target.is_floating_point():
+        return _soft(logits, target.to(logits.dtype))
+    is_target = torch.arange(logits.shape[1], device=target.device) == target.unsqueeze(1)
+    others = logits.masked_fill(is_target, -torch.inf).logsumexp(1)
+    return F.softplus(others - logits.gather(1, target.unsqueeze(1)).squeeze(1))
+
+
+def _soft(logits: Tensor, target: Tensor) -> Tensor:
+    with torch.no_grad():
+        residual = (logits.softmax(1) - target).abs().amax(1, keepdim=True)
+        # Logits carry a relative rounding error of some units, which moves probabilities by as much times the logit.
+        rounding = 16 * torch.finfo(logits.dtype).eps * logits.abs().amax(1, keepdim=True).clamp(min=1.0)
+    return F.cross_entropy(torch.where(residual <= rounding, logits.detach(), logits), target, reduction="none")
