@@ -46,23 +46,17 @@ class _ComparisonMode(TorchFunctionMode):
         super().__init__()
         self._rules: dict[Any, Callable[..., Any]] = {
             F.batch_norm: batchnorm,
-            torch.batch_norm: lambda x, weight, bias, mean, var, training, momentum, eps, cudnn: batchnorm(
-                x, mean, var, weight, bias, training, momentum, eps
-            ),
+            torch.batch_norm: batchnorm.torch_batch_norm,
             F.instance_norm: _instance_norm,
-            torch.instance_norm: lambda x, weight, bias, mean, var, use_input_stats, momentum, eps, cudnn: (
-                _instance_norm(x, mean, var, weight, bias, use_input_stats, momentum, eps)
-            ),
+            torch.instance_norm: _torch_instance_norm,
             F.layer_norm: _layer_norm,
-            torch.layer_norm: lambda x, shape, weight=None, bias=None, eps=1e-5, cudnn=True: _layer_norm(
-                x, shape, weight, bias, eps
-            ),
+            torch.layer_norm: _layer_norm,
             torch._weight_norm: _weight_norm,
             F.embedding: _embedding,
             F.embedding_bag: _embedding_bag,
         }
         if not dropout:
-            self._rules |= dict.fromkeys(_DROPOUTS, lambda x, *args, **kwargs: x)
+            self._rules |= dict.fromkeys(_DROPOUTS, lambda input, *args, **kwargs: input)
             self._rules[F.multi_head_attention_forward] = _attention_without_dropout
             self._rules[F.scaled_dot_product_attention] = _scaled_attention_without_dropout
 
@@ -76,28 +70,30 @@ class _ComparisonMode(TorchFunctionMode):
 # InstanceNorm, in silence (seen in torch 2.13 and 2.15 on CPU; the loop is right). By formula both are right.
 
 
-def _standardized(x: Tensor, dims: list[int], eps: float) -> Tensor:
+def _standardized(input: Tensor, dims: list[int], eps: float) -> Tensor:
     """(x - mean) / sqrt(var + eps) over `dims`, in float32 at least."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = input.to(torch.promote_types(input.dtype, torch.float32))
     centered = wide - wide.mean(dims, keepdim=True)
     return centered * torch.rsqrt(centered.square().mean(dims, keepdim=True) + eps)
 
 
 def _layer_norm(
-    x: Tensor,
+    input: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    cudnn_enable: bool = True,
 ) -> Tensor:
-    y = _standardized(x, list(range(-len(normalized_shape), 0)), eps)
+    del cudnn_enable
+    y = _standardized(input, list(range(-len(normalized_shape), 0)), eps)
     if weight is not None:
         y = y * weight
-    return (y if bias is None else y + bias).to(x.dtype)
+    return (y if bias is None else y + bias).to(input.dtype)
 
 
 def _instance_norm(
-    x: Tensor,
+    input: Tensor,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     weight: Tensor | None = None,
@@ -111,10 +107,25 @@ def _instance_norm(
     if not use_input_stats:
         if running_mean is None or running_var is None:
             raise UnsupportedModuleError("InstanceNorm without input statistics needs running ones: none are there.")
-        return affine(x, Statistics(running_mean, running_var), weight, bias, eps)
-    y = _standardized(x, list(range(2, x.dim())), eps)
-    unit = Statistics(y.new_zeros(x.shape[1]), y.new_ones(x.shape[1]))
-    return affine(y, unit, weight, bias, 0.0).to(x.dtype)
+        return affine(input, Statistics(running_mean, running_var), weight, bias, eps)
+    y = _standardized(input, list(range(2, input.dim())), eps)
+    unit = Statistics(y.new_zeros(input.shape[1]), y.new_ones(input.shape[1]))
+    return affine(y, unit, weight, bias, 0.0).to(input.dtype)
+
+
+def _torch_instance_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
+    del cudnn_enabled
+    return _instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -162,10 +173,11 @@ def _scaled_attention_without_dropout(
     value: Tensor,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
+    is_causal: bool = False,
     **options: Any,
 ) -> Tensor:
     del dropout_p
-    return F.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, **options)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, **options)
 
 
 @contextmanager

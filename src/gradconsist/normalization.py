@@ -101,7 +101,7 @@ class BatchNormCalls:
 
     def __call__(
         self,
-        x: Tensor,
+        input: Tensor,
         running_mean: Tensor | None,
         running_var: Tensor | None,
         weight: Tensor | None = None,
@@ -112,7 +112,24 @@ class BatchNormCalls:
     ) -> Tensor:
         """Stands in for `torch.nn.functional.batch_norm`, whose signature it has; buffers are not written."""
         del momentum
-        return affine(x, self._statistics(x, running_mean, running_var, training), weight, bias, eps)
+        statistics = self._statistics(input, running_mean, running_var, training)
+        return affine(input, statistics, weight, bias, eps)
+
+    def torch_batch_norm(
+        self,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        cudnn_enabled: bool,
+    ) -> Tensor:
+        """Stands in for `torch.batch_norm`, which has the same arguments in another order."""
+        del cudnn_enabled
+        return self(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
     def _statistics(
         self, x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, training: bool
