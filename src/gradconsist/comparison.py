@@ -283,11 +283,10 @@ class _Run:
 
     def _zero(self, *, graph: bool = True) -> Tensor:
         """0 (or [B] zeros), with `graph` connected to every trainable parameter: distributed reducers wait for each."""
-        shape = [len(self.pairs)] if self.options.reduction == "none" else []
-        zero = torch.zeros(shape, dtype=self.wide, device=self.pairs.device)
-        if not graph or not torch.is_grad_enabled():
-            return zero
-        return GradientBuffer(self.options.trainable).attach(zero)
+        zero = torch.zeros([], dtype=self.wide, device=self.pairs.device)
+        if graph and torch.is_grad_enabled():
+            zero = GradientBuffer(self.options.trainable).attach(zero)
+        return zero.repeat(len(self.pairs)) if self.options.reduction == "none" else zero
 
     def _refuse_foreign(self, terms: Tensor) -> None:
         """On the first fused call: nothing but the model's parameters may wait for a gradient."""

@@ -194,9 +194,7 @@ def comparison_scope(model: nn.Module, *, dropout: bool) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the fused forms cannot be differentiated twice
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-            # Neither the mkldnn nor the cuDNN kernels of recurrent layers can be differentiated twice.
-            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            stack.enter_context(_native_recurrence())
         try:
             torch.backends.mha.set_fastpath_enabled(False)
             for module in model.modules():
@@ -212,6 +210,20 @@ def comparison_scope(model: nn.Module, *, dropout: bool) -> Iterator[None]:
             for module, tensors in kept:
                 vars(module).update(tensors)
             torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+@contextmanager
+def _native_recurrence() -> Iterator[None]:
+    """Torch's own recurrent kernels: neither those of mkldnn nor those of cuDNN can be differentiated twice."""
+    # Not `mkldnn.flags(...)`: that context also writes float32 precision flags, which it warns about or leaves changed.
+    mkldnn, cudnn = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
+    try:
+        torch._C._set_mkldnn_enabled(False)
+        torch._C._set_cudnn_enabled(False)
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(mkldnn)
+        torch._C._set_cudnn_enabled(cudnn)
 
 
 def _is_bare(module: nn.Module) -> bool:

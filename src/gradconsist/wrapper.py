@@ -139,8 +139,14 @@ class GGCRWrapper(nn.Module):
 
     def _pair(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, base: StepOutput) -> ViewPair | None:
         if self.pair_fn is not None:
-            return self.pair_fn(args, kwargs, output)
-        if isinstance(output, StepOutput):
+            pair = self.pair_fn(args, kwargs, output)
+            if pair is not None and not isinstance(pair, ViewPair):
+                raise LossContractError(
+                    f"`pair_fn` returned {type(pair).__name__}: return ViewPair(weak, strong, target, weight), or"
+                    " None for a step without a pair."
+                )
+            return pair
+        if isinstance(output, StepOutput) or (isinstance(output, tuple) and isinstance(output[0], StepOutput)):
             return base.pair
         raise LossContractError(
             f"`method` returned {type(output).__name__}, which holds no views to compare: return a StepOutput with a"

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gradconsist.errors import InputTypeError
 from gradconsist.schedules import linear_ramp
 from gradconsist.types import SSLBatch, StepOutput, ViewPair
 from gradconsist.validation import check_choice, check_count, check_number
@@ -75,7 +76,12 @@ class FixMatch(nn.Module):
         Returns:
             Loss, the pair (weak, strong, pseudo-labels, mask), and as logs loss_supervised, loss_unsupervised,
             mask_rate and unlabeled_weight.
+
+        Raises:
+            InputTypeError: `batch` is something else.
         """
+        if not isinstance(batch, SSLBatch):
+            raise InputTypeError(f"`batch` is a {type(batch).__name__}: pass SSLBatch(x, y, weak, strong).")
         labeled, weak, strong = self._logits(batch)
         confidence, target = weak.softmax(1).max(1)
         mask = (confidence >= self.threshold).to(strong.dtype)
