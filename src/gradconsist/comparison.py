@@ -12,20 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradconsist.batch import concatenable, concatenate, take
-from gradconsist.default_loss import cross_entropy, find_logits
+from gradconsist.batch import concatenable, concatenate
 from gradconsist.engines.base import Engine, Problem, explain
 from gradconsist.errors import (
     ConfigError,
     GradConsistError,
     InputShapeError,
-    InputValueError,
     NonFiniteError,
-    UnsupportedModuleError,
 )
 from gradconsist.forward import PerSampleForward, comparison_scope
 from gradconsist.fused import GradientBuffer, foreign_leaves
 from gradconsist.normalization import BatchNormCalls, BatchNormPolicy, Statistics, StatisticsMissingError
+from gradconsist.probes import Probed, probe_model
 from gradconsist.randomness import preserved_randomness
 from gradconsist.similarity import GradProducts, cosine, degenerate_pairs
 from gradconsist.types import ConsistencyRecord, Inputs, LossFunction
@@ -55,7 +53,7 @@ class Comparison:
         reduction: "mean", "sum" or "none".
         fused: whether the gradient is formed inside.
         generator: source of randomness.
-        probed: what was found to hold in which train mode, so that it is looked at once; added to.
+        probed: what earlier calls found out about the model; added to.
     """
 
     model: nn.Module
@@ -73,7 +71,7 @@ class Comparison:
     reduction: str
     fused: bool
     generator: torch.Generator
-    probed: set[tuple[str, bool]]
+    probed: Probed
 
 
 @dataclass(frozen=True)
@@ -187,7 +185,7 @@ class _Run:
         return loss, record
 
     def _loss(self) -> Tensor:
-        self._probe_independence()
+        probe_model(self.forward, self.pairs, self.options.probed)
         problem = Problem(
             losses=self.forward.losses,
             parameters=self.options.compared,
@@ -236,9 +234,9 @@ class _Run:
     def _chunk(self, problem: Problem, index: Tensor, weight: Tensor, buffer: GradientBuffer | None) -> Tensor:
         terms = self._terms(problem, index, weight)
         if buffer is not None:
-            self._refuse_foreign(terms)
             buffer.add(terms.sum())
-        elif terms.requires_grad and not self._known("second derivative"):
+            self._refuse_foreign(terms)  # after the derivative, whose failures have a cause of their own
+        elif terms.requires_grad and self.options.probed.first_time("second derivative", self.options.model.training):
             # Fails here, by name, and not in the user's own backward.
             torch.autograd.grad(terms.sum(), self.options.trainable, allow_unused=True, retain_graph=True)
         return terms
@@ -288,60 +286,16 @@ class _Run:
             zero = GradientBuffer(self.options.trainable).attach(zero)
         return zero.repeat(len(self.pairs)) if self.options.reduction == "none" else zero
 
-    def _refuse_foreign(self, terms: Tensor) -> None:
+    def _refuse_foreign(self, loss: Tensor) -> None:
         """On the first fused call: nothing but the model's parameters may wait for a gradient."""
-        if self._known("no foreign leaves"):
+        if not self.options.probed.first_time("leaves", self.options.model.training):
             return
-        foreign = foreign_leaves(terms, self.options.trainable)
+        foreign = foreign_leaves(loss, self.options.trainable)
         if foreign:
             raise ConfigError(
                 f"`fused=True` forms gradients for the model's parameters only, but `loss_fn` or the model also uses a"
                 f" tensor of shape {tuple(foreign[0].shape)} that requires grad: pass `fused=False`, or detach it."
             )
-
-    def _known(self, fact: str) -> bool:
-        """Whether `fact` was asked for before in this train mode; from now on it was."""
-        key = (fact, self.options.model.training)
-        known = key in self.options.probed
-        self.options.probed.add(key)
-        return known
-
-    def _probe_independence(self) -> None:
-        """On the first call in a train mode: a sample's output must not depend on its neighbours."""
-        if not concatenable(self.pairs.weak, self.pairs.strong) or self._known("independent samples"):
-            return
-        first = slice(0, 1)
-        one = take(self.pairs.weak, first)
-        two = concatenate(one, take(self.pairs.strong, first))
-        forward = PerSampleForward(
-            self.options.model, self.options.loss_fn, self.batchnorm, autocast=self.forward.autocast
-        )
-        with torch.no_grad(), comparison_scope(self.options.model, dropout=False):
-            alone, together = forward.output(one), forward.output(two)
-        self._check_classes(alone)
-        a, b = find_logits(alone), find_logits(together)
-        if a is None or b is None or a.shape[1:] != b.shape[1:] or not a.is_floating_point():
-            return
-        half = self.forward.autocast is not None or a.dtype in (torch.float16, torch.bfloat16)
-        tolerance = 5e-2 if half else 1e-8 if a.dtype == torch.float64 else 1e-3
-        if bool((a[0] - b[0]).abs().max() > tolerance * b.abs().max()):
-            raise UnsupportedModuleError(
-                "the model's output for a sample changes with the other samples of the batch, beyond BatchNorm: a layer"
-                " normalises, sorts or routes over the batch. A per-sample gradient is not defined there: put that"
-                " layer in eval mode, or replace it."
-            )
-
-    def _check_classes(self, output: Any) -> None:
-        logits, target = find_logits(output), self.pairs.target
-        if self.options.loss_fn is not cross_entropy or logits is None or logits.dim() != 2:
-            return
-        classes = logits.shape[1]
-        if target.dim() == 1 and int(target.max()) >= classes:
-            raise InputValueError(
-                f"`target` has class {int(target.max())}, the model {classes} classes (0 to {classes - 1})."
-            )
-        if target.dim() == 2 and target.shape[1] != classes:
-            raise InputShapeError(f"`target` has {target.shape[1]} columns, the model {classes} classes.")
 
 
 def needs_statistics(model: nn.Module, batchnorm: BatchNormPolicy) -> bool:

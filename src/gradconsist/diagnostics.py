@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradconsist.batch import map_leaves
+from gradconsist.batch import concatenable, map_leaves
 from gradconsist.comparison import needs_statistics, take_statistics
 from gradconsist.engines import Engine
 from gradconsist.errors import ConfigError, InputValueError
@@ -193,10 +193,15 @@ class _Trial:
         self.parameters = {name: p for name, p in named.items() if p.requires_grad}
         self._gradient = {name: p.grad.clone() for name, p in self.parameters.items() if p.grad is not None}
         self._weight = arguments[3]
+        self._padding = {
+            id(module.weight): module.padding_idx
+            for module in loss.model.modules()
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None
+        }
 
     def test(self, name: str, moved: Mapping[str, Tensor], generator: torch.Generator) -> DirectionError:
         """Both derivatives along a random direction in the parameters `moved`."""
-        v = {key: _direction(parameter, generator) for key, parameter in moved.items()}
+        v = {key: self._direction(parameter, generator) for key, parameter in moved.items()}
         analytic = sum(float((self._gradient[key] * v[key]).sum()) for key in v)
         # The size of <g, v> for a random v: a chance near-zero product must not turn rounding into a large error.
         usual = sum(float(self._gradient[k].square().sum() * v[k].square().sum()) / v[k].numel() for k in v) ** 0.5
@@ -206,6 +211,14 @@ class _Trial:
         errors = {h: abs(analytic - value) / max(abs(value), usual, floor) for h, value in numeric.items()}
         best = min(errors, key=lambda h: errors[h])
         return DirectionError(name, analytic, numeric[best], errors)
+
+    def _direction(self, parameter: Tensor, generator: torch.Generator) -> Tensor:
+        """A random direction of the parameter's own norm (of norm 1 for one that is zero)."""
+        v = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype).to(parameter.device)
+        if id(parameter) in self._padding:
+            v[self._padding[id(parameter)]] = 0  # the padding row is used, and has no gradient by definition
+        scale = float(parameter.detach().norm()) or 1.0
+        return v * (scale / max(float(v.norm()), 1e-30))
 
     @torch.no_grad()
     def _value(self, v: Mapping[str, Tensor], h: float) -> float:
@@ -226,7 +239,7 @@ class _Trial:
 
 def _statistics(loss: GradientConsistencyLoss, weak: Inputs, strong: Inputs) -> list[Statistics] | None:
     """The statistics that the loss takes at this point, to be held there; None where it needs none."""
-    if not needs_statistics(loss.model, loss.batchnorm):
+    if not concatenable(weak, strong) and not needs_statistics(loss.model, loss.batchnorm):
         return None
     calls = BatchNormCalls(loss.batchnorm)
     with comparison_scope(loss.model, dropout=False):
@@ -236,13 +249,6 @@ def _statistics(loss: GradientConsistencyLoss, weak: Inputs, strong: Inputs) -> 
 
 def _double(tensor: Tensor) -> Tensor:
     return tensor.detach().double() if tensor.is_floating_point() else tensor
-
-
-def _direction(parameter: Tensor, generator: torch.Generator) -> Tensor:
-    """A random direction of the parameter's own norm (of norm 1 for one that is zero)."""
-    v = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype).to(parameter.device)
-    scale = float(parameter.detach().norm()) or 1.0
-    return v * (scale / float(v.norm()))
 
 
 def _names(model: nn.Module, encoder: Any) -> Encoder:

@@ -14,6 +14,7 @@ from gradconsist.engines import ENGINES, Engine
 from gradconsist.errors import ConfigError, GradModeError, StateError
 from gradconsist.guards import check_model
 from gradconsist.normalization import BatchNormPolicy, Statistics
+from gradconsist.probes import Probed
 from gradconsist.selection import Encoder, compared_parameters, trainable_parameters
 from gradconsist.types import ConsistencyRecord, Inputs, LossFunction
 from gradconsist.validation import Pairs, check_choice, check_count, check_number, check_pairs
@@ -139,7 +140,7 @@ class GradientConsistencyLoss:
         self.last: ConsistencyRecord | None = None
         # Reading the seed does not draw from the global generator; drawing from our own does not either.
         self._generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
-        self._probed: set[tuple[str, bool]] = set()
+        self._probed = Probed()
 
     def __call__(
         self,
@@ -246,10 +247,9 @@ class GradientConsistencyLoss:
         Raises:
             StateError: it is something else.
         """
-        if set(state) != {"generator"}:
-            raise StateError(
-                f"`state` has the keys {sorted(state)}, expected ['generator']: pass this class's state_dict."
-            )
+        if set(state) != {"generator"} or not isinstance(state["generator"], Tensor):
+            found = {key: type(value).__name__ for key, value in state.items()}
+            raise StateError(f"`state` holds {found}, expected {{'generator': Tensor}}: pass this class's state_dict.")
         self._generator.set_state(state["generator"].cpu())
 
     def __repr__(self) -> str:
