@@ -35,9 +35,9 @@ class DirectionError:
 
     Attributes:
         name: "all parameters", or the one parameter that the direction moves.
-        analytic: <dL_g/dtheta, v>.
+        analytic: ⟨dL_g/dtheta, v⟩.
         numeric: (L_g(theta + h v) - L_g(theta - h v)) / 2 h, at the step of the smallest error.
-        errors: |analytic - numeric| by step size h, relative to the size that <dL_g/dtheta, v> has for a random v.
+        errors: |analytic - numeric| by step size h, relative to the size that ⟨dL_g/dtheta, v⟩ has for a random v.
     """
 
     name: str
@@ -111,7 +111,7 @@ def verify(
 
     For random directions v, scaled tensor by tensor to the parameters' own norms, compares
 
-        <dL_g/dtheta, v>    with    (L_g(theta + h v) - L_g(theta - h v)) / (2 h),    h = 1e-4, 1e-5, 1e-6
+        ⟨dL_g/dtheta, v⟩    with    (L_g(theta + h v) - L_g(theta - h v)) / (2 h),    h = 1e-4, 1e-5, 1e-6
 
     on a float64 copy of the model, with BatchNorm's statistics held at their values in theta and dropout off. Where a
     direction fails, each parameter is tested by itself, and those that disagree are named.
@@ -203,7 +203,7 @@ class _Trial:
         """Both derivatives along a random direction in the parameters `moved`."""
         v = {key: self._direction(parameter, generator) for key, parameter in moved.items()}
         analytic = sum(float((self._gradient[key] * v[key]).sum()) for key in v)
-        # The size of <g, v> for a random v: a chance near-zero product must not turn rounding into a large error.
+        # The size of ⟨g, v⟩ for a random v: a chance near-zero product must not turn rounding into a large error.
         usual = sum(float(self._gradient[k].square().sum() * v[k].square().sum()) / v[k].numel() for k in v) ** 0.5
         # A wrong derivative that reads zero must show too, so the numeric value sets the scale as well.
         numeric = {h: (self._value(v, h) - self._value(v, -h)) / (2 * h) for h in _STEPS}

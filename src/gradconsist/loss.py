@@ -27,7 +27,7 @@ class GradientConsistencyLoss:
 
     For weak view w, strong view s, target t and the compared parameters E,
 
-        g_w = d loss_fn(model(w), t) / dE,    g_s = d loss_fn(model(s), t) / dE,    GC = <g_w, g_s> / (||g_w|| ||g_s||)
+        g_w = d loss_fn(model(w), t) / dE,    g_s = d loss_fn(model(s), t) / dE,    GC = ⟨g_w, g_s⟩ / (||g_w|| ||g_s||)
 
     with all of E as one flat vector. What is compared is E; what the result is differentiated for is every trainable
     parameter. Pairs whose norm is at most `min_norm` on either side get weight 0 and are counted. Per-sample gradients

@@ -2,7 +2,7 @@
 
 Every engine returns the same three numbers per pair, and everything that follows is written here once:
 
-    weak = ||g_w||^2      strong = ||g_s||^2      cross = <g_w, g_s>      GC = cross / sqrt(weak * strong)
+    weak = ||g_w||^2      strong = ||g_s||^2      cross = ⟨g_w, g_s⟩      GC = cross / sqrt(weak * strong)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class GradProducts(NamedTuple):
     Attributes:
         weak: ||g_w||^2, [B].
         strong: ||g_s||^2, [B].
-        cross: <g_w, g_s>, [B].
+        cross: ⟨g_w, g_s⟩, [B].
     """
 
     weak: Tensor
@@ -48,7 +48,7 @@ def degenerate_pairs(products: GradProducts, min_norm: float) -> Tensor:
 
 
 def cosine(products: GradProducts, degenerate: Tensor) -> Tensor:
-    """GC = <g_w, g_s> / (||g_w|| ||g_s||), and 0 with a zero derivative for degenerate pairs.
+    """GC = ⟨g_w, g_s⟩ / (||g_w|| ||g_s||), and 0 with a zero derivative for degenerate pairs.
 
     Each norm is divided by on its own: their product overflows and underflows where the norms do not. The value is
     clamped to [-1, 1], which rounding can leave by a few units in the last place; the derivative is not clamped, so a

@@ -1,6 +1,6 @@
 """How the inner products of per-sample gradients are computed.
 
-An engine turns pairs of views into three numbers a pair, ||g_w||^2, ||g_s||^2 and <g_w, g_s>, each differentiable in
+An engine turns pairs of views into three numbers a pair, ||g_w||^2, ||g_s||^2 and ⟨g_w, g_s⟩, each differentiable in
 the model's parameters. All engines are exact and interchangeable; they differ in time, memory and in what torch lets
 them run. An engine of your own is any object with a method `products(problem) -> GradProducts`.
 

@@ -75,7 +75,7 @@ class Engine(Protocol):
 
 
 def inner(first: list[Tensor], second: list[Tensor], keep: int = 0) -> Tensor:
-    """<first, second> over all tensors as one flat vector, summed in float32 at least.
+    """⟨first, second⟩ over all tensors as one flat vector, summed in float32 at least.
 
     Args:
         first: gradients, one tensor a parameter.
