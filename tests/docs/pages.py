@@ -1,0 +1,74 @@
+"""The documents, cut into what the tests look at: fenced blocks, links and headings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[\w-]*)[^\n]*\n(?P<body>.*?)^(?P=indent)```[ ]*$", re.M | re.S)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block: its language, its text without the fence's indentation, and the line it starts on."""
+
+    language: str
+    text: str
+    line: int
+    output: str | None
+    """Of a python block: the text block that follows it directly, which is what it prints."""
+
+
+def documents() -> list[Path]:
+    """Every Markdown document: those of the root and those of docs/."""
+    return sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+
+
+def name(page: Path) -> str:
+    """The page's path as a test id."""
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page: Path) -> list[Block]:
+    """The fenced blocks of `page`, in order."""
+    source = page.read_text(encoding="utf-8")
+    found = list(FENCE.finditer(source))
+    result = []
+    for index, match in enumerate(found):
+        after = found[index + 1] if index + 1 < len(found) else None
+        is_output = (
+            after is not None and after["language"] == "text" and not source[match.end() : after.start()].strip()
+        )
+        result.append(
+            Block(
+                language=match["language"],
+                text=_dedent(match["body"], match["indent"]),
+                line=source.count("\n", 0, match.start()) + 2,
+                output=_dedent(after["body"], after["indent"]) if after is not None and is_output else None,
+            )
+        )
+    return result
+
+
+def prose(page: Path) -> str:
+    """The text of `page` without fenced blocks and inline code."""
+    return re.sub(r"`[^`\n]*`", "", FENCE.sub("", page.read_text(encoding="utf-8")))
+
+
+def links(page: Path) -> Iterator[str]:
+    """Targets of the inline links and images of `page`."""
+    for match in re.finditer(r"\]\(([^)\s]+)(?:\s+\"[^\"]*\")?\)", prose(page)):
+        yield match[1]
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that the site's table of contents gives to the headings of `page`."""
+    headings = re.findall(r"^#{1,6} +(.*?)\s*$", FENCE.sub("", page.read_text(encoding="utf-8")), re.M)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+def _dedent(text: str, indent: str) -> str:
+    return "".join(line.removeprefix(indent) for line in text.splitlines(keepends=True))

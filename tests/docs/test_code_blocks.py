@@ -1,0 +1,89 @@
+"""Whatever the documents show as code runs, and prints what they say that it prints."""
+
+from __future__ import annotations
+
+import contextlib
+import doctest
+import io
+import linecache
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pages import ROOT, blocks, documents, name
+
+PAGES = [page for page in documents() if any(block.language == "python" for block in blocks(page))]
+LANGUAGES = {"python", "bash", "console", "text", "bibtex"}
+TRAINERS = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of a page share one namespace and an empty folder, and run in order."""
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for block in blocks(page):
+        if block.language != "python":
+            continue
+        printed = io.StringIO()
+        place = f"{name(page)}:{block.line}"
+        # Tracebacks show the document's own lines; inspect and dataclasses find the source there, too.
+        linecache.cache[place] = (len(block.text), None, block.text.splitlines(keepends=True), place)
+        with contextlib.redirect_stdout(printed):
+            exec(compile(block.text, place, "exec"), namespace)
+        if block.output is not None:
+            equal = doctest.OutputChecker().check_output(block.output, printed.getvalue(), doctest.ELLIPSIS)
+            assert equal, f"{place} prints\n{printed.getvalue()}but the page says\n{block.output}"
+
+
+@pytest.mark.parametrize("page", documents(), ids=name)
+def test_every_block_names_a_known_language(page: Path) -> None:
+    """A python block with a misspelt name would be shown and never run."""
+    assert {block.language for block in blocks(page)} <= LANGUAGES
+
+
+def _shell_text(page: Path) -> str:
+    return "\n".join(block.text for block in blocks(page) if block.language in {"bash", "console"})
+
+
+def _code_text(page: Path) -> str:
+    """Commands and inline code: where options and targets are named."""
+    return _shell_text(page) + "\n" + "\n".join(re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8")))
+
+
+def test_make_targets_exist() -> None:
+    named = {target for page in documents() for target in re.findall(r"\bmake ([a-z][a-z-]*)", _code_text(page))}
+    offered = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    assert named <= offered
+    assert {"demo", "test"} <= named
+
+
+@pytest.fixture(scope="module")
+def trainer_options() -> set[str]:
+    """Every option in the help of any script under examples/."""
+    pytest.importorskip("torchvision", reason="the examples need torchvision")
+    options: set[str] = set()
+    for script in TRAINERS:
+        command = [sys.executable, str(ROOT / "examples" / script), "--help"]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+        options |= set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", shown.stdout))
+    return options
+
+
+# Options of other programs that the documents name.
+FOREIGN = {"--editable", "--strict", "--upgrade"}
+
+
+@pytest.mark.parametrize("page", documents(), ids=name)
+def test_options_exist(page: Path, trainer_options: set[str]) -> None:
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", _code_text(page)))
+    assert named - FOREIGN <= trainer_options
+
+
+@pytest.mark.parametrize("page", documents(), ids=name)
+def test_scripts_exist(page: Path) -> None:
+    for script in re.findall(r"\b((?:examples|benchmarks)/[\w/]+\.py)", page.read_text(encoding="utf-8")):
+        assert (ROOT / script).is_file(), f"{name(page)} names {script}"

@@ -1,0 +1,58 @@
+"""The site builds without a warning and needs nothing from another host."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from pages import ROOT
+
+import gradconsist
+from gradconsist import diagnostics, engines, errors, methods
+
+pytest.importorskip("mkdocs", reason="the site needs the docs extra")
+pytest.importorskip("mkdocstrings", reason="the site needs the docs extra")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
+    assert built.returncode == 0, built.stderr
+    return folder
+
+
+def test_nothing_is_loaded_from_another_host(site: Path) -> None:
+    for page in site.rglob("*.html"):
+        html = page.read_text(encoding="utf-8")
+        loaded = re.findall(r"<(?:script|img|link|iframe)\b[^>]*?(?:src|href)=\"?(?:https?:)?(//[^\"\s>]+)", html)
+        assert not loaded, f"{page.relative_to(site)} loads {loaded}"
+
+
+def test_no_formula_is_taken_for_html(site: Path) -> None:
+    """Outside code, Markdown passes `<g_w, g_s>` through as an element, and the browser shows nothing."""
+    for page in site.rglob("*.html"):
+        opened = set(re.findall(r"<([a-zA-Z][^\s>/]*)", page.read_text(encoding="utf-8")))
+        strange = {tag for tag in opened if not re.fullmatch(r"[a-z]+[1-6]?", tag)}
+        assert not strange, f"{page.relative_to(site)} contains the elements {strange}: use code style for them"
+
+
+def _public_names(module: ModuleType) -> list[str]:
+    """Classes and functions of `__all__`, or, in a module without one, those defined there."""
+    names = getattr(module, "__all__", [name for name in vars(module) if not name.startswith("_")])
+    members = {name: getattr(module, name) for name in names}
+    own = "__all__" in vars(module)
+    return [n for n, m in members.items() if callable(m) and (own or getattr(m, "__module__", None) == module.__name__)]
+
+
+def test_reference_covers_the_public_names(site: Path) -> None:
+    """Every public name has an entry, so that a new one is not forgotten."""
+    html = "".join(page.read_text(encoding="utf-8") for page in (site / "api").rglob("*.html"))
+    for module in (gradconsist, methods, engines, diagnostics, errors):
+        for name in _public_names(module):
+            assert re.search(rf'id="gradconsist(\.\w+)*\.{name}"', html), f"{module.__name__}.{name} is not on the site"
