@@ -1,0 +1,17 @@
+"""Train FixMatch, with or without gradient consistency, on small images.
+
+Examples:
+    python fixmatch_cifar.py --preset demo
+    python fixmatch_cifar.py --labels 250 --seed 1
+    python fixmatch_cifar.py --dataset folder --data-dir photos --labels 250 --arch wrn-10-2 --steps 20000
+"""
+
+from __future__ import annotations
+
+import sys
+
+from recipes.cli import parse_config
+from recipes.training import main
+
+if __name__ == "__main__":
+    sys.exit(main(parse_config(sys.argv[1:], program="fixmatch_cifar.py", description=str(__doc__))))

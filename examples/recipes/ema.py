@@ -1,0 +1,49 @@
+"""The averaged model: an exponential moving average of the parameters, with the live model's buffers."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+
+class AveragedModel:
+    """`average <- d * average + (1 - d) * model` after every step; buffers (BatchNorm statistics) are copied.
+
+    The average lives in a module of its own: the trained weights are never swapped in place.
+
+    Args:
+        model: The trained model.
+        decay: d, in [0, 1); 0 follows the model exactly.
+        warmup: Use `min(d, (1 + k) / (10 + k))` at step k, so that a short run forgets its initial weights.
+
+    Attributes:
+        model: The averaged copy, in eval mode, without gradients.
+        updates: Number of updates so far.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, *, warmup: bool) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay, self.warmup, self.updates = decay, warmup, 0
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take one step towards `model`."""
+        decay = self.decay
+        if self.warmup:
+            decay = min(decay, (1 + self.updates) / (10 + self.updates))
+        averaged = [parameter.data for parameter in self.model.parameters()]
+        torch._foreach_lerp_(averaged, [parameter.data for parameter in model.parameters()], 1 - decay)
+        for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
+            mine.copy_(theirs)
+        self.updates += 1
+
+    def state_dict(self) -> dict[str, object]:
+        """The averaged model and the number of updates."""
+        return {"model": self.model.state_dict(), "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Restore what `state_dict` returned."""
+        self.model.load_state_dict(state["model"])  # type: ignore[arg-type]
+        self.updates = int(state["updates"])  # type: ignore[call-overload]

@@ -1,0 +1,106 @@
+"""The run directory: whose it is, and that only one process writes to it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recipes.config import Config, check_same_run, method_label
+from recipes.errors import ResumeError
+from recipes.files import read_json, write_json
+from recipes.runlog import environment
+
+
+def check_run(config: Config, device: torch.device) -> bool:
+    """Look into the run directory, without writing: is it new, or the same run?
+
+    Args:
+        config: Resolved options.
+        device: Where the run computes.
+
+    Returns:
+        Whether it holds this run already.
+
+    Raises:
+        ResumeError: Where it holds a run with other options, or `--resume never` meets a used directory.
+    """
+    folder = Path(str(config.output))
+    path = folder / "config.json"
+    if not path.exists():
+        if any(folder.glob("checkpoints/*.pt")) or (folder / "metrics.jsonl").exists():
+            raise ResumeError(f"{folder} holds a run without its config.json: restore it, or give another --output.")
+        return False
+    if config.resume == "never":
+        raise ResumeError(f"--resume never, but {folder} holds a run: give another --output, or --resume auto.")
+    try:
+        stored = read_json(path)
+        options: dict[str, Any] = dict(stored["options"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ResumeError(f"{path} cannot be read ({error}): restore it, or give another --output.") from error
+    check_same_run(options, config)
+    _compare_environment(stored.get("environment", {}), environment(device))
+    return True
+
+
+def create_run(config: Config, device: torch.device) -> None:
+    """Create the run directory with its `config.json`.
+
+    Args:
+        config: Resolved options.
+        device: Where the run computes.
+    """
+    folder = Path(str(config.output))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(
+        folder / "config.json",
+        {
+            "format": 1,
+            "label": method_label(config),
+            "options": dataclasses.asdict(config),
+            "environment": environment(device),
+        },
+    )
+
+
+def _compare_environment(before: dict[str, Any], now: dict[str, Any]) -> None:
+    changed = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
+    if changed:
+        print(
+            f"note: continuing elsewhere than the run began ({', '.join(changed)}): "
+            "results stay valid, but not bitwise those of an uninterrupted run.",
+            file=sys.stderr,
+        )
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold the run directory for this process; the lock goes with the process, however it ends.
+
+    Args:
+        folder: The run directory.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ResumeError: Where another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows: no advisory locks; two trainers in one directory remain the user's mistake
+        yield
+        return
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ResumeError(
+                f"{folder} is in use by another process: wait for it, stop it, or give another --output."
+            ) from error
+        yield

@@ -1,0 +1,164 @@
+"""What a run says: metrics.jsonl (exact, resumable), timing.jsonl (wall clock), and progress for people."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from recipes.errors import CheckpointError
+
+Number = float | Tensor
+
+
+class Meter:
+    """Means of named numbers over the steps since the last `flush`; NaN means "not in this step".
+
+    Values stay on their device until they are needed, so that a GPU is not waited for in every step.
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[Number]] = {}
+
+    def add(self, numbers: dict[str, Number]) -> None:
+        """Take the numbers of one step."""
+        for name, value in numbers.items():
+            self.values.setdefault(name, []).append(value.detach() if isinstance(value, Tensor) else value)
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """All values since the last flush, as floats."""
+        self.values = {name: [float(value) for value in values] for name, values in self.values.items()}
+        return {name: list(values) for name, values in self.values.items()}  # type: ignore[arg-type]
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        """Restore what `state_dict` returned."""
+        self.values = {name: list(values) for name, values in state.items()}
+
+    def flush(self) -> dict[str, float | None]:
+        """Return the means (None where a number never occurred) and start afresh."""
+        means: dict[str, float | None] = {}
+        for name, values in self.state_dict().items():
+            real = [value for value in values if not math.isnan(value)]
+            means[name] = math.fsum(real) / len(real) if real else None
+        self.values = {}
+        return means
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object per line, a function of the run's options alone.
+
+    Args:
+        path: The file.
+        keep: Bytes that belong to the checkpoint being resumed; what a killed process wrote after it is cut off.
+
+    Raises:
+        CheckpointError: Where the file is shorter than the checkpoint says.
+    """
+
+    def __init__(self, path: Path, keep: int) -> None:
+        self.path = path
+        size = path.stat().st_size if path.exists() else 0
+        if size < keep:
+            raise CheckpointError(
+                f"{path} has {size} bytes, but the checkpoint was taken when it had {keep}: restore the file, "
+                "or delete the run directory to start again."
+            )
+        self.file = open(path, "ab")  # noqa: SIM115 - open for the whole run
+        self.file.truncate(keep)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one line."""
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        self.file.write((json.dumps(finite, allow_nan=False) + "\n").encode())
+        self.file.flush()
+
+    def sync(self) -> int:
+        """Make all lines durable; return the size, which a checkpoint stores."""
+        os.fsync(self.file.fileno())
+        return self.path.stat().st_size
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Append a JSON line to a file that nothing depends on."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+class Progress:
+    """A bar with the remaining time on a terminal, a plain line now and then elsewhere.
+
+    Args:
+        kind: `auto`, `bar`, `lines` or `none`.
+        done: Steps done before.
+        total: Steps in all.
+        every: Seconds between plain lines.
+    """
+
+    def __init__(self, kind: str, done: int, total: int, *, every: float = 30.0) -> None:
+        if kind == "auto":
+            kind = "bar" if sys.stderr.isatty() else "lines"
+        self.kind, self.done, self.total, self.every = kind, done, total, every
+        self.started, self.first, self.said = time.monotonic(), done, time.monotonic()
+        self.shown: dict[str, str] = {}
+        self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True) if kind == "bar" else None
+
+    def show(self, **numbers: float | None) -> None:
+        """Replace the numbers shown."""
+        self.shown.update({key: f"{value:.4g}" for key, value in numbers.items() if value is not None})
+        if self.bar is not None:
+            self.bar.set_postfix(self.shown, refresh=False)
+
+    def advance(self) -> None:
+        """Count one step."""
+        self.done += 1
+        if self.bar is not None:
+            self.bar.update()
+        elif self.kind == "lines" and time.monotonic() - self.said > self.every:
+            self.line()
+
+    def line(self) -> None:
+        """Print a plain line now, where lines are wanted."""
+        if self.kind != "lines":
+            return
+        self.said = time.monotonic()
+        rate = (self.done - self.first) / max(self.said - self.started, 1e-9)
+        left = duration((self.total - self.done) / rate) if rate else "?"
+        numbers = "  ".join(f"{key} {value}" for key, value in self.shown.items())
+        print(f"step {self.done}/{self.total}  {numbers}  {left} left", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """Print a sentence without breaking the bar."""
+        if self.kind != "none":
+            tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def duration(seconds: float) -> str:
+    """Write seconds for people: `45 s`, `12 min`, `3.4 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What bitwise equality depends on, beside the options."""
+    return {"torch": torch.__version__, "device": str(device), "threads": torch.get_num_threads()}

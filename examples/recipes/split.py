@@ -1,0 +1,106 @@
+"""The balanced labeled split: drawn from the seed, stored with its SHA-256, and checked on resume."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recipes.datasets import Images
+from recipes.errors import OptionError, ResumeError
+from recipes.files import read_json, write_json
+from recipes.streams import Stream, permutation
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which training images are labeled; the unlabeled set is all of them, the labeled ones included.
+
+    Attributes:
+        labeled: Sorted indices `[labels]` into the training images.
+        digest: SHA-256 of the class names, all training labels and the labeled indices.
+        data_digest: SHA-256 of the training and test pixels and labels.
+    """
+
+    labeled: Tensor
+    digest: str
+    data_digest: str
+
+    def record(self, classes: list[str]) -> dict[str, Any]:
+        """What `split.json` holds."""
+        return {
+            "sha256": self.digest,
+            "data_sha256": self.data_digest,
+            "classes": classes,
+            "labeled": self.labeled.tolist(),
+        }
+
+
+def draw_split(images: Images, labels: int, seed: int) -> Split:
+    """Choose the same number of labeled images from each class.
+
+    Args:
+        images: The data set.
+        labels: Labeled images in all.
+        seed: The run's seed.
+
+    Returns:
+        The split.
+
+    Raises:
+        OptionError: Where `labels` is not divisible by the number of classes, or a class is too small.
+    """
+    count = len(images.classes)
+    if labels % count or labels < count:
+        lower = max(labels // count, 1) * count
+        raise OptionError(
+            f"--labels {labels} cannot be balanced over {count} classes: "
+            f"give a multiple of {count}, for example {lower} or {lower + count}."
+        )
+    per_class = labels // count
+    chosen = []
+    for number, name in enumerate(images.classes):
+        members = torch.nonzero(images.train_y == number).flatten()
+        if len(members) < per_class:
+            raise OptionError(
+                f"--labels {labels} asks for {per_class} labeled images of each class, "
+                f"but class {name!r} has {len(members)}: give at most {len(members) * count}."
+            )
+        order = permutation(seed, Stream.SPLIT, number, len(members))
+        chosen.append(members[torch.from_numpy(order[:per_class])])
+    labeled = torch.cat(chosen).sort().values
+    digest = hashlib.sha256("\n".join(images.classes).encode())
+    for part in (images.train_y, labeled):
+        digest.update(part.numpy().astype("<i8").tobytes())
+    return Split(labeled, digest.hexdigest(), images.digest())
+
+
+def store_or_check(path: Path, split: Split, classes: list[str]) -> None:
+    """Write `split.json`, or compare with the one that is there.
+
+    Args:
+        path: The file.
+        split: This call's split.
+        classes: Class names.
+
+    Raises:
+        ResumeError: Where the stored split or the data differ.
+    """
+    if not path.exists():
+        write_json(path, split.record(classes))
+        return
+    stored = read_json(path)
+    for key, now, what in (
+        ("sha256", split.digest, "labeled split"),
+        ("data_sha256", split.data_digest, "data set (pixels or labels)"),
+    ):
+        if stored.get(key) != now:
+            raise ResumeError(
+                f"{path}: the {what} differs from the one that this run started with "
+                f"(SHA-256 {stored.get(key)} there, {now} now). "
+                "Restore the data as it was, or give another --output to start a new run."
+            )

@@ -1,0 +1,153 @@
+"""One step of training, and everything that must be saved to take the next one exactly."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradconsist import StepOutput
+from gradconsist.errors import NonFiniteError
+from recipes.config import Config
+from recipes.ema import AveragedModel
+from recipes.errors import CheckpointError, NonFiniteLossError
+from recipes.loader import StepImages, ToModel
+from recipes.methods import build_method
+from recipes.models import build_model
+from recipes.runlog import Meter, Number
+from recipes.schedule import build_optimizer, set_learning_rate
+
+_AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Trainer:
+    """Model, method, optimizer, averaged model and loss scaling of a run.
+
+    Args:
+        config: Resolved options.
+        classes: Number of classes K.
+        to_model: Normalisation and device.
+
+    Attributes:
+        step: Steps done.
+        meter: Means for the log.
+        evaluations: Test accuracies so far.
+    """
+
+    def __init__(self, config: Config, classes: int, to_model: ToModel) -> None:
+        self.config, self.to_model, device = config, to_model, to_model.device
+        torch.manual_seed(config.seed)
+        self.model = build_model(config.arch, classes, momentum=float(config.bn_momentum or 0.001)).to(device)
+        if config.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        self.method = build_method(self.model, config).to(device).train()
+        self.optimizer = build_optimizer(self.model, lr=config.lr, weight_decay=float(config.weight_decay or 0.0))
+        self.average = AveragedModel(self.model, config.ema, warmup=bool(config.ema_warmup))
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+        self.step = 0
+        self.meter = Meter()
+        self.evaluations: list[float] = []
+
+    def train_step(self, images: StepImages) -> None:
+        """Take one step.
+
+        Args:
+            images: The step's images.
+
+        Raises:
+            NonFiniteLossError: Where the loss or its gradient is NaN or infinite; nothing is updated then.
+        """
+        lr = set_learning_rate(self.optimizer, self.config.lr, self.step, self.config.steps)
+        batch = self.to_model.batch(images)
+        try:
+            with self._autocast():
+                out: StepOutput = self.method(batch)
+        except NonFiniteError as error:
+            raise NonFiniteLossError(self._non_finite(f"the gradient consistency failed ({error})")) from error
+        loss = float(out.loss.detach())
+        if not math.isfinite(loss):
+            terms = [name for name, value in out.logs.items() if "loss" in name and not math.isfinite(float(value))]
+            raise NonFiniteLossError(self._non_finite(f"the loss is {loss:g}; terms: {terms or 'none'}"))
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(out.loss).backward()
+        if not self.scaler.is_enabled():  # fp16's scaler meets infinite gradients as a matter of course, and skips
+            self._check_gradients()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.average.update(self.model)
+        self.step += 1
+        self.meter.add({**out.logs, **_pseudo_label_quality(out, images.truth), "loss": out.loss, "lr": lr})
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.config.amp == "off":
+            return contextlib.nullcontext()
+        return torch.autocast(self.to_model.device.type, dtype=_AMP_TYPES[self.config.amp])
+
+    def _check_gradients(self) -> None:
+        named = [(name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None]
+        norms = torch.stack(torch._foreach_norm([gradient for _, gradient in named]))
+        if not bool(torch.isfinite(norms).all()):
+            first = next(name for (name, _), norm in zip(named, norms.tolist(), strict=True) if not math.isfinite(norm))
+            raise NonFiniteLossError(self._non_finite(f"the gradient of {first} is not finite"))
+
+    def _non_finite(self, what: str) -> str:
+        return (
+            f"step {self.step}: {what}. Nothing was updated, and the last checkpoint is untouched. "
+            "Try a smaller --lr or --ggcr-weight, or --amp off, in a new --output."
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on, and the options, so that the file describes itself."""
+        device = self.to_model.device
+        return {
+            "step": self.step,
+            "options": dataclasses.asdict(self.config),
+            "method": self.method.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "meter": self.meter.state_dict(),
+            "evaluations": list(self.evaluations),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned.
+
+        Args:
+            state: From a verified checkpoint.
+
+        Raises:
+            CheckpointError: Where it does not fit this run.
+        """
+        try:
+            self.method.load_state_dict(state["method"])
+            self.average.load_state_dict(state["average"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.meter.load_state_dict(state["meter"])
+            self.evaluations = [float(value) for value in state["evaluations"]]
+            self.step = int(state["step"])
+            torch.set_rng_state(state["rng"])
+            if state["cuda_rng"] is not None and self.to_model.device.type == "cuda":
+                torch.cuda.set_rng_state(state["cuda_rng"], self.to_model.device)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"the checkpoint does not fit this run ({type(error).__name__}: {str(error).splitlines()[0]}): "
+                "it was written by another version of the trainer, or for another model. Use another --output."
+            ) from error
+
+
+def _pseudo_label_quality(out: StepOutput, truth: Tensor) -> dict[str, Number]:
+    """How often the pseudo-labels are right, over all pairs and over the confident ones (NaN where there is none)."""
+    if out.pair is None:
+        return {}
+    target = out.pair.target.argmax(1) if out.pair.target.ndim == 2 else out.pair.target
+    right = (target == truth.to(target.device)).float()
+    weight = torch.ones_like(right) if out.pair.weight is None else out.pair.weight.float()
+    return {"pseudo_label_accuracy": right.mean(), "confident_accuracy": (right * weight).sum() / weight.sum()}

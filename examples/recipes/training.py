@@ -1,0 +1,231 @@
+"""The run: data, trainer, evaluations, checkpoints, and what is left in the run directory at the end."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradconsist.errors import GradConsistError
+from recipes import methods
+from recipes.checkpoint import load_latest, remove_leftovers, save_checkpoint
+from recipes.config import Config, method_label, resolve
+from recipes.datasets import Images, load_images
+from recipes.errors import OptionError, TrainerError
+from recipes.evaluation import PROTOCOL, evaluate, summarize
+from recipes.files import read_json, write_json
+from recipes.loader import StepDataset, ToModel, step_batches, worker_count
+from recipes.plotting import draw_curves, read_run
+from recipes.rundir import check_run, create_run, exclusive
+from recipes.runlog import MetricsFile, Progress, append_line, duration
+from recipes.split import Split, draw_split, store_or_check
+from recipes.stopping import StopRequest
+from recipes.trainer import Trainer
+
+
+def run(config: Config) -> int:
+    """Train as the options say, continuing what the run directory holds.
+
+    Args:
+        config: The options, as given.
+
+    Returns:
+        The process's exit status: 0, or 128 + the signal that stopped it.
+    """
+    config = resolve(config)
+    methods.check_method(config.method)
+    device = _device(config.device)
+    folder = Path(str(config.output))
+    known = check_run(config, device)
+    if (folder / "summary.json").exists():
+        last = read_json(folder / "summary.json")["last"]
+        print(f"{folder} is finished: test accuracy {last:.4f}. Give another --output for a new run.")
+        return 0
+    images = load_images(config)
+    split = draw_split(images, config.labels, config.seed)
+    mean, deviation = images.channel_statistics()
+    to_model = ToModel(mean, deviation, device, channels_last=config.channels_last)
+    trainer = Trainer(config, len(images.classes), to_model)
+    # Only now is everything known to fit: a refused start leaves no run directory behind.
+    if not known:
+        create_run(config, device)
+    with exclusive(folder):
+        store_or_check(folder / "split.json", split, images.classes)
+        return _Execution(folder, images, split, trainer).train()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise OptionError(f"--device {name!r} is not usable here ({str(error).splitlines()[0]}): try cpu.") from error
+    return device
+
+
+class _Execution:
+    """One process's part of a run."""
+
+    def __init__(self, folder: Path, images: Images, split: Split, trainer: Trainer) -> None:
+        self.config = config = trainer.config
+        self.folder, self.images, self.trainer = folder, images, trainer
+        self.checkpoints = folder / "checkpoints"
+        remove_leftovers(self.checkpoints)
+        state = load_latest(self.checkpoints)
+        if state is not None:
+            trainer.load_state_dict(state)
+        self.seconds = float(state["seconds"]) if state else 0.0  # of training, over all calls
+        self.metrics = MetricsFile(folder / "metrics.jsonl", int(state["metrics_bytes"]) if state else 0)
+        self.saved = trainer.step if state else -1
+        self.dataset = StepDataset(images, split, config)
+        self.workers = worker_count(config.workers)
+        self.board = _tensorboard(folder, trainer.step) if config.tensorboard else None
+        self.progress = Progress(config.progress, trainer.step, config.steps)
+        self._banner(split)
+
+    def _banner(self, split: Split) -> None:
+        config, trainer, say = self.config, self.trainer, self.progress.say
+        parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+        height, width = self.images.train_x.shape[1:3]
+        say(
+            f"{method_label(config)} on {self.images.name} ({len(self.images.train_y):,} training images "
+            f"{height}x{width}, {len(self.images.classes)} classes, {config.labels} labels), "
+            f"{config.arch} ({parameters:,} parameters), {trainer.to_model.device}, "
+            f"{torch.get_num_threads()} threads + {self.workers} workers"
+        )
+        say(f"split SHA-256 {split.digest}")
+        say(f"run directory {self.folder}" + (f", continuing at step {trainer.step}" if trainer.step else ""))
+        if config.ggcr_weight > 0 and config.steps <= config.ggcr_warmup:
+            say(f"note: --ggcr-warmup {config.ggcr_warmup} >= --steps {config.steps}: the term is never added.")
+
+    def train(self) -> int:
+        config, trainer = self.config, self.trainer
+        pin = trainer.to_model.device.type == "cuda"
+        batches = step_batches(self.dataset, trainer.step, config.steps, workers=self.workers, pin=pin)
+        reason = None
+        with StopRequest(config) as stop:
+            try:
+                clock = time.monotonic()
+                for batch in batches:
+                    trainer.train_step(batch)
+                    now = time.monotonic()
+                    self.seconds += now - clock
+                    self._after_step()
+                    reason = stop.after_step()
+                    if reason is not None:
+                        break
+                    clock = time.monotonic()
+                self._save()
+            finally:
+                del batches  # ends the workers
+                self.progress.close()
+                self.metrics.close()
+                if self.board is not None:
+                    self.board.close()
+        if trainer.step < config.steps:
+            self.progress.say(f"stopped by {reason} at step {trainer.step} of {config.steps}; checkpoint written.")
+            self.progress.say("Start the same command again to continue.")
+            return stop.exit_code
+        self._finish()
+        return 0
+
+    def _after_step(self) -> None:
+        config, trainer = self.config, self.trainer
+        step, last = trainer.step, trainer.step == config.steps
+        if step % config.log_every == 0 or last:
+            means = trainer.meter.flush()
+            self._record("train", means)
+            rate = self._rate()
+            self.progress.show(loss=means.get("loss"), mask=means.get("mask_rate"), images_per_s=rate)
+        self.progress.advance()
+        if step % config.eval_every == 0 or last:
+            numbers = evaluate(trainer.average.model, self.images.test_x, self.images.test_y, trainer.to_model)
+            trainer.evaluations.append(numbers["test_accuracy"])
+            self._record("eval", dict(numbers))
+            self.progress.show(test=numbers["test_accuracy"])
+            self.progress.line()
+        if step % config.checkpoint_every == 0 or last:
+            self._save()
+
+    def _record(self, kind: str, numbers: dict[str, float | None]) -> None:
+        step = self.trainer.step
+        self.metrics.write({"kind": kind, "step": step, **numbers})
+        if self.board is not None:
+            for name, value in numbers.items():
+                if value is not None:
+                    self.board.add_scalar(name if kind == "eval" else f"train/{name}", value, step)
+
+    def _rate(self) -> float:
+        """Images per second of training so far; also one line of timing.jsonl."""
+        per_step = self.config.batch_size + self.dataset.unlabeled_batch
+        rate = per_step * self.trainer.step / max(self.seconds, 1e-9)
+        line = {"step": self.trainer.step, "seconds": round(self.seconds, 3), "images_per_second": round(rate, 1)}
+        append_line(self.folder / "timing.jsonl", line)
+        return rate
+
+    def _save(self) -> None:
+        step = self.trainer.step
+        if self.saved == step:
+            return
+        state = self.trainer.state_dict()
+        # The lines must be on the disk before the checkpoint that counts on them.
+        save_checkpoint(
+            self.checkpoints, step, {**state, "metrics_bytes": self.metrics.sync(), "seconds": self.seconds}
+        )
+        self.saved = step
+
+    def _finish(self) -> None:
+        config, trainer = self.config, self.trainer
+        numbers = summarize(trainer.evaluations)
+        summary: dict[str, Any] = {
+            "protocol": PROTOCOL,
+            "method": method_label(config),
+            "dataset": self.images.name,
+            "labels": config.labels,
+            "arch": config.arch,
+            "seed": config.seed,
+            "steps": trainer.step,
+            "evaluations": len(trainer.evaluations),
+            **numbers,
+            "seconds": round(self.seconds, 1),
+        }
+        draw_curves([read_run(self.folder)], self.folder / "curves.png")
+        write_json(self.folder / "summary.json", summary)  # last: its presence says that the run is finished
+        self.progress.say(
+            f"finished in {duration(self.seconds)} of training: test accuracy last {numbers['last']:.4f}, "
+            f"median of last 20 evaluations {numbers['median_last_20']:.4f}, best {numbers['best']:.4f}"
+        )
+        self.progress.say(f"curves: {os.path.join(self.folder, 'curves.png')}")
+
+
+def _tensorboard(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise OptionError("--tensorboard needs the tensorboard package: pip install tensorboard") from error
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+
+def main(config: Config) -> int:
+    """Run, and turn what is refused into one message and an exit status.
+
+    Args:
+        config: The options, as given.
+
+    Returns:
+        The exit status.
+    """
+    try:
+        return run(config)
+    except (TrainerError, GradConsistError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", 1)
+    except KeyboardInterrupt:  # before the first step; later, the loop answers it with a checkpoint
+        print("interrupted before training began; nothing was changed.", file=sys.stderr)
+        return 130
