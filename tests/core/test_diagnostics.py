@@ -1,0 +1,132 @@
+"""diagnostics.verify: passes where the gradient is right, fails where a planted second derivative is wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import state
+from support.zoo import CASES
+from torch import Tensor, nn
+
+from gradconsist import diagnostics
+from gradconsist.errors import GradConsistError, UnsupportedModuleError
+
+MODELS = [
+    "mlp",
+    "mlp_inplace_relu",
+    "mlp_layernorm",
+    "mlp_user_loss",
+    "cnn_batchnorm_train",
+    "cnn_batchnorm_eval",
+    "cnn_batchnorm_functional",
+    "cnn_batchnorm_twice",
+    "cnn_groupnorm",
+    "vit_dropout",
+    "tied_embedding",
+    "text_dict",
+    "two_inputs",
+    "weight_norm",
+    "frozen_subset",
+    "lstm",
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("name", MODELS)
+def test_it_passes_on_the_zoo(name: str, dtype: torch.dtype) -> None:
+    """Also for a float32 model: the test itself is run in float64, on a copy."""
+    p = CASES[name].problem(dtype=dtype)
+    before = {**state.of_process(), **state.of_model(p.model)}
+    report = diagnostics.verify(*p.arguments, loss_fn=p.case.loss_fn, encoder=p.case.encoder)
+    assert report.ok, str(report)
+    assert report.worst < 1e-5
+    assert state.differences(before, {**state.of_process(), **state.of_model(p.model)}) == []
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+def test_it_passes_with_both_engines(engine: str) -> None:
+    p = CASES["cnn_batchnorm_train"].problem()
+    assert diagnostics.verify(*p.arguments, engine=engine).ok
+
+
+class _WrongSecondDerivative(torch.autograd.Function):
+    """tanh, with a right first derivative whose own derivative is wrong: 1 - y^2 treated as a constant."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return torch.tanh(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output.detach())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return grad * (1 - y.detach().square())
+
+
+class Planted(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return _WrongSecondDerivative.apply(x)
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+def test_it_fails_on_a_wrong_second_derivative(engine: str) -> None:
+    p = CASES["mlp"].problem()
+    p.model[3] = Planted()
+    report = diagnostics.verify(*p.arguments, engine=engine)
+    assert not report.ok
+    assert report.worst > 1e-4
+    assert "fail" in str(report).lower() or "wrong" in str(report).lower() or "not" in str(report).lower()
+
+
+def test_it_fails_on_a_small_error() -> None:
+    """A few percent of one of many layers is still a wrong gradient."""
+
+    class Slightly(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 0.98 * torch.tanh(x) + 0.02 * _WrongSecondDerivative.apply(x)
+
+    p = CASES["mlp"].problem()
+    p.model[1] = Slightly()
+    assert not diagnostics.verify(*p.arguments).ok
+
+
+def test_it_sees_through_both_engines_layer_norm() -> None:
+    """torch's vmap of grad is wrong at second order through an affine LayerNorm: whatever the engine does, no silence."""
+    for name in ("mlp_layernorm", "vit", "cnn_instancenorm"):
+        p = CASES[name].problem()
+        try:
+            report = diagnostics.verify(*p.arguments, engine="vmap")
+        except UnsupportedModuleError:
+            continue
+        assert report.ok, str(report)
+
+
+def test_report() -> None:
+    p = CASES["mlp"].problem()
+    report = diagnostics.verify(*p.arguments, directions=3, seed=5)
+    again = diagnostics.verify(*p.arguments, directions=3, seed=5)
+    assert report.worst == again.worst
+    assert diagnostics.verify(*p.arguments, directions=3, seed=6).worst != report.worst
+    assert isinstance(report.ok, bool)
+    assert f"{report.worst:.0e}"[:2] in str(report) or "worst" in str(report).lower()
+
+
+def test_weights_and_options_are_part_of_what_is_verified() -> None:
+    p = CASES["cnn_batchnorm_train"].problem()
+    weight = torch.tensor([1.0, 0.0, 0.5, 2.0, 1.0])
+    assert diagnostics.verify(*p.arguments, weight, encoder=p.model[0]).ok
+
+
+def test_bad_options() -> None:
+    p = CASES["mlp"].problem()
+    with pytest.raises(GradConsistError, match="directions"):
+        diagnostics.verify(*p.arguments, directions=0)
+    with pytest.raises(GradConsistError, match="target"):
+        diagnostics.verify(p.model, p.weak, p.strong, p.target[:2])

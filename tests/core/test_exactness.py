@@ -1,0 +1,200 @@
+"""Every model of the zoo x engine x fused x chunk size x dtype, against the float64 oracle."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from support import compare
+from support.oracle import Verdict
+from support.zoo import CASES, PAIRS, Problem
+
+from gradconsist import GradientConsistencyLoss
+from gradconsist.errors import UnsupportedModuleError
+
+CHUNKS = (1, 3, None, "auto")
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+WEIGHT = torch.tensor([1.0, 0.0, 0.5, 1.0, 0.25], dtype=torch.float64)
+assert len(WEIGHT) == PAIRS
+
+
+@functools.cache
+def _verdict(name: str, dtype: torch.dtype, weighted: bool) -> Verdict:
+    """The oracle in float64 on the parameters and inputs as they are in `dtype`."""
+    problem = CASES[name].problem(dtype=dtype)
+    return problem.judge(WEIGHT if weighted else None).verdict()
+
+
+def _loss(problem: Problem, **options: object) -> GradientConsistencyLoss:
+    case = problem.case
+    return GradientConsistencyLoss(problem.model, encoder=case.encoder, loss_fn=case.loss_fn, **options)
+
+
+def _check(name: str, dtype: torch.dtype, **options: object) -> None:
+    problem = CASES[name].problem(dtype=dtype)
+    gc = _loss(problem, **options)
+    loss = gc(*problem.views)
+    gradient = compare.gradient_of(loss, problem.model)
+    compare.assert_agrees(gc.last, loss, gradient, _verdict(name, dtype, False), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "graph"])
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+@pytest.mark.parametrize("name", CASES)
+def test_engines_agree_with_the_oracle(name: str, engine: str, fused: bool, dtype: str) -> None:
+    if engine == "vmap" and CASES[name].vmap == "refused":
+        problem = CASES[name].problem(dtype=DTYPES[dtype])
+        with pytest.raises(UnsupportedModuleError, match="loop"):
+            _loss(problem, engine="vmap", fused=fused)(*problem.views)
+        return
+    for chunk_size in CHUNKS if dtype == "float64" else (1, 3):
+        _check(name, DTYPES[dtype], engine=engine, fused=fused, chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_defaults_are_exact_on_every_model(name: str) -> None:
+    """`engine="auto"` where vmap refuses, too."""
+    _check(name, torch.float64)
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+@pytest.mark.parametrize("name", ["mlp", "cnn_batchnorm_train", "vit", "tied_embedding"])
+def test_weights_go_inside(name: str, engine: str) -> None:
+    """Zero and soft weights; pairs of weight 0 count in the statistics and in the denominator."""
+    verdict = _verdict(name, torch.float64, True)
+    for fused in (True, False):
+        for chunk_size in (1, 3, None):
+            problem = CASES[name].problem()
+            gc = _loss(problem, engine=engine, fused=fused, chunk_size=chunk_size)
+            loss = gc(*problem.views, WEIGHT)
+            gradient = compare.gradient_of(loss, problem.model)
+            assert float((loss.detach() - verdict.loss).abs()) <= 1e-10
+            assert compare.relative(gradient, verdict.flat) <= 1e-8
+            compared = gc.last.compared
+            assert compared.tolist() == (WEIGHT > 0).tolist()
+            assert compare.cosine_error(gc.last.cosine[compared], verdict.cosine[compared]) <= 1e-10
+            assert gc.last.cosine[~compared].isnan().all()
+            assert gc.last.norm_weak[~compared].isnan().all()
+            assert gc.last.norm_strong[~compared].isnan().all()
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+@pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.vmap == "exact"])
+def test_measure_agrees_with_the_oracle(name: str, engine: str) -> None:
+    problem = CASES[name].problem()
+    verdict = _verdict(name, torch.float64, False)
+    record = _loss(problem, engine=engine).measure(*problem.views)
+    assert compare.cosine_error(record.cosine, verdict.cosine) <= 1e-10
+    assert compare.relative(record.norm_weak, verdict.norm_weak) <= 1e-10
+    assert compare.relative(record.norm_strong, verdict.norm_strong) <= 1e-10
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+def test_what_is_compared_and_what_is_differentiated(engine: str) -> None:
+    """E is what the user names; the derivative goes to every trainable parameter, the head included."""
+    for encoder, compared in (
+        (lambda m: m[0], lambda n: n.startswith("0.")),
+        (lambda m: [m[0], m[2]], lambda n: n.startswith(("0.", "2."))),
+        (lambda m: (m[2],), lambda n: n.startswith("2.")),
+        (lambda m: lambda n: n.endswith("weight"), lambda n: n.endswith("weight")),
+    ):
+        problem = CASES["mlp"].problem()
+        verdict = problem.judge(compared=compared).verdict()
+        gc = GradientConsistencyLoss(problem.model, encoder=encoder(problem.model), engine=engine)
+        loss = gc(*problem.views)
+        gradient = compare.gradient_of(loss, problem.model)
+        compare.assert_agrees(gc.last, loss, gradient, verdict, dtype=torch.float64)
+        assert float(verdict.gradient["4.weight"].norm()) > 1e-3
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+def test_frozen_parameters_are_not_compared(engine: str) -> None:
+    """An encoder that holds frozen parameters compares its trainable ones; the frozen get no gradient."""
+    problem = CASES["frozen_subset"].problem()
+    verdict = problem.judge(compared=lambda n: n.startswith(("0.", "2."))).verdict()
+    gc = GradientConsistencyLoss(problem.model, encoder=[problem.model[0], problem.model[2]], engine=engine)
+    loss = gc(*problem.views)
+    loss.backward()
+    assert problem.model[0].weight.grad is None
+    assert problem.model[2].weight.grad is None
+    problem.model.zero_grad()
+    gradient = compare.gradient_of(gc(*problem.views), problem.model)
+    compare.assert_agrees(gc.last, loss, gradient, verdict, dtype=torch.float64)
+
+
+def test_parameters_frozen_after_construction() -> None:
+    """The selection is that of the call: a schedule may freeze and unfreeze layers."""
+    problem = CASES["mlp"].problem()
+    gc = GradientConsistencyLoss(problem.model)
+    problem.model[0].requires_grad_(False)
+    verdict = problem.judge().verdict()
+    gradient = compare.gradient_of(gc(*problem.views), problem.model)
+    assert compare.relative(gradient, verdict.flat) <= 1e-8
+    problem.model[0].requires_grad_(True)
+    gradient = compare.gradient_of(gc(*problem.views), problem.model)
+    assert compare.relative(gradient, problem.judge().verdict().flat) <= 1e-8
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+def test_many_pairs_in_odd_chunks(engine: str) -> None:
+    """A last chunk that is short, one larger than the batch, and a batch of one pair."""
+    for pairs, chunk_size in ((7, 3), (7, 2), (7, 7), (7, 50), (1, 1), (1, None), (2, "auto")):
+        problem = CASES["cnn_batchnorm_train"].problem(pairs=pairs)
+        gc = GradientConsistencyLoss(problem.model, engine=engine, chunk_size=chunk_size)
+        loss = gc(*problem.views)
+        gradient = compare.gradient_of(loss, problem.model)
+        compare.assert_agrees(gc.last, loss, gradient, problem.judge().verdict(), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+def test_sparse_embedding_gradients(engine: str) -> None:
+    """Embedding(sparse=True): the same numbers as its dense twin."""
+    dense = CASES["tied_embedding"].problem()
+    dense.model.output.weight = torch.nn.Parameter(dense.model.output.weight.detach().clone())
+    verdict = dense.judge().verdict()
+    dense.model.embedding.sparse = True
+    GradientConsistencyLoss(dense.model, engine=engine)(*dense.views).backward()
+    parts = [(p.grad.to_dense() if p.grad.is_sparse else p.grad).reshape(-1) for p in dense.model.parameters()]
+    assert compare.relative(torch.cat(parts), verdict.flat) <= 1e-8
+
+
+def test_old_style_weight_norm() -> None:
+    """torch.nn.utils.weight_norm (a hook): right by the formula, or refused by name -- never torch's wrong value."""
+    problem = CASES["mlp"].problem()
+    with pytest.warns(Warning, match="weight_norm"):
+        torch.nn.utils.weight_norm(problem.model[0])
+    try:
+        gradient = compare.gradient_of(GradientConsistencyLoss(problem.model)(*problem.views), problem.model)
+    except UnsupportedModuleError as error:
+        assert "weight_norm" in str(error)  # noqa: PT017
+        return
+    plain = CASES["mlp"].problem()
+    torch.nn.utils.parametrizations.weight_norm(plain.model[0])
+    by_hand = plain.judge(reference=_weight_norm_by_hand).verdict().gradient
+    names = {"0.weight_g": "0.parametrizations.weight.original0", "0.weight_v": "0.parametrizations.weight.original1"}
+    expected = [by_hand[names.get(n, n)].reshape(-1) for n, _ in problem.model.named_parameters()]
+    assert compare.relative(gradient, torch.cat(expected)) <= 1e-8
+
+
+def _weight_norm_by_hand(model: torch.nn.Module, tape: object) -> None:
+    model[0].parametrizations.weight[0].forward = lambda g, v: v * (g / v.square().sum(1, keepdim=True).sqrt())
+
+
+def test_spectral_norm_in_training_is_exact_or_refused() -> None:
+    """Its forward advances a power iteration in its buffers: one answer for all engines, buffers untouched."""
+    gradients = []
+    for engine in ("loop", "vmap"):
+        problem = CASES["spectral_norm_eval"].problem()
+        problem.model.train()
+        before = {key: value.clone() for key, value in problem.model.state_dict().items()}
+        try:
+            loss = GradientConsistencyLoss(problem.model, engine=engine)(*problem.views)
+            gradients.append(compare.gradient_of(loss, problem.model))
+        except UnsupportedModuleError as error:
+            assert "spectral" in str(error).lower()  # noqa: PT017
+        for key, value in problem.model.state_dict().items():
+            assert torch.equal(value, before[key]), key
+    if len(gradients) == 2:
+        assert compare.relative(gradients[0], gradients[1]) <= 1e-8

@@ -1,0 +1,154 @@
+"""BatchNorm with constant statistics, and dropout: what SPEC decides, in every engine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import compare
+from support.oracle import tree_cat
+from support.zoo import CASES
+from torch import nn
+
+from gradconsist import GradientConsistencyLoss
+from gradconsist.errors import GradConsistError
+
+ENGINES = pytest.mark.parametrize("engine", ["loop", "vmap"])
+NORMED = ["cnn_batchnorm_train", "cnn_batchnorm_eval", "cnn_batchnorm_mixed", "cnn_batchnorm_twice", "wrn_slice"]
+
+
+@ENGINES
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "graph"])
+@pytest.mark.parametrize("batchnorm", ["auto", "batch", "running"])
+@pytest.mark.parametrize("name", [*NORMED, "cnn_batchnorm_fused_activation", "cnn_batchnorm_functional"])
+def test_batchnorm_options(name: str, batchnorm: str, fused: bool, engine: str) -> None:
+    p = CASES[name].problem()
+    verdict = p.judge(batchnorm=batchnorm).verdict()
+    gc = GradientConsistencyLoss(p.model, engine=engine, batchnorm=batchnorm, fused=fused, chunk_size=2)
+    loss = gc(*p.views)
+    compare.assert_agrees(gc.last, loss, compare.gradient_of(loss, p.model), verdict, dtype=torch.float64)
+
+
+def test_the_options_differ() -> None:
+    """So that the test above can tell them apart."""
+    p = CASES["cnn_batchnorm_train"].problem()
+    batch, running = (p.judge(batchnorm=option).verdict().flat for option in ("batch", "running"))
+    assert compare.relative(batch, running) > 1e-2
+
+
+@ENGINES
+def test_statistics_are_joint_over_both_views_and_all_chunks(engine: str) -> None:
+    """The output of the replaced BatchNorm for the whole batch is that of one forward of cat(weak, strong)."""
+    p = CASES["cnn_batchnorm_train"].problem()
+    joint = tree_cat(p.weak, p.strong)
+    layer = p.model[1]
+    with torch.no_grad():
+        activations = p.model[0](joint)
+    mean, var = activations.mean((0, 2, 3)), activations.var((0, 2, 3), unbiased=False)
+    fixed = CASES["cnn_batchnorm_train"].problem()
+    with torch.no_grad():
+        fixed.model[1].running_mean.copy_(mean)
+        fixed.model[1].running_var.copy_(var)
+        hidden = fixed.model[3](fixed.model[2](fixed.model[1].eval()(fixed.model[0](joint))))
+        fixed.model[4].running_mean.copy_(hidden.mean((0, 2, 3)))
+        fixed.model[4].running_var.copy_(hidden.var((0, 2, 3), unbiased=False))
+    fixed.model[4].eval()
+    expected = compare.gradient_of(GradientConsistencyLoss(fixed.model, engine=engine)(*fixed.views), fixed.model)
+    value = compare.gradient_of(GradientConsistencyLoss(p.model, engine=engine, chunk_size=1)(*p.views), p.model)
+    assert layer.training
+    assert compare.relative(value, expected) <= 1e-8
+
+
+@ENGINES
+def test_weight_zero_pairs_count_in_the_statistics(engine: str) -> None:
+    """Their contents move the result with batch statistics, and do not with running ones."""
+    weight = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0], dtype=torch.float64)
+    for name, moves in (("cnn_batchnorm_train", True), ("cnn_batchnorm_eval", False)):
+        p = CASES[name].problem()
+        gc = GradientConsistencyLoss(p.model, engine=engine)
+        first = compare.gradient_of(gc(*p.views, weight), p.model)
+        p.weak[2] += 3.0
+        second = compare.gradient_of(gc(*p.views, weight), p.model)
+        assert compare.relative(second, p.judge(weight).verdict().flat) <= 1e-8
+        assert (compare.relative(second, first) > 1e-3) == moves
+
+
+def test_running_statistics_that_do_not_exist_are_refused() -> None:
+    p = CASES["cnn_batchnorm_no_running"].problem()
+    with pytest.raises(GradConsistError, match="running"):
+        GradientConsistencyLoss(p.model, batchnorm="running")(*p.views)
+
+
+def test_observed_statistics_need_the_wrapper() -> None:
+    p = CASES["cnn_batchnorm_train"].problem()
+    with pytest.raises(GradConsistError, match="GGCRWrapper"):
+        GradientConsistencyLoss(p.model, batchnorm="observed")(*p.views)
+
+
+@ENGINES
+def test_one_pair_with_one_pixel_has_a_definition(engine: str) -> None:
+    """torch refuses batch statistics of a single value; the joint statistics of two views are two values."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double()
+    weak, strong = torch.randn(2, 1, 4).double()
+    from support.oracle import judge
+
+    verdict = judge(model, weak, strong, torch.tensor([1]))
+    gc = GradientConsistencyLoss(model, engine=engine)
+    loss = gc(weak, strong, torch.tensor([1]))
+    assert compare.relative(compare.gradient_of(loss, model), verdict.flat) <= 1e-8
+
+
+@ENGINES
+@pytest.mark.parametrize("name", ["dropout", "dropout_functional", "dropout2d", "vit_dropout", "transformer_layer"])
+def test_dropout_is_off_by_default(name: str, engine: str) -> None:
+    """Identical views have cosine 1 and gradient 0, whatever the masks would have been."""
+    p = CASES[name].problem()
+    gc = GradientConsistencyLoss(p.model, engine=engine)
+    loss = gc(p.weak, p.weak, p.target)
+    torch.testing.assert_close(gc.last.cosine, torch.ones(5, dtype=torch.float64), rtol=0.0, atol=1e-10)
+    assert float(compare.gradient_of(loss, p.model).abs().max()) <= 1e-10
+    assert compare.relative(compare.gradient_of(gc(*p.views), p.model), p.judge().verdict().flat) <= 1e-8
+
+
+@ENGINES
+@pytest.mark.parametrize("name", ["dropout", "dropout_functional", "dropout2d"])
+def test_dropout_on_has_independent_masks(name: str, engine: str) -> None:
+    p = CASES[name].problem()
+    gc = GradientConsistencyLoss(p.model, engine=engine, dropout="on")
+    state = torch.random.get_rng_state()
+    first = gc(p.weak, p.weak, p.target)
+    assert gc.last.cosine.min() < 0.999, "identical views, one mask for each: the gradients differ"
+    second = gc(p.weak, p.weak, p.target)
+    assert float(first.detach()) != float(second.detach()), "every call has masks of its own"
+    assert torch.equal(torch.random.get_rng_state(), state), "the global stream is not consumed"
+    generator = torch.Generator().manual_seed(7)
+    third = gc(*p.views, generator=generator)
+    flat = compare.gradient_of(third, p.model)
+    again = gc(*p.views, generator=torch.Generator().manual_seed(7))
+    assert float(third.detach()) == float(again.detach())
+    assert torch.equal(flat, compare.gradient_of(again, p.model))
+    assert float(third.detach()) != float(gc(*p.views, generator=torch.Generator().manual_seed(8)).detach())
+
+
+def test_dropout_on_agrees_in_distribution() -> None:
+    """Mean cosine over 150 draws of masks: the two engines within four standard errors of each other."""
+    p = CASES["dropout"].problem()
+    means, errors = [], []
+    for engine in ("loop", "vmap"):
+        gc = GradientConsistencyLoss(p.model, engine=engine, dropout="on")
+        draws = [
+            float(gc.measure(*p.views, generator=torch.Generator().manual_seed(s)).cosine.nanmean()) for s in range(150)
+        ]
+        sample = torch.tensor(draws)
+        means.append(float(sample.mean()))
+        errors.append(float(sample.std()) / len(draws) ** 0.5)
+    assert abs(means[0] - means[1]) <= 4 * (errors[0] ** 2 + errors[1] ** 2) ** 0.5
+    reference = float(p.judge().verdict().cosine.mean())
+    assert abs(means[0] - reference) > 4 * errors[0], "and the masks matter"
+
+
+def test_dropout_in_eval_mode_stays_off_under_on() -> None:
+    p = CASES["dropout"].problem()
+    p.model.eval()
+    gc = GradientConsistencyLoss(p.model, dropout="on")
+    loss = gc(*p.views)
+    assert compare.relative(compare.gradient_of(loss, p.model), p.judge().verdict().flat) <= 1e-8

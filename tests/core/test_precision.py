@@ -1,0 +1,102 @@
+"""Half precision: within twice the error that the plain loop of the same dtype makes; sums kept in float32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import compare
+from support.zoo import CASES
+
+from gradconsist import GradientConsistencyLoss
+
+MODELS = ["mlp", "mlp_layernorm", "cnn_groupnorm", "cnn_batchnorm_train", "cnn_batchnorm_eval", "vit", "tied_embedding"]
+# The error of a same-dtype loop is one draw of rounding noise; its floor is a few units in the last place of bf16.
+FLOOR_COSINE, FLOOR_GRADIENT = 4e-3, 2e-2
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "graph"])
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16_parameters(name: str, engine: str, fused: bool) -> None:
+    ours, theirs = [], []
+    for seed in range(3):
+        p = CASES[name].problem(dtype=torch.bfloat16, seed=seed)
+        reference = p.judge().verdict()
+        same_dtype = p.judge(dtype=torch.bfloat16).verdict()
+        gc = GradientConsistencyLoss(p.model, engine=engine, fused=fused)
+        flat = compare.gradient_of(gc(*p.views), p.model)
+        assert gc.last.cosine.dtype in (torch.float32, torch.float64)
+        for errors, cosine, gradient in ((ours, gc.last.cosine, flat), (theirs, same_dtype.cosine, same_dtype.flat)):
+            cosine_error = compare.cosine_error(cosine, reference.cosine)
+            errors.append((cosine_error, compare.relative(gradient, reference.flat)))
+    assert max(e for e, _ in ours) <= 2 * max(e for e, _ in theirs) + FLOOR_COSINE
+    assert max(e for _, e in ours) <= 2 * max(e for _, e in theirs) + FLOOR_GRADIENT
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "graph"])
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+@pytest.mark.parametrize("name", MODELS)
+def test_cpu_autocast(name: str, engine: str, fused: bool) -> None:
+    ours, theirs = [], []
+    for seed in range(3):
+        p = CASES[name].problem(dtype=torch.float32, seed=seed)
+        reference = p.judge().verdict()
+        same_dtype = p.judge(dtype=torch.float32, autocast=torch.bfloat16).verdict()
+        gc = GradientConsistencyLoss(p.model, engine=engine, fused=fused)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = gc(*p.views)
+        flat = compare.gradient_of(loss, p.model)
+        for errors, cosine, gradient in ((ours, gc.last.cosine, flat), (theirs, same_dtype.cosine, same_dtype.flat)):
+            cosine_error = compare.cosine_error(cosine, reference.cosine)
+            errors.append((cosine_error, compare.relative(gradient, reference.flat)))
+    assert max(e for e, _ in ours) <= 2 * max(e for e, _ in theirs) + FLOOR_COSINE
+    assert max(e for _, e in ours) <= 2 * max(e for _, e in theirs) + FLOOR_GRADIENT
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+def test_autocast_does_compute_in_half(engine: str) -> None:
+    """The user's autocast is respected inside the call, not ignored."""
+    p = CASES["mlp"].problem(dtype=torch.float32)
+    seen: list[torch.dtype] = []
+    p.model[2].register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        GradientConsistencyLoss(p.model, engine=engine)(*p.views)
+    assert set(seen) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+def test_a_teacher_forward_in_the_same_autocast_region_costs_no_gradient(engine: str) -> None:
+    """A no_grad forward fills autocast's weight cache with casts that have no graph."""
+    p = CASES["mlp"].problem(dtype=torch.float32)
+    gc = GradientConsistencyLoss(p.model, engine=engine)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.no_grad():
+            p.model(p.weak)
+        loss = gc(*p.views)
+    loss.backward()
+    assert all(parameter.grad is not None and bool(parameter.grad.any()) for parameter in p.model.parameters())
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+def test_our_forward_in_the_users_autocast_region_costs_no_gradient(engine: str) -> None:
+    """And ours leaves no cast behind: the user's own forward after it reaches every parameter."""
+    p = CASES["mlp"].problem(dtype=torch.float32)
+    gc = GradientConsistencyLoss(p.model, engine=engine)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        gc.measure(*p.views)
+        loss = torch.nn.functional.cross_entropy(p.model(p.weak), p.target)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in p.model.parameters())
+
+
+def test_the_sums_are_kept_in_float32() -> None:
+    """Norms of thousands of small bfloat16 numbers: a half sum would stall."""
+    model = torch.nn.Linear(4000, 3, bias=False).to(torch.bfloat16)
+    x = torch.ones(2, 4000, dtype=torch.bfloat16)
+    gc = GradientConsistencyLoss(model)
+    record = gc.measure(x, x, torch.tensor([0, 1]))
+    with torch.no_grad():
+        p = torch.softmax(model(x).double(), 1)
+    residual = (p - torch.nn.functional.one_hot(torch.tensor([0, 1]), 3)).norm(dim=1)
+    torch.testing.assert_close(record.norm_weak.double(), residual * 4000**0.5, rtol=1e-2, atol=0.0)
+    torch.testing.assert_close(record.cosine.double(), torch.ones(2).double(), rtol=0.0, atol=1e-3)

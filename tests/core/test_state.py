@@ -1,0 +1,279 @@
+"""Nothing of the user's changes: after success, and after an exception at any point."""
+
+from __future__ import annotations
+
+import copy
+import gc as garbage
+import pickle
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from support import compare, state
+from support.zoo import CASES, Problem
+from torch import Tensor, nn
+
+from gradconsist import GradientConsistencyLoss
+from gradconsist.errors import GradConsistError
+
+ENGINES = pytest.mark.parametrize("engine", ["loop", "vmap"])
+FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "graph"])
+
+# Models whose state is easy to disturb: buffers, dropout, attention flags, parametrisations, recurrent networks, hooks.
+DELICATE = [
+    "cnn_batchnorm_train",
+    "cnn_batchnorm_mixed",
+    "cnn_batchnorm_cumulative",
+    "cnn_batchnorm_fused_activation",
+    "cnn_batchnorm_functional",
+    "cnn_batchnorm_twice",
+    "cnn_sync_batchnorm_train",
+    "cnn_instancenorm_tracking",
+    "cnn_channels_last",
+    "vit_dropout",
+    "transformer_layer",
+    "transformer_layer_eval",
+    "dropout_functional",
+    "weight_norm",
+    "spectral_norm_eval",
+    "frozen_subset",
+    "tied_embedding",
+    "mlp_user_hooks",
+    "lstm",
+    "text_dict",
+]
+
+
+def _snapshot(p: Problem) -> dict[str, object]:
+    return {**state.of_process(), **state.of_model(p.model)}
+
+
+def _give_gradients(p: Problem) -> None:
+    for parameter in p.model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.full_like(parameter, 0.5)
+
+
+@FUSED
+@ENGINES
+@pytest.mark.parametrize("name", DELICATE)
+def test_a_successful_call_leaves_no_trace(name: str, engine: str, fused: bool) -> None:
+    if CASES[name].vmap == "refused" and engine == "vmap":
+        engine = "auto"
+    p = CASES[name].problem()
+    _give_gradients(p)
+    before = _snapshot(p)
+    loss = GradientConsistencyLoss(p.model, encoder=p.case.encoder, engine=engine, fused=fused, chunk_size=2)
+    assert state.differences(before, _snapshot(p)) == [], "after construction"
+    value = loss(*p.views)
+    assert state.differences(before, _snapshot(p)) == [], "after the call"
+    loss.measure(*p.views)
+    with torch.no_grad():
+        loss.measure(*p.views)
+    assert state.differences(before, _snapshot(p)) == [], "after measure"
+    value.backward()
+    changed = state.differences(before, _snapshot(p))
+    assert changed, "backward writes gradients"
+    assert all(key.endswith(": grad") for key in changed)
+    del loss, value
+    assert all(key.endswith(": grad") for key in state.differences(before, _snapshot(p)))
+
+
+class _Bomb:
+    """Counts calls and raises at the n-th."""
+
+    def __init__(self, at: int, error: BaseException) -> None:
+        self.at, self.error, self.calls = at, error, 0
+
+    def tick(self) -> None:
+        self.calls += 1
+        if self.calls == self.at:
+            raise self.error
+
+
+class _Exploding(nn.Module):
+    """A pass-through layer that raises at the n-th forward."""
+
+    def __init__(self, bomb: _Bomb) -> None:
+        super().__init__()
+        self.bomb = bomb
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.bomb.tick()
+        return x
+
+
+class _ExplodingBackward(torch.autograd.Function):
+    """A pass-through operation that raises in its backward."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: object, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        raise MemoryError("planted in backward")
+
+
+class _BackwardBomb(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return _ExplodingBackward.apply(x)
+
+
+def _disturbed(layer: nn.Module) -> Problem:
+    """A BatchNorm network with dropout and the planted layer in the middle."""
+    p = CASES["cnn_batchnorm_train"].problem()
+    parts = list(p.model)
+    p.model = nn.Sequential(*parts[:3], nn.Dropout(0.3), layer, *parts[3:]).double()
+    _give_gradients(p)
+    return p
+
+
+@FUSED
+@ENGINES
+@pytest.mark.parametrize("error", [ValueError("planted"), KeyboardInterrupt("planted")], ids=["error", "interrupt"])
+@pytest.mark.parametrize("at", range(1, 13))
+def test_an_exception_in_a_forward_leaves_no_trace(at: int, error: BaseException, engine: str, fused: bool) -> None:
+    """At each forward in turn, until there is none left to fail: statistics, view 1, view 2, every chunk."""
+    bomb = _Bomb(at, error)
+    p = _disturbed(_Exploding(bomb))
+    loss = GradientConsistencyLoss(p.model, engine=engine, fused=fused, chunk_size=2)
+    bomb.calls = 0
+    before = _snapshot(p)
+    if _runs(lambda: loss(*p.views), type(error)):
+        assert bomb.calls < at, "the exception was swallowed"
+    assert state.differences(before, _snapshot(p)) == []
+    bomb.at = -1
+    assert torch.isfinite(loss(*p.views)), "and the loss works afterwards"
+    assert state.differences(before, _snapshot(p)) == []
+
+
+def _runs(function: Callable[[], object], error: type[BaseException]) -> bool:
+    try:
+        function()
+    except error as found:
+        assert "planted" in str(found)  # noqa: PT017
+        return False
+    return True
+
+
+@FUSED
+@ENGINES
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+def test_an_exception_in_the_loss_function_leaves_no_trace(at: int, engine: str, fused: bool) -> None:
+    p = _disturbed(nn.Identity())
+    bomb = _Bomb(at, ZeroDivisionError("planted"))
+
+    def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+        bomb.tick()
+        return nn.functional.cross_entropy(output, target, reduction="none")
+
+    loss = GradientConsistencyLoss(p.model, loss_fn=loss_fn, engine=engine, fused=fused, chunk_size=2)
+    before = _snapshot(p)
+    if _runs(lambda: loss(*p.views), ZeroDivisionError):
+        assert bomb.calls < at, "the exception was swallowed"
+    assert state.differences(before, _snapshot(p)) == []
+
+
+@FUSED
+@ENGINES
+def test_an_exception_in_a_backward_leaves_no_trace(engine: str, fused: bool) -> None:
+    p = _disturbed(_BackwardBomb())
+    loss = GradientConsistencyLoss(p.model, engine=engine, fused=fused)
+    before = _snapshot(p)
+    with pytest.raises(MemoryError, match="planted in backward"):
+        loss(*p.views)
+    assert state.differences(before, _snapshot(p)) == []
+    with pytest.raises(MemoryError, match="planted in backward"):
+        loss.measure(*p.views)
+    assert state.differences(before, _snapshot(p)) == []
+
+
+@pytest.mark.parametrize("weak", ["images", None], ids=["not a tensor", "none"])
+def test_a_refused_call_leaves_no_trace(weak: object) -> None:
+    p = CASES["cnn_batchnorm_train"].problem()
+    loss = GradientConsistencyLoss(p.model)
+    before = _snapshot(p)
+    with pytest.raises(GradConsistError, match="weak"):
+        loss(weak, p.strong, p.target)
+    assert state.differences(before, _snapshot(p)) == []
+    assert loss.last is None
+
+
+def test_last_survives_a_failed_call() -> None:
+    """A call that raises leaves the record of the last good one, or none: never half a record."""
+    p = CASES["mlp"].problem()
+    loss = GradientConsistencyLoss(p.model)
+    loss(*p.views)
+    before = loss.last
+    with pytest.raises(GradConsistError, match="strong"):
+        loss(p.weak, p.strong[:3], p.target)
+    assert loss.last is before or loss.last is None
+
+
+def test_the_model_trains_as_before_after_a_call() -> None:
+    """Outputs, buffer updates and dropout masks of the next forward are bitwise those of an untouched twin."""
+    p, twin = CASES["cnn_batchnorm_train"].problem(), CASES["cnn_batchnorm_train"].problem()
+    GradientConsistencyLoss(p.model)(*p.views).backward()
+    assert torch.equal(p.model(p.weak), twin.model(twin.weak))
+    assert state.of_model(p.model)["state_dict"] == state.of_model(twin.model)["state_dict"]
+
+
+def test_nothing_is_left_alive() -> None:
+    """The loss holds the model, never the other way round; graphs and views die with their tensors."""
+    p = CASES["cnn_batchnorm_train"].problem()
+    loss = GradientConsistencyLoss(p.model)
+    value = loss(*p.views)
+    value.backward()
+    model, weak = weakref.ref(p.model), weakref.ref(p.weak)
+    del p, value
+    garbage.collect()
+    assert weak() is None
+    del loss
+    garbage.collect()
+    assert model() is None
+
+
+@FUSED
+def test_a_thousandth_call_costs_no_more_tensors_than_the_tenth(fused: bool) -> None:
+    p = CASES["mlp"].problem()
+    loss = GradientConsistencyLoss(p.model, fused=fused, engine="vmap")
+
+    def alive(calls: int) -> int:
+        for _ in range(calls):
+            loss(*p.views).backward()
+        garbage.collect()
+        return sum(issubclass(type(item), Tensor) for item in garbage.get_objects())
+
+    assert alive(10) >= alive(60)
+
+
+def test_deepcopy_and_pickle_of_the_loss() -> None:
+    p = CASES["mlp"].problem()
+    loss = GradientConsistencyLoss(p.model, encoder=p.model[0], max_pairs=3, engine="loop")
+    loss(*p.views)
+    for twin in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert float(twin(*p.views).detach()) == float(copy.deepcopy(loss)(*p.views).detach())
+
+
+def test_the_optimizer_may_step_between_forward_and_backward_of_another() -> None:
+    """Parameters that move after the call: the fused form returns the gradient at the old point, or raises."""
+    p = CASES["mlp"].problem()
+    reference = p.judge().verdict().flat
+    value = GradientConsistencyLoss(p.model)(*p.views)
+    with torch.no_grad():
+        for parameter in p.model.parameters():
+            parameter.add_(1.0)
+    try:
+        flat = compare.gradient_of(value, p.model)
+    except RuntimeError as error:
+        assert "inplace" in str(error)  # noqa: PT017
+        return
+    assert compare.relative(flat, reference) <= 1e-8

@@ -1,0 +1,630 @@
+"""GGCRWrapper: each promise of the contract, one by one."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import compare, state, training
+from support.oracle import Judge
+from torch import Tensor, nn
+
+from gradconsist import GGCRWrapper, GradientConsistencyLoss, SSLBatch, StepOutput, ViewPair
+from gradconsist.errors import GradConsistError
+from gradconsist.methods import FixMatch
+
+DATA = [SSLBatch(*batch) for batch in training.batches(20)]
+THRESHOLD = 0.37  # passes some pairs of every batch and never all
+
+
+class Method(nn.Module):
+    """FixMatch by hand, with state of its own, returning whatever `form` says."""
+
+    def __init__(self, model: nn.Module, form: str = "output", *, with_pair: bool = True) -> None:
+        super().__init__()
+        self.model, self.form, self.with_pair = model, form, with_pair
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, batch: Any, *, scale: float = 1.0) -> Any:
+        self.seen += 1
+        loss, label, mask = training.plain_fixmatch(self.model, batch, THRESHOLD)
+        loss = scale * loss
+        pair = ViewPair(batch.weak, batch.strong, label, mask) if self.with_pair else None
+        self.latest = label, mask
+        return {
+            "output": StepOutput(loss, pair, {"mask": float(mask.mean())}),
+            "tensor": loss,
+            "mapping": {"loss": loss, "mask": mask},
+            "tuple": (loss, mask),
+            "tuple of mapping": ({"loss": loss}, mask),
+            "tuple of output": (StepOutput(loss, pair), mask),
+        }[self.form]
+
+
+def pair_from_call(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> ViewPair:
+    batch = args[0] if args else kwargs["batch"]
+    return ViewPair(batch.weak, batch.strong, torch.arange(len(batch.weak)) % 3)
+
+
+def make(seed: int = 0, *, dropout: float = 0.2, form: str = "output", **options: Any) -> tuple[Method, GGCRWrapper]:
+    loss_options = options.pop("loss", {})
+    method = Method(training.network(dropout=dropout, seed=seed), form)
+    options = {"warmup_steps": 0, **options}
+    return method, GGCRWrapper(method, GradientConsistencyLoss(method.model, **loss_options), **options)
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3)
+
+
+def expected_term(method: Method, batch: SSLBatch, **options: Any) -> float:
+    """L_g of this batch at the method's present parameters, by the oracle."""
+    label, mask = method.latest
+    return Judge(method.model, batch.weak, batch.strong, label, options.pop("weight", mask), **options).value()
+
+
+# -- bitwise the plain method ------------------------------------------------------------------------------------------
+
+INACTIVE = {
+    "weight 0": {"weight": 0.0, "warmup_steps": 0},
+    "warm-up": {"weight": 0.1, "warmup_steps": 20},
+    "weight 0 and ramp": {"weight": 0.0, "warmup_steps": 2, "ramp_steps": 5, "every": 2},
+}
+
+
+@pytest.mark.parametrize("batchnorm", ["auto", "observed"])
+@pytest.mark.parametrize("options", INACTIVE.values(), ids=INACTIVE)
+def test_inactive_it_is_bitwise_the_plain_method(options: dict[str, Any], batchnorm: str) -> None:
+    """20 steps: loss, gradients, buffers, random stream, method state, and the number of forwards."""
+    plain = Method(training.network())
+    count = training.Counter(plain.model)
+    torch.manual_seed(5)
+    reference = training.train(lambda b: plain(b).loss, plain, DATA, sgd(plain))
+    assert count.calls == 20
+
+    method, wrapper = make(loss={"max_pairs": 3, "dropout": "on", "batchnorm": batchnorm}, **options)
+    count = training.Counter(method.model)
+    torch.manual_seed(5)
+    log = training.train(lambda b: wrapper(b).loss, method, DATA, sgd(wrapper))
+    assert log == reference
+    assert count.calls == 20
+    assert wrapper.step == 20
+
+
+def test_without_a_pair_it_is_bitwise_the_plain_method() -> None:
+    plain = Method(training.network())
+    torch.manual_seed(5)
+    reference = training.train(lambda b: plain(b).loss, plain, DATA, sgd(plain))
+    method = Method(training.network(), with_pair=False)
+    wrapper = GGCRWrapper(method, GradientConsistencyLoss(method.model), warmup_steps=0)
+    torch.manual_seed(5)
+    assert training.train(lambda b: wrapper(b).loss, method, DATA, sgd(wrapper)) == reference
+
+
+def test_the_last_warm_up_step_is_still_plain_and_the_next_is_not() -> None:
+    """lambda(t) = 0 while t < warmup_steps, then `weight`."""
+    method, wrapper = make(warmup_steps=3, dropout=0.0)
+    weights = []
+    for batch in DATA[:6]:
+        out = wrapper(batch)
+        base, *_ = training.plain_fixmatch(copy.deepcopy(method.model), batch, THRESHOLD)
+        weights.append(float(out.logs["ggcr_weight"]))
+        assert (float(out.loss.detach()) == float(base.detach())) == (weights[-1] == 0.0)
+    assert weights == pytest.approx([0, 0, 0, 0.1, 0.1, 0.1])
+
+
+def test_the_term_leaves_buffers_random_state_and_method_state_alone() -> None:
+    """Active: the gradients gain the term, and nothing else differs from the plain method."""
+    plain, (method, wrapper) = Method(training.network()), make(weight=0.3)
+    torch.manual_seed(5)
+    plain(DATA[0]).loss.backward()
+    after = state.of_process()["random state"], {k: state.digest(v) for k, v in plain.state_dict().items()}
+    torch.manual_seed(5)
+    wrapper(DATA[0]).loss.backward()
+    assert after == (
+        state.of_process()["random state"],
+        {k: state.digest(v) for k, v in method.state_dict().items()},
+    )
+
+
+# -- the term ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "graph"])
+def test_loss_and_gradient_are_base_plus_weight_times_term(fused: bool) -> None:
+    method, wrapper = make(weight=0.7, dropout=0.0, loss={"fused": fused})
+    method.double()
+    batch = SSLBatch(*(v.double() if v is not None and v.is_floating_point() else v for v in DATA[0]))
+    twin = copy.deepcopy(method)
+    base = twin(batch).loss
+    base.backward()
+    plain = torch.cat([p.grad.reshape(-1) for p in twin.parameters()])
+    out = wrapper(batch)
+    label, mask = method.latest
+    assert 0 < float(mask.sum()) < len(mask), "the gate matters in this test"
+    verdict = Judge(method.model, batch.weak, batch.strong, label, mask).verdict()
+    assert float(out.loss.detach()) == pytest.approx(float(base.detach()) + 0.7 * float(verdict.loss), abs=1e-10)
+    assert float(out.logs["ggcr_loss"]) == pytest.approx(float(verdict.loss), abs=1e-10)
+    assert compare.relative(compare.gradient_of(out.loss, method), plain + 0.7 * verdict.flat) <= 1e-8
+
+
+def test_gate_all_compares_every_pair() -> None:
+    method, wrapper = make(weight=1.0, dropout=0.0, gate="all")
+    out = wrapper(DATA[0])
+    weight = torch.ones(6)
+    assert float(out.logs["ggcr_loss"]) == pytest.approx(expected_term(method, DATA[0], weight=weight), abs=2e-5)
+    method, wrapper = make(weight=1.0, dropout=0.0, gate="method")
+    gated = wrapper(DATA[0])
+    assert float(gated.logs["ggcr_loss"]) == pytest.approx(expected_term(method, DATA[0]), abs=2e-5)
+    assert float(gated.logs["ggcr_loss"]) != float(out.logs["ggcr_loss"])
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_every_kth_step_times_k(every: int) -> None:
+    """One active step in any k after the warm-up, with k times the weight; the others are the plain method."""
+    method, wrapper = make(weight=0.2, dropout=0.0, every=every, warmup_steps=2)
+    count = training.Counter(method.model)
+    active = []
+    for t, batch in enumerate(DATA[:14]):
+        base = float(training.plain_fixmatch(copy.deepcopy(method.model), batch, THRESHOLD)[0].detach())
+        calls = count.calls
+        out = wrapper(batch)
+        active.append(float(out.loss.detach()) != base)
+        if active[-1]:
+            assert float(out.loss.detach()) == pytest.approx(base + every * 0.2 * expected_term(method, batch), abs=2e-5)
+        else:
+            assert count.calls == calls + 1, "no extra forward"
+            assert t < 2 or every > 1
+    assert active[:2] == [False, False]
+    for start in range(2, 14 - every):
+        assert sum(active[start : start + every]) == 1
+
+
+def test_ramp() -> None:
+    """Linear from 0 at the end of the warm-up to the full weight `ramp_steps` later, constant from there."""
+    _, wrapper = make(weight=0.5, warmup_steps=2, ramp_steps=4)
+    weights = [float(wrapper(batch).logs["ggcr_weight"]) for batch in DATA[:12]]
+    assert weights[:2] == [0.0, 0.0]
+    rise = weights[2:7]
+    steps = [b - a for a, b in zip(rise, rise[1:], strict=False) if b < 0.5 or a < 0.5]
+    assert steps
+    assert all(step == pytest.approx(0.125) for step in steps)
+    assert 0.0 <= weights[2] <= 0.125 + 1e-9
+    assert weights[6:] == pytest.approx([0.5] * 6)
+
+
+def test_logs() -> None:
+    """The method's own logs pass through; ours tell what was compared."""
+    method, wrapper = make()
+    out = wrapper(DATA[0])
+    assert isinstance(out, StepOutput)
+    assert out.logs["mask"] == pytest.approx(float(method.latest[1].mean()))
+    for key in ("ggcr_weight", "ggcr_loss", "ggcr_cosine", "ggcr_degenerate", "ggcr_pairs"):
+        value = out.logs[key]
+        assert isinstance(value, (float, int)) or (isinstance(value, Tensor) and value.dim() == 0), key
+        assert not (isinstance(value, Tensor) and value.requires_grad), key
+    assert isinstance(out.pair, ViewPair)
+    assert -1 <= float(out.logs["ggcr_cosine"]) <= 1
+    assert float(out.logs["ggcr_pairs"]) == float(method.latest[1].sum())
+
+
+# -- methods of any form -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["tensor", "mapping", "tuple", "tuple of mapping"])
+def test_other_outputs_with_a_pair_function(form: str) -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    def pair_fn(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> ViewPair:
+        seen.append((args, kwargs, output))
+        return pair_from_call(args, kwargs, output)
+
+    method, wrapper = make(form=form, dropout=0.0, weight=0.3, pair_fn=pair_fn)
+    base = float(training.plain_fixmatch(copy.deepcopy(method.model), DATA[0], THRESHOLD)[0].detach())
+    out = wrapper(DATA[0], scale=2.0)
+    assert len(seen) == 1
+    args, kwargs, output = seen[0]
+    assert args[0] is DATA[0]
+    assert kwargs == {"scale": 2.0}
+    assert isinstance(output, {"tensor": Tensor, "mapping": dict}.get(form, tuple))
+    term = Judge(method.model, *pair_from_call((DATA[0],), {}, None)[:3]).value()
+    assert float(out.loss.detach()) == pytest.approx(2 * base + 0.3 * term, abs=2e-5)
+    assert isinstance(out, StepOutput)
+
+
+def test_a_pair_function_may_return_none() -> None:
+    method, wrapper = make(form="tensor", dropout=0.0, pair_fn=lambda args, kwargs, output: None)
+    base = training.plain_fixmatch(copy.deepcopy(method.model), DATA[0], THRESHOLD)[0]
+    assert float(wrapper(DATA[0]).loss.detach()) == float(base.detach())
+
+
+def test_a_tuple_may_begin_with_a_step_output() -> None:
+    method, wrapper = make(form="tuple of output", dropout=0.0, weight=0.3)
+    base = float(training.plain_fixmatch(copy.deepcopy(method.model), DATA[0], THRESHOLD)[0].detach())
+    out = wrapper(DATA[0])
+    assert float(out.loss.detach()) == pytest.approx(base + 0.3 * expected_term(method, DATA[0]), abs=2e-5)
+
+
+@pytest.mark.parametrize("form", ["tensor", "mapping", "tuple"])
+def test_without_a_pair_function_other_outputs_are_refused(form: str) -> None:
+    _, wrapper = make(form=form)
+    with pytest.raises(GradConsistError, match="pair_fn"):
+        wrapper(DATA[0])
+
+
+@pytest.mark.parametrize("value", [None, "loss", 3, {"los": torch.zeros(())}, (), object()])
+def test_an_output_without_a_loss_is_refused(value: object) -> None:
+    model = training.network()
+    wrapper = GGCRWrapper(lambda b: value, GradientConsistencyLoss(model), warmup_steps=0, pair_fn=pair_from_call)
+    with pytest.raises(GradConsistError, match="method"):
+        wrapper(DATA[0])
+
+
+def test_a_plain_function_is_a_method() -> None:
+    model = training.network(dropout=0.0)
+
+    def method(batch: SSLBatch) -> StepOutput:
+        loss, label, mask = training.plain_fixmatch(model, batch, THRESHOLD)
+        return StepOutput(loss, ViewPair(batch.weak, batch.strong, label, mask))
+
+    wrapper = GGCRWrapper(method, GradientConsistencyLoss(model), weight=0.3, warmup_steps=1)
+    twin = copy.deepcopy(model)
+    assert float(wrapper(DATA[0]).loss.detach()) == float(training.plain_fixmatch(twin, DATA[0], THRESHOLD)[0].detach())
+    out = wrapper(DATA[1])
+    base, label, mask = training.plain_fixmatch(twin, DATA[1], THRESHOLD)
+    term = Judge(model, DATA[1].weak, DATA[1].strong, label, mask).value()
+    assert float(out.loss.detach()) == pytest.approx(float(base.detach()) + 0.3 * term, abs=2e-5)
+    fresh = GGCRWrapper(method, GradientConsistencyLoss(model), weight=0.3, warmup_steps=1)
+    fresh.load_state_dict(wrapper.state_dict())
+    assert fresh.step == 2
+
+
+def test_the_method_is_called_once_with_the_same_arguments() -> None:
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    model = training.network()
+
+    def method(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append((args, kwargs))
+        return model(DATA[0].x).sum()
+
+    pair = ViewPair(DATA[0].weak, DATA[0].strong, torch.zeros(6, dtype=torch.long))
+    wrapper = GGCRWrapper(method, GradientConsistencyLoss(model), warmup_steps=0, pair_fn=lambda a, k, o: pair)
+    wrapper(1, "two", three=3)
+    assert calls == [((1, "two"), {"three": 3})]
+
+
+# -- state -------------------------------------------------------------------------------------------------------------
+
+
+def test_state_dict_holds_method_counter_and_generator() -> None:
+    method, wrapper = make(loss={"max_pairs": 2})
+    for batch in DATA[:3]:
+        wrapper(batch).loss.backward()
+    saved = wrapper.state_dict()
+    values = {state.digest(v) for v in saved.values() if isinstance(v, Tensor)}
+    assert {state.digest(p) for p in method.parameters()} <= values
+    other, fresh = make(seed=9, loss={"max_pairs": 2})
+    fresh.load_state_dict(saved)
+    assert fresh.step == 3
+    assert float(other.seen) == 3.0
+    assert {k: state.digest(v) for k, v in other.state_dict().items()} == {
+        k: state.digest(v) for k, v in method.state_dict().items()
+    }
+
+
+def test_parameters_are_the_methods_parameters() -> None:
+    method, wrapper = make()
+    assert {id(p) for p in wrapper.parameters()} == {id(p) for p in method.parameters()}
+    assert len(list(wrapper.parameters())) == len(list(method.parameters()))
+
+
+@pytest.mark.parametrize("at", [1, 4, 7, 13])
+@pytest.mark.parametrize(
+    "loss", [{}, {"max_pairs": 2}, {"dropout": "on", "engine": "loop"}], ids=["plain", "max_pairs", "dropout"]
+)
+def test_a_resumed_run_continues_bitwise(loss: dict[str, Any], at: int, tmp_path: Path) -> None:
+    """Through a file read with weights_only=True, in every phase: warm-up, ramp, after it."""
+    options = {"loss": loss, "weight": 0.4, "warmup_steps": 3, "ramp_steps": 5, "every": 2}
+
+    def run(start: int, stop: int, saved: dict[str, Any] | None) -> tuple[list[Any], dict[str, Any]]:
+        _, wrapper = make(seed=0 if saved is None else 99, **options)
+        optimizer = sgd(wrapper)
+        if saved is not None:
+            wrapper.load_state_dict(saved["wrapper"])
+            optimizer.load_state_dict(saved["optimizer"])
+            torch.random.set_rng_state(saved["random"])
+        log = training.train(lambda b: wrapper(b).loss, wrapper.method, DATA[start:stop], optimizer)
+        state_dicts = {"wrapper": wrapper.state_dict(), "optimizer": optimizer.state_dict()}
+        return log, {**state_dicts, "random": torch.random.get_rng_state()}
+
+    torch.manual_seed(3)
+    whole, _ = run(0, 16, None)
+    torch.manual_seed(3)
+    first, saved = run(0, at, None)
+    torch.save(saved, tmp_path / "checkpoint.pt")
+    torch.manual_seed(1234)
+    second, _ = run(at, 16, torch.load(tmp_path / "checkpoint.pt", weights_only=True))
+    assert first + second == whole
+
+
+def test_a_state_dict_of_something_else_is_refused() -> None:
+    method, wrapper = make()
+    with pytest.raises((GradConsistError, RuntimeError), match="(?i)missing|key|state"):
+        wrapper.load_state_dict(method.state_dict())
+    assert wrapper.step == 0
+
+
+def test_deepcopy_and_pickle() -> None:
+    """A copy is independent, compares its own model, and continues as the original would."""
+    _, wrapper = make(loss={"max_pairs": 2}, weight=0.5)
+    wrapper(DATA[0])
+    twin = copy.deepcopy(wrapper)
+    torch.manual_seed(1)
+    expected = float(wrapper(DATA[1]).loss.detach())
+    torch.manual_seed(1)
+    assert float(twin(DATA[1]).loss.detach()) == expected
+    twin(DATA[2]).loss.backward()
+    assert all(p.grad is None for p in wrapper.parameters()), "the copy's gradient went into the original"
+    restored = pickle.loads(pickle.dumps(twin))
+    assert restored.step == twin.step
+    torch.manual_seed(2)
+    a = float(restored(DATA[3]).loss.detach())
+    torch.manual_seed(2)
+    assert a == float(twin(DATA[3]).loss.detach())
+
+
+def test_eval_mode_adds_nothing_and_counts_nothing() -> None:
+    method, wrapper = make(weight=0.5)
+    wrapper(DATA[0])
+    wrapper.eval()
+    count = training.Counter(method.model)
+    base, *_ = training.plain_fixmatch(copy.deepcopy(method.model), DATA[1], THRESHOLD)
+    assert float(wrapper(DATA[1]).loss.detach()) == float(base.detach())
+    with torch.no_grad():
+        wrapper(DATA[1])
+    assert wrapper.step == 1
+    assert count.calls == 2
+    wrapper.train()
+    wrapper(DATA[2])
+    assert wrapper.step == 2
+
+
+def test_train_and_to_reach_the_method() -> None:
+    method, wrapper = make()
+    wrapper.eval()
+    assert not method.training
+    wrapper.double()
+    assert next(method.parameters()).dtype == torch.float64
+
+
+def test_an_exception_in_the_method_does_not_count_a_step() -> None:
+    """A step that the caller retries is the same step."""
+    model = training.network()
+    fails = [True]
+
+    def method(batch: SSLBatch) -> StepOutput:
+        if fails.pop() if fails else False:
+            raise ValueError("planted")
+        return StepOutput(model(batch.x).sum(), None)
+
+    wrapper = GGCRWrapper(method, GradientConsistencyLoss(model))
+    with pytest.raises(ValueError, match="planted"):
+        wrapper(DATA[0])
+    assert wrapper.step == 0
+    wrapper(DATA[0])
+    assert wrapper.step == 1
+
+
+# -- the user's own loop -----------------------------------------------------------------------------------------------
+
+
+def test_grad_scaler() -> None:
+    """Scaled by 2^10 and unscaled: the gradients of the plain run; the value of the term is that of the plain run."""
+    method, wrapper = make(weight=0.5, dropout=0.0)
+    twin = copy.deepcopy(wrapper)
+    reference = compare.gradient_of(twin(DATA[0]).loss, twin.method)
+    scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=2.0**10), sgd(wrapper)
+    scaler.scale(wrapper(DATA[0]).loss).backward()
+    scaler.unscale_(optimizer)
+    value = torch.cat([p.grad.reshape(-1).double() for p in method.parameters()])
+    assert compare.relative(value, reference) <= 1e-6
+    before = [p.detach().clone() for p in method.parameters()]
+    scaler.step(optimizer)
+    scaler.update()
+    assert any(not torch.equal(a, b) for a, b in zip(before, method.parameters(), strict=True))
+
+
+def test_an_overflow_skips_the_optimizer_step() -> None:
+    method, wrapper = make(weight=0.5)
+    scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=2.0**127), sgd(wrapper)
+    before = [p.detach().clone() for p in method.parameters()]
+    scaler.scale(8.0 * wrapper(DATA[0]).loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(torch.equal(a, b) for a, b in zip(before, method.parameters(), strict=True))
+    assert scaler.get_scale() == 2.0**126
+
+
+def test_gradient_accumulation() -> None:
+    """Two backwards of half losses add up as the sum's backward does."""
+    _, wrapper = make(weight=0.5, dropout=0.0)
+    twin = copy.deepcopy(wrapper)
+    for batch in DATA[:2]:
+        (wrapper(batch).loss / 2).backward()
+    accumulated = torch.cat([p.grad.reshape(-1).double() for p in wrapper.parameters()])
+    parts = [compare.gradient_of(twin(batch).loss, twin) for batch in DATA[:2]]
+    assert compare.relative(accumulated, (parts[0] + parts[1]) / 2) <= 1e-6
+
+
+def test_autocast_around_the_whole_step() -> None:
+    method, wrapper = make(weight=0.5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = wrapper(DATA[0])
+    out.loss.backward()
+    assert torch.isfinite(out.loss)
+    assert all(torch.isfinite(p.grad).all() for p in method.parameters())
+
+
+def test_distributed_data_parallel_of_the_wrapper(tmp_path: Path) -> None:
+    """DDP(wrapper) is the supported form: with one process, its gradients are those without it."""
+    if not torch.distributed.is_available():
+        pytest.skip("this torch build has no torch.distributed")
+    method, wrapper = make(weight=0.5, dropout=0.0)
+    twin = copy.deepcopy(wrapper)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        ddp = nn.parallel.DistributedDataParallel(wrapper)
+        for batch in DATA[:2]:
+            ddp(batch).loss.backward()
+            twin(batch).loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    for p, q in zip(method.parameters(), twin.method.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-6)
+
+
+# -- observed statistics -----------------------------------------------------------------------------------------------
+
+
+class ViewsOnly(nn.Module):
+    """One forward of cat(weak, strong): the statistics observed are those that "batch" would take."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: SSLBatch) -> StepOutput:
+        logits = self.model(torch.cat([batch.weak, batch.strong]))
+        pair = ViewPair(batch.weak, batch.strong, torch.arange(len(batch.weak)) % 3)
+        return StepOutput(logits.square().mean(), pair)
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+def test_observed_statistics_of_the_joint_views_equal_the_batch_ones(engine: str) -> None:
+    results = {}
+    for option in ("observed", "auto"):
+        method = ViewsOnly(training.network(dropout=0.0).double())
+        consistency = GradientConsistencyLoss(method.model, batchnorm=option, engine=engine)
+        wrapper = GGCRWrapper(method, consistency, warmup_steps=0, weight=1.0)
+        data = SSLBatch(*(v.double() if v is not None and v.is_floating_point() else v for v in DATA[0]))
+        results[option] = compare.gradient_of(wrapper(data).loss, method.model)
+    assert compare.relative(results["observed"], results["auto"]) <= 1e-8
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+def test_observed_statistics_are_those_of_the_methods_own_forward(engine: str) -> None:
+    """FixMatch's joint forward sees the labeled images too; no forward is added to observe them."""
+    model = training.network(dropout=0.0).double()
+    data = [SSLBatch(*(v.double() if v is not None and v.is_floating_point() else v for v in b)) for b in DATA[:3]]
+    method = FixMatch(model, threshold=THRESHOLD)
+    consistency = GradientConsistencyLoss(model, batchnorm="observed", engine=engine)
+    wrapper = GGCRWrapper(method, consistency, warmup_steps=0, weight=1.0)
+    for batch in data:
+        out = wrapper(batch)
+        joint = torch.cat([batch.x, batch.weak, batch.strong])
+        oracle = Judge(model, batch.weak, batch.strong, out.pair.target, out.pair.weight, observed=joint)
+        assert float(out.logs["ggcr_loss"]) == pytest.approx(float(oracle.verdict().loss), abs=1e-10)
+
+
+def test_observing_leaves_no_trace() -> None:
+    """Hooks, attributes, flags and random state after an observed step are those after an ordinary one."""
+    snapshots = []
+    for option in ("auto", "observed"):
+        method, wrapper = make(loss={"batchnorm": option}, weight=0.5)
+        before = {**state.of_process(), **state.of_model(method)}
+        torch.manual_seed(4)
+        wrapper(DATA[0])
+        changed = state.differences(before, {**state.of_process(), **state.of_model(method)})
+        snapshots.append((changed, [state.digest(v) for v in method.state_dict().values()]))
+    assert snapshots[0] == snapshots[1]
+
+
+@pytest.mark.parametrize(
+    "planted", [ValueError("planted"), KeyboardInterrupt("planted")], ids=["error", "interrupt"]
+)
+def test_an_exception_while_observing_leaves_no_trace(planted: BaseException) -> None:
+    model = training.network()
+
+    def method(batch: SSLBatch) -> StepOutput:
+        model(batch.weak)
+        raise planted
+
+    wrapper = GGCRWrapper(method, GradientConsistencyLoss(model, batchnorm="observed"), warmup_steps=0)
+    model(DATA[0].weak)
+    before = {**state.of_process(), **state.of_model(model)}
+    with pytest.raises(type(planted), match="planted"):
+        wrapper(DATA[0])
+    changed = state.differences(before, {**state.of_process(), **state.of_model(model)})
+    own = ("running_mean: buffer", "running_var: buffer", "num_batches_tracked: buffer", "random state", "state_dict")
+    assert [key for key in changed if not key.endswith(own)] == [], "beyond what the method's own forward does"
+
+
+CONFIGURATIONS: list[tuple[dict[str, Any], str]] = [
+    ({"weight": -0.1}, "weight"),
+    ({"weight": float("nan")}, "weight"),
+    ({"weight": float("inf")}, "weight"),
+    ({"weight": "0.1"}, "weight"),
+    ({"warmup_steps": -1}, "warmup_steps"),
+    ({"warmup_steps": 1.5}, "warmup_steps"),
+    ({"ramp_steps": -1}, "ramp_steps"),
+    ({"every": 0}, "every"),
+    ({"every": 2.0}, "every"),
+    ({"every": True}, "every"),
+    ({"gate": "some"}, "gate"),
+    ({"pair_fn": 3}, "pair_fn"),
+]
+
+
+@pytest.mark.parametrize(("options", "match"), CONFIGURATIONS, ids=[str(o) for o, _ in CONFIGURATIONS])
+def test_bad_configurations(options: dict[str, Any], match: str) -> None:
+    from gradconsist.errors import ConfigError
+
+    with pytest.raises((ConfigError, GradConsistError), match=match):
+        make(**options)
+
+
+def test_bad_method_and_consistency() -> None:
+    model = training.network()
+    with pytest.raises(GradConsistError, match="method"):
+        GGCRWrapper(3, GradientConsistencyLoss(model))
+    with pytest.raises(GradConsistError, match="consistency"):
+        GGCRWrapper(lambda batch: None, model)
+
+
+def _pairs() -> list[tuple[str, Callable[[SSLBatch], Any]]]:
+    return [
+        ("pair", lambda b: (b.weak, b.strong)),
+        ("strong", lambda b: ViewPair(b.weak, b.strong[:2], torch.zeros(6, dtype=torch.long))),
+        ("target", lambda b: ViewPair(b.weak, b.strong, torch.zeros(5, dtype=torch.long))),
+        ("weight", lambda b: ViewPair(b.weak, b.strong, torch.zeros(6, dtype=torch.long), -torch.ones(6))),
+    ]
+
+
+@pytest.mark.parametrize(("match", "pair"), _pairs(), ids=[m for m, _ in _pairs()])
+def test_bad_pairs_name_what_is_wrong(match: str, pair: Callable[[SSLBatch], Any]) -> None:
+    _, wrapper = make(form="tensor", pair_fn=lambda args, kwargs, output: pair(args[0]))
+    with pytest.raises(GradConsistError, match=match):
+        wrapper(DATA[0])
+
+
+def test_the_term_differentiates_what_the_optimizer_holds() -> None:
+    """Every parameter of the model, the head included, gets its share: with the base loss cut off."""
+    model = training.network(dropout=0.0)
+    pair = ViewPair(DATA[0].weak, DATA[0].strong, torch.arange(6) % 3)
+    wrapper = GGCRWrapper(
+        lambda batch: StepOutput(torch.zeros(()), pair),
+        GradientConsistencyLoss(model, encoder=model[0]),
+        warmup_steps=0,
+        weight=1.0,
+    )
+    wrapper(DATA[0]).loss.backward()
+    verdict = Judge(model, *pair[:3], compared=lambda n: n.startswith("0.")).verdict()
+    flat = torch.cat([p.grad.reshape(-1).double() for p in model.parameters()])
+    assert compare.relative(flat, verdict.flat) <= 2e-4
+    assert F.cosine_similarity(flat, verdict.flat, dim=0) > 0.999

@@ -1,0 +1,111 @@
+"""Small runs on the embedded digits, folders of tiny images, and the real photographs where they are at hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from recipes.config import Config
+    from recipes.datasets import Images
+
+try:
+    for package in ("torchvision", "sklearn", "tyro", "tqdm", "matplotlib"):
+        importlib.import_module(package)
+    UNUSABLE = None
+except (ImportError, RuntimeError) as error:  # torchvision beside another torch's build raises a RuntimeError
+    UNUSABLE = str(error)
+    collect_ignore_glob = ["test_*.py"]
+
+ROOT = Path(__file__).parents[2]
+ARCHIVE = "cifar10-jpeg.tar.xz"
+
+# Seconds, not minutes: 8x8 digits, 4 labeled and 8 unlabeled images a step, everything switched on from step 2.
+TINY: dict[str, Any] = {
+    "labels": 20, "batch_size": 4, "unlabeled_ratio": 2, "steps": 12, "threshold": 0.12, "unlabeled_ramp": 6,
+    "ggcr_warmup": 2, "ggcr_max_pairs": 2, "ggcr_every": 2, "eval_every": 4, "checkpoint_every": 5, "log_every": 3,
+    "workers": 0, "progress": "none",
+}  # fmt: skip
+
+MakeConfig = Callable[..., "Config"]
+
+
+def pytest_report_header() -> str | None:
+    """Say why the trainers are not tested, where they are not."""
+    return f"tests/examples: left out, the examples extra is missing ({UNUSABLE})" if UNUSABLE else None
+
+
+@pytest.fixture(scope="session")
+def tiny_at() -> MakeConfig:
+    """A factory of small configurations: `tiny_at(folder, option=value)`."""
+    from recipes.config import preset_config
+
+    def make(folder: Path, **changes: Any) -> Config:
+        return dataclasses.replace(preset_config("demo"), **{**TINY, "output": str(folder), **changes})
+
+    return make
+
+
+@pytest.fixture
+def tiny(tiny_at: MakeConfig, tmp_path: Path) -> MakeConfig:
+    """The same below the test's own folder: `tiny("name", option=value)`."""
+    return lambda name="run", **changes: tiny_at(tmp_path / name, **changes)
+
+
+@pytest.fixture
+def random_images() -> Images:
+    """60 random 32x32 training images of 3 classes, and 6 test images."""
+    from recipes.datasets import Images
+
+    generator = torch.Generator().manual_seed(5)
+    pixels = torch.randint(256, (66, 32, 32, 3), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(66) % 3
+    return Images("random", ["a", "b", "c"], pixels[:60], labels[:60], pixels[60:], labels[60:], flip=True)
+
+
+@pytest.fixture
+def photo_folder(tmp_path: Path) -> Callable[..., Path]:
+    """A factory of folder data sets: `photo_folder(train={"cat": 3}, test={"cat": 1}, size=(8, 8))`."""
+
+    import numpy as np
+    from PIL import Image
+
+    def make(name: str = "photos", *, size: tuple[int, int] = (8, 8), **parts: dict[str, int]) -> Path:
+        source = np.random.Generator(np.random.Philox(3))
+        for part, classes in parts.items():
+            for label, count in classes.items():
+                folder = tmp_path / name / part / label
+                folder.mkdir(parents=True)
+                for number in range(count):
+                    pixels = source.integers(256, size=(size[1], size[0], 3), dtype=np.uint8)
+                    Image.fromarray(pixels).save(folder / f"{number:03d}.png")
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def real_photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve training and four test photographs of each CIFAR-10 class, as a folder data set."""
+    folder = Path(os.environ.get("GRADCONSIST_DATA", ROOT / ".." / "shared" / "data"))
+    if not (folder / ARCHIVE).is_file():
+        pytest.skip(f"no {ARCHIVE} in {folder}: set GRADCONSIST_DATA to the folder that holds it")
+    target = tmp_path_factory.mktemp("photographs")
+    wanted = {"train": 12, "test": 4}
+    taken: dict[Path, int] = {}
+    with tarfile.open(folder / ARCHIVE) as archive:
+        for member in archive:
+            parent = Path(member.name).parent
+            part = parent.parent.name
+            if member.isfile() and part in wanted and taken.get(parent, 0) < wanted[part]:
+                taken[parent] = taken.get(parent, 0) + 1
+                archive.extract(member, target, filter="data")
+    return target / "cifar10-jpeg"

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from recipes.errors import DatasetError
+from recipes.folder import load_folder
+
+MakeFolder = Callable[..., Path]
+
+
+@pytest.mark.parametrize("held_out", ["test", "val"])
+def test_classes_are_sorted_and_images_are_exact(photo_folder: MakeFolder, held_out: str) -> None:
+    root = photo_folder(train={"dog": 2, "cat": 3}, **{held_out: {"cat": 1, "dog": 1}})
+    (root / "train" / "cat" / "notes.txt").write_text("not an image")
+    (root / "train" / ".hidden").mkdir()
+    classes, (train_x, train_y), (test_x, test_y) = load_folder(root, None)
+    assert classes == ["cat", "dog"]
+    assert train_y.tolist() == [0, 0, 0, 1, 1]
+    assert test_y.tolist() == [0, 1]
+    assert train_x.dtype == torch.uint8
+    assert train_x.shape == (5, 8, 8, 3)
+    assert test_x.shape == (2, 8, 8, 3)
+    with Image.open(root / "train" / "dog" / "001.png") as image:
+        assert np.array_equal(train_x[4].numpy(), np.asarray(image))
+
+
+def test_grey_and_transparent_images_become_rgb(photo_folder: MakeFolder) -> None:
+    root = photo_folder(train={"a": 1, "b": 1}, test={"a": 1, "b": 1})
+    Image.new("L", (8, 8), 90).save(root / "train" / "a" / "grey.png")
+    Image.new("RGBA", (8, 8), (1, 2, 3, 0)).save(root / "train" / "a" / "transparent.png")
+    train_x = load_folder(root, None)[1][0]
+    assert train_x[1].unique().tolist() == [90]
+
+
+def test_missing_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"--data-dir .*nowhere is not a directory: expected .*train/CLASS/IMAGE"):
+        load_folder(tmp_path / "nowhere", None)
+
+
+@pytest.mark.parametrize("parts", [{"train": {"a": 1}}, {"test": {"a": 1}}, {"images": {"a": 1}}])
+def test_wrong_layout_says_what_was_found(photo_folder: MakeFolder, parts: dict[str, dict[str, int]]) -> None:
+    with pytest.raises(DatasetError, match=rf"holds {next(iter(parts))}: expected --data-dir to hold train/CLASS"):
+        load_folder(photo_folder(**parts), None)
+
+
+def test_class_sets_that_differ_are_named(photo_folder: MakeFolder) -> None:
+    root = photo_folder(train={"a": 1, "b": 1}, test={"b": 1, "c": 1})
+    with pytest.raises(DatasetError, match=r"only in train: \['a'\]; only in test: \['c'\]"):
+        load_folder(root, None)
+
+
+def test_one_class_is_refused(photo_folder: MakeFolder) -> None:
+    with pytest.raises(DatasetError, match="has 1 class directories; a classifier needs at least two"):
+        load_folder(photo_folder(train={"a": 1}, test={"a": 1}), None)
+
+
+def test_empty_class_is_refused(photo_folder: MakeFolder) -> None:
+    root = photo_folder(train={"a": 1, "b": 0}, test={"a": 1, "b": 1})
+    with pytest.raises(DatasetError, match=r"train.b holds no image .*add images or remove the class"):
+        load_folder(root, None)
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", None])
+def test_unreadable_image_is_named(photo_folder: MakeFolder, content: bytes | None) -> None:
+    root = photo_folder(train={"a": 2, "b": 1}, test={"a": 1, "b": 1})
+    path = root / "train" / "a" / "001.png"
+    path.write_bytes(path.read_bytes()[:60] if content is None else content)  # None: truncated
+    with pytest.raises(DatasetError, match=r"train.a.001.png cannot be read as an image .*replace or remove it"):
+        load_folder(root, None)
+
+
+def test_sizes_that_differ_are_refused_unless_a_size_is_given(photo_folder: MakeFolder) -> None:
+    root = photo_folder(train={"a": 1, "b": 1}, test={"a": 1, "b": 1})
+    Image.new("RGB", (12, 9)).save(root / "test" / "b" / "000.png")
+    with pytest.raises(DatasetError, match=r"b.000.png is 12x9, but .*a.000.png is 8x8: give --image-size"):
+        load_folder(root, None)
+    assert load_folder(root, 6)[2][0].shape == (2, 6, 6, 3)
+
+
+def test_resizing_keeps_proportions_and_crops_the_centre(photo_folder: MakeFolder) -> None:
+    root = photo_folder(train={"a": 1, "b": 1}, test={"a": 1, "b": 1})
+    wide = np.zeros((10, 30, 3), dtype=np.uint8)
+    wide[:, 10:20] = 255  # the centre square is white, all else is black
+    Image.fromarray(wide).save(root / "train" / "a" / "000.png")
+    image = load_folder(root, 10)[1][0][0]
+    assert (image == 255).all()
+
+
+def test_progress_is_said(photo_folder: MakeFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    load_folder(photo_folder(train={"a": 2, "b": 1}, test={"a": 1, "b": 1}), None)
+    assert "decoded 5 of 5 images" in capsys.readouterr().err

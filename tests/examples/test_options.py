@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import pytest
+import torchvision.datasets
+
+from gradconsist.errors import GradConsistError
+from recipes.cli import parse_config
+from recipes.config import PRESETS, Config, preset_config, resolve
+from recipes.datasets import load_images
+from recipes.errors import DatasetError, OptionError
+from recipes.training import main, run
+
+MakeConfig = Callable[..., Config]
+
+
+def parse(*arguments: str) -> Config:
+    return parse_config(arguments, program="fixmatch_cifar.py", description="Trains.")
+
+
+def test_defaults_are_those_of_the_contract() -> None:
+    config = parse()
+    assert (config.preset, config.dataset, config.data_dir, config.output) == ("paper", "cifar10", "data", None)
+    assert (config.labels, config.method, config.seed, config.device) == (40, "fixmatch", 0, "auto")
+    assert (config.ggcr_weight, config.ggcr_warmup, config.ggcr_every, config.ggcr_max_pairs) == (0.1, 1000, 1, None)
+    assert (config.ggcr_engine, config.ggcr_projection, config.ggcr_gate) == ("auto", None, "method")
+    assert (config.ggcr_encoder, config.unlabeled_ramp, config.strong) == ("encoder", 5000, "randaugment")
+    assert (config.steps, config.batch_size, config.unlabeled_ratio) == (2**20, 64, 7)
+    assert (config.arch, config.amp, config.ema, config.lr, config.resume) == ("wrn-28-2", "off", 0.999, 0.03, "auto")
+    settled = resolve(config)
+    assert (settled.weight_decay, settled.bn_momentum, settled.ema_warmup) == (5e-4, 0.001, False)
+    assert settled.output == "runs/cifar10-40-fixmatch+ggcr-wrn-28-2-seed0"
+    assert resolve(parse("--dataset", "cifar100", "--labels", "400")).weight_decay == 1e-3
+
+
+def test_a_short_run_forgets_its_start_faster() -> None:
+    short = resolve(parse("--steps", "2000"))
+    assert (short.bn_momentum, short.ema_warmup) == (0.01, True)
+    given = resolve(parse("--steps", "2000", "--bn-momentum", "0.001", "--no-ema-warmup"))
+    assert (given.bn_momentum, given.ema_warmup) == (0.001, False)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_explicit_options_win_over_the_preset(preset: str) -> None:
+    config = parse("--unlabeled-ramp", "7", "--preset", preset, "--labels=30")
+    expected = dataclasses.replace(preset_config(preset), unlabeled_ramp=7, labels=30)  # type: ignore[arg-type]
+    assert config == expected
+    assert parse(f"--preset={preset}") == preset_config(preset)  # type: ignore[arg-type]
+
+
+def test_the_fixmatch_preset_is_the_reference_recipe() -> None:
+    config = parse("--preset", "fixmatch")
+    assert (config.unlabeled_ramp, config.ggcr_weight, config.strong) == (0, 0.0, "fixmatch")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--lrr", "1"), ("--labels", "many"), ("--preset", "best"), ("--dataset", "svhn"), ("--amp", "fp8"), ("stray",)],
+)
+def test_a_wrong_command_line_ends_with_status_2(
+    arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse(*arguments)
+    said = capsys.readouterr()
+    assert arguments[-1] in said.out + said.err
+
+
+def test_help_shows_the_defaults_of_the_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        parse("--preset", "demo", "--help")
+    said = " ".join(capsys.readouterr().out.replace("│", "").split())
+    assert "(default: digits)" in said
+    assert "--ggcr-weight FLOAT" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "--steps must be above 0; found 0"),
+        ({"lr": float("nan")}, "--lr must be above 0; found nan"),
+        ({"batch_size": -1}, "--batch-size must be above 0"),
+        ({"ggcr_weight": -0.1}, "--ggcr-weight must be 0 or more; found -0.1"),
+        ({"ggcr_weight": float("inf")}, "--ggcr-weight must be 0 or more; found inf"),
+        ({"ggcr_every": 0}, "--ggcr-every must be above 0"),
+        ({"seed": -1}, "--seed must be 0 or more"),
+        ({"seed": 2**63}, r"--seed must be below 2\^63"),
+        ({"ema": 1.0}, r"--ema is a decay in \[0, 1\), for example 0.999; found 1.0"),
+        ({"threshold": 1.5}, "--threshold is a probability"),
+        ({"bn_momentum": 2.0}, "--bn-momentum is in"),
+        ({"image_size": 32}, "--image-size is for --dataset folder; --dataset digits has a size of its own"),
+        ({"arch": "wrn-12-1"}, "--arch 'wrn-12-1': the depth must be 10, 16"),
+        ({"ggcr_projection": "gaussian"}, "--ggcr-projection gaussian: random projections are not part .*max-pairs"),
+        ({"method": "mixmatch"}, "--method 'mixmatch' is unknown: choose from fixmatch, supervised"),
+        ({"device": "warp"}, "--device 'warp' is not usable here .*try cpu"),
+        ({"ggcr_encoder": "backbone"}, "--ggcr-encoder 'backbone' is a prefix of no parameter: write encoder, all"),
+        ({"labels": 33}, "--labels 33 cannot be balanced over 10 classes"),
+    ],
+)
+def test_impossible_options_are_refused_before_anything_is_written(
+    tiny: MakeConfig, changes: dict[str, Any], message: str
+) -> None:
+    config = tiny(**changes)
+    with pytest.raises(OptionError, match=message):
+        run(config)
+    assert not Path(str(config.output)).exists()
+    assert main(config) == 2
+
+
+def test_what_the_library_refuses_is_one_line_and_status_1(
+    tiny: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny(ggcr_engine="warp")
+    with pytest.raises(GradConsistError, match="engine"):
+        run(config)
+    assert main(config) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+    assert not Path(str(config.output)).exists()
+
+
+def test_cifar_without_a_network_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", offline)
+    config = resolve(parse("--data-dir", str(tmp_path)))
+    with pytest.raises(DatasetError, match=r"--dataset cifar10 is neither in --data-dir .*put cifar-10-python.tar.gz"):
+        load_images(config)
+
+
+def test_digits_hold_out_a_fixed_fifth() -> None:
+    images = load_images(resolve(parse("--preset", "demo")))
+    assert images.train_x.shape == (1442, 8, 8, 3)
+    assert images.test_x.shape == (355, 8, 8, 3)
+    assert not images.flip
+    assert images.train_x.max() == 255

@@ -1,0 +1,309 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import recipes.training
+from recipes.checkpoint import load_latest
+from recipes.config import Config
+from recipes.errors import CheckpointError, NonFiniteLossError, ResumeError
+from recipes.files import read_json, write_json
+from recipes.trainer import Trainer
+from recipes.training import main, run
+
+MakeConfig = Callable[..., Config]
+SCRIPT = Path(recipes.training.__file__).parents[1] / "fixmatch_cifar.py"
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from leaves(item, f"{path}.{key}")
+    elif isinstance(value, list | tuple):
+        for position, item in enumerate(value):
+            yield from leaves(item, f"{path}.{position}")
+    else:
+        yield path, value
+
+
+def final(folder: str | Path) -> dict[str, Any]:
+    """The last checkpoint, flat, without what may differ: wall clock, and options that change no number."""
+    loaded = load_latest(Path(folder) / "checkpoints")
+    assert loaded is not None
+    flat = dict(leaves(loaded))
+    return {key: value for key, value in flat.items() if key != ".seconds" and not key.startswith(".options")}
+
+
+def differing(a: str | Path, b: str | Path) -> list[str]:
+    """Names of everything that differs between two finished runs."""
+    x, y = final(a), final(b)
+    assert len(x) > 100
+    names = [
+        key
+        for key in sorted(x.keys() | y.keys())
+        if key not in x
+        or key not in y
+        or not (torch.equal(x[key], y[key]) if isinstance(x[key], torch.Tensor) else x[key] == y[key])
+    ]
+    if (Path(a) / "metrics.jsonl").read_bytes() != (Path(b) / "metrics.jsonl").read_bytes():
+        names.append("metrics.jsonl")
+    return names
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_at: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of an uninterrupted run of `tiny()`, for all tests to compare with."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert run(tiny_at(folder)) == 0
+    return folder
+
+
+def kill_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """The process dies (as far as the trainer can tell) after so many steps."""
+    step, taken = Trainer.train_step, []
+
+    def dying(self: Trainer, images: Any) -> None:
+        if len(taken) == steps:
+            raise SystemExit(137)
+        taken.append(1)
+        step(self, images)
+
+    monkeypatch.setattr(Trainer, "train_step", dying)
+
+
+def test_a_stopped_run_continues_bitwise(whole: Path, tiny: MakeConfig) -> None:
+    stop = random.SystemRandom().randrange(1, 12)
+    assert run(tiny("cut", stop_after_steps=stop)) == 0
+    assert final(tiny("cut").output)[".step"] == stop
+    assert run(tiny("cut", stop_after_minutes=1e-9)) == 0  # one more step
+    assert run(tiny("cut")) == 0
+    assert differing(whole, tiny("cut").output) == [], f"stopped after {stop} steps"
+
+
+def test_a_killed_run_continues_bitwise_from_its_last_checkpoint(
+    whole: Path, tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill_after(monkeypatch, 9)
+    with pytest.raises(SystemExit):
+        run(tiny("cut"))
+    monkeypatch.undo()
+    output = Path(str(tiny("cut").output))
+    assert final(output)[".step"] == 5
+    assert len((output / "metrics.jsonl").read_text().splitlines()) == 5  # logs at 3, 6, 9, evaluations at 4, 8
+    assert run(tiny("cut")) == 0
+    assert differing(whole, output) == []
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(
+    whole: Path, tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill_after(monkeypatch, 4)
+    with pytest.raises(SystemExit):
+        run(tiny("cut"))
+    monkeypatch.undo()
+    assert run(tiny("cut")) == 0
+    assert differing(whole, tiny("cut").output) == []
+
+
+@pytest.mark.parametrize("part", ["method", "average", "optimizer", "meter", "evaluations", "step"])
+def test_every_part_of_the_state_is_needed(
+    whole: Path, tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    # The control of the tests above: a checkpoint that forgets one part must be noticed.
+    assert run(tiny("cut", stop_after_steps=7)) == 0
+    load = Trainer.load_state_dict
+    monkeypatch.setattr(Trainer, "load_state_dict", lambda self, state: load(self, {**state, part: fresh(self, part)}))
+    run(tiny("cut"))
+    monkeypatch.undo()
+    assert differing(whole, tiny("cut").output) != []
+
+
+def fresh(trainer: Trainer, part: str) -> Any:
+    return 6 if part == "step" else trainer.state_dict()[part]
+
+
+# Two processes and ten seconds: the one test that a real SIGKILL, at a moment nobody chose, is survived.
+def test_a_real_sigkill_is_survived_bitwise(whole: Path, tiny: MakeConfig) -> None:
+    config = tiny("killed", progress="none")
+    given = {**dataclasses.asdict(config), "stop_after_steps": None, "stop_after_minutes": None}
+    arguments = [part for key, value in given.items() for part in option(key, value)]
+    process = subprocess.Popen([sys.executable, str(SCRIPT), *arguments], stderr=subprocess.PIPE, text=True)
+    metrics, deadline = Path(str(config.output)) / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and metrics.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    time.sleep(random.SystemRandom().uniform(0, 0.3))
+    process.kill()
+    _, complaint = process.communicate()
+    assert process.returncode in (-signal.SIGKILL, 0), complaint
+    assert run(config) == 0
+    assert differing(whole, config.output) == []
+
+
+def option(key: str, value: Any) -> list[str]:
+    name = "--" + key.replace("_", "-")
+    if isinstance(value, bool):
+        return [name if value else name.replace("--", "--no-", 1)]
+    return [name, str(value)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_writes_a_checkpoint_and_says_how_to_continue(
+    whole: Path, tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    step = Trainer.train_step
+
+    def interrupted(self: Trainer, images: Any) -> None:
+        step(self, images)
+        if self.step == 7:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    before = signal.getsignal(number)
+    assert run(tiny("cut", progress="lines")) == 128 + number
+    assert signal.getsignal(number) is before
+    monkeypatch.undo()
+    said = capsys.readouterr().err
+    assert f"stopped by {signal.Signals(number).name} at step 7 of 12; checkpoint written" in said
+    assert "Start the same command again to continue." in said
+    assert run(tiny("cut")) == 0
+    assert differing(whole, tiny("cut").output) == []
+
+
+def test_a_finished_run_says_so(whole: Path, tiny: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (whole / "metrics.jsonl").read_bytes()
+    assert main(tiny(output=str(whole), data_dir="elsewhere")) == 0
+    assert "is finished: test accuracy" in capsys.readouterr().out
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_other_options_are_refused_and_named(whole: Path, tiny: MakeConfig) -> None:
+    with pytest.raises(ResumeError, match=r"--lr: 0.03 there, 0.1 now\n  --seed: 0 there, 4 now\n.*another --output"):
+        run(tiny(output=str(whole), lr=0.1, seed=4))
+
+
+def test_harmless_options_may_change(whole: Path, tiny: MakeConfig) -> None:
+    assert run(tiny("cut", stop_after_steps=5)) == 0
+    changed = tiny("cut", workers=0, checkpoint_every=2, device="cpu", progress="lines", tensorboard=False)
+    assert run(changed) == 0
+    assert differing(whole, changed.output) == []
+
+
+def test_resume_never_refuses_a_used_directory(whole: Path, tiny: MakeConfig) -> None:
+    with pytest.raises(ResumeError, match=r"--resume never, but .* holds a run"):
+        run(tiny(output=str(whole), resume="never"))
+
+
+def test_another_split_is_refused(tiny: MakeConfig) -> None:
+    config = tiny("cut", stop_after_steps=2)
+    assert run(config) == 0
+    path = Path(str(config.output)) / "split.json"
+    write_json(path, {**read_json(path), "sha256": "0" * 64})
+    with pytest.raises(ResumeError, match="the labeled split differs"):
+        run(config)
+
+
+def test_a_run_without_its_config_is_refused(tiny: MakeConfig) -> None:
+    config = tiny("cut", stop_after_steps=5)
+    run(config)
+    (Path(str(config.output)) / "config.json").unlink()
+    with pytest.raises(ResumeError, match=r"holds a run without its config.json"):
+        run(config)
+    (Path(str(config.output)) / "config.json").write_text("{")
+    with pytest.raises(ResumeError, match=r"config.json cannot be read"):
+        run(config)
+
+
+def test_metrics_that_were_cut_are_refused(tiny: MakeConfig) -> None:
+    config = tiny("cut", stop_after_steps=6)
+    run(config)
+    (Path(str(config.output)) / "metrics.jsonl").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl has 0 bytes, but the checkpoint was taken when it had"):
+        run(config)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tiny("cut", stop_after_steps=2))
+    path = Path(str(tiny("cut").output)) / "config.json"
+    stored = read_json(path)
+    stored["options"]["arch"] = "wrn-10-2"
+    write_json(path, stored)
+    with pytest.raises(CheckpointError, match=r"does not fit this run .*another --output"):
+        run(tiny("cut", arch="wrn-10-2"))
+
+
+def test_two_processes_cannot_share_a_directory(tiny: MakeConfig) -> None:
+    fcntl = pytest.importorskip("fcntl", reason="advisory locks are a POSIX feature")
+    config = tiny("cut")
+    run(dataclasses.replace(config, stop_after_steps=1))
+    with open(Path(str(config.output)) / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ResumeError, match="is in use by another process"):
+            run(config)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_overwrites_nothing(
+    tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny("cut")
+    run(dataclasses.replace(config, stop_after_steps=6))
+    before = final(config.output)
+    step = Trainer.train_step
+
+    def poisoned(self: Trainer, images: Any) -> None:
+        if self.step == 8:
+            with torch.no_grad():
+                self.model.head.bias[0] = float("nan")
+        step(self, images)
+
+    monkeypatch.setattr(Trainer, "train_step", poisoned)
+    with pytest.raises(NonFiniteLossError, match=r"step 8: the loss is nan; terms: \['loss_supervised'.*untouched"):
+        run(config)
+    after = final(config.output)
+    assert before.keys() == after.keys()
+    assert after[".step"] == 6
+    assert main(config) == 1
+    assert "error: step 8: the loss is nan" in capsys.readouterr().err
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = recipes.trainer.build_method
+
+    def with_bad_gradient(model: Any, config: Config) -> Any:
+        model.head.weight.register_hook(lambda gradient: gradient * float("inf"))
+        return built(model, config)
+
+    monkeypatch.setattr(recipes.trainer, "build_method", with_bad_gradient)
+    with pytest.raises(NonFiniteLossError, match=r"step 0: the gradient of head.weight is not finite"):
+        run(tiny())
+
+
+def test_metrics_hold_what_a_reader_asks_for(whole: Path) -> None:
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    train = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in train] == [3, 6, 9, 12]
+    assert [line["step"] for line in lines if line["kind"] == "eval"] == [4, 8, 12]
+    wanted = {
+        "loss", "loss_supervised", "loss_unsupervised", "mask_rate", "lr", "pseudo_label_accuracy",
+        "confident_accuracy", "unlabeled_weight", "ggcr_weight", "ggcr_loss", "ggcr_cosine", "ggcr_degenerate",
+        "ggcr_pairs",
+    }  # fmt: skip
+    assert wanted <= train[-1].keys()
+    summary = read_json(whole / "summary.json")
+    accuracies = [line["test_accuracy"] for line in lines if line["kind"] == "eval"]
+    assert summary["last"] == accuracies[-1]
+    assert summary["best"] == max(accuracies)
+    assert summary["median_last_20"] == sorted(accuracies)[1]
+    assert "test accuracy of the averaged (EMA) model" in summary["protocol"]
+    assert (whole / "curves.png").read_bytes().startswith(b"\x89PNG")

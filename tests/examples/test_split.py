@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from recipes.config import Config, resolve
+from recipes.datasets import Images
+from recipes.errors import OptionError, ResumeError
+from recipes.files import read_json
+from recipes.loader import StepDataset
+from recipes.split import draw_split, store_or_check
+
+MakeConfig = Callable[..., Config]
+
+
+@pytest.mark.parametrize("labels", [3, 12, 60])
+def test_split_is_balanced_and_without_repetition(random_images: Images, labels: int) -> None:
+    split = draw_split(random_images, labels, seed=0)
+    assert len(set(split.labeled.tolist())) == labels
+    assert torch.bincount(random_images.train_y[split.labeled]).tolist() == [labels // 3] * 3
+
+
+def test_same_seed_same_split_other_seed_other_split(random_images: Images) -> None:
+    first, again, other = (draw_split(random_images, 12, seed) for seed in (1, 1, 2))
+    assert first.digest == again.digest
+    assert torch.equal(first.labeled, again.labeled)
+    assert first.digest != other.digest
+
+
+def test_digest_covers_labels_classes_and_pixels(random_images: Images) -> None:
+    split = draw_split(random_images, 12, 0)
+    renamed = dataclasses.replace(random_images, classes=["a", "b", "d"])
+    assert draw_split(renamed, 12, 0).digest != split.digest
+    pixels = random_images.train_x.clone()
+    pixels[7, 0, 0, 0] ^= 1
+    changed = draw_split(dataclasses.replace(random_images, train_x=pixels), 12, 0)
+    assert changed.digest == split.digest
+    assert changed.data_digest != split.data_digest
+
+
+def test_unbalanced_number_of_labels_is_refused(random_images: Images) -> None:
+    with pytest.raises(OptionError, match=r"--labels 40 .* 3 classes: give a multiple of 3, for example 39 or 42"):
+        draw_split(random_images, 40, 0)
+    with pytest.raises(OptionError, match=r"--labels 2 cannot be balanced .* for example 3 or 6"):
+        draw_split(random_images, 2, 0)
+
+
+def test_more_labels_than_images_is_refused(random_images: Images) -> None:
+    with pytest.raises(OptionError, match=r"--labels 63 asks for 21 .* class 'a' has 20: give at most 60"):
+        draw_split(random_images, 63, 0)
+
+
+def test_split_is_stored_and_a_change_is_refused(random_images: Images, tmp_path: Path) -> None:
+    path = tmp_path / "split.json"
+    split = draw_split(random_images, 12, 0)
+    store_or_check(path, split, random_images.classes)
+    store_or_check(path, split, random_images.classes)
+    assert read_json(path)["labeled"] == split.labeled.tolist()
+    with pytest.raises(ResumeError, match="the labeled split differs"):
+        store_or_check(path, draw_split(random_images, 12, 1), random_images.classes)
+    with pytest.raises(ResumeError, match=r"the data set .* differs"):
+        store_or_check(path, dataclasses.replace(split, data_digest="other"), random_images.classes)
+
+
+def test_unlabeled_set_is_every_training_image(random_images: Images, tiny: MakeConfig) -> None:
+    config = resolve(tiny(batch_size=5, unlabeled_ratio=4, strong="fixmatch"))
+    dataset = StepDataset(random_images, draw_split(random_images, 12, 0), config)
+    seen = torch.cat([dataset[step].indices for step in range(3)])
+    assert sorted(seen.tolist()) == list(range(60))

@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import recipes.training
+from gradconsist import SSLBatch
+from gradconsist.methods import FixMatch
+from recipes.checkpoint import load_latest
+from recipes.config import Config, resolve
+from recipes.datasets import load_images
+from recipes.ema import AveragedModel
+from recipes.loader import StepDataset, ToModel
+from recipes.methods import build_method
+from recipes.models import build_model
+from recipes.schedule import build_optimizer, set_learning_rate
+from recipes.split import draw_split
+from recipes.training import run
+
+MakeConfig = Callable[..., Config]
+EXAMPLES = Path(recipes.training.__file__).parents[1]
+
+
+def script(name: str) -> ModuleType:
+    """Import one of the thin programs."""
+    specification = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def checkpoint(config: Config) -> dict[str, Any]:
+    loaded = load_latest(Path(str(config.output)) / "checkpoints")
+    assert loaded is not None
+    return loaded
+
+
+def same_tensors(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a if isinstance(a[key], torch.Tensor))
+
+
+def plain_fixmatch(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+    """FixMatch by hand: the library's method in a loop of six lines, with no trainer and no wrapper."""
+    config = resolve(config)
+    images = load_images(config)
+    to_model = ToModel(*images.channel_statistics(), torch.device("cpu"), channels_last=False)
+    dataset = StepDataset(images, draw_split(images, config.labels, config.seed), config)
+    torch.manual_seed(config.seed)
+    model = build_model(config.arch, 10, momentum=float(config.bn_momentum or 0))
+    method = FixMatch(model, threshold=config.threshold, unlabeled_ramp_steps=config.unlabeled_ramp)
+    optimizer = build_optimizer(model, lr=config.lr, weight_decay=float(config.weight_decay or 0))
+    average = AveragedModel(model, config.ema, warmup=bool(config.ema_warmup))
+    for step in range(config.steps):
+        set_learning_rate(optimizer, config.lr, step, config.steps)
+        optimizer.zero_grad()
+        method(to_model.batch(dataset[step])).loss.backward()
+        optimizer.step()
+        average.update(model)
+    return method.state_dict(), average.model.state_dict()
+
+
+def test_ggcr_weight_0_is_plain_fixmatch_bitwise(tiny: MakeConfig) -> None:
+    config = tiny(ggcr_weight=0.0)
+    assert run(config) == 0
+    saved = checkpoint(config)
+    method, average = plain_fixmatch(config)
+    assert same_tensors(saved["method"], method)
+    assert same_tensors(saved["average"]["model"], average)
+
+
+def test_ggcr_before_its_warmup_is_plain_fixmatch_bitwise_and_then_is_not(tiny: MakeConfig) -> None:
+    saved = {}
+    for name, warmup in (("later", 100), ("earlier", 2)):
+        config = tiny(name, ggcr_warmup=warmup)
+        assert run(config) == 0
+        saved[name] = checkpoint(config)["average"]["model"]
+    plain = plain_fixmatch(tiny())[1]
+    assert same_tensors(saved["later"], plain)
+    assert not same_tensors(saved["earlier"], plain)
+
+
+def test_a_term_that_can_never_act_is_said(tiny: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tiny(ggcr_warmup=100, stop_after_steps=1, progress="lines")) == 0
+    assert "note: --ggcr-warmup 100 >= --steps 12: the term is never added" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("encoder", "compared"),
+    [("encoder", "all but the head"), ("all", "everything"), ("encoder.1", "one block")],
+)
+def test_ggcr_encoder_decides_what_is_compared(tiny: MakeConfig, encoder: str, compared: str) -> None:
+    model = build_model("wrn-10-1", 10, momentum=0.1)
+    wrapper = build_method(model, resolve(tiny(ggcr_encoder=encoder, ggcr_warmup=0, ggcr_every=1, ggcr_max_pairs=None)))
+    x, y = torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 3, 4, 5])
+    wrapper.consistency.measure(x, x + 0.1, y)
+    got = wrapper.consistency.last.norm_weak
+    chosen = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if encoder == "all" or name.startswith(encoder if encoder != "encoder" else "encoder.")
+    }
+    reference = build_method(model, resolve(tiny(ggcr_encoder="all", ggcr_warmup=0))).consistency
+    reference.measure(x, x + 0.1, y)
+    assert len(chosen) == {"all but the head": 24, "everything": 26, "one block": 7}[compared]
+    smaller = bool((got < reference.last.norm_weak * 0.999).all())
+    assert smaller == (encoder != "all")
+
+
+def test_supervised_uses_no_unlabeled_image_and_no_term(tiny: MakeConfig) -> None:
+    config = tiny(method="supervised")
+    assert run(config) == 0
+    saved = checkpoint(config)
+    assert saved["options"]["ggcr_weight"] == 0.0
+    model = build_model("wrn-10-1", 10, momentum=0.1)
+    method = build_method(model, resolve(config))
+    x, y = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
+    out = method(SSLBatch(x, y, x[:0], x[:0]))
+    assert out.pair is None
+    assert out.loss.item() == pytest.approx(torch.nn.functional.cross_entropy(model(x), y).item())
+
+
+@pytest.mark.parametrize("changes", [{"amp": "bf16"}, {"channels_last": True}, {"joint_forward": False}, {"ema": 0.0}])
+def test_variants_train_and_resume(tiny: MakeConfig, changes: dict[str, Any]) -> None:
+    config = tiny(steps=4, eval_every=2, **changes)
+    assert run(dataclasses.replace(config, stop_after_steps=3)) == 0
+    assert run(config) == 0
+    parameters = checkpoint(config)["average"]["model"]
+    assert all(torch.isfinite(value).all() for value in parameters.values())
+
+
+def test_training_learns_the_digits(tiny: MakeConfig) -> None:
+    config = tiny(method="supervised", labels=40, batch_size=20, steps=60, eval_every=60, lr=0.1)
+    assert run(config) == 0
+    assert checkpoint(config)["evaluations"][-1] > 0.6  # chance is 0.1
+
+
+def test_tensorboard_files_are_written_on_request(tiny: MakeConfig) -> None:
+    pytest.importorskip("tensorboard", reason="--tensorboard needs the tensorboard package")
+    config = tiny(method="supervised", steps=3, tensorboard=True)
+    assert run(config) == 0
+    assert list((Path(str(config.output)) / "tensorboard").glob("events*"))
+
+
+def test_plain_lines_without_a_terminal(tiny: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tiny(method="supervised", steps=4, eval_every=2, progress="auto")) == 0
+    said = capsys.readouterr().err
+    assert (
+        "supervised on digits (1,442 training images 8x8, 10 classes, 20 labels), wrn-10-1 (77,850 parameters)" in said
+    )
+    assert "split SHA-256 " in said
+    assert "step 4/4" in said
+    assert "\r" not in said
+    assert "curves: " in said
+
+
+def test_a_bar_where_one_is_wanted(tiny: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tiny(method="supervised", steps=4, progress="bar")) == 0
+    assert "4/4" in capsys.readouterr().err
+
+
+def test_folder_of_real_photographs(real_photographs: Path, tiny: MakeConfig) -> None:
+    config = tiny(dataset="folder", data_dir=str(real_photographs), steps=3, eval_every=3, ggcr_warmup=1)
+    assert run(config) == 0
+    saved = checkpoint(config)
+    assert saved["step"] == 3
+    assert len(saved["evaluations"]) == 1
+
+
+def test_demo_prints_a_table_and_draws_all_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    demo = script("demo")
+    arguments = ["--output", str(tmp_path / "demo"), "--steps", "3"]
+    assert demo.main(arguments) == 0
+    said = capsys.readouterr().out
+    rows = [line.split() for line in said.splitlines() if line.startswith(("supervised ", "fixmatch"))]
+    assert [row[:3] for row in rows] == [[name, "0", "3/3"] for name in ("supervised", "fixmatch", "fixmatch+ggcr")]
+    assert all(0 <= float(row[3]) <= 1 for row in rows)
+    assert f"curves: {tmp_path / 'demo' / 'curves.png'}" in said
+    assert (tmp_path / "demo" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert demo.main(arguments) == 0  # again: everything is there already
+    assert capsys.readouterr().out.count("is finished") == 3
+
+    report, picture = script("report"), tmp_path / "pictures" / "all.png"
+    folders = [str(tmp_path / "demo" / f"{name}-seed0") for name in ("supervised", "fixmatch")]
+    assert report.main([*folders, "--output", str(picture)]) == 0
+    assert "supervised  0     3/3" in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_refuses_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert script("report").main([str(tmp_path)]) == 1
+    assert "is not the directory of a run" in capsys.readouterr().err
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_demo_refuses_no_seeds(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        script("demo").main(["--seeds", "0"])
+    assert "--seeds must be at least 1; found 0" in capsys.readouterr().err

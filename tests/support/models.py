@@ -1,0 +1,224 @@
+"""Modules of the zoo that torch.nn has not got: each with one trait that a per-sample gradient can trip over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class VisionTransformer(nn.Module):
+    """Patches, a class token and positions as bare parameters, one pre-norm block with nn.MultiheadAttention."""
+
+    def __init__(self, width: int = 8, classes: int = 3, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, width, 3, stride=3)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.position = nn.Parameter(torch.zeros(1, 5, width))
+        self.norm1, self.norm2, self.norm = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, 2, dropout=dropout, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patch(x).flatten(2).transpose(1, 2)  # [B, 4, width]
+        tokens = torch.cat([self.class_token.expand(len(x), -1, -1), tokens], dim=1) + self.position
+        y = self.norm1(tokens)
+        tokens = tokens + self.attention(y, y, y, need_weights=False)[0]
+        tokens = tokens + self.mlp(self.norm2(tokens))
+        return self.head(self.norm(tokens)[:, 0])
+
+
+class ScaledDotProduct(nn.Module):
+    """Calls F.scaled_dot_product_attention itself, as recent transformers do."""
+
+    def __init__(self, width: int = 8, classes: int = 3) -> None:
+        super().__init__()
+        self.qkv, self.head = nn.Linear(4, 3 * width), nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, T, 4]
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, T, d]
+        return self.head(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).mean(1))
+
+
+class TiedLanguageModel(nn.Module):
+    """The output matrix is the embedding: one parameter, two uses."""
+
+    def __init__(self, vocabulary: int = 7, width: int = 5) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.hidden = nn.Linear(width, width)
+        self.output = nn.Linear(width, vocabulary, bias=False)
+        self.output.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.output(torch.tanh(self.hidden(self.embedding(tokens).mean(1))))
+
+
+class Reused(nn.Module):
+    """One Linear applied twice in a forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.shared, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.shared(torch.tanh(self.stem(x))))
+        return self.head(torch.tanh(self.shared(x)))
+
+
+class TextClassifier(nn.Module):
+    """Keyword arguments, a padding index and a mask; an output object that carries logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, 6, padding_idx=0)
+        self.hidden, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Output:
+        x = torch.tanh(self.hidden(self.embedding(input_ids))) * attention_mask[..., None]
+        return Output(self.head(x.sum(1) / attention_mask.sum(1, keepdim=True)))
+
+
+@dataclass
+class Output:
+    """What a transformers-like model returns."""
+
+    logits: Tensor
+
+
+class DictOutput(nn.Module):
+    """Returns {"logits": ..., "features": ...}."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        features = torch.tanh(self.stem(x))
+        return {"features": features, "logits": self.head(features)}
+
+
+class TwoInputs(nn.Module):
+    """Two positional arguments, the second an integer table index."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.table, self.head = nn.Linear(5, 6), nn.Embedding(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.image(x) + self.table(index)))
+
+
+class FunctionalDropout(nn.Module):
+    """Randomness that no module declares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.dropout(torch.tanh(self.stem(x)), 0.5, self.training))
+
+
+class LayerScale(nn.Module):
+    """Parameters that belong to no layer with a rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.scale, self.temperature = nn.Parameter(torch.ones(6)), nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.stem(x))
+        return self.head(x + self.scale * torch.tanh(self.block(x))) * self.temperature
+
+
+class Recurrent(nn.Module):
+    """A native recurrent network, its last hidden state classified."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.rnn, self.head = kind(4, 5, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+class WideBlock(nn.Module):
+    """Pre-activation block of a wide residual network."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.bn1, self.bn2 = nn.BatchNorm2d(inputs, momentum=0.001), nn.BatchNorm2d(outputs, momentum=0.001)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+        self.relu = nn.LeakyReLU(0.1, inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(x))
+        return self.conv2(self.relu(self.bn2(self.conv1(x)))) + self.shortcut(x)
+
+
+class FusedNormAct(nn.BatchNorm2d):
+    """A BatchNorm whose own forward calls F.batch_norm and applies an activation, as timm's BatchNormAct2d does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1, self.eps)
+        return F.silu(x)
+
+
+class FunctionalNorm(nn.Module):
+    """Calls F.batch_norm with buffers of its own, without being a BatchNorm."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gain, self.shift = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.mean, self.var, self.gain, self.shift, self.training, 0.1, 1e-5)
+
+
+class NormTwice(nn.Module):
+    """One BatchNorm called at two places of a forward: two sets of statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.mid, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 3)
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.norm(self.stem(x)))
+        return self.head(torch.tanh(self.norm(self.mid(x))).mean((2, 3)))
+
+
+class Checkpointed(nn.Module):
+    """Non-reentrant activation checkpointing around the middle of a network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.mid, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.stem(x))
+        return self.head(checkpoint(lambda y: torch.tanh(self.mid(y)), x, use_reentrant=False))
+
+
+class DataDependent(nn.Module):
+    """Control flow on the values of the batch, which vmap cannot trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(torch.tanh(x) if bool(x.abs().max() < 1e6) else x)
