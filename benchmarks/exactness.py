@@ -15,29 +15,23 @@ library.  The exit status is 1 if a value is beyond the bounds, so that nobody q
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import os
-import platform
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+from environment import write_result
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from support import compare  # noqa: E402
-from support.oracle import Verdict  # noqa: E402
-from support.zoo import CASES, PAIRS, Case  # noqa: E402
-
-import gradconsist  # noqa: E402
-from gradconsist import GradientConsistencyLoss  # noqa: E402
-from gradconsist.errors import UnsupportedModuleError  # noqa: E402
+from gradconsist import GradientConsistencyLoss
+from gradconsist.errors import UnsupportedModuleError
+from support import compare
+from support.oracle import Verdict
+from support.zoo import CASES, PAIRS, Case
 
 ENGINES = ("loop", "vmap")
 CHUNKS = (1, 3, None)
@@ -91,21 +85,6 @@ def broken(row: Row) -> bool:
     return not (row.cosine_error <= cosine and row.gradient_error <= gradient)
 
 
-def environment() -> dict[str, object]:
-    """What the numbers were made with."""
-    return {
-        "gradconsist": gradconsist.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "system": platform.system(),
-        "threads": torch.get_num_threads(),
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "pairs": PAIRS,
-        "bounds": {name: compare.TOLERANCE[dtype] for name, dtype in DTYPES.items()},
-    }
-
-
 def summarise(cells: list[Row]) -> tuple[str, str]:
     """Worst cosine and gradient error of some cells, as text."""
     if not cells or all(cell.refused for cell in cells):
@@ -130,22 +109,6 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def write(path: Path, rows: list[Row]) -> None:
-    """The cells and their environment as JSON, in one step: a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = json.dumps({"environment": environment(), "rows": [asdict(row) for row in rows]}, indent=1) + "\n"
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(descriptor, "w") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="write the cells as JSON")
@@ -167,7 +130,8 @@ def main() -> int:
     for row in failures:
         print(f"WRONG: {row}")
     if options.output is not None:
-        write(options.output, rows)
+        bounds = {name: compare.TOLERANCE[dtype] for name, dtype in DTYPES.items()}
+        write_result(options.output, {"pairs": PAIRS, "bounds": bounds, "rows": [asdict(row) for row in rows]})
     return 1 if failures else 0
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from recipes.config import Config, check_same_run, method_label
-from recipes.errors import ResumeError
+from recipes.errors import OptionError, ResumeError
 from recipes.files import read_json, write_json
 from recipes.runlog import environment
 
@@ -54,18 +54,24 @@ def create_run(config: Config, device: torch.device) -> None:
     Args:
         config: Resolved options.
         device: Where the run computes.
+
+    Raises:
+        OptionError: Where the folder cannot be written to.
     """
     folder = Path(str(config.output))
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(
-        folder / "config.json",
-        {
-            "format": 1,
-            "label": method_label(config),
-            "options": dataclasses.asdict(config),
-            "environment": environment(device),
-        },
-    )
+    record = {
+        "format": 1,
+        "label": method_label(config),
+        "options": dataclasses.asdict(config),
+        "environment": environment(device),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", record)
+    except OSError as error:
+        raise OptionError(
+            f"--output {folder} cannot be used ({error}): give a folder that you can write to."
+        ) from error
 
 
 def _compare_environment(before: dict[str, Any], now: dict[str, Any]) -> None:

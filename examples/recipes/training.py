@@ -226,6 +226,11 @@ def main(config: Config) -> int:
     except (TrainerError, GradConsistError) as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "exit_code", 1)
+    except OSError as error:
+        print(
+            f"error: {error}. Checkpoints are untouched: mend this and start the same command again.", file=sys.stderr
+        )
+        return 1
     except KeyboardInterrupt:  # before the first step; later, the loop answers it with a checkpoint
         print("interrupted before training began; nothing was changed.", file=sys.stderr)
         return 130

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from gradconsist.batch import concatenable, concatenate
 from gradconsist.engines.base import Engine, Problem, explain
 from gradconsist.errors import (
-    ConfigError,
     GradConsistError,
     InputShapeError,
     NonFiniteError,
 )
 from gradconsist.forward import PerSampleForward, comparison_scope
-from gradconsist.fused import GradientBuffer, foreign_leaves
+from gradconsist.fused import GradientBuffer
+from gradconsist.graph import check_second_derivative
 from gradconsist.normalization import BatchNormCalls, BatchNormPolicy, Statistics, StatisticsMissingError
 from gradconsist.probes import Probed, probe_model
 from gradconsist.randomness import preserved_randomness
@@ -233,10 +233,13 @@ class _Run:
 
     def _chunk(self, problem: Problem, index: Tensor, weight: Tensor, buffer: GradientBuffer | None) -> Tensor:
         terms = self._terms(problem, index, weight)
+        fact = f"second derivative by {self.options.engine!r}"  # which the automatic engine may have changed
+        first = self.options.probed.first_time(fact, self.options.model.training)
+        if first and terms.requires_grad:
+            check_second_derivative(terms, self.options.trainable, fused=buffer is not None)
         if buffer is not None:
             buffer.add(terms.sum())
-            self._refuse_foreign(terms)  # after the derivative, whose failures have a cause of their own
-        elif terms.requires_grad and self.options.probed.first_time("second derivative", self.options.model.training):
+        elif first and terms.requires_grad:
             # Fails here, by name, and not in the user's own backward.
             torch.autograd.grad(terms.sum(), self.options.trainable, allow_unused=True, retain_graph=True)
         return terms
@@ -285,17 +288,6 @@ class _Run:
         if graph and torch.is_grad_enabled():
             zero = GradientBuffer(self.options.trainable).attach(zero)
         return zero.repeat(len(self.pairs)) if self.options.reduction == "none" else zero
-
-    def _refuse_foreign(self, loss: Tensor) -> None:
-        """On the first fused call: nothing but the model's parameters may wait for a gradient."""
-        if not self.options.probed.first_time("leaves", self.options.model.training):
-            return
-        foreign = foreign_leaves(loss, self.options.trainable)
-        if foreign:
-            raise ConfigError(
-                f"`fused=True` forms gradients for the model's parameters only, but `loss_fn` or the model also uses a"
-                f" tensor of shape {tuple(foreign[0].shape)} that requires grad: pass `fused=False`, or detach it."
-            )
 
 
 def needs_statistics(model: nn.Module, batchnorm: BatchNormPolicy) -> bool:

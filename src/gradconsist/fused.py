@@ -64,29 +64,3 @@ class _GradientInForward(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         # The buffer is a constant: a derivative of it (a third one of the model) must raise, not read as zero.
         return (None, None, *(upstream.to(part.dtype) * part for part in ctx.gradients))
-
-
-def foreign_leaves(loss: Tensor, known: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors with ``requires_grad`` that `loss` depends on, beside `known`: the buffer would drop their gradient.
-
-    Args:
-        loss: a chunk's loss, with its graph.
-        known: the tensors that get a gradient.
-
-    Returns:
-        Leaves of the graph that are not among `known`.
-    """
-    expected = {id(tensor) for tensor in known}
-    found: dict[int, Tensor] = {}
-    seen: set[Any] = set()
-    stack = [loss.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)  # only AccumulateGrad nodes have one
-        if isinstance(leaf, Tensor) and id(leaf) not in expected:
-            found[id(leaf)] = leaf
-        stack.extend(parent for parent, _ in node.next_functions)
-    return list(found.values())

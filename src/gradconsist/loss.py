@@ -247,8 +247,9 @@ class GradientConsistencyLoss:
         Raises:
             StateError: it is something else.
         """
-        if set(state) != {"generator"} or not isinstance(state["generator"], Tensor):
-            found = {key: type(value).__name__ for key, value in state.items()}
+        known = isinstance(state, Mapping) and set(state) == {"generator"}
+        if not known or not isinstance(state["generator"], Tensor):
+            found = sorted(state) if isinstance(state, Mapping) else type(state).__name__
             raise StateError(f"`state` holds {found}, expected {{'generator': Tensor}}: pass this class's state_dict.")
         self._generator.set_state(state["generator"].cpu())
 

@@ -12,6 +12,7 @@ from gradconsist.batch import concatenable, concatenate, take
 from gradconsist.default_loss import cross_entropy, find_logits
 from gradconsist.errors import InputShapeError, InputValueError, LossContractError, UnsupportedModuleError
 from gradconsist.forward import PerSampleForward, comparison_scope
+from gradconsist.graph import check_first_derivative
 from gradconsist.validation import Pairs
 
 
@@ -62,6 +63,7 @@ def probe_model(forward: PerSampleForward, pairs: Pairs, probed: Probed) -> None
     if probed.first_time("loss", forward.model.training):
         with torch.enable_grad():
             loss = forward.losses(take(pairs.weak, slice(0, 1)), pairs.target[:1])
+        check_first_derivative(loss)
         if not loss.requires_grad:
             raise LossContractError(
                 "the per-sample loss has no graph: `loss_fn` or the model detaches its result (`.detach()`, `.item()`,"

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from support import state
-from support.zoo import CASES
 from torch import Tensor, nn
 
 from gradconsist import diagnostics
 from gradconsist.errors import GradConsistError, UnsupportedModuleError
+from support import state
+from support.zoo import CASES
 
 MODELS = [
     "mlp",
@@ -98,7 +98,7 @@ def test_it_fails_on_a_small_error() -> None:
 
 
 def test_it_sees_through_both_engines_layer_norm() -> None:
-    """torch's vmap of grad is wrong at second order through an affine LayerNorm: whatever the engine does, no silence."""
+    """torch's vmap of grad is wrong at second order through an affine LayerNorm: no silence."""
     for name in ("mlp_layernorm", "vit", "cnn_instancenorm"):
         p = CASES[name].problem()
         try:

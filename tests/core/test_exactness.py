@@ -6,12 +6,12 @@ import functools
 
 import pytest
 import torch
-from support import compare
-from support.oracle import Verdict
-from support.zoo import CASES, PAIRS, Problem
 
 from gradconsist import GradientConsistencyLoss
 from gradconsist.errors import UnsupportedModuleError
+from support import compare
+from support.oracle import Verdict
+from support.zoo import CASES, PAIRS, Problem
 
 CHUNKS = (1, 3, None, "auto")
 DTYPES = {"float64": torch.float64, "float32": torch.float32}

@@ -134,7 +134,12 @@ print(sorted(roots - set(sys.stdlib_module_names) - {"gradconsist", "torch", "ty
 def test_an_import_changes_nothing_and_loads_nothing_else() -> None:
     env = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _PROBE], capture_output=True, text=True, env=env, check=False, timeout=120
+        [sys.executable, "-W", "ignore", "-c", _PROBE],
+        capture_output=True,
+        text=True,
+        env=env,
+        check=False,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"

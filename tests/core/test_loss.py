@@ -8,12 +8,12 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from support import compare
-from support.zoo import CASES, Problem
 from torch import Tensor, nn
 
 from gradconsist import GradientConsistencyLoss
 from gradconsist.errors import ConfigError
+from support import compare
+from support.zoo import CASES, Problem
 
 ENGINES = pytest.mark.parametrize("engine", ["loop", "vmap"])
 FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "graph"])

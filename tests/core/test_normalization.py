@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import compare
-from support.oracle import tree_cat
-from support.zoo import CASES
 from torch import nn
 
 from gradconsist import GradientConsistencyLoss
 from gradconsist.errors import GradConsistError
+from support import compare
+from support.oracle import tree_cat
+from support.zoo import CASES
 
 ENGINES = pytest.mark.parametrize("engine", ["loop", "vmap"])
 NORMED = ["cnn_batchnorm_train", "cnn_batchnorm_eval", "cnn_batchnorm_mixed", "cnn_batchnorm_twice", "wrn_slice"]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from support.oracle import Judge, judge
 from support.zoo import CASES
-from torch import Tensor, nn
 
 
 def _linear(bias: bool) -> tuple[nn.Linear, Tensor, Tensor, Tensor]:
@@ -26,7 +27,9 @@ def test_closed_form_of_a_linear_softmax(bias: bool) -> None:
     expected = F.cosine_similarity(*residuals, dim=1) * F.cosine_similarity(*inputs, dim=1)
     verdict = judge(model, weak, strong, target)
     torch.testing.assert_close(verdict.cosine, expected, rtol=0.0, atol=1e-13)
-    torch.testing.assert_close(verdict.norm_weak, residuals[0].norm(dim=1) * inputs[0].norm(dim=1), rtol=1e-13, atol=0.0)
+    torch.testing.assert_close(
+        verdict.norm_weak, residuals[0].norm(dim=1) * inputs[0].norm(dim=1), rtol=1e-13, atol=0.0
+    )
     torch.testing.assert_close(verdict.loss, (1 - expected).mean(), rtol=1e-13, atol=0.0)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import compare
-from support.zoo import CASES
 
 from gradconsist import GradientConsistencyLoss
+from support import compare
+from support.zoo import CASES
 
 MODELS = ["mlp", "mlp_layernorm", "cnn_groupnorm", "cnn_batchnorm_train", "cnn_batchnorm_eval", "vit", "tied_embedding"]
 # The error of a same-dtype loop is one draw of rounding noise; its floor is a few units in the last place of bf16.

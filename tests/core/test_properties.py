@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import compare
-from support.zoo import CASES, Problem
 from torch import Tensor
 
 from gradconsist import GradientConsistencyLoss
+from support import compare
+from support.zoo import CASES, Problem
 
 MODELS = st.sampled_from(["mlp", "cnn_groupnorm", "vit", "tied_embedding", "conv_grouped"])
 ENGINES = st.sampled_from(["loop", "vmap"])

@@ -10,12 +10,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support import compare, state
-from support.zoo import CASES, Problem
 from torch import Tensor, nn
 
 from gradconsist import GradientConsistencyLoss
 from gradconsist.errors import GradConsistError
+from support import compare, state
+from support.zoo import CASES, Problem
 
 ENGINES = pytest.mark.parametrize("engine", ["loop", "vmap"])
 FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "graph"])

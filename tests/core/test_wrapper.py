@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import compare, state, training
-from support.oracle import Judge
 from torch import Tensor, nn
 
 from gradconsist import GGCRWrapper, GradientConsistencyLoss, SSLBatch, StepOutput, ViewPair
 from gradconsist.errors import GradConsistError
 from gradconsist.methods import FixMatch
+from support import compare, state, training
+from support.oracle import Judge
 
 DATA = [SSLBatch(*batch) for batch in training.batches(20)]
 THRESHOLD = 0.37  # passes some pairs of every batch and never all
@@ -177,7 +178,9 @@ def test_every_kth_step_times_k(every: int) -> None:
         out = wrapper(batch)
         active.append(float(out.loss.detach()) != base)
         if active[-1]:
-            assert float(out.loss.detach()) == pytest.approx(base + every * 0.2 * expected_term(method, batch), abs=2e-5)
+            assert float(out.loss.detach()) == pytest.approx(
+                base + every * 0.2 * expected_term(method, batch), abs=2e-5
+            )
         else:
             assert count.calls == calls + 1, "no extra forward"
             assert t < 2 or every > 1
@@ -192,7 +195,7 @@ def test_ramp() -> None:
     weights = [float(wrapper(batch).logs["ggcr_weight"]) for batch in DATA[:12]]
     assert weights[:2] == [0.0, 0.0]
     rise = weights[2:7]
-    steps = [b - a for a, b in zip(rise, rise[1:], strict=False) if b < 0.5 or a < 0.5]
+    steps = [b - a for a, b in itertools.pairwise(rise) if a < 0.5]
     assert steps
     assert all(step == pytest.approx(0.125) for step in steps)
     assert 0.0 <= weights[2] <= 0.125 + 1e-9
@@ -355,7 +358,7 @@ def test_a_resumed_run_continues_bitwise(loss: dict[str, Any], at: int, tmp_path
 
 def test_a_state_dict_of_something_else_is_refused() -> None:
     method, wrapper = make()
-    with pytest.raises((GradConsistError, RuntimeError), match="(?i)missing|key|state"):
+    with pytest.raises((GradConsistError, RuntimeError), match=r"(?i)missing|key|state"):
         wrapper.load_state_dict(method.state_dict())
     assert wrapper.step == 0
 
@@ -537,17 +540,15 @@ def test_observing_leaves_no_trace() -> None:
     snapshots = []
     for option in ("auto", "observed"):
         method, wrapper = make(loss={"batchnorm": option}, weight=0.5)
-        before = {**state.of_process(), **state.of_model(method)}
         torch.manual_seed(4)
+        before = {**state.of_process(), **state.of_model(method)}
         wrapper(DATA[0])
         changed = state.differences(before, {**state.of_process(), **state.of_model(method)})
         snapshots.append((changed, [state.digest(v) for v in method.state_dict().values()]))
     assert snapshots[0] == snapshots[1]
 
 
-@pytest.mark.parametrize(
-    "planted", [ValueError("planted"), KeyboardInterrupt("planted")], ids=["error", "interrupt"]
-)
+@pytest.mark.parametrize("planted", [ValueError("planted"), KeyboardInterrupt("planted")], ids=["error", "interrupt"])
 def test_an_exception_while_observing_leaves_no_trace(planted: BaseException) -> None:
     model = training.network()
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import doctest
+import io
+import linecache
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[\w-]*)[^\n]*\n(?P<body>.*?)^(?P=indent)```[ ]*$", re.M | re.S)
@@ -20,6 +25,10 @@ class Block:
     line: int
     output: str | None
     """Of a python block: the text block that follows it directly, which is what it prints."""
+
+    def prints(self, text: str) -> bool:
+        """Whether `text` is the output that the page shows; "..." in it stands for anything."""
+        return self.output is None or doctest.OutputChecker().check_output(self.output, text, doctest.ELLIPSIS)
 
 
 def documents() -> list[Path]:
@@ -51,6 +60,21 @@ def blocks(page: Path) -> list[Block]:
             )
         )
     return result
+
+
+def run(page: Path) -> Iterator[tuple[Block, str]]:
+    """Runs the python blocks of `page` in one namespace, in order; yields each with what it printed."""
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for block in blocks(page):
+        if block.language != "python":
+            continue
+        printed = io.StringIO()
+        place = f"{name(page)}:{block.line}"
+        # Tracebacks show the document's own lines, and `inspect` finds the source there, too.
+        linecache.cache[place] = (len(block.text), None, block.text.splitlines(keepends=True), place)
+        with contextlib.redirect_stdout(printed):
+            exec(compile(block.text, place, "exec"), namespace)
+        yield block, printed.getvalue()
 
 
 def prose(page: Path) -> str:

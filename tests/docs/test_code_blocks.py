@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import doctest
-import io
-import linecache
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from pages import ROOT, blocks, documents, name
+from pages import ROOT, blocks, documents, name, run
 
 PAGES = [page for page in documents() if any(block.language == "python" for block in blocks(page))]
 LANGUAGES = {"python", "bash", "console", "text", "bibtex"}
@@ -24,19 +19,8 @@ TRAINERS = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a page share one namespace and an empty folder, and run in order."""
     monkeypatch.chdir(tmp_path)
-    namespace: dict[str, Any] = {"__name__": "__main__"}
-    for block in blocks(page):
-        if block.language != "python":
-            continue
-        printed = io.StringIO()
-        place = f"{name(page)}:{block.line}"
-        # Tracebacks show the document's own lines; inspect and dataclasses find the source there, too.
-        linecache.cache[place] = (len(block.text), None, block.text.splitlines(keepends=True), place)
-        with contextlib.redirect_stdout(printed):
-            exec(compile(block.text, place, "exec"), namespace)
-        if block.output is not None:
-            equal = doctest.OutputChecker().check_output(block.output, printed.getvalue(), doctest.ELLIPSIS)
-            assert equal, f"{place} prints\n{printed.getvalue()}but the page says\n{block.output}"
+    for block, printed in run(page):
+        assert block.prints(printed), f"{name(page)}:{block.line} prints\n{printed}but the page says\n{block.output}"
 
 
 @pytest.mark.parametrize("page", documents(), ids=name)

@@ -94,18 +94,18 @@ def photo_folder(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def real_photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve training and four test photographs of each CIFAR-10 class, as a folder data set."""
+    """Twelve training and four test photographs of two CIFAR-10 classes, as a folder data set."""
     folder = Path(os.environ.get("GRADCONSIST_DATA", ROOT / ".." / "shared" / "data"))
     if not (folder / ARCHIVE).is_file():
         pytest.skip(f"no {ARCHIVE} in {folder}: set GRADCONSIST_DATA to the folder that holds it")
     target = tmp_path_factory.mktemp("photographs")
-    wanted = {"train": 12, "test": 4}
-    taken: dict[Path, int] = {}
+    missing = {(part, label): n for part, n in (("train", 12), ("test", 4)) for label in ("airplane", "automobile")}
     with tarfile.open(folder / ARCHIVE) as archive:
         for member in archive:
-            parent = Path(member.name).parent
-            part = parent.parent.name
-            if member.isfile() and part in wanted and taken.get(parent, 0) < wanted[part]:
-                taken[parent] = taken.get(parent, 0) + 1
+            key = Path(member.name).parts[-3:-1]
+            if member.isfile() and missing.get(key, 0):  # type: ignore[call-overload]
                 archive.extract(member, target, filter="data")
+                missing[key] -= 1  # type: ignore[index]
+            if not any(missing.values()):
+                break
     return target / "cifar10-jpeg"

@@ -41,7 +41,7 @@ def test_defaults_are_those_of_the_contract() -> None:
 def test_a_short_run_forgets_its_start_faster() -> None:
     short = resolve(parse("--steps", "2000"))
     assert (short.bn_momentum, short.ema_warmup) == (0.01, True)
-    given = resolve(parse("--steps", "2000", "--bn-momentum", "0.001", "--no-ema-warmup"))
+    given = resolve(parse("--steps", "2000", "--bn-momentum", "0.001", "--ema-warmup", "False"))
     assert (given.bn_momentum, given.ema_warmup) == (0.001, False)
 
 
@@ -110,6 +110,12 @@ def test_impossible_options_are_refused_before_anything_is_written(
         run(config)
     assert not Path(str(config.output)).exists()
     assert main(config) == 2
+
+
+def test_an_output_that_cannot_be_written_is_refused(tiny: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OptionError, match=r"--output .*file.run cannot be used .*give a folder that you can write to"):
+        run(tiny(output=str(tmp_path / "file" / "run")))
 
 
 def test_what_the_library_refuses_is_one_line_and_status_1(

@@ -20,6 +20,7 @@ from recipes.checkpoint import load_latest
 from recipes.config import Config
 from recipes.errors import CheckpointError, NonFiniteLossError, ResumeError
 from recipes.files import read_json, write_json
+from recipes.runlog import MetricsFile
 from recipes.trainer import Trainer
 from recipes.training import main, run
 
@@ -275,6 +276,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_overwrites_nothing(
     assert after[".step"] == 6
     assert main(config) == 1
     assert "error: step 8: the loss is nan" in capsys.readouterr().err
+
+
+def test_a_disk_that_fails_in_mid_run_is_one_line_and_loses_nothing(
+    tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny("cut", method="supervised")
+    assert run(dataclasses.replace(config, stop_after_steps=5)) == 0
+    monkeypatch.setattr(MetricsFile, "write", lambda *_: (_ for _ in ()).throw(OSError("disk on fire")))
+    assert main(config) == 1
+    assert "error: disk on fire. Checkpoints are untouched" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert run(config) == 0
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,11 @@ def of_process() -> dict[str, Any]:
         "grad mode": torch.is_grad_enabled(),
         "inference mode": torch.is_inference_mode_enabled(),
         "anomaly": torch.is_anomaly_enabled(),
-        "autocast": (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.is_autocast_cache_enabled()),
+        "autocast": (
+            torch.is_autocast_enabled("cpu"),
+            torch.get_autocast_dtype("cpu"),
+            torch.is_autocast_cache_enabled(),
+        ),
         "flash": torch.backends.cuda.flash_sdp_enabled(),
         "memory efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
         "math": torch.backends.cuda.math_sdp_enabled(),
@@ -68,8 +72,9 @@ def of_process() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "module hooks": [
-            len(getattr(nn.modules.module, key)) for key in dir(nn.modules.module) if key.startswith("_global_") and "hooks" in key
-            and isinstance(getattr(nn.modules.module, key), dict)
+            len(getattr(nn.modules.module, key))
+            for key in dir(nn.modules.module)
+            if key.startswith("_global_") and "hooks" in key and isinstance(getattr(nn.modules.module, key), dict)
         ],
     }
     with contextlib.suppress(AttributeError):

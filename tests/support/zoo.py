@@ -179,8 +179,8 @@ def _weight_norm_by_hand(model: nn.Module, tape: Tape) -> None:
     """Torch's second derivative of weight_norm is wrong; v (g / |v|) written out is right."""
     for layer, dim in ((model[0][0], 0), (model[0][2], 1)):  # type: ignore[index]
         other = 1 - dim
-        layer.parametrizations.weight[0].forward = lambda g, v, other=other: v * (
-            g / v.square().sum(dim=other, keepdim=True).sqrt()
+        layer.parametrizations.weight[0].forward = lambda g, v, other=other: (
+            v * (g / v.square().sum(dim=other, keepdim=True).sqrt())
         )
 
 
@@ -284,12 +284,16 @@ _TABLE = [
     Case("attention_functional", models.ScaledDotProduct, normal(4, 4)),
     Case(
         "transformer_layer",
-        lambda: nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, dropout=0.2, batch_first=True), nn.Flatten(), nn.Linear(12, 3)),
+        lambda: nn.Sequential(
+            nn.TransformerEncoderLayer(4, 2, 8, dropout=0.2, batch_first=True), nn.Flatten(), nn.Linear(12, 3)
+        ),
         normal(3, 4),
     ),
     Case(
         "transformer_layer_eval",
-        lambda: nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, dropout=0.2, batch_first=True), nn.Flatten(), nn.Linear(12, 3)),
+        lambda: nn.Sequential(
+            nn.TransformerEncoderLayer(4, 2, 8, dropout=0.2, batch_first=True), nn.Flatten(), nn.Linear(12, 3)
+        ),
         normal(3, 4),
         training=False,
     ),
@@ -301,7 +305,9 @@ _TABLE = [
     Case("conv_transposed", lambda: conv_stack(nn.ConvTranspose2d(4, 4, 3, stride=2, groups=2)), IMAGE),
     Case(
         "conv1d",
-        lambda: nn.Sequential(nn.Conv1d(3, 4, 3, padding="same"), nn.Tanh(), nn.Conv1d(4, 4, 2), Mean(), nn.Linear(4, 3)),
+        lambda: nn.Sequential(
+            nn.Conv1d(3, 4, 3, padding="same"), nn.Tanh(), nn.Conv1d(4, 4, 2), Mean(), nn.Linear(4, 3)
+        ),
         normal(3, 7),
     ),
     Case(

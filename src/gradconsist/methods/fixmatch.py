@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradconsist.errors import InputTypeError
+from gradconsist.errors import InputShapeError, InputTypeError
 from gradconsist.schedules import linear_ramp
 from gradconsist.types import SSLBatch, StepOutput, ViewPair
 from gradconsist.validation import check_choice, check_count, check_number
@@ -79,9 +79,15 @@ class FixMatch(nn.Module):
 
         Raises:
             InputTypeError: `batch` is something else.
+            InputShapeError: its parts differ in length where they must not.
         """
         if not isinstance(batch, SSLBatch):
             raise InputTypeError(f"`batch` is a {type(batch).__name__}: pass SSLBatch(x, y, weak, strong).")
+        if len(batch.x) != len(batch.y) or len(batch.weak) != len(batch.strong):
+            raise InputShapeError(
+                f"`batch` has {len(batch.x)} labeled inputs x, {len(batch.y)} labels y, {len(batch.weak)} weak and"
+                f" {len(batch.strong)} strong views: x and y, weak and strong belong together row by row."
+            )
         labeled, weak, strong = self._logits(batch)
         confidence, target = weak.softmax(1).max(1)
         mask = (confidence >= self.threshold).to(strong.dtype)

@@ -7,12 +7,12 @@ import math
 
 import pytest
 import torch
-from support import compare, training
 from torch import Tensor, nn
 
 from gradconsist import SSLBatch, StepOutput, ViewPair
 from gradconsist.errors import ConfigError, GradConsistError
 from gradconsist.methods import FixMatch
+from support import compare, training
 
 DATA = [
     SSLBatch(*(v.double() if v.is_floating_point() else v for v in batch)) for batch in training.batches(8, unlabeled=9)
@@ -79,7 +79,11 @@ def test_split_against_the_pseudo_code() -> None:
     method = FixMatch(model, threshold=0.4, joint=False)
     for batch in DATA:
         supervised, unsupervised, labels, mask = pseudo_code(
-            *(p for p in logits(model, batch, joint=False)[:1]), batch.y, *logits(model, batch, joint=False)[1:], 0.4, 1.0
+            *(p for p in logits(model, batch, joint=False)[:1]),
+            batch.y,
+            *logits(model, batch, joint=False)[1:],
+            0.4,
+            1.0,
         )
         out = method(batch)
         assert float(out.loss.detach()) == pytest.approx(supervised + unsupervised, abs=1e-10)

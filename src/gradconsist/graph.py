@@ -1,0 +1,76 @@
+"""Looks into autograd graphs for what would be wrong in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from gradconsist.errors import ConfigError, UnsupportedModuleError
+
+
+def nodes(tensor: Tensor) -> Iterator[Any]:
+    """Every node of the graph that ends in `tensor`, once."""
+    seen: set[Any] = set()
+    stack = [tensor.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        stack.extend(parent for parent, _ in node.next_functions)
+
+
+def check_first_derivative(loss: Tensor) -> None:
+    """Refuses what hides parameters from `torch.autograd.grad`.
+
+    Reentrant checkpointing keeps the parameters inside out of the graph: `autograd.grad` reads their gradient as zero,
+    without an error where no differentiated parameter lies before the checkpoint.
+
+    Args:
+        loss: a loss of the model, with its graph.
+
+    Raises:
+        UnsupportedModuleError: the model checkpoints in the reentrant way.
+    """
+    if any(node.name() == "CheckpointFunctionBackward" for node in nodes(loss)):
+        raise UnsupportedModuleError(
+            "the model uses reentrant checkpointing, which hides parameters from torch.autograd.grad: pass"
+            " use_reentrant=False to torch.utils.checkpoint.checkpoint, and `engine='loop'` or 'auto'."
+        )
+
+
+def check_second_derivative(loss: Tensor, parameters: Sequence[Tensor], *, fused: bool) -> None:
+    """Refuses a graph of per-sample gradients whose derivative would be incomplete.
+
+    `once_differentiable` leaves a node that raises when it is run, and cuts the graph behind it: a derivative for named
+    parameters never runs it, and misses a part without an error.
+
+    Args:
+        loss: a loss of per-sample gradients, with its graph.
+        parameters: what it is differentiated for.
+        fused: whether nothing else can get a gradient.
+
+    Raises:
+        UnsupportedModuleError: a function in the model has no second derivative.
+        ConfigError: `fused`, and something else waits for a gradient.
+    """
+    expected = {id(parameter) for parameter in parameters}
+    foreign: list[Tensor] = []
+    for node in nodes(loss):
+        if node.name() in ("torch::autograd::Error", "Error", "DelayedError", "NotImplemented"):
+            raise UnsupportedModuleError(
+                "the model contains a function without a second derivative (a custom autograd.Function marked"
+                " once_differentiable, or an operation that torch cannot differentiate twice): write its backward with"
+                " differentiable operations, or replace it."
+            )
+        leaf = getattr(node, "variable", None)  # only AccumulateGrad nodes have one
+        if isinstance(leaf, Tensor) and id(leaf) not in expected:
+            foreign.append(leaf)
+    if foreign and fused:
+        raise ConfigError(
+            "`fused=True` forms gradients for the model's parameters only, but `loss_fn` or the model also uses a"
+            f" tensor of shape {tuple(foreign[0].shape)} that requires grad: pass `fused=False`, or detach it."
+        )
