@@ -50,7 +50,8 @@ def degenerate_pairs(products: GradProducts, min_norm: float) -> Tensor:
 def cosine(products: GradProducts, degenerate: Tensor) -> Tensor:
     """GC = ⟨g_w, g_s⟩ / (||g_w|| ||g_s||), and 0 with a zero derivative for degenerate pairs.
 
-    Each norm is divided by on its own: their product overflows and underflows where the norms do not. The value is
+    Each norm is divided by on its own: their product overflows and underflows where the norms do not, and so does the
+    derivative of `rsqrt`, weak^(-3/2). The value is
     clamped to [-1, 1], which rounding can leave by a few units in the last place; the derivative is not clamped, so a
     pair at the edge still pulls.
 
@@ -66,5 +67,5 @@ def cosine(products: GradProducts, degenerate: Tensor) -> Tensor:
     weak = torch.where(degenerate, one, products.weak)
     strong = torch.where(degenerate, one, products.strong)
     cross = torch.where(degenerate, torch.zeros_like(products.cross), products.cross)
-    value = cross * weak.rsqrt() * strong.rsqrt()
+    value = cross / weak.sqrt() / strong.sqrt()
     return value + (value.clamp(-1.0, 1.0) - value).detach()
