@@ -13,6 +13,7 @@ from gradconsist.default_loss import cross_entropy, find_logits
 from gradconsist.errors import InputShapeError, InputValueError, LossContractError, UnsupportedModuleError
 from gradconsist.forward import PerSampleForward, comparison_scope
 from gradconsist.graph import check_first_derivative
+from gradconsist.randomness import preserved_randomness
 from gradconsist.validation import Pairs
 
 
@@ -50,18 +51,13 @@ def probe_model(forward: PerSampleForward, pairs: Pairs, probed: Probed) -> None
         InputShapeError: probabilities have another width than the logits.
     """
     if probed.first_time("one pair", forward.model.training):
-        # Dropout off, whatever the comparison does: the same sample twice must give the same numbers.
-        quiet = PerSampleForward(forward.model, forward.loss_fn, forward.batchnorm, autocast=forward.autocast)
-        with comparison_scope(forward.model, dropout=False):
-            with torch.no_grad():
-                output = quiet.output(take(pairs.weak, slice(0, 1)))
-            _check_independence(quiet, pairs, output)
-        logits = find_logits(output)
-        probed.classes = logits.shape[1] if logits is not None and logits.dim() == 2 else None
+        # With random numbers of its own: a first call must draw the masks that any other call would.
+        with preserved_randomness(pairs.device, seed=0):
+            _try_one_pair(forward, pairs, probed)
     if forward.loss_fn is cross_entropy and probed.classes is not None:
         _check_classes(pairs.target, probed.classes)
     if probed.first_time("loss", forward.model.training):
-        with torch.enable_grad():
+        with preserved_randomness(pairs.device, seed=0), torch.enable_grad():
             loss = forward.losses(take(pairs.weak, slice(0, 1)), pairs.target[:1])
         check_first_derivative(loss)
         if not loss.requires_grad:
@@ -69,6 +65,17 @@ def probe_model(forward: PerSampleForward, pairs: Pairs, probed: Probed) -> None
                 "the per-sample loss has no graph: `loss_fn` or the model detaches its result (`.detach()`, `.item()`,"
                 " `no_grad`, NumPy). Return a tensor that depends on the model's parameters."
             )
+
+
+def _try_one_pair(forward: PerSampleForward, pairs: Pairs, probed: Probed) -> None:
+    # Dropout off, whatever the comparison does: the same sample twice must give the same numbers.
+    quiet = PerSampleForward(forward.model, forward.loss_fn, forward.batchnorm, autocast=forward.autocast)
+    with comparison_scope(forward.model, dropout=False):
+        with torch.no_grad():
+            output = quiet.output(take(pairs.weak, slice(0, 1)))
+        _check_independence(quiet, pairs, output)
+    logits = find_logits(output)
+    probed.classes = logits.shape[1] if logits is not None and logits.dim() == 2 else None
 
 
 def _check_independence(forward: PerSampleForward, pairs: Pairs, alone: Any) -> None:

@@ -51,9 +51,8 @@ def cosine(products: GradProducts, degenerate: Tensor) -> Tensor:
     """GC = ⟨g_w, g_s⟩ / (||g_w|| ||g_s||), and 0 with a zero derivative for degenerate pairs.
 
     Each norm is divided by on its own: their product overflows and underflows where the norms do not, and so does the
-    derivative of `rsqrt`, weak^(-3/2). The value is
-    clamped to [-1, 1], which rounding can leave by a few units in the last place; the derivative is not clamped, so a
-    pair at the edge still pulls.
+    derivative of `rsqrt`, weak^(-3/2). The value is clamped to [-1, 1], which rounding can leave by a few units in the
+    last place; the derivative is not clamped, so a pair at the edge still pulls.
 
     Args:
         products: inner products, [B] each.

@@ -95,6 +95,7 @@ def test_no_cycles() -> None:
 
 
 def test_the_top_level_names() -> None:
+    # RandomProjection joins them with the projections themselves; until then `projection=` is refused by name.
     import gradconsist
 
     expected = {
@@ -103,7 +104,6 @@ def test_the_top_level_names() -> None:
         "ViewPair",
         "StepOutput",
         "SSLBatch",
-        "RandomProjection",
         "__version__",
     }
     for name in expected:

@@ -42,16 +42,31 @@ def test_a_step_does_not_depend_on_where_the_loading_started(random_images: Imag
     assert same(later, list(step_batches(dataset_of(random_images, config), 0, 8, workers=0, pin=False))[7])
 
 
+def test_labeled_images_come_from_the_labeled_split_with_their_labels(random_images: Images, tiny: MakeConfig) -> None:
+    random_images.train_x[:] = torch.arange(60, dtype=torch.uint8)[:, None, None, None]  # each image is its number
+    dataset = dataset_of(random_images, tiny(strong="fixmatch", batch_size=12))
+    step = dataset[0]
+    assert sorted(step.x[:, 0, 0, 0].tolist()) == dataset.labeled.tolist()
+    assert torch.equal(step.y, random_images.train_y[step.x[:, 0, 0, 0].long()])
+    assert torch.equal(step.weak[:, 0, 0, 0].long(), step.indices)
+
+
 def test_views_of_a_step_belong_together(random_images: Images, tiny: MakeConfig) -> None:
     dataset = dataset_of(random_images, tiny(strong="fixmatch", batch_size=4, unlabeled_ratio=3))
     step = dataset[2]
     assert step.x.shape == (4, 32, 32, 3)
     assert step.weak.shape == step.strong.shape == (12, 32, 32, 3)
     assert torch.equal(step.truth, random_images.train_y[step.indices])
-    assert not torch.equal(step.weak, dataset[3].weak)
-    # The labeled images of a step come from the labeled split: their pixels occur there, wherever they were shifted.
-    labeled = {int(y) for y in step.y}
-    assert labeled <= {0, 1, 2}
+
+
+def test_every_step_and_every_seed_has_views_of_its_own(random_images: Images, tiny: MakeConfig) -> None:
+    random_images.train_x[:] = random_images.train_x[0]  # one image everywhere: only the views can differ
+    steps = [
+        dataset_of(random_images, tiny(strong="fixmatch", seed=seed, unlabeled_ratio=1))[step]
+        for seed, step in ((0, 2), (0, 3), (1, 2))
+    ]
+    views = [view for step in steps for view in (step.x, step.weak, step.strong)]
+    assert len({view.numpy().tobytes() for view in views}) == 9
 
 
 def test_two_draws_of_one_image_in_a_batch_are_two_views(random_images: Images, tiny: MakeConfig) -> None:
