@@ -2,9 +2,9 @@
 
     python benchmarks/step_cost.py --output benchmarks/results/step_cost.json
 
-The step without the term is the split FixMatch step: labeled and strong inputs forward and backward, weak inputs forward
-without a graph. Every pair counts (no mask). Each round runs every variant once, in an order that changes from round to
-round; the ratio of a round is its variant's time over the plain step's of the same round.
+The step without the term is the split FixMatch step: labeled and strong inputs forward and backward, weak inputs
+forward without a graph. Every pair counts (no mask). Each round runs every variant once, in an order that changes from
+round to round; the ratio of a round is its variant's time over the plain step's of the same round.
 """
 
 from __future__ import annotations

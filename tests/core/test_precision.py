@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gradconsist import GradientConsistencyLoss
+from gradconsist.errors import UnsupportedModuleError
 from support import compare
 from support.zoo import CASES
 
@@ -44,6 +45,11 @@ def test_cpu_autocast(name: str, engine: str, fused: bool) -> None:
         same_dtype = p.judge(dtype=torch.float32, autocast=torch.bfloat16).verdict()
         gc = GradientConsistencyLoss(p.model, engine=engine, fused=fused)
         with torch.autocast("cpu", dtype=torch.bfloat16):
+            if (name, engine) == ("vit", "vmap"):
+                # Attention mixes dtypes inside torch's own decomposition there; the automatic engine takes the loop.
+                with pytest.raises(UnsupportedModuleError, match="engine='loop'"):
+                    gc(*p.views)
+                return
             loss = gc(*p.views)
         flat = compare.gradient_of(loss, p.model)
         for errors, cosine, gradient in ((ours, gc.last.cosine, flat), (theirs, same_dtype.cosine, same_dtype.flat)):
