@@ -153,9 +153,9 @@ def _real_text(result: dict[str, Any]) -> str:
     last = by_label["fixmatch+ggcr"]["training"][-1]
     return (
         f"One seed a method, the same split, initial weights and order of images; {options['arch']},"
-        f" {options['labels']} labels, batch {options['batch_size']} + {options['batch_size']} x {options['unlabeled_ratio']} pairs. The"
-        f" term has weight {options['ggcr_weight']}, starts after {options['ggcr_warmup']} steps, and compares at most"
-        f" {options['ggcr_max_pairs']} confident pairs on every {options['ggcr_every']}nd step. At the end FixMatch has"
+        f" {options['labels']} labels, batch {options['batch_size']} + {options['batch_size']} x"
+        f" {options['unlabeled_ratio']} pairs. The term has weight {options['ggcr_weight']}, starts after"
+        f" {options['ggcr_warmup']} steps, and compares at most {options['ggcr_max_pairs']} confident pairs on every {options['ggcr_every']}nd step. At the end FixMatch has"
         f" {plain['last']:.4f} and FixMatch + GGCR {ggcr['last']:.4f}; the mean cosine of the compared pairs is"
         f" {last['ggcr_cosine']:.2f}. **One seed of a tiny network decides nothing**: seeds differ by more than such a"
         " gap, and the runs are far shorter than the recipes'. The times were taken while other work used the machine."
