@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from recipes.config import preset_config
 from recipes.plotting import draw_curves, read_run, table
 from recipes.training import main as train
@@ -42,6 +44,9 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if options.seeds < 1:
         parser.error(f"--seeds must be at least 1; found {options.seeds}")
+    # Images of 8x8 pixels are too small to share between threads: one is faster than two, and much faster where
+    # something else keeps a core busy.
+    torch.set_num_threads(1)
     folders = []
     for seed in range(options.seeds):
         for name, changes in METHODS.items():

@@ -57,6 +57,15 @@ def concatenate(first: Inputs, second: Inputs) -> Inputs:
     return joined
 
 
+def places(name: str, inputs: Any) -> list[tuple[str, Any]]:
+    """The members of `inputs`, each with the expression that names it in a message, such as ``weak['mask']``."""
+    if isinstance(inputs, Mapping):
+        return [(f"{name}[{key!r}]", leaf) for key, leaf in inputs.items()]
+    if isinstance(inputs, tuple):
+        return [(f"{name}[{position}]", leaf) for position, leaf in enumerate(inputs)]
+    return [(name, inputs)]
+
+
 def check_inputs(name: str, inputs: Any) -> Inputs:
     """Normalises a view and says what is wrong with it.
 
@@ -77,11 +86,7 @@ def check_inputs(name: str, inputs: Any) -> Inputs:
         normal = tuple(inputs)
     else:
         normal = inputs
-    members = {name: normal}
-    if isinstance(normal, dict):
-        members = {f"{name}[{key!r}]": leaf for key, leaf in normal.items()}
-    elif isinstance(normal, tuple):
-        members = {f"{name}[{position}]": leaf for position, leaf in enumerate(normal)}
+    members = dict(places(name, normal))
     if not members:
         raise InputShapeError(f"`{name}` is empty: pass a tensor, or a dict, tuple or list of tensors, batch first.")
     for place, leaf in members.items():

@@ -20,14 +20,14 @@ from gradconsist.errors import (
     NonFiniteError,
 )
 from gradconsist.forward import PerSampleForward, comparison_scope
-from gradconsist.fused import GradientBuffer
+from gradconsist.fused import GradientBuffer, with_gradient
 from gradconsist.graph import check_second_derivative
 from gradconsist.normalization import BatchNormCalls, BatchNormPolicy, Statistics, StatisticsMissingError
 from gradconsist.probes import Probed, probe_model
 from gradconsist.randomness import preserved_randomness
 from gradconsist.similarity import GradProducts, cosine, degenerate_pairs
 from gradconsist.types import ConsistencyRecord, Inputs, LossFunction
-from gradconsist.validation import Pairs, non_finite_cause
+from gradconsist.validation import Pairs, non_finite_tensor
 
 # Float16 gradients below 6e-8 vanish. GradScaler starts at 2^16 on a mean over about 2^6 samples.
 _FLOAT16_LOSS_SCALE = 2.0**10
@@ -42,7 +42,7 @@ class Comparison:
         loss_fn: per-sample loss.
         engine: computes the inner products.
         compared: E, by name.
-        trainable: what L_g is differentiated for.
+        trainable: what L_g is differentiated for, by name.
         batchnorm: policy.
         statistics: given constants of the BatchNorm calls, or None.
         dropout: whether random layers stay on.
@@ -60,7 +60,7 @@ class Comparison:
     loss_fn: LossFunction
     engine: Engine
     compared: Mapping[str, Tensor]
-    trainable: list[nn.Parameter]
+    trainable: Mapping[str, Tensor]
     batchnorm: BatchNormPolicy
     statistics: list[Statistics] | None
     dropout: bool
@@ -97,7 +97,7 @@ def compare(options: Comparison, pairs: Pairs) -> tuple[Tensor, ConsistencyRecor
         RuntimeError: an error of the user's own model, as it was.
     """
     selection = _select(options, pairs)
-    seed = int(torch.randint(2**62, (), generator=options.generator)) if options.dropout else None
+    seed = _seed(options.generator) if options.dropout else None
     # Everything but the forwards runs in full precision: derivatives and sums are not for autocast.
     autocast = _autocast(pairs.device.type)
     try:
@@ -112,6 +112,10 @@ def compare(options: Comparison, pairs: Pairs) -> tuple[Tensor, ConsistencyRecor
         if refusal is None:
             raise
         raise refusal from error
+
+
+def _seed(generator: torch.Generator) -> int:
+    return int(torch.randint(2**62, (), generator=generator, device=generator.device))
 
 
 def _autocast(device: str) -> tuple[str, torch.dtype] | None:
@@ -153,10 +157,13 @@ class _Run:
         self.scale = _FLOAT16_LOSS_SCALE if half else 1.0
         self.drop_non_finite = half
         self.batchnorm = BatchNormCalls(options.batchnorm, options.statistics)
+        with torch.enable_grad():  # see GradientBuffer
+            self.aliases = {name: parameter.view_as(parameter) for name, parameter in options.trainable.items()}
         self.forward = PerSampleForward(
             options.model,
             options.loss_fn,
             self.batchnorm,
+            parameters=self.aliases,
             dropout=options.dropout,
             autocast=autocast,
             loss_scale=self.scale,
@@ -178,7 +185,7 @@ class _Run:
                 take_statistics(self.forward, self.pairs.weak, self.pairs.strong)
                 loss = self._loss()
         else:
-            loss = self._zero()
+            loss = self._connected(self._zero())
         compared = torch.zeros_like(self.degenerate)
         compared[self.selection.index] = True
         record = ConsistencyRecord(self.cosine, self.norm_weak, self.norm_strong, self.degenerate, compared)
@@ -188,7 +195,7 @@ class _Run:
         probe_model(self.forward, self.pairs, self.options.probed)
         problem = Problem(
             losses=self.forward.losses,
-            parameters=self.options.compared,
+            parameters={name: self.aliases[name] for name in self.options.compared},
             weak=self.pairs.weak,
             strong=self.pairs.strong,
             target=self.pairs.target,
@@ -196,30 +203,39 @@ class _Run:
             graph_strong="strong" not in self.options.constant,
             random=self.options.dropout,
         )
-        options, trainable = self.options, self.options.trainable
-        buffer = GradientBuffer(trainable) if options.fused else None
-        total = self._zero(graph=not options.fused)
+        try:
+            return self._sum(problem)
+        except _EngineChangedError:
+            # From the first pair on, so that sums have one order whenever the engine changes: a resumed run, which
+            # meets the change anew, stays bitwise equal.
+            return self._sum(problem)
+
+    def _sum(self, problem: Problem) -> Tensor:
+        """The sum over chunks, its gradient formed on the way if fused."""
+        options = self.options
+        buffer = GradientBuffer(list(self.aliases.values())) if options.fused else None
+        total = self._zero()
         start, size = 0, self._chunk_size(problem)
         while start < len(self.selection.index):
             rows = slice(start, start + size)
             index = self.selection.index[rows]
             try:
                 terms = self._attempt(problem, index, self.selection.weight[rows], buffer)
-                if options.reduction == "none":
-                    total = total.index_add(0, index, terms)
-                elif buffer is None:
-                    total = total + terms.sum()
             except torch.OutOfMemoryError:
                 if options.chunk_size != "auto" or size == 1:
                     raise
                 size = (size + 1) // 2
                 torch.cuda.empty_cache()
                 continue
+            if options.reduction == "none":
+                total = total.index_add(0, index, terms)
+            elif buffer is None:
+                total = total + terms.sum()
             start += size
-        return total if buffer is None else buffer.attach(total)
+        return self._connected(total) if buffer is None else buffer.attach(list(options.trainable.values()))
 
     def _attempt(self, problem: Problem, index: Tensor, weight: Tensor, buffer: GradientBuffer | None) -> Tensor:
-        """One chunk's terms, by the engine or, where torch refuses that, by what the engine falls back to."""
+        """One chunk's terms; where torch refuses the engine and another one takes the chunk, everything starts anew."""
         try:
             return self._chunk(problem, index, weight, buffer)
         except torch.OutOfMemoryError:
@@ -229,19 +245,23 @@ class _Run:
             if fall_back is None:
                 raise
             with fall_back(error):
-                return self._chunk(problem, index, weight, buffer)
+                self._chunk(problem, index[:1], weight[:1], buffer)
+            raise _EngineChangedError from error
 
     def _chunk(self, problem: Problem, index: Tensor, weight: Tensor, buffer: GradientBuffer | None) -> Tensor:
         terms = self._terms(problem, index, weight)
-        fact = f"second derivative by {self.options.engine!r}"  # which the automatic engine may have changed
-        first = self.options.probed.first_time(fact, self.options.model.training)
+        # The automatic engine may have changed, so it is part of the fact.
+        fact = Probed.fact(f"derivative by {self.options.engine!r}", self.options.model)
+        first = fact not in self.options.probed.passed
         if first and terms.requires_grad:
-            check_second_derivative(terms, self.options.trainable, fused=buffer is not None)
+            check_second_derivative(terms, list(self.options.trainable.values()), fused=buffer is not None)
         if buffer is not None:
             buffer.add(terms.sum())
         elif first and terms.requires_grad:
             # Fails here, by name, and not in the user's own backward.
-            torch.autograd.grad(terms.sum(), self.options.trainable, allow_unused=True, retain_graph=True)
+            aliases = list(self.aliases.values())
+            torch.autograd.grad(terms.sum(), aliases, allow_unused=True, retain_graph=True)
+        self.options.probed.passed.add(fact)
         return terms
 
     def _terms(self, problem: Problem, index: Tensor, weight: Tensor) -> Tensor:
@@ -262,9 +282,17 @@ class _Run:
         finite = products.isfinite()
         if bool(finite.all()):
             return products
-        if not self.drop_non_finite:
-            count, cause = int((~finite).sum()), non_finite_cause(self.options.model, self.pairs)
-            raise NonFiniteError(f"the gradients of {count} of {len(index)} pairs are NaN or infinite: {cause}")
+        culprit = non_finite_tensor(self.options.model, self.pairs)
+        if culprit is not None or not self.drop_non_finite:
+            cause = f"{culprit} has NaN or infinite entries: skip the step, or find where they arise."
+            if culprit is None:
+                cause = (
+                    "inputs and parameters are finite, so the loss or its gradient overflowed or divided by zero: lower"
+                    " the learning rate, or compute in a wider dtype."
+                )
+            raise NonFiniteError(
+                f"the gradients of {int((~finite).sum())} of {len(index)} pairs are NaN or infinite: {cause}"
+            )
         # Computed again without them: multiplied by 0 they would still send NaN backwards.
         kept = finite.nonzero().squeeze(1)
         zeros = torch.zeros(len(index), dtype=products.weak.dtype, device=index.device)
@@ -282,12 +310,21 @@ class _Run:
         preferred: Any = getattr(self.options.engine, "preferred_chunk", None)
         return everything if preferred is None else int(preferred(problem))
 
-    def _zero(self, *, graph: bool = True) -> Tensor:
-        """0 (or [B] zeros), with `graph` connected to every trainable parameter: distributed reducers wait for each."""
-        zero = torch.zeros([], dtype=self.wide, device=self.pairs.device)
-        if graph and torch.is_grad_enabled():
-            zero = GradientBuffer(self.options.trainable).attach(zero)
-        return zero.repeat(len(self.pairs)) if self.options.reduction == "none" else zero
+    def _zero(self) -> Tensor:
+        shape = [len(self.pairs)] if self.options.reduction == "none" else []
+        return torch.zeros(shape, dtype=self.wide, device=self.pairs.device)
+
+    def _connected(self, total: Tensor) -> Tensor:
+        """`total`, with a graph in any case: distributed reducers wait for every parameter, compared pairs or not."""
+        if total.requires_grad or not torch.is_grad_enabled():
+            return total
+        parameters = list(self.options.trainable.values())
+        zeros = [torch.zeros_like(parameter) for parameter in parameters]
+        return total + with_gradient(None, zeros, parameters).to(total.dtype)
+
+
+class _EngineChangedError(Exception):
+    """The automatic engine took another way in the middle of a call; caught inside this module."""
 
 
 def needs_statistics(model: nn.Module, batchnorm: BatchNormPolicy) -> bool:

@@ -55,8 +55,14 @@ def cross_entropy(output: Any, target: Tensor) -> Tensor:
             " `loss_fn(output, target)` that returns one loss per sample."
         )
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if target.is_floating_point():
-        return _soft(logits, target.to(logits.dtype))
+    if not target.is_floating_point():
+        return _hard(logits, target)
+    target = target.to(logits.dtype)
+    # Probabilities that are a class index in disguise get its accuracy.
+    return torch.where(target.amax(1) == 1, _hard(logits, target.argmax(1)), _soft(logits, target))
+
+
+def _hard(logits: Tensor, target: Tensor) -> Tensor:
     is_target = torch.arange(logits.shape[1], device=target.device) == target.unsqueeze(1)
     others = logits.masked_fill(is_target, -torch.inf).logsumexp(1)
     return F.softplus(others - logits.gather(1, target.unsqueeze(1)).squeeze(1))
@@ -64,7 +70,9 @@ def cross_entropy(output: Any, target: Tensor) -> Tensor:
 
 def _soft(logits: Tensor, target: Tensor) -> Tensor:
     with torch.no_grad():
-        residual = (logits.softmax(1) - target).abs().amax(1, keepdim=True)
-        # Logits carry a relative rounding error of some units, which moves probabilities by as much times the logit.
-        rounding = 16 * torch.finfo(logits.dtype).eps * logits.abs().amax(1, keepdim=True).clamp(min=1.0)
-    return F.cross_entropy(torch.where(residual <= rounding, logits.detach(), logits), target, reduction="none")
+        log_p = logits.log_softmax(1)
+        p = log_p.exp()
+        # Rounding of a probability: that of the logit, which is relative to it, and that of the exponential.
+        rounding = 16 * torch.finfo(logits.dtype).eps * p * (1 + logits.abs() + log_p.abs())
+        own = ((p - target).abs() <= rounding.nan_to_num(0.0)).all(1, keepdim=True)
+    return F.cross_entropy(torch.where(own, logits.detach(), logits), target, reduction="none")

@@ -187,9 +187,12 @@ def comparison_scope(model: nn.Module, *, dropout: bool) -> Iterator[None]:
     Random layers are told from others by what they are: a module in train mode without parameters, buffers and
     children has nothing to learn or to remember, so what training changes in it is chance (dropout, stochastic depth,
     noise). Those go to eval mode. Recurrent layers hold dropout of their own.
+
+    What a forward assigns to attributes (features that it keeps, counters, the weight that an old weight_norm hook
+    sets) is put back too: under vmap it would be a tensor that is dead outside. Objects that it changes in place, and
+    what the user's own hooks collect, are the user's.
     """
-    flipped: list[nn.Module] = []
-    kept: list[tuple[nn.Module, dict[str, Tensor]]] = []
+    attributes = [(module, dict(vars(module))) for module in model.modules()]
     fastpath = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the fused forms cannot be differentiated twice
@@ -197,18 +200,14 @@ def comparison_scope(model: nn.Module, *, dropout: bool) -> Iterator[None]:
             stack.enter_context(_native_recurrence())
         try:
             torch.backends.mha.set_fastpath_enabled(False)
-            for module in model.modules():
-                if module._forward_pre_hooks:  # the old weight_norm and spectral_norm set plain attributes there
-                    kept.append((module, {k: v for k, v in vars(module).items() if isinstance(v, Tensor)}))
+            for module, _ in attributes:
                 if module.training and not dropout and (_is_bare(module) or isinstance(module, nn.RNNBase)):
-                    flipped.append(module)
                     module.training = False
             yield
         finally:
-            for module in flipped:
-                module.training = True
-            for module, tensors in kept:
-                vars(module).update(tensors)
+            for module, before in attributes:
+                vars(module).clear()
+                vars(module).update(before)
             torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
@@ -230,6 +229,19 @@ def _is_bare(module: nn.Module) -> bool:
     return not (module._parameters or module._buffers or module._modules)
 
 
+class _ModelWithLoss(nn.Module):
+    """Model and loss as one module, so that both see replaced parameters."""
+
+    def __init__(self, model: nn.Module, loss_fn: LossFunction) -> None:
+        super().__init__()
+        self.model = model
+        self.loss_fn = loss_fn
+
+    def forward(self, inputs: Inputs, target: Tensor | None) -> tuple[Any, Any]:
+        output = call(self.model, inputs)
+        return output, None if target is None else self.loss_fn(output, target)
+
+
 class PerSampleForward:
     """The user's model and loss as a function from a batch to per-sample losses.
 
@@ -237,6 +249,7 @@ class PerSampleForward:
         model: the user's model.
         loss_fn: ``(output, target) -> [B]``.
         batchnorm: what answers the BatchNorm calls.
+        parameters: stand-ins for the model's parameters, by name; None for the model's own.
         dropout: whether random layers stay as they are.
         autocast: device type and dtype of the caller's autocast region, or None.
         loss_scale: factor on the losses, so that float16 gradients do not underflow; the cosine does not see it.
@@ -248,6 +261,7 @@ class PerSampleForward:
         loss_fn: LossFunction,
         batchnorm: BatchNormCalls,
         *,
+        parameters: Mapping[str, Tensor] | None = None,
         dropout: bool = False,
         autocast: tuple[str, torch.dtype] | None = None,
         loss_scale: float = 1.0,
@@ -255,25 +269,15 @@ class PerSampleForward:
         self.model = model
         self.loss_fn = loss_fn
         self.batchnorm = batchnorm
+        self.parameters = dict(parameters or {})
         self.dropout = dropout
         self.autocast = autocast
         self.loss_scale = loss_scale
+        self._both = _ModelWithLoss(model, loss_fn)
 
-    def output(self, inputs: Inputs, parameters: Mapping[str, Tensor] | None = None, *, record: bool = False) -> Any:
-        """The model's output, with `parameters` in place of its own; with `record`, takes BatchNorm statistics."""
-        # Copies: a forward that writes into its buffers (step counts, running statistics) writes into these.
-        state = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        state |= parameters or {}
-        self.batchnorm.start_forward(record=record)
-        with ExitStack() as stack:
-            stack.enter_context(_ComparisonMode(self.batchnorm, dropout=self.dropout))
-            if self.autocast is not None:
-                device, dtype = self.autocast
-                # No cached casts: a cast cached under no_grad would cut the graph in a later forward, in silence.
-                stack.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=False))
-            output = call(lambda *args, **kwargs: functional_call(self.model, state, args, kwargs), inputs)
-        self.batchnorm.finish_forward()
-        return output
+    def output(self, inputs: Inputs, *, record: bool = False) -> Any:
+        """The model's output; with `record`, takes BatchNorm statistics on the way."""
+        return self._run(inputs, None, {}, record=record)[0]
 
     def losses(self, inputs: Inputs, target: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """Losses [B] (times `loss_scale`), with `parameters` in place of the model's own.
@@ -289,11 +293,29 @@ class PerSampleForward:
         Raises:
             LossContractError: `loss_fn` returned something else than one real number per sample.
         """
-        value = self.loss_fn(self.output(inputs, parameters), target)
+        _, value = self._run(inputs, target, parameters or {})
         if not isinstance(value, Tensor) or value.shape != target.shape[:1] or not value.is_floating_point():
             found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise LossContractError(
                 f"`loss_fn` returned {found}, expected one loss per sample, shape {tuple(target.shape[:1])}: use"
-                " reduction='none' and reduce over everything but the batch."
+                " reduction='none' and reduce over everything but the batch (each sample comes as a batch of one)."
             )
-        return value * self.loss_scale
+        return value.to(torch.promote_types(value.dtype, torch.float32)) * self.loss_scale
+
+    def _run(
+        self, inputs: Inputs, target: Tensor | None, parameters: Mapping[str, Tensor], *, record: bool = False
+    ) -> tuple[Any, Any]:
+        # Copies: a forward that writes into its buffers (step counts, running statistics) writes into these.
+        state = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        state |= {**self.parameters, **parameters}
+        self.batchnorm.start_forward(record=record)
+        with ExitStack() as stack:
+            stack.enter_context(_ComparisonMode(self.batchnorm, dropout=self.dropout))
+            if self.autocast is not None:
+                device, dtype = self.autocast
+                # No cached casts: a cast cached under no_grad would cut the graph in a later forward, in silence.
+                stack.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=False))
+            replaced = {f"model.{name}": tensor for name, tensor in state.items()}
+            result: tuple[Any, Any] = functional_call(self._both, replaced, (inputs, target))
+        self.batchnorm.finish_forward()
+        return result

@@ -18,44 +18,53 @@ class GradientBuffer:
     """The sum of the chunks' values and parameter gradients.
 
     Args:
-        parameters: what to differentiate for.
+        aliases: views of the parameters, which the chunks use in their place. Differentiating for the parameters
+            themselves would run the user's tensor hooks, once here and once in the backward.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self.parameters = list(parameters)
-        self.gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
-        self.value: Tensor | None = None
+    def __init__(self, aliases: Sequence[Tensor]) -> None:
+        self._aliases = list(aliases)
+        self._gradients: list[Tensor | None] = [None] * len(self._aliases)
+        self._value: Tensor | None = None
 
     def add(self, loss: Tensor) -> None:
         """Adds one chunk's loss and gradient, and frees its graph."""
-        value = loss.detach()
-        self.value = value if self.value is None else self.value + value
-        if not loss.requires_grad:  # constant gradients, as of a linear model with a linear loss
-            return
-        parts = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-        for total, part in zip(self.gradients, parts, strict=True):
+        parts: Sequence[Tensor | None] = [None] * len(self._aliases)
+        if loss.requires_grad:  # else the gradients are constant, as of a linear model with a linear loss
+            parts = torch.autograd.grad(loss, self._aliases, allow_unused=True)
+        # Only now, so that a chunk that failed (out of memory, say) can be tried again.
+        self._value = loss.detach() if self._value is None else self._value + loss.detach()
+        for position, part in enumerate(parts):
+            total = self._gradients[position]
             if part is not None:
-                total += part
+                self._gradients[position] = part.detach() if total is None else total.add_(part)
 
-    def attach(self, zero: Tensor) -> Tensor:
-        """The value as a tensor whose backward hands the buffered gradient, scaled, to autograd.
+    def attach(self, parameters: Sequence[Tensor]) -> Tensor:
+        """The value as a tensor whose backward hands the buffered gradient, scaled, to the parameters.
 
         Args:
-            zero: value and dtype if no chunk was added.
+            parameters: the parameters, in the order of the aliases. One that no chunk depends on gets no gradient,
+                as in an ordinary backward.
 
         Returns:
             Scalar tensor that requires grad.
         """
-        value = zero if self.value is None else self.value
-        result: Tensor = _GradientInForward.apply(value, self.gradients, *self.parameters)
-        return result
+        return with_gradient(self._value, self._gradients, parameters)
+
+
+def with_gradient(value: Tensor | None, gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
+    """`value` (None is 0) as a scalar whose derivative for `parameters` is `gradients` (None is none)."""
+    if value is None:
+        value = torch.zeros([], dtype=parameters[0].dtype, device=parameters[0].device)
+    result: Tensor = _GradientInForward.apply(value, list(gradients), *parameters)
+    return result
 
 
 class _GradientInForward(torch.autograd.Function):
     """Identity on the value; its derivative for the parameters is the buffer, known beforehand."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor | None], *parameters: Tensor) -> Tensor:
         ctx.gradients = gradients
         return value.clone()
 
@@ -63,4 +72,5 @@ class _GradientInForward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         # The buffer is a constant: a derivative of it (a third one of the model) must raise, not read as zero.
-        return (None, None, *(upstream.to(part.dtype) * part for part in ctx.gradients))
+        parts = (None if part is None else upstream.to(part.dtype) * part for part in ctx.gradients)
+        return (None, None, *parts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -23,18 +23,28 @@ def nodes(tensor: Tensor) -> Iterator[Any]:
         stack.extend(parent for parent, _ in node.next_functions)
 
 
-def check_first_derivative(loss: Tensor) -> None:
+def check_first_derivative(loss: Tensor, own: Mapping[str, Tensor]) -> None:
     """Refuses what hides parameters from `torch.autograd.grad`.
 
     Reentrant checkpointing keeps the parameters inside out of the graph: `autograd.grad` reads their gradient as zero,
-    without an error where no differentiated parameter lies before the checkpoint.
+    without an error where no differentiated parameter lies before the checkpoint. A parameter that is used through
+    another name than the module's own (a list, a closure) cannot be replaced, so engines would disagree.
 
     Args:
-        loss: a loss of the model, with its graph.
+        loss: a loss of the model with copies in place of its parameters, with its graph.
+        own: the model's parameters, by name, none of which should be in that graph.
 
     Raises:
-        UnsupportedModuleError: the model checkpoints in the reentrant way.
+        UnsupportedModuleError: the model checkpoints in the reentrant way, or uses a parameter past its module.
     """
+    names = {id(parameter): name for name, parameter in own.items()}
+    for node in nodes(loss):
+        name = names.get(id(getattr(node, "variable", None)))
+        if name is not None:
+            raise UnsupportedModuleError(
+                f"parameter {name!r} is also used through a reference outside its module (a list, a closure, an alias),"
+                " where it cannot be followed: use it as an attribute of its module, in the forward or in `loss_fn`."
+            )
     if any(node.name() == "CheckpointFunctionBackward" for node in nodes(loss)):
         raise UnsupportedModuleError(
             "the model uses reentrant checkpointing, which hides parameters from torch.autograd.grad: pass"

@@ -44,6 +44,11 @@ def check_model(model: object) -> None:
             remedy = _WRAPPERS.get(f"{kind.__module__}.{kind.__qualname__}")
             if remedy is not None:
                 raise UnsupportedModuleError(f"{where} is a {kind.__name__}: {remedy}.")
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise UnsupportedModuleError(
+                f"{where} was compiled in place (`.compile()`), and a compiled module cannot be differentiated twice:"
+                " use one that is not compiled, which may share its parameters."
+            )
         if hasattr(module, "_fsdp_state") or type(module).__name__.startswith("FSDP"):
             raise UnsupportedModuleError(
                 f"{where} is sharded by FSDP, which does not support double backward: use DistributedDataParallel."

@@ -105,10 +105,8 @@ class GradientConsistencyLoss:
                 "`projection` must be None: random projections are not part of this version. `max_pairs` is the"
                 " unbiased way to spend less."
             )
-        if loss_fn is not None and not callable(loss_fn):
-            raise ConfigError(
-                f"`loss_fn` is a {type(loss_fn).__name__}: pass a function (output, target) -> [B], or None."
-            )
+        if loss_fn is not None and (not callable(loss_fn) or isinstance(loss_fn, type)):
+            raise ConfigError(f"`loss_fn` is {loss_fn!r}: pass a function (output, target) -> [B], or None.")
         check_choice("batchnorm", batchnorm, ("auto", "batch", "running", "observed"))
         check_choice("dropout", dropout, ("off", "on"))
         check_choice("stop_gradient", stop_gradient, (None, "weak", "strong"))
@@ -231,6 +229,9 @@ class GradientConsistencyLoss:
         """
         with torch.inference_mode(False), torch.no_grad():
             pairs = self._check(weak, strong, target, weight, fused=False)
+            if generator is None:  # monitoring must not change what training draws next
+                generator = torch.Generator()
+                generator.set_state(self._generator.get_state())
             _, self.last = compare(self._comparison(generator, statistics, measure=True), pairs)
         return self.last
 
@@ -251,7 +252,10 @@ class GradientConsistencyLoss:
         if not known or not isinstance(state["generator"], Tensor):
             found = sorted(state) if isinstance(state, Mapping) else type(state).__name__
             raise StateError(f"`state` holds {found}, expected {{'generator': Tensor}}: pass this class's state_dict.")
-        self._generator.set_state(state["generator"].cpu())
+        try:
+            self._generator.set_state(state["generator"].cpu())
+        except (RuntimeError, TypeError) as error:
+            raise StateError(f"`state['generator']` is not the state of a torch.Generator: {error}") from error
 
     def __repr__(self) -> str:
         names = (
@@ -294,7 +298,7 @@ class GradientConsistencyLoss:
             loss_fn=self.loss_fn,
             engine=self.engine,
             compared=compared_parameters(self.model, self.encoder),
-            trainable=list(trainable_parameters(self.model).values()),
+            trainable=trainable_parameters(self.model),
             batchnorm=self.batchnorm,
             statistics=statistics,
             dropout=self.dropout == "on",

@@ -3,7 +3,7 @@
 With batch statistics a sample's output depends on its neighbours, so "the gradient of one sample" needs a definition.
 Ours: the statistics that the forward would use are constants, and are never updated by us. With them BatchNorm is
 
-    y = x * scale + shift,    scale = gamma / sqrt(var + eps),    shift = beta - mean * scale
+    y = (x - mean) * scale + beta,    scale = gamma / sqrt(var + eps)
 
 and every engine, per sample or in chunks, computes the same numbers. The fused operator in evaluation mode would do as
 well in theory; it has no batching rule under `torch.func.vmap` and an expensive second derivative.
@@ -59,15 +59,14 @@ def batch_statistics(x: Tensor) -> Statistics:
 
 
 def affine(x: Tensor, statistics: Statistics, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """``x * scale + shift`` with constant statistics, in float32 at least, returned in the dtype of `x`."""
+    """``(x - mean) * scale + beta`` with constant statistics, in float32 at least, returned in the dtype of `x`."""
+    shape = [1, -1] + [1] * (x.dim() - 2)
     scale = torch.rsqrt(statistics.variance + eps)
     if weight is not None:
         scale = scale * weight
-    shift = -statistics.mean * scale
-    if bias is not None:
-        shift = shift + bias
-    shape = [1, -1] + [1] * (x.dim() - 2)
-    return (x * scale.view(shape) + shift.view(shape)).to(x.dtype)
+    # Not x * scale + (bias - mean * scale): where the mean is large that cancels in float32.
+    y = (x - statistics.mean.view(shape)) * scale.view(shape)
+    return (y if bias is None else y + bias.view(shape)).to(x.dtype)
 
 
 class BatchNormCalls:

@@ -1,19 +1,20 @@
-"""What is found out about a model by trying, once: on the first call in each train mode."""
+"""What is found out about a model by trying: on the first call, and again when its modules or modes have changed."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gradconsist.batch import concatenable, concatenate, take
+from gradconsist.batch import concatenable, concatenate, leaves, take
 from gradconsist.default_loss import cross_entropy, find_logits
 from gradconsist.errors import InputShapeError, InputValueError, LossContractError, UnsupportedModuleError
 from gradconsist.forward import PerSampleForward, comparison_scope
 from gradconsist.graph import check_first_derivative
 from gradconsist.randomness import preserved_randomness
+from gradconsist.types import Inputs
 from gradconsist.validation import Pairs
 
 
@@ -22,83 +23,120 @@ class Probed:
     """What is known of one model, kept by its loss from call to call.
 
     Attributes:
-        seen: facts that were looked at, with the train mode in which they were.
+        passed: checks that passed, each with the state of the model for which it did.
         classes: width of the logits; None where there are none, or before the first call.
     """
 
-    seen: set[tuple[str, bool]] = field(default_factory=set)
+    passed: set[Hashable] = field(default_factory=set)
     classes: int | None = None
 
-    def first_time(self, fact: str, training: bool) -> bool:
-        """Whether `fact` was not asked for before in this train mode; from now on it was."""
-        new = (fact, training) not in self.seen
-        self.seen.add((fact, training))
-        return new
+    @staticmethod
+    def fact(check: str, model: nn.Module) -> Hashable:
+        """`check`, of the model as it is now: its modules, their modes, and which parameters are trained."""
+        modules = tuple((id(module), module.training) for module in model.modules())
+        return check, modules, tuple(parameter.requires_grad for parameter in model.parameters())
 
 
 def probe_model(forward: PerSampleForward, pairs: Pairs, probed: Probed) -> None:
-    """On the first call in a train mode, tries the model on one pair; on every call, checks targets by its classes.
+    """Tries the model on a pair of the call, unless it passed before; on every call, checks targets by its classes.
 
     Args:
         forward: the model under this call's rules.
         pairs: the call's pairs.
-        probed: what is known so far; added to.
+        probed: what is known so far; added to where a check passed.
 
     Raises:
         LossContractError: the loss does not depend on the model's parameters.
-        UnsupportedModuleError: a sample's output depends on its neighbours.
+        UnsupportedModuleError: a sample's loss depends on its neighbours, on chance, or on parameters behind our back.
         InputValueError: a class index is outside the model's classes.
         InputShapeError: probabilities have another width than the logits.
     """
-    if probed.first_time("one pair", forward.model.training):
+    fact = Probed.fact("forward", forward.model)
+    if fact not in probed.passed:
         # With random numbers of its own: a first call must draw the masks that any other call would.
+        with preserved_randomness(pairs.device, seed=0), comparison_scope(forward.model, dropout=False):
+            conclusive = _try_forward(forward, pairs, probed)
         with preserved_randomness(pairs.device, seed=0):
-            _try_one_pair(forward, pairs, probed)
-    if forward.loss_fn is cross_entropy and probed.classes is not None:
-        _check_classes(pairs.target, probed.classes)
-    if probed.first_time("loss", forward.model.training):
-        with preserved_randomness(pairs.device, seed=0), torch.enable_grad():
-            loss = forward.losses(take(pairs.weak, slice(0, 1)), pairs.target[:1])
-        check_first_derivative(loss)
-        if not loss.requires_grad:
-            raise LossContractError(
-                "the per-sample loss has no graph: `loss_fn` or the model detaches its result (`.detach()`, `.item()`,"
-                " `no_grad`, NumPy). Return a tensor that depends on the model's parameters."
-            )
+            _try_derivative(forward, pairs)
+        if conclusive:
+            probed.passed.add(fact)
+    _check_classes(forward, pairs.target, probed.classes)
 
 
-def _try_one_pair(forward: PerSampleForward, pairs: Pairs, probed: Probed) -> None:
+def _try_forward(forward: PerSampleForward, pairs: Pairs, probed: Probed) -> bool:
+    """Whether samples are independent; False if the call cannot tell: no two different samples, or chance."""
     # Dropout off, whatever the comparison does: the same sample twice must give the same numbers.
     quiet = PerSampleForward(forward.model, forward.loss_fn, forward.batchnorm, autocast=forward.autocast)
-    with comparison_scope(forward.model, dropout=False):
-        with torch.no_grad():
-            output = quiet.output(take(pairs.weak, slice(0, 1)))
-        _check_independence(quiet, pairs, output)
-    logits = find_logits(output)
-    probed.classes = logits.shape[1] if logits is not None and logits.dim() == 2 else None
-
-
-def _check_independence(forward: PerSampleForward, pairs: Pairs, alone: Any) -> None:
-    """A sample's logits must be the same beside another sample."""
-    if not concatenable(pairs.weak, pairs.strong):
-        return
-    first = slice(0, 1)
+    everything, target = pairs.weak, pairs.target
+    if concatenable(pairs.weak, pairs.strong):
+        everything, target = concatenate(pairs.weak, pairs.strong), torch.cat([pairs.target, pairs.target])
     with torch.no_grad():
-        together = forward.output(concatenate(take(pairs.weak, first), take(pairs.strong, first)))
-    a, b = find_logits(alone), find_logits(together)
-    if a is None or b is None or a.shape[1:] != b.shape[1:] or not a.is_floating_point():
-        return
-    half = forward.autocast is not None or a.dtype in (torch.float16, torch.bfloat16)
-    tolerance = 5e-2 if half else 1e-8 if a.dtype == torch.float64 else 1e-3
-    if bool((a[0] - b[0]).abs().max() > tolerance * b.abs().max()):
+        output = quiet.output(take(everything, slice(0, 1)))
+        logits = find_logits(output)
+        probed.classes = logits.shape[1] if logits is not None and logits.dim() == 2 else None
+        _check_classes(forward, pairs.target, probed.classes)
+        alone = _numbers(quiet, take(everything, slice(0, 1)), target[:1])
+        if _differ(alone, _numbers(quiet, take(everything, slice(0, 1)), target[:1]), 0.0):
+            if forward.dropout:  # chance is allowed, and hides what neighbours do
+                return False
+            raise UnsupportedModuleError(
+                "the model gives one sample different outputs in two calls: it draws random numbers that"
+                " `dropout='off'` does not reach, or keeps a state. Put that part in eval mode, or use `dropout='on'`."
+            )
+        other = _first_different(everything)
+        if other is None:
+            return False
+        both = torch.tensor([0, other], device=target.device)
+        together = _numbers(quiet, take(everything, both), target[both])
+    half = forward.autocast is not None or alone[0].dtype in (torch.float16, torch.bfloat16)
+    tolerance = 5e-2 if half else 1e-8 if alone[0].dtype == torch.float64 else 1e-3
+    if _differ(alone, [part[:1] for part in together], tolerance):
         raise UnsupportedModuleError(
-            "the model's output for a sample changes with the other samples of the batch, beyond BatchNorm: a layer"
-            " normalises, sorts or routes over the batch. A per-sample gradient is not defined there: put that layer in"
-            " eval mode, or replace it."
+            "a sample's output or loss changes with the other samples of the batch, beyond BatchNorm: a layer or"
+            " `loss_fn` normalises, mixes, sorts or routes over the batch. A per-sample gradient is not defined there:"
+            " put that layer in eval mode, or replace it."
+        )
+    return True
+
+
+def _numbers(forward: PerSampleForward, inputs: Inputs, target: Tensor) -> list[Tensor]:
+    """What must not depend on neighbours: logits, where there are some, and losses."""
+    logits = find_logits(forward.output(inputs))
+    losses = forward.losses(inputs, target)
+    return [losses] if logits is None or not logits.is_floating_point() else [logits, losses]
+
+
+def _differ(first: list[Tensor], second: list[Tensor], tolerance: float) -> bool:
+    for a, b in zip(first, second, strict=True):
+        finite = torch.isfinite(a) & torch.isfinite(b)  # a NaN has a cause and an error of its own
+        if a.shape != b.shape or bool(((a - b).abs() > tolerance * b.abs().amax().clamp(min=1e-3))[finite].any()):
+            return True
+    return False
+
+
+def _first_different(inputs: Inputs) -> int | None:
+    """The first row that is not the same as row 0."""
+    different = torch.stack([(leaf != leaf[:1]).flatten(1).any(1) for leaf in leaves(inputs)]).any(0)
+    return int(different.nonzero()[0]) if bool(different.any()) else None
+
+
+def _try_derivative(forward: PerSampleForward, pairs: Pairs) -> None:
+    """The loss of one sample has a graph, through nothing but the parameters that were handed in."""
+    own = {name: parameter for name, parameter in forward.model.named_parameters() if parameter.requires_grad}
+    copies = {name: parameter.detach().clone().requires_grad_() for name, parameter in own.items()}
+    with torch.enable_grad():
+        loss = forward.losses(take(pairs.weak, slice(0, 1)), pairs.target[:1], copies)
+    check_first_derivative(loss, own)
+    if not loss.requires_grad:
+        raise LossContractError(
+            "the per-sample loss has no graph: `loss_fn` or the model detaches its result (`.detach()`, `.item()`,"
+            " `no_grad`, NumPy). Return a tensor that depends on the model's parameters."
         )
 
 
-def _check_classes(target: Tensor, classes: int) -> None:
+def _check_classes(forward: PerSampleForward, target: Tensor, classes: int | None) -> None:
+    if forward.loss_fn is not cross_entropy or classes is None:
+        return
     if target.dim() == 1 and int(target.max()) >= classes:
         raise InputValueError(
             f"`target` has class {int(target.max())}, the model has {classes} classes (0 to {classes - 1})."

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradconsist.batch import check_inputs, leaves, map_leaves, same_structure
+from gradconsist.batch import check_inputs, leaves, map_leaves, places, same_structure
 from gradconsist.errors import ConfigError, InputShapeError, InputTypeError, InputValueError, NonFiniteError
 from gradconsist.guards import check_one_device
 from gradconsist.types import Inputs
@@ -107,11 +107,9 @@ def check_pairs(
         raise InputShapeError(
             f"`weak` has {size} samples and `strong` {leaves(strong)[0].shape[0]}: row i of both is one input."
         )
-    named = {f"{name}{'' if isinstance(view, Tensor) else f'[{place}]'}": leaf
-             for name, view in (("weak", weak), ("strong", strong))
-             for place, leaf in enumerate(leaves(view))}  # fmt: skip
+    named = {place: leaf for name, view in (("weak", weak), ("strong", strong)) for place, leaf in places(name, view)}
     for name, leaf in named.items():
-        if leaf.dtype == torch.uint8:
+        if leaf.dtype == torch.uint8 and leaf.dim() > 2:
             raise InputTypeError(f"`{name}` is uint8: convert images to float and normalise them as in training.")
         if fused and leaf.requires_grad:
             raise ConfigError(
@@ -187,8 +185,8 @@ def _check_weight(weight: Any, target: Tensor, fused: bool) -> Tensor:
     return weight
 
 
-def non_finite_cause(model: nn.Module, pairs: Pairs) -> str:
-    """Names the first tensor with NaN or infinite entries that a non-finite gradient may come from."""
+def non_finite_tensor(model: nn.Module, pairs: Pairs) -> str | None:
+    """Names the first input, parameter or buffer with NaN or infinite entries; None if all are finite."""
     suspects: list[tuple[str, Sequence[Tensor]]] = [
         ("`weak`", leaves(pairs.weak)),
         ("`strong`", leaves(pairs.strong)),
@@ -197,8 +195,5 @@ def non_finite_cause(model: nn.Module, pairs: Pairs) -> str:
     suspects += [(f"buffer {name!r} of `model`", [buffer]) for name, buffer in model.named_buffers()]
     for name, tensors in suspects:
         if any(not bool(torch.isfinite(tensor).all()) for tensor in tensors):
-            return f"{name} has NaN or infinite entries: skip the step, or find where they arise."
-    return (
-        "inputs and parameters are finite, so the loss or its gradient overflowed or divided by zero: lower the"
-        " learning rate, or compute in a wider dtype."
-    )
+            return name
+    return None

@@ -12,6 +12,7 @@ from gradconsist.errors import ConfigError, LossContractError, StateError
 from gradconsist.loss import GradientConsistencyLoss
 from gradconsist.observation import StatisticsObserver
 from gradconsist.schedules import warmup_then_ramp
+from gradconsist.selection import trainable_parameters
 from gradconsist.types import StepOutput, ViewPair
 from gradconsist.validation import check_choice, check_count, check_number
 
@@ -80,6 +81,12 @@ class GGCRWrapper(nn.Module):
             raise ConfigError(f"`consistency` is a {type(consistency).__name__}: pass a GradientConsistencyLoss.")
         if consistency.reduction == "none":
             raise ConfigError("`consistency` has reduction='none': the wrapper adds a scalar, use 'mean' or 'sum'.")
+        if isinstance(method, nn.Module):
+            own = {id(parameter) for parameter in method.parameters()}
+            if not all(id(parameter) in own for parameter in trainable_parameters(consistency.model).values()):
+                raise ConfigError(
+                    "`consistency` compares a model that `method` does not train: give both the same model object."
+                )
         check_number("weight", weight, least=0.0)
         check_count("warmup_steps", warmup_steps, least=0)
         check_count("ramp_steps", ramp_steps, least=0)
@@ -125,17 +132,18 @@ class GGCRWrapper(nn.Module):
         with observer:
             output = self.method(*args, **kwargs)
         base = as_step_output(output)
-        if self.training:
-            self.step += 1
-        if weight == 0:
-            return base._replace(logs={**base.logs, "ggcr_weight": 0.0})
-        pair = self._pair(args, kwargs, output, base)
+        pair = self._pair(args, kwargs, output, base) if weight > 0 else None
         if pair is None:
-            return base._replace(logs={**base.logs, "ggcr_weight": 0.0})
-        statistics = observer.statistics() if isinstance(observer, StatisticsObserver) else None
-        gate = pair.weight if self.gate == "method" else None
-        term = self.consistency.evaluate(pair.weak, pair.strong, pair.target, gate, statistics=statistics)
-        return StepOutput(base.loss + weight * term, pair, {**base.logs, "ggcr_weight": weight, **self._logs(term)})
+            result = base._replace(logs={**base.logs, "ggcr_weight": 0.0})
+        else:
+            statistics = observer.statistics() if isinstance(observer, StatisticsObserver) else None
+            gate = pair.weight if self.gate == "method" else None
+            term = self.consistency.evaluate(pair.weak, pair.strong, pair.target, gate, statistics=statistics)
+            logs = {**base.logs, "ggcr_weight": weight, **self._logs(term)}
+            result = StepOutput(base.loss + weight * term, pair, logs)
+        if self.training:  # last, so that a step that failed is not counted
+            self.step += 1
+        return result
 
     def _pair(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, base: StepOutput) -> ViewPair | None:
         if self.pair_fn is not None:
@@ -186,8 +194,10 @@ class GGCRWrapper(nn.Module):
             raise StateError(
                 f"`state_dict` holds {found} for GGCRWrapper, expected {sorted(expected)}: load the wrapper's own."
             )
-        self.step = int(state["step"])
+        if not isinstance(state["step"], int) or state["step"] < 0:
+            raise StateError(f"`state_dict` holds the step {state['step']!r}: load the wrapper's own.")
         self.consistency.load_state_dict(state["consistency"])
+        self.step = state["step"]
         if "method" in expected:
             self.method.load_state_dict(state["method"])  # type: ignore[attr-defined]
 

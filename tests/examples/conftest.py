@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import os
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,15 @@ MakeConfig = Callable[..., "Config"]
 def pytest_report_header() -> str | None:
     """Say why the trainers are not tested, where they are not."""
     return f"tests/examples: left out, the examples extra is missing ({UNUSABLE})" if UNUSABLE else None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """8x8 images are too small to share: with two threads on a busy machine these tests take several times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -140,7 +140,10 @@ def test_a_real_sigkill_is_survived_bitwise(whole: Path, tiny: MakeConfig) -> No
     config = tiny("killed", progress="none")
     given = {**dataclasses.asdict(config), "stop_after_steps": None, "stop_after_minutes": None}
     arguments = [part for key, value in given.items() for part in option(key, value)]
-    process = subprocess.Popen([sys.executable, str(SCRIPT), *arguments], stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here: bitwise means with the same number of threads
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *arguments], stderr=subprocess.PIPE, text=True, env=environment
+    )
     metrics, deadline = Path(str(config.output)) / "metrics.jsonl", time.monotonic() + 120
     while not (metrics.exists() and metrics.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)

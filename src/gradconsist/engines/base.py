@@ -103,10 +103,7 @@ _LIMITS = (
      " without a second derivative: write its backward with differentiable operations"),
     ("derivative for", "an operation without a second derivative: replace it, or leave its parameters out"),
     ("Double backward", "an operation without a second derivative: replace it, or leave its parameters out"),
-    ("vmap", "`engine='loop'`"),
-    ("functorch", "`engine='loop'`"),
-    ("torch.func", "`engine='loop'`"),
-    ("batching rule", "`engine='loop'`"),
+    ("Batching rule not implemented", "`engine='loop'`"),
 )  # fmt: skip
 
 

@@ -1,0 +1,29 @@
+"""Pages that are written from result files say what the files say."""
+
+from __future__ import annotations
+
+import importlib.util
+from types import ModuleType
+
+import pytest
+from pages import ROOT
+
+
+@pytest.fixture(scope="module")
+def make_pages() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_pages", ROOT / "benchmarks" / "make_pages.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_evidence_page_is_fresh(make_pages: ModuleType) -> None:
+    page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    assert page == make_pages.evidence(), "run: python benchmarks/make_pages.py"
+
+
+def test_the_cost_table_of_the_readme_is_fresh(make_pages: ModuleType) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme == make_pages.with_cost(readme), "run: python benchmarks/make_pages.py"
