@@ -22,7 +22,13 @@ from gradconsist.errors import (
 from gradconsist.forward import PerSampleForward, comparison_scope
 from gradconsist.fused import GradientBuffer, with_gradient
 from gradconsist.graph import check_second_derivative
-from gradconsist.normalization import BatchNormCalls, BatchNormPolicy, Statistics, StatisticsMissingError
+from gradconsist.normalization import (
+    BatchNormCalls,
+    BatchNormPolicy,
+    Statistics,
+    StatisticsMissingError,
+    needs_statistics,
+)
 from gradconsist.probes import Probed, probe_model
 from gradconsist.randomness import preserved_randomness
 from gradconsist.similarity import GradProducts, cosine, degenerate_pairs
@@ -284,14 +290,10 @@ class _Run:
             return products
         culprit = non_finite_tensor(self.options.model, self.pairs)
         if culprit is not None or not self.drop_non_finite:
-            cause = f"{culprit} has NaN or infinite entries: skip the step, or find where they arise."
-            if culprit is None:
-                cause = (
-                    "inputs and parameters are finite, so the loss or its gradient overflowed or divided by zero: lower"
-                    " the learning rate, or compute in a wider dtype."
-                )
+            cause = f"{culprit} has such entries" if culprit else "the loss or its gradient overflowed or divided by 0"
             raise NonFiniteError(
-                f"the gradients of {int((~finite).sum())} of {len(index)} pairs are NaN or infinite: {cause}"
+                f"the gradients of {int((~finite).sum())} of {len(index)} pairs are NaN or infinite: {cause}. Skip the"
+                " step; if it comes again, lower the learning rate or compute in a wider dtype."
             )
         # Computed again without them: multiplied by 0 they would still send NaN backwards.
         kept = finite.nonzero().squeeze(1)
@@ -325,14 +327,6 @@ class _Run:
 
 class _EngineChangedError(Exception):
     """The automatic engine took another way in the middle of a call; caught inside this module."""
-
-
-def needs_statistics(model: nn.Module, batchnorm: BatchNormPolicy) -> bool:
-    """Whether some BatchNorm module of `model` will ask for batch statistics under this policy."""
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    if batchnorm == "running":
-        return False
-    return any(batchnorm == "batch" or norm.training or norm.running_mean is None for norm in norms)
 
 
 def take_statistics(forward: PerSampleForward, weak: Inputs, strong: Inputs) -> None:

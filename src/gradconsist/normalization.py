@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradconsist.errors import ConfigError, InputShapeError, UnsupportedModuleError
 
@@ -67,6 +67,14 @@ def affine(x: Tensor, statistics: Statistics, weight: Tensor | None, bias: Tenso
     # Not x * scale + (bias - mean * scale): where the mean is large that cancels in float32.
     y = (x - statistics.mean.view(shape)) * scale.view(shape)
     return (y if bias is None else y + bias.view(shape)).to(x.dtype)
+
+
+def needs_statistics(model: nn.Module, batchnorm: BatchNormPolicy) -> bool:
+    """Whether some BatchNorm module of `model` will ask for batch statistics under this policy."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if batchnorm == "running":
+        return False
+    return any(batchnorm == "batch" or norm.training or norm.running_mean is None for norm in norms)
 
 
 class BatchNormCalls:

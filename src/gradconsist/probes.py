@@ -116,7 +116,7 @@ def _differ(first: list[Tensor], second: list[Tensor], tolerance: float) -> bool
 
 def _first_different(inputs: Inputs) -> int | None:
     """The first row that is not the same as row 0."""
-    different = torch.stack([(leaf != leaf[:1]).flatten(1).any(1) for leaf in leaves(inputs)]).any(0)
+    different = torch.stack([(leaf != leaf[:1]).reshape(len(leaf), -1).any(1) for leaf in leaves(inputs)]).any(0)
     return int(different.nonzero()[0]) if bool(different.any()) else None
 
 

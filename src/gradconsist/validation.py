@@ -109,7 +109,7 @@ def check_pairs(
         )
     named = {place: leaf for name, view in (("weak", weak), ("strong", strong)) for place, leaf in places(name, view)}
     for name, leaf in named.items():
-        if leaf.dtype == torch.uint8 and leaf.dim() > 2:
+        if leaf.dtype == torch.uint8 and name in ("weak", "strong"):  # elsewhere it may be a mask
             raise InputTypeError(f"`{name}` is uint8: convert images to float and normalise them as in training.")
         if fused and leaf.requires_grad:
             raise ConfigError(
