@@ -59,7 +59,7 @@ class GradientConsistencyLoss:
             returns [B] and needs ``fused=False``.
         fused: True forms the parameter gradient inside the call, chunk by chunk, and keeps one buffer of the
             parameters' size; False builds an ordinary graph over all chunks, which also serves inputs and weights that
-            require grad.
+            require grad (a weight of 0 gets derivative 0: its pair is not compared).
 
     Attributes:
         last: `ConsistencyRecord` of the last call, or None.

@@ -83,7 +83,10 @@ def _parameters_of(model: nn.Module, modules: Sequence[nn.Module]) -> set[int]:
     wanted: set[int] = set()
     for position, module in enumerate(modules):
         if not isinstance(module, nn.Module):
-            raise ParameterSelectionError(f"`encoder[{position}]` is a {type(module).__name__}, not a module.")
+            raise ParameterSelectionError(
+                f"`encoder[{position}]` is a {type(module).__name__}, not a module: pass modules, or a predicate on"
+                " parameter names such as `lambda name: name.startswith('encoder.')`."
+            )
         inside = {id(parameter) for parameter in module.parameters()}
         if not inside <= own:
             raise ParameterSelectionError(
