@@ -29,12 +29,12 @@ from recipes.models import build_model  # the trainers' WRN, on the path since t
 VARIANTS: dict[str, dict[str, object]] = {
     "vmap, chunk 1": {"engine": "vmap", "chunk_size": 1},
     "vmap, chunk 4": {"engine": "vmap", "chunk_size": 4},
-    "vmap, chunk 8 (default on CPU)": {"engine": "vmap", "chunk_size": 8},
-    "vmap, chunk 16": {"engine": "vmap", "chunk_size": 16},
+    "vmap, chunk 8": {"engine": "vmap", "chunk_size": 8},
+    "vmap, chunk 16 (default on CPU)": {"engine": "vmap", "chunk_size": 16},
     "vmap, all pairs": {"engine": "vmap", "chunk_size": None},
     "loop": {"engine": "loop"},
     "default, max_pairs=8": {"max_pairs": 8},
-    "default, stop_gradient='weak'": {"stop_gradient": "weak"},
+    "vmap, chunk 8, stop_gradient='weak'": {"engine": "vmap", "chunk_size": 8, "stop_gradient": "weak"},
 }
 
 
