@@ -177,8 +177,9 @@ def _real_text(result: dict[str, Any]) -> str:
         f" {options['ggcr_warmup']} steps, and compares at most {options['ggcr_max_pairs']} confident pairs on every"
         f" {options['ggcr_every']}nd step. At the end FixMatch has"
         f" {plain['last']:.4f} and FixMatch + GGCR {ggcr['last']:.4f}; the mean cosine of the compared pairs is"
-        f" {last['ggcr_cosine']:.2f}. **One seed of a tiny network decides nothing**: seeds differ by more than such a"
-        " gap, and the runs are far shorter than the recipes'. The times were taken while other work used the machine."
+        f" {last['ggcr_cosine']:.2f}. **One seed of a tiny network decides"
+        " nothing**, and the runs are far shorter than the recipes'. The times were taken while other work used the"
+        " machine."
         " Accuracies on this copy are not comparable digit for digit with the original pixels."
     )
 
