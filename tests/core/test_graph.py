@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from gradconsist import GradientConsistencyLoss
 from gradconsist.errors import ConfigError, UnsupportedModuleError
-
-
-class _SquareOnce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> Tensor:
-        return 2 * ctx.saved_tensors[0] * upstream
+from support.models import SquareOnce
 
 
 class _Net(nn.Module):
@@ -44,7 +30,7 @@ class _Net(nn.Module):
 
 class _OnceDifferentiable(_Net):
     def middle(self, x: Tensor) -> Tensor:
-        return _SquareOnce.apply(self.block(x))
+        return SquareOnce.apply(self.block(x))
 
 
 class _Checkpointed(_Net):

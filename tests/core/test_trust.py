@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from gradconsist import GGCRWrapper, GradientConsistencyLoss, SSLBatch
 from gradconsist.engines import GradProducts, LoopEngine, Problem
 from gradconsist.errors import ConfigError, NonFiniteError, StateError, UnsupportedModuleError
 from gradconsist.methods import FixMatch
+from support.models import SquareOnce
 
 Views = tuple[Tensor, Tensor, Tensor]
 
@@ -49,25 +49,13 @@ class _Mixing(nn.Module):
         return z - 0.5 * z.mean(0) if self.switch.training else z
 
 
-class _Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> Tensor:
-        return 2 * ctx.saved_tensors[0] * upstream
-
-
 class _OnceModel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(4, 8).double(), nn.Linear(8, 3).double()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.second(_Once.apply(self.first(x)))
+        return self.second(SquareOnce.apply(self.first(x)))
 
 
 @pytest.mark.parametrize(("model", "match"), [(_Mixing, "other samples"), (_OnceModel, "second derivative")])
