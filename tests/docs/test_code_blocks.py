@@ -12,7 +12,13 @@ from pages import ROOT, blocks, documents, name, run
 
 PAGES = [page for page in documents() if any(block.language == "python" for block in blocks(page))]
 LANGUAGES = {"python", "bash", "console", "text", "bibtex"}
-TRAINERS = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+# Everything with a command line: the trainers, and the measurements that have options.
+PROGRAMS = sorted(
+    path
+    for folder in ("examples", "benchmarks")
+    for path in (ROOT / folder).glob("*.py")
+    if folder == "examples" or "argparse" in path.read_text(encoding="utf-8")
+)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -46,12 +52,12 @@ def test_make_targets_exist() -> None:
 
 
 @pytest.fixture(scope="module")
-def trainer_options() -> set[str]:
-    """Every option in the help of any script under examples/."""
+def known_options() -> set[str]:
+    """Every option in the help of any program."""
     pytest.importorskip("torchvision", reason="the examples need torchvision")
     options: set[str] = set()
-    for script in TRAINERS:
-        command = [sys.executable, str(ROOT / "examples" / script), "--help"]
+    for script in PROGRAMS:
+        command = [sys.executable, str(script), "--help"]
         shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
         options |= set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", shown.stdout))
     return options
@@ -62,9 +68,9 @@ FOREIGN = {"--editable", "--strict", "--upgrade"}
 
 
 @pytest.mark.parametrize("page", documents(), ids=name)
-def test_options_exist(page: Path, trainer_options: set[str]) -> None:
+def test_options_exist(page: Path, known_options: set[str]) -> None:
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", _code_text(page)))
-    assert named - FOREIGN <= trainer_options
+    assert named - FOREIGN <= known_options
 
 
 @pytest.mark.parametrize("page", documents(), ids=name)
