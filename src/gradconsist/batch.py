@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradconsist.errors import InputShapeError, InputTypeError
 from gradconsist.types import Inputs
@@ -120,8 +120,3 @@ def same_structure(first: Inputs, second: Inputs) -> bool:
     if isinstance(first, Tensor) or isinstance(second, Tensor):
         return isinstance(first, Tensor) and isinstance(second, Tensor)
     return isinstance(first, Sequence) and isinstance(second, Sequence) and len(first) == len(second)
-
-
-def first_parameter(model: nn.Module) -> Tensor | None:
-    """Any parameter of the model, to read device and dtype from."""
-    return next(model.parameters(), None)

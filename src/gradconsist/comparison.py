@@ -258,16 +258,17 @@ class _Run:
         terms = self._terms(problem, index, weight)
         # The automatic engine may have changed, so it is part of the fact.
         fact = Probed.fact(f"derivative by {self.options.engine!r}", self.options.model)
-        first = fact not in self.options.probed.passed
-        if first and terms.requires_grad:
+        first = terms.requires_grad and fact not in self.options.probed.passed  # `measure` has nothing to settle
+        if first:
             check_second_derivative(terms, list(self.options.trainable.values()), fused=buffer is not None)
         if buffer is not None:
             buffer.add(terms.sum())
-        elif first and terms.requires_grad:
+        elif first:
             # Fails here, by name, and not in the user's own backward.
             aliases = list(self.aliases.values())
             torch.autograd.grad(terms.sum(), aliases, allow_unused=True, retain_graph=True)
-        self.options.probed.passed.add(fact)
+        if first:
+            self.options.probed.passed.add(fact)
         return terms
 
     def _terms(self, problem: Problem, index: Tensor, weight: Tensor) -> Tensor:

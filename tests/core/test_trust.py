@@ -66,6 +66,13 @@ def test_a_refusal_holds_on_every_call(model: Callable[[], nn.Module], match: st
             gc(*_views())
 
 
+def test_measuring_first_does_not_settle_the_second_derivative() -> None:
+    gc = GradientConsistencyLoss(_OnceModel(), engine="loop")
+    gc.measure(*_views())  # first derivatives are all that it needs
+    with pytest.raises(UnsupportedModuleError, match="second derivative"):
+        gc(*_views())
+
+
 def test_a_module_that_changes_its_mode_is_tried_again() -> None:
     model = _Mixing()
     model.switch.eval()

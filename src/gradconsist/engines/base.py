@@ -109,8 +109,6 @@ _LIMITS = (
 
 def explain(error: RuntimeError) -> UnsupportedModuleError | None:
     """A refusal with its remedy, if torch's `error` says that it cannot differentiate this model; else None."""
-    if isinstance(error, UnsupportedModuleError):
-        return None
     message = str(error)
     for needle, remedy in _LIMITS:
         if needle in message:
