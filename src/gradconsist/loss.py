@@ -42,7 +42,7 @@ class GradientConsistencyLoss:
             are left out.
         loss_fn: ``(model output, target) -> [B]``; None is cross-entropy for class indices [B] and probabilities [B,
             C].
-        engine: "auto", "loop", "vmap", or an object with `gradconsist.engines.Engine`'s method.
+        engine: "auto", "ghost", "loop", "vmap", or an object with `gradconsist.engines.Engine`'s method.
         projection: must be None; random projections are not part of this version.
         batchnorm: "auto" gives a BatchNorm in train mode the joint statistics of this call's weak and strong inputs
             (all pairs, those of weight 0 included) and one in eval mode its running statistics; "batch" and "running"
@@ -315,8 +315,6 @@ class GradientConsistencyLoss:
 
 def _engine(engine: str | Engine) -> Engine:
     if isinstance(engine, str):
-        if engine == "ghost":
-            raise ConfigError("`engine='ghost'` is not part of this version: use 'auto', 'vmap' or 'loop', all exact.")
         check_choice("engine", engine, ENGINES)
         return ENGINES[engine]()
     if isinstance(engine, type) or not callable(getattr(engine, "products", None)):

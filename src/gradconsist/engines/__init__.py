@@ -6,18 +6,24 @@ them run. An engine of your own is any object with a method `products(problem) -
 
     >>> from gradconsist.engines import ENGINES
     >>> sorted(ENGINES)
-    ['auto', 'loop', 'vmap']
+    ['auto', 'ghost', 'loop', 'vmap']
 """
 
 from collections.abc import Callable
 
 from gradconsist.engines.auto import AutoEngine
 from gradconsist.engines.base import Engine, Problem
+from gradconsist.engines.ghost import GhostEngine
 from gradconsist.engines.loop import LoopEngine
 from gradconsist.engines.vmap import VmapEngine
 from gradconsist.similarity import GradProducts
 
-ENGINES: dict[str, Callable[[], Engine]] = {"auto": AutoEngine, "loop": LoopEngine, "vmap": VmapEngine}
+ENGINES: dict[str, Callable[[], Engine]] = {
+    "auto": AutoEngine,
+    "ghost": GhostEngine,
+    "loop": LoopEngine,
+    "vmap": VmapEngine,
+}
 """Engines by the name that the argument `engine` takes."""
 
-__all__ = ["ENGINES", "AutoEngine", "Engine", "GradProducts", "LoopEngine", "Problem", "VmapEngine"]
+__all__ = ["ENGINES", "AutoEngine", "Engine", "GhostEngine", "GradProducts", "LoopEngine", "Problem", "VmapEngine"]

@@ -7,21 +7,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from gradconsist.engines.base import Problem
+from gradconsist.engines.ghost import GhostEngine
 from gradconsist.engines.loop import LoopEngine
-from gradconsist.engines.vmap import VmapEngine
 from gradconsist.similarity import GradProducts
 
 logger = logging.getLogger("gradconsist")
 
 
 class AutoEngine:
-    """`VmapEngine` until torch refuses the model under vmap, from then on `LoopEngine`. Both are exact.
+    """`GhostEngine` until torch refuses the model under vmap, from then on `LoopEngine`. Both are exact.
 
     The change is told once, as a warning of the logger "gradconsist", because it costs time.
     """
 
     def __init__(self) -> None:
-        self.engine: LoopEngine | VmapEngine = VmapEngine()
+        self.engine: GhostEngine | LoopEngine = GhostEngine()
 
     def products(self, problem: Problem) -> GradProducts:
         """See `Engine.products`."""
@@ -36,7 +36,7 @@ class AutoEngine:
         """After `error`, the block is tried with the loop; if that fails too, its error counts and nothing changes.
 
         Args:
-            error: what vmap, or the derivative of its result, raised.
+            error: what the ghost engine, or the derivative of its result, raised.
 
         Yields:
             None.

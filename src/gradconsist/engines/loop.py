@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradconsist.batch import take
 from gradconsist.engines.base import Problem, inner
+from gradconsist.errors import UnsupportedModuleError
 from gradconsist.similarity import GradProducts
 from gradconsist.types import Inputs
 
@@ -48,3 +49,22 @@ def _gradient(problem: Problem, inputs: Inputs, target: Tensor, graph: bool) -> 
             loss, list(problem.parameters.values()), create_graph=graph, materialize_grads=True
         )
     return list(gradient) if graph else [part.detach() for part in gradient]
+
+
+def refused_by_vmap(problem: Problem, error: RuntimeError) -> UnsupportedModuleError:
+    """The refusal for a model that fails under vmap and not in the per-sample loop.
+
+    Args:
+        problem: the pairs.
+        error: what was raised under vmap.
+
+    Returns:
+        The refusal.
+
+    Raises:
+        RuntimeError: the loop's own error, if it fails too: then it is the model's.
+    """
+    LoopEngine().products(problem.take(torch.zeros(1, dtype=torch.long, device=problem.target.device)))
+    return UnsupportedModuleError(
+        f"vmap cannot run this model, the per-sample loop can: use `engine='loop'`. Torch said: {error}"
+    )

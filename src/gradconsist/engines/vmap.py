@@ -11,8 +11,8 @@ from torch.func import grad, vmap
 
 from gradconsist.batch import leaves, map_leaves
 from gradconsist.engines.base import Problem, inner
-from gradconsist.engines.loop import LoopEngine
-from gradconsist.errors import GradConsistError, UnsupportedModuleError
+from gradconsist.engines.loop import refused_by_vmap
+from gradconsist.errors import GradConsistError
 from gradconsist.similarity import GradProducts
 from gradconsist.types import Inputs
 
@@ -41,11 +41,7 @@ class VmapEngine:
         except RuntimeError as error:
             if isinstance(error, GradConsistError):
                 raise
-            # If the loop fails too, it is the model's own error, and that one is raised.
-            LoopEngine().products(problem.take(torch.zeros(1, dtype=torch.long, device=problem.target.device)))
-            raise UnsupportedModuleError(
-                f"vmap cannot run this model, the per-sample loop can: use `engine='loop'`. Torch said: {error}"
-            ) from error
+            raise refused_by_vmap(problem, error) from error
         return GradProducts(inner(weak, weak, keep=1), inner(strong, strong, keep=1), inner(weak, strong, keep=1))
 
     def preferred_chunk(self, problem: Problem) -> int:

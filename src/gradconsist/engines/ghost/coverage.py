@@ -1,0 +1,56 @@
+"""Proves that every use of a compared parameter has been accounted for, or refuses by name.
+
+A compared parameter is in the model in two ways only: as its stand-in, whose gradient is the per-sample gradient
+whatever is done with it, and inside a recorded use. What is left to prove is that the recorded uses are complete (each
+one that the losses depend on got the gradient of its output) and that their inputs are still what the operator saw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from gradconsist.engines.ghost.capture import Use
+from gradconsist.errors import UnsupportedModuleError
+from gradconsist.graph import nodes
+
+
+def check_inputs(uses: Sequence[Use]) -> None:
+    """Refuses a layer whose input was overwritten after it had been used.
+
+    Args:
+        uses: of one forward.
+
+    Raises:
+        UnsupportedModuleError: an input has another version than when it was recorded.
+    """
+    for use in uses:
+        if use.input is not None and use.input._version != use.version:
+            raise UnsupportedModuleError(
+                f"the input of the layer with parameter {use.parameter!r} was overwritten by an in-place operation"
+                " after the layer had used it: use the operation that returns a new tensor (inplace=False)."
+            )
+
+
+def check_coverage(losses: Tensor, uses: Sequence[Use], outputs: Sequence[Tensor | None]) -> None:
+    """Refuses a use that the losses depend on though no gradient of its output arrived.
+
+    Args:
+        losses: of one forward, with their graph.
+        uses: of that forward.
+        outputs: for each use the gradient of its output, or None.
+
+    Raises:
+        UnsupportedModuleError: there is such a use.
+    """
+    silent = [use for use, d in zip(uses, outputs, strict=True) if d is None]
+    if not silent:
+        return
+    reached = set(nodes(losses))
+    for use in silent:
+        if use.own in reached:
+            raise UnsupportedModuleError(
+                f"the output of the layer with parameter {use.parameter!r} was overwritten in a way that hides its"
+                " gradient: use operations that return a new tensor (inplace=False), or `engine='loop'`."
+            )

@@ -1,0 +1,90 @@
+"""Gram matrices of pairs: from the gradients of a weak and a strong view to their three inner products.
+
+Samples come interleaved, w0, s0, w1, s1, ..., so that a tensor of N = 2 n rows is n pairs of two without a copy. Every
+rule returns, for its parameter, the matrices
+
+    M_i = [[||g_w||^2, ⟨g_w, g_s⟩], [⟨g_s, g_w⟩, ||g_s||^2]]        [n, 2, 2]
+
+of which only the upper triangle is read. Matrices of different parameters add up.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class _RowGram(torch.autograd.Function):
+    """rows [n, r, K] -> rows rows^T [n, r, r]. Autograd would form both terms of the derivative one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        return rows @ rows.transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        (rows,) = ctx.saved_tensors
+        return torch.bmm(cotangent + cotangent.transpose(1, 2), rows)
+
+
+def row_gram(rows: Tensor) -> Tensor:
+    """Inner products of the rows of each matrix, in float32 at least.
+
+    Args:
+        rows: [n, r, K].
+
+    Returns:
+        [n, r, r]; differentiable once more.
+    """
+    gram: Tensor = _RowGram.apply(rows.to(torch.promote_types(rows.dtype, torch.float32)))
+    return gram
+
+
+def pair_gram(gradients: Tensor) -> Tensor:
+    """M of per-sample gradients that are at hand.
+
+    Args:
+        gradients: [N, ...], interleaved.
+
+    Returns:
+        [n, 2, 2].
+    """
+    return row_gram(gradients.reshape(gradients.shape[0] // 2, 2, -1))
+
+
+# Where positions cancel, ||sum_t d_t a_t^T||^2 is much smaller than sum_t ||d_t||^2 ||a_t||^2, and its rounding error,
+# relative to the latter, is not small any more. In float32, 6e-8 * 64 keeps the cosine well within 2e-5.
+WORST_CANCELLATION = 64.0
+
+
+def position_gram(inputs: Tensor, outputs: Tensor) -> Tensor | None:
+    """M of G = sum_t d_t a_t^T without forming G: sum over t, t' of ⟨a_t, a_t'⟩ ⟨d_t, d_t'⟩.
+
+    Args:
+        inputs: a, [N, T, features in], interleaved.
+        outputs: gradients d of the outputs, [N, T, features out].
+
+    Returns:
+        [n, 2, 2], or None where positions cancel so far that float32 would lose accuracy.
+    """
+    samples, positions = inputs.shape[:2]
+    n = samples // 2
+    products = row_gram(inputs.reshape(n, 2 * positions, -1)) * row_gram(outputs.reshape(n, 2 * positions, -1))
+    gram = products.view(n, 2, positions, 2, positions).sum((2, 4))
+    if positions > 1 and cancels(
+        gram.diagonal(dim1=1, dim2=2), products.diagonal(dim1=1, dim2=2).view(n, 2, -1).sum(2)
+    ):
+        return None
+    return gram
+
+
+def cancels(squared_norms: Tensor, uncancelled: Tensor) -> bool:
+    """Whether some squared norm is small against the sum of its positions' own, where the dtype would suffer."""
+    if squared_norms.dtype == torch.float64:
+        return False
+    return bool((squared_norms.detach() * WORST_CANCELLATION < uncancelled.detach()).any())

@@ -1,0 +1,123 @@
+"""The pixel form: inner products of per-sample convolution weight gradients, without forming these.
+
+With U the unfolded patches of an input x and D the gradients of the outputs, G = D^T U and ⟨G, G'⟩ = sum over t, t' of
+K[t, t'] ⟨d_t, d_t'⟩ with K = U U'^T. For stride 1 the patches need not be formed: an entry of K is a sum of entries of
+the Gram matrix P of single pixels, along a diagonal,
+
+    K[t, t'] = sum over kernel offsets o of P[t + o, t' + o]
+
+which is separable over the axes. Cost T^2 (C + p) a product instead of T^2 (k C + p), or T k C p for G itself.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gradconsist.engines.ghost.conv import Geometry
+from gradconsist.engines.ghost.gram import cancels
+
+
+def applies(geometry: Geometry) -> bool:
+    """Whether a layer has a pixel form."""
+    return not geometry.transposed and set(geometry.stride) == {1}
+
+
+def pixel_gram(x: Tensor, gy: Tensor, kernel: tuple[int, ...], geometry: Geometry) -> Tensor | None:
+    """M of the weight gradients of a convolution with stride 1.
+
+    Args:
+        x: inputs [N, C, ...], interleaved.
+        gy: gradients of the outputs [N, p, ...].
+        kernel: spatial size of the weight.
+        geometry: of the layer.
+
+    Returns:
+        [n, 2, 2], or None where positions cancel so far that float32 would lose accuracy.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    gram, uncancelled = _PixelGram.apply(x.to(wide), gy.to(wide), kernel, geometry)
+    if cancels(gram.diagonal(dim1=1, dim2=2), uncancelled):
+        return None
+    result: Tensor = gram
+    return result
+
+
+class _PixelGram(torch.autograd.Function):
+    """Blocks of a pair: (w, w) and (s, s) are kept as one batch of N, (w, s) as one of n."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gy: Tensor, kernel: tuple[int, ...], geometry: Geometry) -> tuple[Tensor, Tensor]:
+        size_in, size_out = tuple(x.shape[2:]), tuple(gy.shape[2:])
+        a, d = (tensor.reshape(len(x), geometry.groups, -1, math.prod(tensor.shape[2:])) for tensor in (x, gy))
+        patches = [_diagonal_sums(p, size_in, kernel, geometry.dilation, geometry.padding) for p in _blocks(a)]
+        outputs = _blocks(d)
+        backwards = [k_d - pad for k_d, pad in zip(_reach(kernel, geometry), geometry.padding, strict=True)]
+        pixels = [_diagonal_sums(q, size_out, kernel, geometry.dilation, backwards) for q in outputs]
+        own, cross = ((k * q).sum((1, 2, 3)) for k, q in zip(patches, outputs, strict=True))
+        uncancelled = (patches[0].diagonal(dim1=2, dim2=3) * outputs[0].diagonal(dim1=2, dim2=3)).sum((1, 2))
+        gram = own.new_zeros(len(cross), 2, 2)
+        gram[:, 0, 0], gram[:, 1, 1], gram[:, 0, 1] = own[0::2], own[1::2], cross
+        ctx.save_for_backward(a, d, *patches, *pixels)
+        ctx.shapes = x.shape, gy.shape
+        uncancelled = uncancelled.view(-1, 2)
+        ctx.mark_non_differentiable(uncancelled)
+        return gram, uncancelled
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, cotangent: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        a, d, patches_own, patches_cross, pixels_own, pixels_cross = ctx.saved_tensors
+        own = 2.0 * cotangent.diagonal(dim1=1, dim2=2).reshape(-1)
+        cross = cotangent[:, 0, 1]
+        g_x = _pull(a, pixels_own, pixels_cross, own, cross) if ctx.needs_input_grad[0] else None
+        g_gy = _pull(d, patches_own, patches_cross, own, cross) if ctx.needs_input_grad[1] else None
+        shape_x, shape_gy = ctx.shapes
+        return None if g_x is None else g_x.view(shape_x), None if g_gy is None else g_gy.view(shape_gy), None, None
+
+
+def _blocks(a: Tensor) -> list[Tensor]:
+    """Gram matrices over positions, [N, g, T, T] and [n, g, T, T], of a [N, g, channels, T]."""
+    return [a.transpose(2, 3) @ a, a[0::2].transpose(2, 3) @ a[1::2]]
+
+
+def _pull(a: Tensor, own: Tensor, cross: Tensor, scale_own: Tensor, scale_cross: Tensor) -> Tensor:
+    """The derivative of sum scale * ⟨Gram blocks of a, given blocks⟩ for a."""
+    result = (a @ own) * scale_own.view(-1, 1, 1, 1)
+    scaled = cross * scale_cross.view(-1, 1, 1, 1)
+    result[0::2] += a[1::2] @ scaled.transpose(2, 3)
+    result[1::2] += a[0::2] @ scaled
+    return result
+
+
+def _reach(kernel: tuple[int, ...], geometry: Geometry) -> list[int]:
+    return [d * (k - 1) for d, k in zip(geometry.dilation, kernel, strict=True)]
+
+
+def _diagonal_sums(
+    p: Tensor, size: tuple[int, ...], kernel: tuple[int, ...], dilation: tuple[int, ...], padding: Any
+) -> Tensor:
+    """Sums over kernel offsets o of p[t + o, t' + o], zero outside; p [B, g, T, T] with T = prod(size)."""
+    dims = len(size)
+    p = p.view(*p.shape[:2], *size, *size)
+    for axis in range(dims):
+        row, column = 2 + axis, 2 + dims + axis
+        pad = [0] * (2 * (2 * dims))
+        for position in (row, column):
+            from_last = p.dim() - 1 - position
+            pad[2 * from_last] = pad[2 * from_last + 1] = padding[axis]
+        padded = F.pad(p, pad)
+        length = padded.shape[row] - dilation[axis] * (kernel[axis] - 1)
+        total = None
+        for offset in range(0, dilation[axis] * kernel[axis], dilation[axis]):
+            part = padded.narrow(row, offset, length).narrow(column, offset, length)
+            total = part.clone() if total is None else total.add_(part)
+        assert total is not None
+        p = total
+    positions = math.prod(p.shape[2 : 2 + dims])
+    return p.reshape(*p.shape[:2], positions, positions)

@@ -1,0 +1,211 @@
+"""Layer rules: from what a layer saw and the gradient of what it returned to the gradient of its parameter.
+
+For one call y = layer(x; p) on N samples, the gradient of sample i's loss for p is a function of x_i and of d_i, the
+gradient of that loss for y_i. A rule is that function, and may know a cheaper way to the inner products of a pair than
+through the gradients themselves. Everything is differentiable in x and d.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from gradconsist.engines.ghost import pixel
+from gradconsist.engines.ghost.conv import Geometry, sample_gradients
+from gradconsist.engines.ghost.gram import pair_gram, position_gram
+
+Form: TypeAlias = Literal["auto", "gradient", "gram"]
+FORMS = ("auto", "gradient", "gram")
+
+# An elementwise pass over a number costs about as much as this many multiplications inside a matrix product.
+_PASS = 20
+
+
+class Rule(Protocol):
+    """One parameter in one kind of call."""
+
+    @property
+    def name(self) -> str:
+        """As `diagnostics.check` prints it."""
+        ...
+
+    def gradients(self, x: Tensor | None, d: Tensor) -> Tensor:
+        """Per-sample gradients.
+
+        Args:
+            x: the input [N, ...], or None for a rule that does not need it.
+            d: gradients of the outputs, a sample's maps or positions folded into the rows.
+
+        Returns:
+            [N, *parameter shape].
+        """
+        ...
+
+    def gram(self, x: Tensor | None, d: Tensor) -> Tensor | None:
+        """M [n, 2, 2] of interleaved samples without forming gradients; None where there is no such way."""
+        ...
+
+    def costs(self, x: Tensor | None, d: Tensor) -> tuple[float, float]:
+        """Multiplications a pair, derivative included, of `gradients` and of `gram`: a guide for choosing."""
+        ...
+
+
+@dataclass(frozen=True)
+class LinearWeight:
+    """y = x W^T for any number of leading dimensions: G = sum over positions of d_t x_t^T."""
+
+    name: str = "linear"
+
+    def gradients(self, x: Tensor | None, d: Tensor) -> Tensor:
+        """See `Rule`."""
+        a, d = self.rows(x, d)
+        return d.transpose(1, 2) @ a.to(d.dtype)
+
+    def gram(self, x: Tensor | None, d: Tensor) -> Tensor | None:
+        """See `Rule`."""
+        return position_gram(*self.rows(x, d))
+
+    def costs(self, x: Tensor | None, d: Tensor) -> tuple[float, float]:
+        """See `Rule`."""
+        a, d = self.rows(x, d)
+        positions, p, c = a.shape[1], d.shape[2], a.shape[2]
+        formed = 6.0 * positions * p * c + 6.0 * _PASS * p * c
+        return formed, 12.0 * positions**2 * (p + c) + 8.0 * _PASS * (2 * positions) ** 2
+
+    @staticmethod
+    def rows(x: Tensor | None, d: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions [N, T, features] of input and output gradient."""
+        assert x is not None
+        samples = x.shape[0]
+        return x.reshape(samples, -1, x.shape[-1]), d.reshape(samples, -1, d.shape[-1])
+
+
+def joined(calls: Sequence[tuple[Tensor | None, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Several calls of a linear layer with one weight, as one call with more positions.
+
+    Args:
+        calls: input and output gradient of each.
+
+    Returns:
+        Input [N, T, c] and output gradient [N, T, p].
+    """
+    xs, ds = zip(*(LinearWeight.rows(x, d) for x, d in calls), strict=True)
+    return torch.cat(xs, 1), torch.cat(ds, 1)
+
+
+@dataclass(frozen=True)
+class ConvolutionWeight:
+    """y = conv(x, W), transposed or not: G by one grouped convolution, or its products by the pixel form."""
+
+    shape: tuple[int, ...]
+    geometry: Geometry
+    name: str = "convolution"
+
+    def gradients(self, x: Tensor | None, d: Tensor) -> Tensor:
+        """See `Rule`."""
+        assert x is not None
+        return sample_gradients(x, d.unflatten(0, x.shape[:2]), self.shape, self.geometry)
+
+    def gram(self, x: Tensor | None, d: Tensor) -> Tensor | None:
+        """See `Rule`."""
+        assert x is not None
+        if not pixel.applies(self.geometry) or x.shape[1] != 1:
+            return None
+        return pixel.pixel_gram(x.squeeze(1), d, self.shape[2:], self.geometry)
+
+    def costs(self, x: Tensor | None, d: Tensor) -> tuple[float, float]:
+        """See `Rule`."""
+        assert x is not None
+        inside, outside = math.prod(x.shape[3:]), math.prod(d.shape[2:])
+        kernel = math.prod(self.shape)
+        positions = inside if self.geometry.transposed else outside
+        formed = 6.0 * x.shape[1] * positions * kernel + 6.0 * _PASS * kernel
+        if not pixel.applies(self.geometry) or x.shape[1] != 1:
+            return formed, math.inf
+        products = 7.0 * (inside**2 * x.shape[2] + outside**2 * d.shape[1])
+        passes = 3.0 * (2 + sum(self.shape[2:])) * (inside**2 + outside**2) * self.geometry.groups
+        return formed, products + _PASS * passes
+
+
+@dataclass(frozen=True)
+class Bias:
+    """y = ... + b: the sum over everything but the channels.
+
+    Attributes:
+        channel: dimension of the channels, in outputs [N, maps, ...].
+        maps: rows of the output that one sample has.
+    """
+
+    channel: int
+    maps: int
+    name: str = "bias"
+
+    def gradients(self, x: Tensor | None, d: Tensor) -> Tensor:
+        """See `Rule`."""
+        d = d.unflatten(0, (-1, self.maps)).movedim(self.channel, -1)
+        return d.to(torch.promote_types(d.dtype, torch.float32)).flatten(1, -2).sum(1)
+
+    def gram(self, x: Tensor | None, d: Tensor) -> Tensor | None:
+        """See `Rule`."""
+        return None
+
+    def costs(self, x: Tensor | None, d: Tensor) -> tuple[float, float]:
+        """See `Rule`."""
+        return 1.0, math.inf
+
+
+@dataclass(frozen=True)
+class EmbeddingWeight:
+    """y_t = W[id_t], with no gradient for the row of the padding index."""
+
+    shape: tuple[int, ...]
+    padding: int | None
+    name: str = "embedding"
+
+    def gradients(self, x: Tensor | None, d: Tensor) -> Tensor:
+        """See `Rule`."""
+        ids, d = self._positions(x, d)
+        samples = ids.shape[0]
+        start = torch.arange(samples, device=ids.device).unsqueeze(1) * self.shape[0]
+        rows = d.new_zeros(samples * self.shape[0], self.shape[1])
+        return rows.index_add(0, (ids + start).flatten(), d.flatten(0, 1)).view(samples, *self.shape)
+
+    def gram(self, x: Tensor | None, d: Tensor) -> Tensor | None:
+        """Sum over pairs of positions with the same id of ⟨d_t, d_t'⟩."""
+        ids, d = self._positions(x, d)
+        samples, positions = ids.shape
+        both = ids.reshape(samples // 2, 2 * positions)
+        same = both.unsqueeze(1) == both.unsqueeze(2)
+        rows = d.reshape(samples // 2, 2 * positions, -1)
+        products = (rows @ rows.transpose(1, 2)).masked_fill(~same, 0.0)
+        return products.view(-1, 2, positions, 2, positions).sum((2, 4))
+
+    def costs(self, x: Tensor | None, d: Tensor) -> tuple[float, float]:
+        """See `Rule`."""
+        ids, d = self._positions(x, d)
+        positions = ids.shape[1]
+        return _PASS * 6.0 * math.prod(self.shape), 12.0 * positions**2 * (d.shape[2] + _PASS)
+
+    def _positions(self, x: Tensor | None, d: Tensor) -> tuple[Tensor, Tensor]:
+        assert x is not None
+        ids = x.reshape(x.shape[0], -1)
+        d = d.reshape(*ids.shape, -1)
+        d = d.to(torch.promote_types(d.dtype, torch.float32))
+        if self.padding is not None:
+            d = d.masked_fill((ids == self.padding).unsqueeze(2), 0.0)
+        return ids, d
+
+
+def products(rule: Rule, x: Tensor | None, d: Tensor, form: Form) -> Tensor:
+    """M [n, 2, 2] of one use, by the form asked for or the cheaper one; by the gradients where there is no choice."""
+    formed, direct = rule.costs(x, d)
+    if math.isfinite(direct) and (form == "gram" or (form == "auto" and direct < formed)):
+        gram = rule.gram(x, d)
+        if gram is not None:
+            return gram
+    return pair_gram(rule.gradients(x, d))
