@@ -12,13 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradconsist.batch import concatenable, concatenate
 from gradconsist.engines.base import Engine, Problem, explain
-from gradconsist.errors import (
-    GradConsistError,
-    InputShapeError,
-    NonFiniteError,
-)
+from gradconsist.errors import GradConsistError, NonFiniteError
 from gradconsist.forward import PerSampleForward, comparison_scope
 from gradconsist.fused import GradientBuffer, with_gradient
 from gradconsist.graph import check_second_derivative
@@ -31,8 +26,9 @@ from gradconsist.normalization import (
 )
 from gradconsist.probes import Probed, probe_model
 from gradconsist.randomness import preserved_randomness
+from gradconsist.recall import Recalled, take_statistics
 from gradconsist.similarity import GradProducts, cosine, degenerate_pairs
-from gradconsist.types import ConsistencyRecord, Inputs, LossFunction
+from gradconsist.types import ConsistencyRecord, LossFunction
 from gradconsist.validation import Pairs, non_finite_tensor
 
 # Float16 gradients below 6e-8 vanish. GradScaler starts at 2^16 on a mean over about 2^6 samples.
@@ -174,6 +170,7 @@ class _Run:
             autocast=autocast,
             loss_scale=self.scale,
         )
+        self.recalled: Recalled | None = None
         self.wide = _wide(options)
         count = len(pairs)
         self.cosine = torch.full([count], torch.nan, dtype=self.wide, device=pairs.device)
@@ -184,11 +181,11 @@ class _Run:
     def result(self) -> tuple[Tensor, ConsistencyRecord]:
         if len(self.selection.index):
             if self.options.statistics is None and needs_statistics(self.options.model, self.options.batchnorm):
-                take_statistics(self.forward, self.pairs.weak, self.pairs.strong)
+                self._take_statistics()
             try:
                 loss = self._loss()
             except StatisticsMissingError:  # a BatchNorm that no module announced
-                take_statistics(self.forward, self.pairs.weak, self.pairs.strong)
+                self._take_statistics()
                 loss = self._loss()
         else:
             loss = self._connected(self._zero())
@@ -196,6 +193,11 @@ class _Run:
         compared[self.selection.index] = True
         record = ConsistencyRecord(self.cosine, self.norm_weak, self.norm_strong, self.degenerate, compared)
         return loss, record
+
+    def _take_statistics(self) -> None:
+        # With chance in the forward, the next one is another one.
+        keep = 0 if self.options.dropout else getattr(self.options.engine, "recall_bytes", 0)
+        self.recalled = take_statistics(self.forward, self.pairs.weak, self.pairs.strong, keep=keep)
 
     def _loss(self) -> Tensor:
         probe_model(self.forward, self.pairs, self.options.probed)
@@ -208,6 +210,8 @@ class _Run:
             graph_weak="weak" not in self.options.constant,
             graph_strong="strong" not in self.options.constant,
             random=self.options.dropout,
+            model=self.options.model,
+            recalled=self.recalled,
         )
         try:
             return self._sum(problem)
@@ -328,23 +332,3 @@ class _Run:
 
 class _EngineChangedError(Exception):
     """The automatic engine took another way in the middle of a call; caught inside this module."""
-
-
-def take_statistics(forward: PerSampleForward, weak: Inputs, strong: Inputs) -> None:
-    """Records the joint statistics of all weak and strong inputs, by one forward without graph.
-
-    Args:
-        forward: its BatchNorm calls answer with these statistics from now on.
-        weak: all weak views of a call.
-        strong: all strong views.
-
-    Raises:
-        InputShapeError: the views cannot be one batch.
-    """
-    if not concatenable(weak, strong):
-        raise InputShapeError(
-            "`weak` and `strong` differ in shape, so BatchNorm's joint statistics cannot be taken from one batch: pad"
-            " both to one shape, or use `batchnorm='running'`."
-        )
-    with torch.no_grad():
-        forward.output(concatenate(weak, strong), record=True)

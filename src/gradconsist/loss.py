@@ -126,7 +126,7 @@ class GradientConsistencyLoss:
         self.model = model
         self.encoder = encoder
         self.loss_fn: LossFunction = cross_entropy if loss_fn is None else loss_fn
-        self.engine = _engine(engine)
+        self.engine = make_engine(engine)
         self.batchnorm: BatchNormPolicy = batchnorm
         self.dropout = dropout
         self.chunk_size = chunk_size
@@ -313,7 +313,18 @@ class GradientConsistencyLoss:
         )
 
 
-def _engine(engine: str | Engine) -> Engine:
+def make_engine(engine: str | Engine) -> Engine:
+    """The engine behind a name, or `engine` itself.
+
+    Args:
+        engine: a key of `ENGINES`, or an object with `products`.
+
+    Returns:
+        An engine.
+
+    Raises:
+        ConfigError: it is neither.
+    """
     if isinstance(engine, str):
         check_choice("engine", engine, ENGINES)
         return ENGINES[engine]()

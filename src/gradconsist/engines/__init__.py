@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from gradconsist.engines.auto import AutoEngine
 from gradconsist.engines.base import Engine, Problem
-from gradconsist.engines.ghost import GhostEngine
+from gradconsist.engines.ghost import GhostEngine, register_rule, unregister_rule
 from gradconsist.engines.loop import LoopEngine
 from gradconsist.engines.vmap import VmapEngine
 from gradconsist.similarity import GradProducts
@@ -26,4 +26,15 @@ ENGINES: dict[str, Callable[[], Engine]] = {
 }
 """Engines by the name that the argument `engine` takes."""
 
-__all__ = ["ENGINES", "AutoEngine", "Engine", "GhostEngine", "GradProducts", "LoopEngine", "Problem", "VmapEngine"]
+__all__ = [
+    "ENGINES",
+    "AutoEngine",
+    "Engine",
+    "GhostEngine",
+    "GradProducts",
+    "LoopEngine",
+    "Problem",
+    "VmapEngine",
+    "register_rule",
+    "unregister_rule",
+]

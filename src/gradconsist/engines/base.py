@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradconsist.batch import take
 from gradconsist.errors import UnsupportedModuleError
+from gradconsist.recall import Recalled
 from gradconsist.similarity import GradProducts
 from gradconsist.types import Inputs
 
@@ -35,6 +36,8 @@ class Problem:
         graph_weak: whether the weak view's gradient keeps its graph.
         graph_strong: whether the strong view's gradient keeps its graph.
         random: whether the forward may draw random numbers.
+        model: whose modules run, for engines with rules for modules; None if unknown.
+        recalled: what convolutions returned for these inputs in an earlier forward; None if unknown.
     """
 
     losses: LossesFunction
@@ -45,18 +48,26 @@ class Problem:
     graph_weak: bool = True
     graph_strong: bool = True
     random: bool = False
+    model: nn.Module | None = None
+    recalled: Recalled | None = None
 
     def take(self, index: Tensor) -> Problem:
         """The same problem for the pairs `index`."""
-        return replace(self, weak=take(self.weak, index), strong=take(self.strong, index), target=self.target[index])
+        return replace(
+            self,
+            weak=take(self.weak, index),
+            strong=take(self.strong, index),
+            target=self.target[index],
+            recalled=None if self.recalled is None else self.recalled.take(index),
+        )
 
 
 class Engine(Protocol):
     """Anything with this method is an engine.
 
     It may also have ``preferred_chunk(problem) -> int``, the number of pairs at a time that `chunk_size="auto"` takes
-    (without it, all pairs go at once), and ``fall_back(error)``, a context manager in which a chunk that failed is
-    tried once more.
+    (without it, all pairs go at once), ``fall_back(error)``, a context manager in which a chunk that failed is tried once
+    more, and ``recall_bytes``, how much of an earlier forward it would like to be told (`Problem.recalled`).
     """
 
     def products(self, problem: Problem) -> GradProducts:

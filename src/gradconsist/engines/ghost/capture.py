@@ -15,15 +15,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from gradconsist.engines.ghost.conv import Convolution, Geometry, Stage, normal_form, per_sample_convolution
 from gradconsist.engines.ghost.decomposed import RECURRENT, body
+from gradconsist.engines.ghost.layers import LayerCall, LayerGradients, LayerParameter, WithState
 from gradconsist.engines.ghost.pointwise import ChannelAffine, LeakyRelu
 from gradconsist.engines.ghost.rules import Bias, ConvolutionWeight, EmbeddingWeight, LinearWeight, Rule
 from gradconsist.normalization import Statistics, affine
+from gradconsist.recall import CONVOLUTIONS, Recalled
 
 Compute = Callable[..., Tensor]
 
@@ -78,6 +80,10 @@ class Capture(TorchFunctionMode):
         stand_ins: what the model has in their place, by the same names.
         stage: told to the convolutions.
         uses: added to.
+        recalled: what convolutions returned for these samples in an earlier forward, or None.
+
+    Attributes:
+        convolutions: calls of convolutions so far.
     """
 
     def __init__(
@@ -86,13 +92,17 @@ class Capture(TorchFunctionMode):
         stand_ins: Mapping[str, Tensor],
         stage: Stage,
         uses: list[Use],
+        recalled: Recalled | None = None,
     ) -> None:
         super().__init__()
         self._names = {id(stand_in): name for name, stand_in in stand_ins.items()}
         self._parameters = parameters
         self._anchor = next(iter(stand_ins.values()))  # any tensor with a row a sample
         self._stage = stage
+        self._paused = False
         self._uses = uses
+        self._recalled = recalled
+        self.convolutions = 0
         self._rules: dict[Any, Callable[..., Any]] = {
             F.linear: self._linear,
             F.embedding: self._embedding,
@@ -108,7 +118,47 @@ class Capture(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if self._paused:
+            self.convolutions += func in CONVOLUTIONS
+            return func(*args, **(kwargs or {}))
         return self._rules.get(func, func)(*args, **(kwargs or {}))
+
+    def layer(
+        self, module: nn.Module, rule: LayerGradients, forward: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Runs a layer that has a registered rule, for all samples as one batch.
+
+        Args:
+            module: the layer.
+            rule: its rule.
+            forward: its forward.
+            *args: what it was called with.
+            **kwargs: what it was called with.
+
+        Returns:
+            Its output.
+        """
+        state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        own = {local: self._own(tensor) for local, tensor in state.items() if id(tensor) in self._names}
+        if self._paused or not own or kwargs or not all(isinstance(value, Tensor) for value in args):
+            return forward(*args, **kwargs)
+        state |= {local: alias for local, (_, alias) in own.items() if alias is not None}
+
+        def compute(n: int, per_sample: list[bool], *inputs: Tensor) -> Tensor:
+            rows = tuple(_rows(x, each, n).flatten(0, 1) for x, each in zip(inputs, per_sample, strict=False))
+            maps = rows[0].shape[0] // n
+            self._paused = True
+            try:
+                y = WithState(module, forward).run(state, *rows)
+            finally:
+                self._paused = False
+            y = y.clone() if y._is_view() else y
+            call = LayerCall(module, rule, state, maps)
+            for local, (name, alias) in own.items():
+                self._note(name, alias, LayerParameter(call, rows, local), rows[0], y)
+            return y.unflatten(0, (n, maps))
+
+        return self._below(compute, *args)
 
     def _inside(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, with the calls that it makes seen too."""
@@ -193,13 +243,14 @@ class Capture(TorchFunctionMode):
         name, w = self._own(weight)
         bias_name, b = self._own(bias)
         unbatched = input.dim() == dims + 1
+        call, self.convolutions = self.convolutions, self.convolutions + 1
 
         def compute(n: int, per_sample: list[bool], x: Tensor, given: Tensor) -> Tensor:
             x = _rows(x, per_sample[0], n)
             if w is None and per_sample[1]:  # made by the model from parameters: a weight for every sample
                 return per_sample_convolution(x, given, geometry)
             given = given if w is None else _autocast(w)
-            y: Tensor = Convolution.apply(x.flatten(0, 1), given, geometry, self._stage)
+            y: Tensor = Convolution.apply(x.flatten(0, 1), given, geometry, self._stage, self._known(call, x))
             self._note(name, w, ConvolutionWeight(tuple(given.shape), geometry), x, y)
             if b is not None:
                 y = y + _autocast(b).view(-1, *[1] * dims)
@@ -210,6 +261,14 @@ class Capture(TorchFunctionMode):
         if bias is not None and b is None:
             y = y + _autocast(bias).view(-1, *[1] * dims)
         return y.squeeze(0) if unbatched else y
+
+    def _known(self, call: int, x: Tensor) -> Tensor | None:
+        """What the convolution that is the `call`-th of a forward returned for the samples [N, 1, ...] before."""
+        recalled = self._recalled
+        if recalled is None or x.shape[1] != 1 or call >= len(recalled.outputs):
+            return None
+        output = recalled.outputs[call]
+        return None if output is None else output.index_select(0, recalled.interleaved())
 
     def _affine(
         self, x: Tensor, statistics: Statistics, weight: Tensor | None, bias: Tensor | None, eps: float

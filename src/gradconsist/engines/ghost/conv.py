@@ -55,13 +55,15 @@ class Geometry:
 
 
 class Convolution(torch.autograd.Function):
-    """y = conv(x, w): x [B, C, ...], w as torch has it, y [B, p, ...]."""
+    """y = conv(x, w): x [B, C, ...], w as torch has it, y [B, p, ...], computed unless it is `known`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, geometry: Geometry, stage: Stage | None = None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor, geometry: Geometry, stage: Stage | None = None, known: Tensor | None = None
+    ) -> Tensor:
         ctx.save_for_backward(x, w)
         ctx.geometry, ctx.stage = geometry, stage
-        return torch.convolution(x, w, None, *geometry.arguments())
+        return torch.convolution(x, w, None, *geometry.arguments()) if known is None else known
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
@@ -71,7 +73,7 @@ class Convolution(torch.autograd.Function):
             gx = InputGradient.apply(gy, w, x.shape, ctx.geometry)
         if ctx.needs_input_grad[1] and not (ctx.stage and ctx.stage.outputs_only):
             gw = WeightGradient.apply(x, gy, w.shape, ctx.geometry)
-        return gx, gw, None, None
+        return gx, gw, None, None, None
 
 
 class InputGradient(torch.autograd.Function):

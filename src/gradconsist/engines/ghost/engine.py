@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,9 +16,11 @@ from gradconsist.engines.ghost.capture import Capture, Use
 from gradconsist.engines.ghost.conv import Stage
 from gradconsist.engines.ghost.coverage import check_coverage, check_inputs
 from gradconsist.engines.ghost.gram import pair_gram
-from gradconsist.engines.ghost.rules import FORMS, Form, LinearWeight, joined, products
+from gradconsist.engines.ghost.layers import intercepted
+from gradconsist.engines.ghost.rules import FORMS, Form, LinearWeight, chosen, joined, products
 from gradconsist.engines.loop import refused_by_vmap
 from gradconsist.errors import GradConsistError
+from gradconsist.recall import Recalled
 from gradconsist.similarity import GradProducts
 from gradconsist.types import Inputs
 from gradconsist.validation import check_choice
@@ -63,7 +65,7 @@ class GhostEngine:
 
     For a layer y_t = W a_t at positions t, the gradient of one sample's loss is G = sum_t d_t a_t^T with d_t the
     gradient for y_t. The engine runs both views of a chunk as one batch, asks autograd for all d (and for no gradient
-    of a parameter), and takes ||G_w||^2, ||G_s||^2, ⟨G_w, G_s⟩ from a and d, in the cheaper of two forms for each layer:
+    of a parameter), and takes ||G_w||^2, ||G_s||^2, ⟨G_w, G_s⟩ from a and d, in the cheaper of two forms a layer:
 
         gradient    G itself, one layer at a time: T p c multiplications a sample
         gram        sum over t, t' of ⟨a_t, a_t'⟩ ⟨d_t, d_t'⟩: T^2 (c + p)
@@ -81,6 +83,8 @@ class GhostEngine:
     """
 
     form: Form = "auto"
+    recall_bytes: int = 2**28
+    _kept: dict[Any, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_choice("form", self.form, FORMS)
@@ -98,8 +102,7 @@ class GhostEngine:
 
     def _products(self, problem: Problem) -> GradProducts:
         if problem.graph_weak == problem.graph_strong and _stackable(problem.weak, problem.strong):
-            target = problem.target.repeat_interleave(2, 0)
-            seen = see(problem, _interleaved(problem.weak, problem.strong), target, problem.graph_weak)
+            seen = self._see_both(problem, problem.recalled)
             with torch.set_grad_enabled(problem.graph_weak):
                 return _total(problem, [self._gram(name, seen) for name in problem.parameters])
         weak = see(problem, problem.weak, problem.target, problem.graph_weak)
@@ -109,6 +112,37 @@ class GhostEngine:
                 problem, [self._gram_of_two(name, weak, strong, len(problem.target)) for name in problem.parameters]
             )
 
+    def _see_both(self, problem: Problem, recalled: Recalled | None) -> Seen:
+        """Both views as one batch."""
+        samples, target = _interleaved(problem.weak, problem.strong), problem.target.repeat_interleave(2, 0)
+        try:
+            return see(problem, samples, target, problem.graph_weak, recalled)
+        except _OtherForwardError:
+            return see(problem, samples, target, problem.graph_weak)
+
+    def routes(self, problem: Problem) -> dict[str, list[str]]:
+        """How each compared parameter reaches its inner products: one entry a use; none where the losses ignore it.
+
+        Args:
+            problem: the pairs.
+
+        Returns:
+            Descriptions by parameter name.
+        """
+        target = problem.target.repeat_interleave(2, 0)
+        stackable = _stackable(problem.weak, problem.strong)
+        inputs = _interleaved(problem.weak, problem.strong) if stackable else problem.weak
+        seen = see(problem, inputs, target if stackable else problem.target, graph=False)
+        found = {}
+        for name in problem.parameters:
+            uses = seen.of(name)
+            single = len(uses) == 1 and name not in seen.rows
+            found[name] = [
+                f"{use.rule.name}, {chosen(use.rule, use.input, d, self.form) if single else 'gradient'} form"
+                for use, d in uses
+            ] + (["per-sample gradient"] if name in seen.rows else [])
+        return found
+
     def preferred_chunk(self, problem: Problem) -> int:
         """The size from which on more pairs gain nothing, less where a pair's graph is so large that they do not fit.
 
@@ -116,6 +150,14 @@ class GhostEngine:
         """
         kind = next(iter(problem.parameters.values())).device.type
         most, limit = (table.get(kind, table["cpu"]) for table in (_CHUNK, _CHUNK_BYTES))
+        tensors = [*problem.parameters.values(), *leaves(problem.weak)]
+        key = (problem.graph_weak, problem.graph_strong, *((tensor.shape[1:], tensor.dtype) for tensor in tensors))
+        if key not in self._kept:
+            self._kept[key] = self._graph_bytes(problem)
+        return max(1, min(most, limit // max(1, self._kept[key])))
+
+    def _graph_bytes(self, problem: Problem) -> int:
+        """What the graph of one pair keeps."""
         kept: dict[int, int] = {}
 
         def weigh(tensor: Tensor) -> Tensor:
@@ -126,7 +168,7 @@ class GhostEngine:
         one = problem.take(torch.zeros(1, dtype=torch.long, device=problem.target.device))
         with torch.autograd.graph.saved_tensors_hooks(weigh, lambda tensor: tensor):
             self.products(one)
-        return max(1, min(most, limit // max(1, sum(kept.values()))))
+        return sum(kept.values())
 
     def _gram(self, name: str, seen: Seen) -> Tensor | None:
         """M of one parameter, from samples that come interleaved."""
@@ -150,13 +192,18 @@ class GhostEngine:
                 x = None if a.input is None or b.input is None else _pairwise(a.input, b.input)
                 return products(a.rule, x, _pairwise(d_weak, d_strong).flatten(0, 1), self.form)
         g_weak, g_strong = weak.gradient(name), strong.gradient(name)
-        if g_weak is None and g_strong is None:
+        given = g_strong if g_weak is None else g_weak
+        if given is None:
             return None
-        zeros = torch.zeros_like(g_strong if g_weak is None else g_weak)
+        zeros = torch.zeros_like(given)
         return pair_gram(_pairwise(zeros if g_weak is None else g_weak, zeros if g_strong is None else g_strong))
 
 
-def see(problem: Problem, inputs: Inputs, target: Tensor, graph: bool) -> Seen:
+class _OtherForwardError(Exception):
+    """The forward calls other convolutions than the one whose outputs are known; caught inside this module."""
+
+
+def see(problem: Problem, inputs: Inputs, target: Tensor, graph: bool, recalled: Recalled | None = None) -> Seen:
     """One forward and one backward, to the outputs of layers, for a batch of samples.
 
     Args:
@@ -164,9 +211,13 @@ def see(problem: Problem, inputs: Inputs, target: Tensor, graph: bool) -> Seen:
         inputs: N samples.
         target: their targets.
         graph: whether the result can be differentiated.
+        recalled: what convolutions returned for these samples in an earlier forward, or None.
 
     Returns:
         What was seen.
+
+    Raises:
+        _OtherForwardError: the forward that was recalled had other calls.
     """
     is_tensor = isinstance(inputs, Tensor)
     columns = leaves(inputs)
@@ -176,8 +227,12 @@ def see(problem: Problem, inputs: Inputs, target: Tensor, graph: bool) -> Seen:
     def loss(stand_ins: Mapping[str, Tensor], target: Tensor, *sample: Tensor) -> Tensor:
         batched = [leaf.unsqueeze(0) for leaf in sample]
         one: Inputs = batched[0] if is_tensor else _rebuilt(inputs, batched)
-        with Capture(problem.parameters, stand_ins, stage, uses):
-            return problem.losses(one, target.unsqueeze(0), stand_ins).squeeze(0)
+        capture = Capture(problem.parameters, stand_ins, stage, uses, recalled)
+        with intercepted(problem.model, capture.layer), capture:
+            result = problem.losses(one, target.unsqueeze(0), stand_ins).squeeze(0)
+        if recalled is not None and capture.convolutions != len(recalled.outputs):
+            raise _OtherForwardError
+        return result
 
     in_dims = (0, 0, *[0] * len(columns))
     with torch.enable_grad():

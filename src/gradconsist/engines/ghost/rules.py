@@ -201,11 +201,23 @@ class EmbeddingWeight:
         return ids, d
 
 
-def products(rule: Rule, x: Tensor | None, d: Tensor, form: Form) -> Tensor:
-    """M [n, 2, 2] of one use, by the form asked for or the cheaper one; by the gradients where there is no choice."""
+def chosen(rule: Rule, x: Tensor | None, d: Tensor, form: Form) -> Form:
+    """The form that one use takes: the one asked for, or the cheaper; "gradient" where there is no choice."""
     formed, direct = rule.costs(x, d)
-    if math.isfinite(direct) and (form == "gram" or (form == "auto" and direct < formed)):
-        gram = rule.gram(x, d)
-        if gram is not None:
-            return gram
-    return pair_gram(rule.gradients(x, d))
+    return "gram" if math.isfinite(direct) and (form == "gram" or (form == "auto" and direct < formed)) else "gradient"
+
+
+def products(rule: Rule, x: Tensor | None, d: Tensor, form: Form) -> Tensor:
+    """M [n, 2, 2] of one use.
+
+    Args:
+        rule: of the use.
+        x: its input, interleaved.
+        d: gradients of its output.
+        form: "auto", or a form to be forced where there is a choice.
+
+    Returns:
+        [n, 2, 2], differentiable.
+    """
+    gram = rule.gram(x, d) if chosen(rule, x, d, form) == "gram" else None
+    return pair_gram(rule.gradients(x, d)) if gram is None else gram

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from gradconsist.batch import concatenable, map_leaves
-from gradconsist.comparison import take_statistics
 from gradconsist.engines import Engine
 from gradconsist.errors import ConfigError, InputValueError
 from gradconsist.forward import PerSampleForward, comparison_scope
 from gradconsist.loss import GradientConsistencyLoss
 from gradconsist.normalization import BatchNormCalls, BatchNormPolicy, Statistics, needs_statistics
+from gradconsist.recall import take_statistics
 from gradconsist.selection import Encoder
 from gradconsist.types import Inputs, LossFunction
 from gradconsist.validation import check_count, check_number

@@ -1,0 +1,211 @@
+"""`check`: what the loss will do with each module of a model, found by doing it once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from gradconsist.engines import AutoEngine, Engine, GhostEngine
+from gradconsist.engines.base import Problem
+from gradconsist.errors import GradConsistError
+from gradconsist.loss import GradientConsistencyLoss, make_engine
+from gradconsist.normalization import BatchNormPolicy
+from gradconsist.selection import Encoder, compared_parameters
+from gradconsist.similarity import GradProducts
+from gradconsist.types import Inputs, LossFunction
+
+
+@dataclass(frozen=True)
+class CheckRow:
+    """One parameter.
+
+    Attributes:
+        module: path of its module; empty for the model itself.
+        kind: the module's class.
+        parameter: full name.
+        size: number of entries.
+        route: how its per-sample gradients are compared, or why they are not.
+    """
+
+    module: str
+    kind: str
+    parameter: str
+    size: int
+    route: str
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What the loss does with a model.
+
+    Attributes:
+        rows: every parameter, in the model's order.
+        notes: what is done to modules that are treated specially, by path.
+        engine: the engine that ran.
+        fallback: why it is not the one that ran first; None if it is.
+        refusal: the message of the refusal, with its remedy; None if the model is taken.
+    """
+
+    rows: list[CheckRow]
+    notes: dict[str, str] = field(default_factory=dict)
+    engine: str = ""
+    fallback: str | None = None
+    refusal: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the loss takes the model."""
+        return self.refusal is None
+
+    def __str__(self) -> str:
+        lines = [f"REFUSED: {self.refusal}"] if self.refusal else [f"exact, by {self.engine}"]
+        if self.fallback:
+            lines.append(f"instead of the fast engine, because: {self.fallback}")
+        columns = [("parameter", "in", "entries", "compared by")]
+        columns += [(row.parameter, row.kind, f"{row.size:,}", row.route) for row in self.rows]
+        widths = [max(len(column[i]) for column in columns) for i in range(3)]
+        for name, kind, size, route in columns:
+            lines.append(f"  {name:{widths[0]}}  {kind:{widths[1]}}  {size:>{widths[2]}}  {route}".rstrip())
+        lines += [f"  {path}: {note}" for path, note in self.notes.items()]
+        return "\n".join(lines)
+
+
+def check(
+    model: nn.Module,
+    weak: Inputs,
+    strong: Inputs,
+    target: Tensor,
+    *,
+    encoder: Encoder = None,
+    loss_fn: LossFunction | None = None,
+    engine: str | Engine = "auto",
+    batchnorm: BatchNormPolicy = "auto",
+) -> CheckReport:
+    """Tells how the loss will treat each parameter of `model`, by evaluating it and its gradient on two pairs.
+
+    A route is a rule with the form that is chosen for it ("linear, gram form"), "per-sample gradient" where there is no
+    rule and the gradient of each sample is formed (exact, and fine for small parameters; a large one costs its size
+    times the samples of a chunk: `gradconsist.engines.register_rule` is the remedy), the engine that stands in, or why
+    the parameter is not compared. Nothing of the model changes.
+
+    Args:
+        model: the user's model.
+        weak: weak views, as for the loss; BatchNorm's statistics come from all of them.
+        strong: strong views, as for the loss.
+        target: targets, as for the loss.
+        encoder: as for the loss.
+        loss_fn: as for the loss.
+        engine: as for the loss.
+        batchnorm: as for the loss, but not "observed".
+
+    Returns:
+        The report; ``print(report)`` shows it as a table.
+
+    Raises:
+        RuntimeError: an error of the model itself, as it is.
+
+    Example:
+        >>> import torch
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        >>> x = torch.randn(2, 4)
+        >>> print(check(model, x, x + 1, torch.tensor([0, 1]), encoder=model[0]))
+        exact, by GhostEngine(form='auto')
+          parameter  in      entries  compared by
+          0.weight   Linear       32  linear, gram form
+          0.bias     Linear        8  bias, gradient form
+          2.weight   Linear       24  not compared; L_g is differentiated for it
+          2.bias     Linear        3  not compared; L_g is differentiated for it
+    """
+    witness = _Witness(make_engine(engine))
+    try:
+        loss = GradientConsistencyLoss(model, encoder=encoder, loss_fn=loss_fn, engine=witness, batchnorm=batchnorm)
+        weight = target.new_zeros(len(target), dtype=next(model.parameters()).dtype)
+        weight[:2] = 1
+        loss(weak, strong, target, weight)
+        compared = set(compared_parameters(model, encoder))
+    except GradConsistError as error:
+        return CheckReport(_rows(model, {}, set(), "refused"), refusal=str(error), fallback=witness.reason)
+    ran = repr(witness.running())
+    return CheckReport(_rows(model, witness.routes, compared, ran), _notes(model, batchnorm), ran, witness.reason)
+
+
+class _Witness:
+    """An engine that also asks the ghost engine for its routes."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.routes: dict[str, list[str]] = {}
+        self.reason: str | None = None
+        if hasattr(engine, "fall_back"):
+            self.fall_back = self._fall_back
+
+    def running(self) -> Engine:
+        return self.engine.engine if isinstance(self.engine, AutoEngine) else self.engine
+
+    def products(self, problem: Problem) -> GradProducts:
+        running = self.running()
+        products = self.engine.products(problem)  # first, since its refusals are explained
+        self.routes = running.routes(problem) if isinstance(running, GhostEngine) else {}
+        return products
+
+    @contextmanager
+    def _fall_back(self, error: RuntimeError) -> Iterator[None]:
+        inner: Any = self.engine
+        with inner.fall_back(error):
+            yield
+        self.reason = str(error)
+
+    def __repr__(self) -> str:
+        return repr(self.engine)
+
+
+def _rows(model: nn.Module, routes: dict[str, list[str]], compared: set[str], engine: str) -> list[CheckRow]:
+    modules = dict(model.named_modules())
+    rows = []
+    for name, parameter in model.named_parameters():
+        path = name.rpartition(".")[0]
+        rows.append(
+            CheckRow(
+                module=path,
+                kind=type(modules.get(path, model)).__name__,
+                parameter=name,
+                size=parameter.numel(),
+                route=_route(name, parameter, routes, compared, engine),
+            )
+        )
+    return rows
+
+
+def _route(name: str, parameter: Tensor, routes: dict[str, list[str]], compared: set[str], engine: str) -> str:
+    if not parameter.requires_grad:
+        return "frozen: neither compared nor differentiated for"
+    if engine == "refused":
+        return engine
+    if name not in compared:
+        return "not compared; L_g is differentiated for it"
+    if not routes:
+        return f"per-sample gradient, by {engine}"
+    uses = routes.get(name, [])
+    if not uses:
+        return "the loss does not depend on it: its gradient is zero"
+    text = uses[0] if len(set(uses)) == 1 else " + ".join(dict.fromkeys(uses))
+    return text if len(uses) == 1 else f"{text} (used {len(uses)} times, gradients added)"
+
+
+def _notes(model: nn.Module, batchnorm: BatchNormPolicy) -> dict[str, str]:
+    notes = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            joint = batchnorm == "batch" or (batchnorm == "auto" and (module.training or module.running_mean is None))
+            source = "joint statistics of both views" if joint else "running statistics"
+            notes[path] = f"{type(module).__name__} with {source}, held constant"
+        elif isinstance(module, nn.modules.dropout._DropoutNd) and module.training:
+            notes[path] = f"{type(module).__name__}, off inside the comparison (dropout='off')"
+        elif isinstance(module, nn.RNNBase):
+            notes[path] = f"{type(module).__name__}, as linear layers and pointwise functions under the ghost engine"
+    return notes

@@ -1,0 +1,120 @@
+"""`check_rule`: a layer and its rule against the per-sample loop."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from gradconsist.engines import Engine, GhostEngine, LoopEngine
+from gradconsist.errors import ConfigError, GradConsistError
+from gradconsist.loss import GradientConsistencyLoss
+from gradconsist.types import Inputs
+
+
+@dataclass(frozen=True)
+class RuleReport:
+    """A layer under the ghost engine against the per-sample loop, in float64.
+
+    Attributes:
+        errors: largest relative error of the inner products, and relative error of the gradient of L_g, by form.
+        tolerance: bound on all of them.
+        failure: what was raised, if the layer did not run.
+    """
+
+    errors: dict[str, float]
+    tolerance: float
+    failure: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything agrees."""
+        return self.failure is None and max(self.errors.values()) <= self.tolerance
+
+    def __str__(self) -> str:
+        if self.failure is not None:
+            return f"the rule FAILED: {self.failure}"
+        verdict = "agrees" if self.ok else "DISAGREES"
+        lines = [f"the rule {verdict} with the per-sample loop (tolerance {self.tolerance:.0e})"]
+        lines += [f"  {what}: {error:.1e}" for what, error in self.errors.items()]
+        return "\n".join(lines)
+
+
+def check_rule(layer: nn.Module, *inputs: Tensor, tolerance: float = 1e-8, seed: int = 0) -> RuleReport:
+    """Tests a layer, with the rule registered for it if there is one, against the per-sample loop in float64.
+
+    The layer is made into a model with a smooth random loss of its whole output; its second view is a perturbed input.
+    Compared are the three inner products of every pair, and the whole gradient of L_g, to which the derivatives of the
+    rule in its input, output gradient and parameters contribute.
+
+    Args:
+        layer: the layer; a copy is used, with parameters drawn anew, since zeros and ones hide errors.
+        *inputs: an input batch of two samples or more for each argument of its forward.
+        tolerance: bound on the relative errors.
+        seed: of everything that is drawn.
+
+    Returns:
+        The report; put ``assert check_rule(layer, x).ok`` into a test.
+
+    Raises:
+        ConfigError: there is no input, or the layer has no parameters.
+
+    Example:
+        >>> check_rule(nn.Conv1d(3, 4, 3), torch.randn(4, 3, 9)).ok
+        True
+    """
+    if not inputs or any(len(x) < 2 for x in inputs):
+        raise ConfigError("`inputs` needs a batch of at least two samples for each argument of the layer's forward.")
+    generator = torch.Generator().manual_seed(seed)
+    layer = copy.deepcopy(layer).double()
+    if not any(parameter.requires_grad for parameter in layer.parameters()):
+        raise ConfigError(f"`layer` ({type(layer).__name__}) has no trainable parameters, so it needs no rule.")
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    weak = tuple(x.double() if x.is_floating_point() else x for x in inputs)
+    strong = tuple(_perturbed(x, generator) for x in weak)
+    seen: dict[str, dict[str, Tensor]] = {}
+    try:
+        engines: dict[str, Engine] = {"loop": LoopEngine()}
+        engines |= {form: GhostEngine(form=form) for form in ("gradient", "gram")}
+        for name, engine in engines.items():
+            seen[name] = _evaluate(layer, weak, strong, engine, seed)
+    except (GradConsistError, RuntimeError) as error:
+        return RuleReport({}, tolerance, f"{type(error).__name__}: {error}")
+    errors = {
+        f"{what}, {form} form": float((found - seen["loop"][what]).norm() / seen["loop"][what].norm().clamp(min=1e-30))
+        for form in ("gradient", "gram")
+        for what, found in seen[form].items()
+    }
+    return RuleReport(errors, tolerance)
+
+
+def _evaluate(layer: nn.Module, weak: Inputs, strong: Inputs, engine: Engine, seed: int) -> dict[str, Tensor]:
+    """Norms and cosines, and the gradient of L_g."""
+
+    def loss_fn(output: Any, target: Tensor) -> Tensor:
+        flat = torch.cat([leaf.reshape(len(target), -1) for leaf in tree_leaves(output)], 1)
+        position = torch.arange(flat.shape[1], dtype=flat.dtype) + seed  # waves, since nothing may be drawn in here
+        return (torch.sin(flat * torch.cos(3.0 * position)) * torch.cos(5.0 * position)).sum(1)
+
+    layer.zero_grad()
+    loss = GradientConsistencyLoss(layer, loss_fn=loss_fn, engine=engine, chunk_size=None)
+    first = weak[0] if isinstance(weak, tuple) else weak
+    assert isinstance(first, Tensor)
+    loss(weak, strong, torch.zeros(len(first), dtype=torch.long)).backward()
+    record = loss.last
+    assert record is not None
+    parts = [p.grad.flatten() for p in layer.parameters() if p.grad is not None]
+    products = torch.cat([record.norm_weak, record.norm_strong, record.cosine])
+    return {"inner products": products, "gradient of L_g": torch.cat(parts)}
+
+
+def _perturbed(x: Tensor, generator: torch.Generator) -> Tensor:
+    if not x.is_floating_point():
+        return x.roll(1, 0)
+    return x + torch.randn(x.shape, generator=generator, dtype=x.dtype)

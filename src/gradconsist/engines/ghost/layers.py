@@ -1,0 +1,172 @@
+"""Rules that users register for layers of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from gradconsist.errors import ConfigError, LossContractError
+
+LayerGradients = Callable[[Any, Any, Tensor], Mapping[str, Tensor]]
+
+_REGISTERED: dict[type[nn.Module], LayerGradients] = {}
+
+
+def register_rule(module_type: type[nn.Module], gradients: LayerGradients) -> None:
+    """Teaches the ghost engine a layer: its per-sample parameter gradients from its input and output gradient.
+
+    Without a rule a layer is exact too, and may be slow: its parameters then have one copy a sample. With one, its
+    forward runs once, for all samples as one batch, with the parameters themselves. Prove a rule by
+    `gradconsist.diagnostics.check_rule`.
+
+    Args:
+        module_type: the layer's class; subclasses do not inherit the rule, since their forward may differ.
+        gradients: ``(module, x, d) -> {parameter name: gradients [N, *parameter shape]}`` with x the layer's input
+            [N, ...] (a tuple for several), d the gradients of its output [N, ...], and parameter names as in
+            ``module.named_parameters()``. It must be differentiable in x, d and, where the formula contains them, the
+            module's parameters: plain torch operations are.
+
+    Raises:
+        ConfigError: `module_type` is no module class, or has a rule.
+
+    Example:
+        >>> class Scale(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.factor = nn.Parameter(torch.ones(3))
+        ...     def forward(self, x):
+        ...         return self.factor * x
+        >>> register_rule(Scale, lambda module, x, d: {"factor": x * d})
+        >>> unregister_rule(Scale)
+    """
+    if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
+        raise ConfigError(f"`module_type` is {module_type!r}: pass the class of a layer, a subclass of nn.Module.")
+    if not callable(gradients):
+        raise ConfigError(f"`gradients` is {gradients!r}: pass a function (module, x, d) -> {{name: [N, *shape]}}.")
+    if module_type in _REGISTERED:
+        raise ConfigError(f"{module_type.__name__} has a rule: call `unregister_rule({module_type.__name__})` first.")
+    _REGISTERED[module_type] = gradients
+
+
+def unregister_rule(module_type: type[nn.Module]) -> None:
+    """Takes a registered rule back.
+
+    Args:
+        module_type: the layer's class.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if _REGISTERED.pop(module_type, None) is None:
+        raise ConfigError(f"`module_type` {module_type!r} has no registered rule.")
+
+
+@contextmanager
+def intercepted(model: nn.Module | None, run: Callable[..., Any]) -> Iterator[None]:
+    """Within the block, layers with a registered rule call ``run(module, rule, forward, *args, **kwargs)``.
+
+    Args:
+        model: whose layers.
+        run: what is called in place of their forward.
+
+    Yields:
+        None.
+    """
+    layers = [] if model is None else [module for module in model.modules() if type(module) in _REGISTERED]
+    before = [vars(layer).get("forward") for layer in layers]
+
+    def replaced(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: run(layer, _REGISTERED[type(layer)], forward, *args, **kwargs)
+
+    try:
+        for layer in layers:
+            vars(layer)["forward"] = replaced(layer, layer.forward)
+        yield
+    finally:
+        for layer, own in zip(layers, before, strict=True):
+            vars(layer).pop("forward", None)
+            if own is not None:
+                vars(layer)["forward"] = own
+
+
+class WithState(nn.Module):
+    """A function of a layer, run with other parameters in the layer."""
+
+    def __init__(self, layer: nn.Module, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.layer = layer
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the function."""
+        return self.function(*args, **kwargs)
+
+    def run(self, state: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """The function with `state` as the layer's parameters and buffers."""
+        return functional_call(self, {f"layer.{name}": tensor for name, tensor in state.items()}, args, kwargs)
+
+
+@dataclass(eq=False)
+class LayerCall:
+    """One call of a layer with a registered rule.
+
+    Attributes:
+        layer: the layer.
+        rule: its rule.
+        state: its parameters and buffers during the call.
+        maps: rows of its input that one sample has.
+    """
+
+    layer: nn.Module
+    rule: LayerGradients
+    state: Mapping[str, Tensor]
+    maps: int
+    _last: tuple[Any, Mapping[str, Tensor]] | None = field(default=None, repr=False)
+
+    def gradients(self, x: Any, d: Tensor) -> Mapping[str, Tensor]:
+        """What the rule returns, once for all parameters."""
+        if self._last is None or self._last[0] is not d:
+            found = WithState(self.layer, lambda *args: self.rule(self.layer, *args)).run(self.state, x, d)
+            self._last = (d, found)
+        return self._last[1]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerParameter:
+    """The rule of one parameter of a registered layer."""
+
+    call: LayerCall
+    inputs: tuple[Tensor, ...]
+    parameter: str
+
+    @property
+    def name(self) -> str:
+        """See `Rule`."""
+        return f"registered rule of {type(self.call.layer).__name__}"
+
+    def gradients(self, x: Tensor | None, d: Tensor) -> Tensor:
+        """See `Rule`."""
+        found = self.call.gradients(self.inputs[0] if len(self.inputs) == 1 else self.inputs, d)
+        gradient = found.get(self.parameter) if isinstance(found, Mapping) else None
+        shape = (d.shape[0], *self.call.state[self.parameter].shape)
+        if not isinstance(gradient, Tensor) or tuple(gradient.shape) != shape:
+            what = f"shape {tuple(gradient.shape)}" if isinstance(gradient, Tensor) else "nothing"
+            raise LossContractError(
+                f"the registered rule of {type(self.call.layer).__name__} returned {what} for parameter"
+                f" {self.parameter!r}, expected a tensor of shape {shape}: one gradient a sample."
+            )
+        return gradient.unflatten(0, (-1, self.call.maps)).sum(1)
+
+    def gram(self, x: Tensor | None, d: Tensor) -> Tensor | None:
+        """See `Rule`."""
+        return None
+
+    def costs(self, x: Tensor | None, d: Tensor) -> tuple[float, float]:
+        """See `Rule`."""
+        return 0.0, torch.inf
