@@ -1,8 +1,8 @@
 """The forward that takes BatchNorm's joint statistics, and what of it serves the forwards that follow.
 
-BatchNorm's joint statistics need a forward of all pairs before the first chunk. The chunks then run the same layers with
-the same parameters on the same inputs: what a convolution returned is known, and only its graph is missing. Kept up to
-a limit, since it grows with the number of pairs.
+BatchNorm's joint statistics need a forward of all pairs before the first chunk. The chunks then run the same layers
+with the same parameters on the same inputs: what a convolution returned is known, and only its graph is missing. It is
+kept up to a limit, since it grows with the number of pairs.
 """
 
 from __future__ import annotations

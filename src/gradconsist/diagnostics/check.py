@@ -130,8 +130,11 @@ def check(
         compared = set(compared_parameters(model, encoder))
     except GradConsistError as error:
         return CheckReport(_rows(model, {}, set(), "refused"), refusal=str(error), fallback=witness.reason)
-    ran = repr(witness.running())
-    return CheckReport(_rows(model, witness.routes, compared, ran), _notes(model, batchnorm), ran, witness.reason)
+    running = witness.running()
+    notes = _notes(model, batchnorm)
+    if isinstance(running, GhostEngine):
+        notes |= {path: f"runs sample by sample, since vmap refused it: {why}" for path, why in running.looped.items()}
+    return CheckReport(_rows(model, witness.routes, compared, repr(running)), notes, repr(running), witness.reason)
 
 
 class _Witness:

@@ -66,8 +66,8 @@ class Engine(Protocol):
     """Anything with this method is an engine.
 
     It may also have ``preferred_chunk(problem) -> int``, the number of pairs at a time that `chunk_size="auto"` takes
-    (without it, all pairs go at once), ``fall_back(error)``, a context manager in which a chunk that failed is tried once
-    more, and ``recall_bytes``, how much of an earlier forward it would like to be told (`Problem.recalled`).
+    (without it, all pairs go at once), ``fall_back(error)``, a context manager in which a chunk that failed is tried
+    once more, and ``recall_bytes``, how much of an earlier forward it would like to be told (`Problem.recalled`).
     """
 
     def products(self, problem: Problem) -> GradProducts:

@@ -43,12 +43,15 @@ class LoopEngine:
 
 def _gradient(problem: Problem, inputs: Inputs, target: Tensor, graph: bool) -> list[Tensor]:
     """The gradient of one sample's loss, one tensor a parameter; zeros where the loss does not depend on it."""
+    parameters = list(problem.parameters.values())
     with torch.enable_grad():
         loss = problem.losses(inputs, target, None).sum()
-        gradient = torch.autograd.grad(
-            loss, list(problem.parameters.values()), create_graph=graph, materialize_grads=True
-        )
-    return list(gradient) if graph else [part.detach() for part in gradient]
+        # Not materialize_grads: its zeros are leaves that require grad.
+        found = torch.autograd.grad(loss, parameters, create_graph=graph, allow_unused=True)
+    gradient = [
+        p.detach().new_zeros(p.shape) if part is None else part for p, part in zip(parameters, found, strict=True)
+    ]
+    return gradient if graph else [part.detach() for part in gradient]
 
 
 def refused_by_vmap(problem: Problem, error: RuntimeError) -> UnsupportedModuleError:

@@ -18,16 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gradconsist.engines.ghost.conv import Convolution, Geometry, Stage, normal_form, per_sample_convolution
 from gradconsist.engines.ghost.decomposed import RECURRENT, body
 from gradconsist.engines.ghost.layers import LayerCall, LayerGradients, LayerParameter, WithState
 from gradconsist.engines.ghost.pointwise import ChannelAffine, LeakyRelu
 from gradconsist.engines.ghost.rules import Bias, ConvolutionWeight, EmbeddingWeight, LinearWeight, Rule
+from gradconsist.errors import UnsupportedModuleError
 from gradconsist.normalization import Statistics, affine
 from gradconsist.recall import CONVOLUTIONS, Recalled
 
-Compute = Callable[..., Tensor]
+Compute = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -37,18 +39,23 @@ class Use:
     Attributes:
         parameter: its name.
         rule: how its gradient follows from input and output gradient.
-        input: what the operator saw, [N, ...], or None where the rule does not need it.
-        version: of the input, to notice that it was overwritten.
+        inputs: what the operator saw, [N, ...] each; none where the rule does not need it.
+        versions: of the inputs, to notice that one was overwritten.
         output: where the gradient of the output will arrive.
         own: the node of the parameter's alias that only this use has.
     """
 
     parameter: str
     rule: Rule
-    input: Tensor | None
-    version: int
+    inputs: tuple[Tensor, ...]
+    versions: tuple[int, ...]
     output: GradientEdge
     own: Any
+
+    @property
+    def input(self) -> Tensor | None:
+        """The first input."""
+        return self.inputs[0] if self.inputs else None
 
 
 class _Below(torch.autograd.Function):
@@ -58,7 +65,7 @@ class _Below(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(compute: Compute, *tensors: Tensor) -> Tensor:
+    def forward(compute: Compute, *tensors: Tensor) -> Any:
         raise RuntimeError("no tensor with a row a sample: an anchor should have been among the arguments")
 
     @staticmethod
@@ -66,10 +73,11 @@ class _Below(torch.autograd.Function):
         del ctx, inputs, output
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], compute: Compute, *tensors: Tensor) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], compute: Compute, *tensors: Tensor) -> tuple[Any, Any]:
         dims = in_dims[1:]
         moved = [tensor if dim is None else tensor.movedim(dim, 0) for tensor, dim in zip(tensors, dims, strict=True)]
-        return compute(info.batch_size, [dim is not None for dim in dims], *moved), 0
+        result = compute(info.batch_size, [dim is not None for dim in dims], *moved)
+        return result, (0,) * len(result) if isinstance(result, tuple) else 0
 
 
 class Capture(TorchFunctionMode):
@@ -152,13 +160,58 @@ class Capture(TorchFunctionMode):
                 y = WithState(module, forward).run(state, *rows)
             finally:
                 self._paused = False
+            if not isinstance(y, Tensor):
+                raise UnsupportedModuleError(
+                    f"{type(module).__name__}, which has a registered rule, returned a {type(y).__name__}: a rule needs"
+                    " a layer that returns one tensor. Take the rule back by `unregister_rule`."
+                )
             y = y.clone() if y._is_view() else y
-            call = LayerCall(module, rule, state, maps)
+            call = LayerCall(module, rule, state, rows, maps)
             for local, (name, alias) in own.items():
-                self._note(name, alias, LayerParameter(call, rows, local), rows[0], y)
+                self._note(name, alias, LayerParameter(call, local), rows, y)
             return y.unflatten(0, (n, maps))
 
         return self._below(compute, *args)
+
+    def one_by_one(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs a layer that vmap refuses, sample by sample; its parameters have a row a sample, so it stays exact.
+
+        Args:
+            module: the layer.
+            forward: its forward.
+            *args: what it was called with.
+            **kwargs: what it was called with.
+
+        Returns:
+            Its output, of any structure of tensors.
+        """
+        if self._paused:
+            return forward(*args, **kwargs)
+        state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        given, form = tree_flatten((args, kwargs, state))
+        places = [place for place, value in enumerate(given) if isinstance(value, Tensor)]
+        output_form: list[Any] = []
+
+        def compute(n: int, per_sample: list[bool], *tensors: Tensor) -> tuple[Tensor, ...]:
+            before, self._paused = self.convolutions, True
+            columns = [x.unbind(0) if each else (x,) * n for x, each in zip(tensors, per_sample, strict=False)]
+            outputs = []
+            try:
+                for row in zip(*columns, strict=True):
+                    self.convolutions = before
+                    filled = list(given)
+                    for place, tensor in zip(places, row, strict=True):
+                        filled[place] = tensor
+                    own_args, own_kwargs, own_state = tree_unflatten(filled, form)
+                    output = WithState(module, forward).run(own_state, *own_args, **own_kwargs)
+                    flat, output_form[:] = _flat_tensors(module, output)
+                    outputs.append(flat)
+            finally:
+                self._paused = False
+            return tuple(torch.stack(parts) for parts in zip(*outputs, strict=True))
+
+        flat = self._below(compute, *(given[place] for place in places))
+        return tree_unflatten(list(flat), output_form[0])
 
     def _inside(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, with the calls that it makes seen too."""
@@ -174,18 +227,19 @@ class Capture(TorchFunctionMode):
         name = self._names.get(id(tensor))
         return name, None if name is None else self._parameters[name].view_as(self._parameters[name])
 
-    def _note(self, name: str | None, alias: Tensor | None, rule: Rule, x: Tensor | None, y: Tensor) -> None:
+    def _note(self, name: str | None, alias: Tensor | None, rule: Rule, inputs: tuple[Tensor, ...], y: Tensor) -> None:
         if name is not None and alias is not None:
-            self._uses.append(Use(name, rule, x, 0 if x is None else x._version, get_gradient_edge(y), alias.grad_fn))
+            versions = tuple(x._version for x in inputs)
+            self._uses.append(Use(name, rule, inputs, versions, get_gradient_edge(y), alias.grad_fn))
 
-    def _below(self, compute: Compute, *tensors: Tensor) -> Tensor:
+    def _below(self, compute: Compute, *tensors: Tensor) -> Any:
         """`compute(samples, per_sample, *tensors)` on plain tensors."""
-        result: Tensor = _Below.apply(lambda n, flags, *plain: compute(n, flags, *plain[:-1]), *tensors, self._anchor)
+        result = _Below.apply(lambda n, flags, *plain: compute(n, flags, *plain[:-1]), *tensors, self._anchor)
         return result
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         name, w = self._own(weight)
-        if w is None:
+        if w is None or w.dim() != 2:
             return F.linear(input, weight, bias)
         bias_name, b = self._own(bias)
 
@@ -193,12 +247,12 @@ class Capture(TorchFunctionMode):
             x = _rows(x, per_sample[0], n)
             # Flat, because the output of a matrix product is no view: what is done to it in place comes after its edge.
             y = F.linear(x.flatten(0, -2), w, b)
-            self._note(name, w, LinearWeight(), x, y)
-            self._note(bias_name, b, Bias(-1, x.shape[1:-1].numel()), None, y)
+            self._note(name, w, LinearWeight(), (x,), y)
+            self._note(bias_name, b, Bias(-1, x.shape[1:-1].numel()), (), y)
             return y.unflatten(0, x.shape[:-1])
 
         y = self._below(compute, _autocast(input))
-        return y if bias is None or b is not None else y + bias
+        return y if bias is None or b is not None else y + _autocast(bias)
 
     def _embedding(self, input: Tensor, weight: Tensor, padding_idx: int | None = None, **options: Any) -> Tensor:
         name, w = self._own(weight)
@@ -209,7 +263,7 @@ class Capture(TorchFunctionMode):
         def compute(n: int, per_sample: list[bool], ids: Tensor) -> Tensor:
             ids = _rows(ids, per_sample[0], n)
             y = F.embedding(ids, w, padding_idx, **options)
-            self._note(name, w, EmbeddingWeight(tuple(w.shape), padding), ids, y)
+            self._note(name, w, EmbeddingWeight(tuple(w.shape), padding), (ids,), y)
             return y
 
         return self._below(compute, input)
@@ -241,23 +295,24 @@ class Capture(TorchFunctionMode):
     def _convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
         dims = len(geometry.stride)
         name, w = self._own(weight)
-        bias_name, b = self._own(bias)
+        # Inside only beside a compared weight: the output of any other may be one convolution a sample.
+        bias_name, b = self._own(None if w is None else bias)
         unbatched = input.dim() == dims + 1
         call, self.convolutions = self.convolutions, self.convolutions + 1
 
         def compute(n: int, per_sample: list[bool], x: Tensor, given: Tensor) -> Tensor:
             x = _rows(x, per_sample[0], n)
             if w is None and per_sample[1]:  # made by the model from parameters: a weight for every sample
-                return per_sample_convolution(x, given, geometry)
-            given = given if w is None else _autocast(w)
+                return per_sample_convolution(x, _autocast(given), geometry)
+            given = _autocast(given) if w is None else _autocast(w)
             y: Tensor = Convolution.apply(x.flatten(0, 1), given, geometry, self._stage, self._known(call, x))
-            self._note(name, w, ConvolutionWeight(tuple(given.shape), geometry), x, y)
+            self._note(name, w, ConvolutionWeight(tuple(given.shape), geometry), (x,), y)
             if b is not None:
                 y = y + _autocast(b).view(-1, *[1] * dims)
-                self._note(bias_name, b, Bias(2, x.shape[1]), None, y)
+                self._note(bias_name, b, Bias(2, x.shape[1]), (), y)
             return y.unflatten(0, x.shape[:2])
 
-        y = self._below(compute, _autocast(input.unsqueeze(0) if unbatched else input), _autocast(weight))
+        y = self._below(compute, _autocast(input.unsqueeze(0) if unbatched else input), weight)
         if bias is not None and b is None:
             y = y + _autocast(bias).view(-1, *[1] * dims)
         return y.squeeze(0) if unbatched else y
@@ -302,6 +357,13 @@ class Capture(TorchFunctionMode):
             return y
 
         return self._below(compute, input)
+
+
+def _flat_tensors(module: nn.Module, output: Any) -> tuple[list[Tensor], list[Any]]:
+    flat, form = tree_flatten(output)
+    if not all(isinstance(leaf, Tensor) for leaf in flat):
+        raise RuntimeError(f"{type(module).__name__} returns something else than tensors, and vmap refuses it")
+    return flat, [form]
 
 
 def _rows(tensor: Tensor, per_sample: bool, count: int) -> Tensor:

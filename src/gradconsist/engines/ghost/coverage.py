@@ -26,7 +26,7 @@ def check_inputs(uses: Sequence[Use]) -> None:
         UnsupportedModuleError: an input has another version than when it was recorded.
     """
     for use in uses:
-        if use.input is not None and use.input._version != use.version:
+        if tuple(x._version for x in use.inputs) != use.versions:
             raise UnsupportedModuleError(
                 f"the input of the layer with parameter {use.parameter!r} was overwritten by an in-place operation"
                 " after the layer had used it: use the operation that returns a new tensor (inplace=False)."

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from gradconsist.engines.ghost.capture import Capture, Use
 from gradconsist.engines.ghost.conv import Stage
 from gradconsist.engines.ghost.coverage import check_coverage, check_inputs
 from gradconsist.engines.ghost.gram import pair_gram
-from gradconsist.engines.ghost.layers import intercepted
+from gradconsist.engines.ghost.layers import culprit, intercepted
 from gradconsist.engines.ghost.rules import FORMS, Form, LinearWeight, chosen, joined, products
 from gradconsist.engines.loop import refused_by_vmap
 from gradconsist.errors import GradConsistError
@@ -24,6 +25,8 @@ from gradconsist.recall import Recalled
 from gradconsist.similarity import GradProducts
 from gradconsist.types import Inputs
 from gradconsist.validation import check_choice
+
+logger = logging.getLogger("gradconsist")
 
 # Fixed numbers and not timings, so that a resumed run adds up in the same order and stays bitwise equal: the size from
 # which on more pairs gain nothing (benchmarks/step_cost.py on CPU; CUDA not measured yet), and what a chunk may hold.
@@ -73,8 +76,10 @@ class GhostEngine:
     Both are exact. What has no rule (bare and parametrised weights, scales and shifts, recurrences of one's own) is
     exact too: its per-sample gradient is formed. A parameter used several times has one sum of gradients.
 
-    The forward runs under `torch.func.vmap`, which keeps track of the samples' dimension and refuses models whose
-    control flow depends on their input; those need `LoopEngine`, to which ``engine="auto"`` turns by itself.
+    The forward runs under `torch.func.vmap`, which keeps track of the samples' dimension. A module inside the model
+    that vmap refuses (its control flow depends on its input, say) runs sample by sample, the rest as before; it is told
+    once by the logger "gradconsist". A model that it refuses as a whole needs `LoopEngine`, to which ``engine="auto"``
+    turns by itself.
 
     Args:
         form: "auto" chooses by a count of multiplications and passes over memory, the same in every run. "gradient" and
@@ -83,7 +88,8 @@ class GhostEngine:
     """
 
     form: Form = "auto"
-    recall_bytes: int = 2**28
+    recall_bytes: int = field(default=2**28, repr=False)
+    _looped: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
     _kept: dict[Any, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -98,15 +104,31 @@ class GhostEngine:
         except RuntimeError as error:
             if isinstance(error, GradConsistError):
                 raise
-            raise refused_by_vmap(problem, error) from error
+            refusal = refused_by_vmap(problem, error)
+            path = culprit(problem.model, error)
+            if path is None or path in self._looped:
+                raise refusal from error
+            self._looped[path] = str(error)
+        try:
+            products = self.products(problem)
+        except BaseException:
+            del self._looped[path]
+            raise
+        logger.warning("%r runs sample by sample from now on, since vmap refused it: %s", path, self._looped[path])
+        return products
+
+    @property
+    def looped(self) -> Mapping[str, str]:
+        """Modules that run sample by sample, by path, with what torch said of them under vmap."""
+        return dict(self._looped)
 
     def _products(self, problem: Problem) -> GradProducts:
         if problem.graph_weak == problem.graph_strong and _stackable(problem.weak, problem.strong):
             seen = self._see_both(problem, problem.recalled)
             with torch.set_grad_enabled(problem.graph_weak):
                 return _total(problem, [self._gram(name, seen) for name in problem.parameters])
-        weak = see(problem, problem.weak, problem.target, problem.graph_weak)
-        strong = see(problem, problem.strong, problem.target, problem.graph_strong)
+        weak = see(problem, problem.weak, problem.target, problem.graph_weak, self._looped)
+        strong = see(problem, problem.strong, problem.target, problem.graph_strong, self._looped)
         with torch.set_grad_enabled(problem.graph_weak or problem.graph_strong):
             return _total(
                 problem, [self._gram_of_two(name, weak, strong, len(problem.target)) for name in problem.parameters]
@@ -116,9 +138,9 @@ class GhostEngine:
         """Both views as one batch."""
         samples, target = _interleaved(problem.weak, problem.strong), problem.target.repeat_interleave(2, 0)
         try:
-            return see(problem, samples, target, problem.graph_weak, recalled)
+            return see(problem, samples, target, problem.graph_weak, self._looped, recalled)
         except _OtherForwardError:
-            return see(problem, samples, target, problem.graph_weak)
+            return see(problem, samples, target, problem.graph_weak, self._looped)
 
     def routes(self, problem: Problem) -> dict[str, list[str]]:
         """How each compared parameter reaches its inner products: one entry a use; none where the losses ignore it.
@@ -132,7 +154,7 @@ class GhostEngine:
         target = problem.target.repeat_interleave(2, 0)
         stackable = _stackable(problem.weak, problem.strong)
         inputs = _interleaved(problem.weak, problem.strong) if stackable else problem.weak
-        seen = see(problem, inputs, target if stackable else problem.target, graph=False)
+        seen = see(problem, inputs, target if stackable else problem.target, False, self._looped)
         found = {}
         for name in problem.parameters:
             uses = seen.of(name)
@@ -153,7 +175,10 @@ class GhostEngine:
         tensors = [*problem.parameters.values(), *leaves(problem.weak)]
         key = (problem.graph_weak, problem.graph_strong, *((tensor.shape[1:], tensor.dtype) for tensor in tensors))
         if key not in self._kept:
-            self._kept[key] = self._graph_bytes(problem)
+            try:
+                self._kept[key] = self._graph_bytes(problem)
+            except RuntimeError:  # comes again with the first chunk, where it is dealt with
+                return 1
         return max(1, min(most, limit // max(1, self._kept[key])))
 
     def _graph_bytes(self, problem: Problem) -> int:
@@ -203,7 +228,14 @@ class _OtherForwardError(Exception):
     """The forward calls other convolutions than the one whose outputs are known; caught inside this module."""
 
 
-def see(problem: Problem, inputs: Inputs, target: Tensor, graph: bool, recalled: Recalled | None = None) -> Seen:
+def see(
+    problem: Problem,
+    inputs: Inputs,
+    target: Tensor,
+    graph: bool,
+    looped: Container[str] = (),
+    recalled: Recalled | None = None,
+) -> Seen:
     """One forward and one backward, to the outputs of layers, for a batch of samples.
 
     Args:
@@ -211,6 +243,7 @@ def see(problem: Problem, inputs: Inputs, target: Tensor, graph: bool, recalled:
         inputs: N samples.
         target: their targets.
         graph: whether the result can be differentiated.
+        looped: paths of modules that run sample by sample.
         recalled: what convolutions returned for these samples in an earlier forward, or None.
 
     Returns:
@@ -228,7 +261,7 @@ def see(problem: Problem, inputs: Inputs, target: Tensor, graph: bool, recalled:
         batched = [leaf.unsqueeze(0) for leaf in sample]
         one: Inputs = batched[0] if is_tensor else _rebuilt(inputs, batched)
         capture = Capture(problem.parameters, stand_ins, stage, uses, recalled)
-        with intercepted(problem.model, capture.layer), capture:
+        with intercepted(problem.model, capture.layer, capture.one_by_one, looped), capture:
             result = problem.losses(one, target.unsqueeze(0), stand_ins).squeeze(0)
         if recalled is not None and capture.convolutions != len(recalled.outputs):
             raise _OtherForwardError
@@ -255,7 +288,7 @@ def see(problem: Problem, inputs: Inputs, target: Tensor, graph: bool, recalled:
 
 
 def _constant(seen: Seen) -> Seen:
-    uses = [replace(use, input=None if use.input is None else use.input.detach()) for use in seen.uses]
+    uses = [replace(use, rule=use.rule.constant(), inputs=tuple(x.detach() for x in use.inputs)) for use in seen.uses]
     return Seen(uses, [d.detach() for d in seen.outputs], {name: row.detach() for name, row in seen.rows.items()})
 
 

@@ -1,10 +1,12 @@
-"""Rules that users register for layers of their own."""
+"""Layers that are not run as they are: those with a rule that the user registered, and those that vmap refuses."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import traceback
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,31 +70,60 @@ def unregister_rule(module_type: type[nn.Module]) -> None:
 
 
 @contextmanager
-def intercepted(model: nn.Module | None, run: Callable[..., Any]) -> Iterator[None]:
-    """Within the block, layers with a registered rule call ``run(module, rule, forward, *args, **kwargs)``.
+def intercepted(
+    model: nn.Module | None, run: Callable[..., Any], one_by_one: Callable[..., Any], looped: Container[str]
+) -> Iterator[None]:
+    """Within the block, some layers call another function in place of their forward.
 
     Args:
         model: whose layers.
-        run: what is called in place of their forward.
+        run: called as ``run(layer, rule, forward, *args, **kwargs)`` for layers with a registered rule.
+        one_by_one: called as ``one_by_one(layer, forward, *args, **kwargs)`` for those whose paths are in `looped`.
+        looped: paths.
 
     Yields:
         None.
     """
-    layers = [] if model is None else [module for module in model.modules() if type(module) in _REGISTERED]
+    instead: list[tuple[nn.Module, Callable[..., Any]]] = []
+    for path, layer in [] if model is None else model.named_modules():
+        if path in looped:
+            instead.append((layer, partial(one_by_one, layer, layer.forward)))
+        elif type(layer) in _REGISTERED:
+            instead.append((layer, partial(run, layer, _REGISTERED[type(layer)], layer.forward)))
+    layers = [layer for layer, _ in instead]
     before = [vars(layer).get("forward") for layer in layers]
-
-    def replaced(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: run(layer, _REGISTERED[type(layer)], forward, *args, **kwargs)
-
     try:
-        for layer in layers:
-            vars(layer)["forward"] = replaced(layer, layer.forward)
+        for layer, function in instead:
+            vars(layer)["forward"] = function
         yield
     finally:
         for layer, own in zip(layers, before, strict=True):
             vars(layer).pop("forward", None)
             if own is not None:
                 vars(layer)["forward"] = own
+
+
+def culprit(model: nn.Module | None, error: BaseException) -> str | None:
+    """The path of the module in whose forward `error` was raised.
+
+    Args:
+        model: the whole model.
+        error: with its traceback.
+
+    Returns:
+        The innermost module's path; None if it is the model itself, or one that holds a BatchNorm, whose calls are
+        counted by forward and not by sample.
+    """
+    if model is None:
+        return None
+    paths = {id(module): path for path, module in model.named_modules()}
+    path, innermost = "", model
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        module = frame.f_locals.get("self")
+        if isinstance(module, nn.Module) and id(module) in paths:
+            path, innermost = paths[id(module)], module
+    counted = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in innermost.modules())
+    return path if path and not counted else None
 
 
 class WithState(nn.Module):
@@ -120,18 +151,21 @@ class LayerCall:
         layer: the layer.
         rule: its rule.
         state: its parameters and buffers during the call.
+        inputs: what it was called with.
         maps: rows of its input that one sample has.
     """
 
     layer: nn.Module
     rule: LayerGradients
     state: Mapping[str, Tensor]
+    inputs: tuple[Tensor, ...]
     maps: int
     _last: tuple[Any, Mapping[str, Tensor]] | None = field(default=None, repr=False)
 
-    def gradients(self, x: Any, d: Tensor) -> Mapping[str, Tensor]:
+    def gradients(self, d: Tensor) -> Mapping[str, Tensor]:
         """What the rule returns, once for all parameters."""
         if self._last is None or self._last[0] is not d:
+            x = self.inputs[0] if len(self.inputs) == 1 else self.inputs
             found = WithState(self.layer, lambda *args: self.rule(self.layer, *args)).run(self.state, x, d)
             self._last = (d, found)
         return self._last[1]
@@ -142,7 +176,6 @@ class LayerParameter:
     """The rule of one parameter of a registered layer."""
 
     call: LayerCall
-    inputs: tuple[Tensor, ...]
     parameter: str
 
     @property
@@ -152,7 +185,7 @@ class LayerParameter:
 
     def gradients(self, x: Tensor | None, d: Tensor) -> Tensor:
         """See `Rule`."""
-        found = self.call.gradients(self.inputs[0] if len(self.inputs) == 1 else self.inputs, d)
+        found = self.call.gradients(d)
         gradient = found.get(self.parameter) if isinstance(found, Mapping) else None
         shape = (d.shape[0], *self.call.state[self.parameter].shape)
         if not isinstance(gradient, Tensor) or tuple(gradient.shape) != shape:
@@ -162,6 +195,12 @@ class LayerParameter:
                 f" {self.parameter!r}, expected a tensor of shape {shape}: one gradient a sample."
             )
         return gradient.unflatten(0, (-1, self.call.maps)).sum(1)
+
+    def constant(self) -> LayerParameter:
+        """See `Rule`."""
+        state = {name: tensor.detach() for name, tensor in self.call.state.items()}
+        inputs = tuple(x.detach() for x in self.call.inputs)
+        return LayerParameter(LayerCall(self.call.layer, self.call.rule, state, inputs, self.call.maps), self.parameter)
 
     def gram(self, x: Tensor | None, d: Tensor) -> Tensor | None:
         """See `Rule`."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gradconsist.engines.ghost import pixel
 from gradconsist.engines.ghost.conv import Geometry, sample_gradients
-from gradconsist.engines.ghost.gram import pair_gram, position_gram
+from gradconsist.engines.ghost.gram import cancels, pair_gram, position_gram, row_gram
 
 Form: TypeAlias = Literal["auto", "gradient", "gram"]
 FORMS = ("auto", "gradient", "gram")
@@ -50,6 +50,10 @@ class Rule(Protocol):
         """M [n, 2, 2] of interleaved samples without forming gradients; None where there is no such way."""
         ...
 
+    def constant(self) -> Rule:
+        """The same rule without graph in whatever it holds."""
+        ...
+
     def costs(self, x: Tensor | None, d: Tensor) -> tuple[float, float]:
         """Multiplications a pair, derivative included, of `gradients` and of `gram`: a guide for choosing."""
         ...
@@ -69,6 +73,10 @@ class LinearWeight:
     def gram(self, x: Tensor | None, d: Tensor) -> Tensor | None:
         """See `Rule`."""
         return position_gram(*self.rows(x, d))
+
+    def constant(self) -> Rule:
+        """See `Rule`."""
+        return self
 
     def costs(self, x: Tensor | None, d: Tensor) -> tuple[float, float]:
         """See `Rule`."""
@@ -118,6 +126,10 @@ class ConvolutionWeight:
             return None
         return pixel.pixel_gram(x.squeeze(1), d, self.shape[2:], self.geometry)
 
+    def constant(self) -> Rule:
+        """See `Rule`."""
+        return self
+
     def costs(self, x: Tensor | None, d: Tensor) -> tuple[float, float]:
         """See `Rule`."""
         assert x is not None
@@ -154,6 +166,10 @@ class Bias:
         """See `Rule`."""
         return None
 
+    def constant(self) -> Rule:
+        """See `Rule`."""
+        return self
+
     def costs(self, x: Tensor | None, d: Tensor) -> tuple[float, float]:
         """See `Rule`."""
         return 1.0, math.inf
@@ -182,8 +198,14 @@ class EmbeddingWeight:
         both = ids.reshape(samples // 2, 2 * positions)
         same = both.unsqueeze(1) == both.unsqueeze(2)
         rows = d.reshape(samples // 2, 2 * positions, -1)
-        products = (rows @ rows.transpose(1, 2)).masked_fill(~same, 0.0)
-        return products.view(-1, 2, positions, 2, positions).sum((2, 4))
+        products = row_gram(rows).masked_fill(~same, 0.0)
+        gram = products.view(-1, 2, positions, 2, positions).sum((2, 4))
+        uncancelled = products.diagonal(dim1=1, dim2=2).reshape(-1, 2, positions).sum(2)
+        return None if cancels(gram.diagonal(dim1=1, dim2=2), uncancelled) else gram
+
+    def constant(self) -> Rule:
+        """See `Rule`."""
+        return self
 
     def costs(self, x: Tensor | None, d: Tensor) -> tuple[float, float]:
         """See `Rule`."""
