@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Mapping
+from collections.abc import Container, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -82,14 +82,17 @@ class GhostEngine:
     turns by itself.
 
     Args:
-        form: "auto" chooses by a count of multiplications and passes over memory, the same in every run. "gradient" and
-            "gram" force one form wherever a layer has both. In float32, "gram" gives way to "gradient" where positions
-            cancel so far that accuracy would suffer.
+        form: "auto" chooses by a count of multiplications and passes over memory, the same in every run. "measured"
+            times both on first use, for each layer and shape, and keeps the faster: for hardware that the count does
+            not fit; since a clock decides, two runs may differ by rounding, and a resumed run from the uninterrupted
+            one. "gradient" and "gram" force one form wherever a layer has both. In float32, "gram" gives way to
+            "gradient" where positions cancel so far that accuracy would suffer.
     """
 
     form: Form = "auto"
     recall_bytes: int = field(default=2**28, repr=False)
     _looped: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _measured: dict[Hashable, str] = field(default_factory=dict, init=False, repr=False, compare=False)
     _kept: dict[Any, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -158,11 +161,11 @@ class GhostEngine:
         found = {}
         for name in problem.parameters:
             uses = seen.of(name)
-            single = len(uses) == 1 and name not in seen.rows
-            found[name] = [
-                f"{use.rule.name}, {chosen(use.rule, use.input, d, self.form) if single else 'gradient'} form"
-                for use, d in uses
-            ] + (["per-sample gradient"] if name in seen.rows else [])
+            forms = ["gradient"] * len(uses)
+            if len(uses) == 1 and name not in seen.rows:
+                forms = [chosen(use.rule, use.input, d, self.form, self._measured) for use, d in uses]
+            found[name] = [f"{use.rule.name}, {form} form" for (use, _), form in zip(uses, forms, strict=True)]
+            found[name] += ["per-sample gradient"] if name in seen.rows else []
         return found
 
     def preferred_chunk(self, problem: Problem) -> int:
@@ -201,9 +204,9 @@ class GhostEngine:
         if name not in seen.rows:
             if len(uses) > 1 and all(isinstance(use.rule, LinearWeight) for use, _ in uses):
                 x, d = joined([(use.input, d) for use, d in uses])
-                return products(uses[0][0].rule, x, d, self.form)
+                return products(uses[0][0].rule, x, d, self.form, self._measured)
             if len(uses) == 1:
-                return products(uses[0][0].rule, uses[0][0].input, uses[0][1], self.form)
+                return products(uses[0][0].rule, uses[0][0].input, uses[0][1], self.form, self._measured)
         gradient = seen.gradient(name)
         return None if gradient is None else pair_gram(gradient)
 
@@ -215,7 +218,7 @@ class GhostEngine:
             d_weak, d_strong = (d.unflatten(0, (samples, -1)) for d in (d_weak, d_strong))
             if a.rule == b.rule and d_weak.shape == d_strong.shape and _shape(a.input) == _shape(b.input):
                 x = None if a.input is None or b.input is None else _pairwise(a.input, b.input)
-                return products(a.rule, x, _pairwise(d_weak, d_strong).flatten(0, 1), self.form)
+                return products(a.rule, x, _pairwise(d_weak, d_strong).flatten(0, 1), self.form, self._measured)
         g_weak, g_strong = weak.gradient(name), strong.gradient(name)
         given = g_strong if g_weak is None else g_weak
         if given is None:
