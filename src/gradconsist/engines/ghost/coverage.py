@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from gradconsist.engines.ghost.capture import Use
+from gradconsist.engines.ghost.record import Use
 from gradconsist.errors import UnsupportedModuleError
 from gradconsist.graph import nodes
 

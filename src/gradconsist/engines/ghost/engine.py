@@ -13,11 +13,12 @@ from torch.func import vmap
 
 from gradconsist.batch import leaves, map_leaves
 from gradconsist.engines.base import Problem
-from gradconsist.engines.ghost.capture import Capture, Use
+from gradconsist.engines.ghost.capture import Capture
 from gradconsist.engines.ghost.conv import Stage
 from gradconsist.engines.ghost.coverage import check_coverage, check_inputs
 from gradconsist.engines.ghost.gram import pair_gram
 from gradconsist.engines.ghost.layers import culprit, intercepted
+from gradconsist.engines.ghost.record import Use
 from gradconsist.engines.ghost.rules import FORMS, Form, LinearWeight, chosen, joined, products
 from gradconsist.engines.loop import refused_by_vmap
 from gradconsist.errors import GradConsistError
@@ -263,9 +264,10 @@ def see(
     def loss(stand_ins: Mapping[str, Tensor], target: Tensor, *sample: Tensor) -> Tensor:
         batched = [leaf.unsqueeze(0) for leaf in sample]
         one: Inputs = batched[0] if is_tensor else _rebuilt(inputs, batched)
-        capture = Capture(problem.parameters, stand_ins, stage, uses, recalled)
+        capture = Capture(problem.parameters, stand_ins, stage, recalled)
         with intercepted(problem.model, capture.layer, capture.one_by_one, looped), capture:
             result = problem.losses(one, target.unsqueeze(0), stand_ins).squeeze(0)
+        uses.extend(capture.uses)
         if recalled is not None and capture.convolutions != len(recalled.outputs):
             raise _OtherForwardError
         return result

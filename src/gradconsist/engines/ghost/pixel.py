@@ -23,7 +23,7 @@ from gradconsist.engines.ghost.conv import Geometry
 from gradconsist.engines.ghost.gram import cancels
 
 
-def applies(geometry: Geometry) -> bool:
+def has_pixel_form(geometry: Geometry) -> bool:
     """Whether a layer has a pixel form."""
     return not geometry.transposed and set(geometry.stride) == {1}
 

@@ -15,9 +15,9 @@ from typing import Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from gradconsist.engines.ghost import pixel
 from gradconsist.engines.ghost.conv import Geometry, sample_gradients
 from gradconsist.engines.ghost.gram import cancels, pair_gram, position_gram, row_gram
+from gradconsist.engines.ghost.pixel import has_pixel_form, pixel_gram
 from gradconsist.engines.ghost.timing import faster
 
 Form: TypeAlias = Literal["auto", "measured", "gradient", "gram"]
@@ -83,7 +83,7 @@ class LinearWeight:
         """See `Rule`."""
         a, d = self.rows(x, d)
         positions, p, c = a.shape[1], d.shape[2], a.shape[2]
-        formed = 6.0 * positions * p * c + 6.0 * _PASS * p * c
+        formed = 6.0 * positions * p * c + 12.0 * _PASS * p * c
         return formed, 12.0 * positions**2 * (p + c) + 8.0 * _PASS * (2 * positions) ** 2
 
     @staticmethod
@@ -123,9 +123,9 @@ class ConvolutionWeight:
     def gram(self, x: Tensor | None, d: Tensor) -> Tensor | None:
         """See `Rule`."""
         assert x is not None
-        if not pixel.applies(self.geometry) or x.shape[1] != 1:
+        if not has_pixel_form(self.geometry) or x.shape[1] != 1:
             return None
-        return pixel.pixel_gram(x.squeeze(1), d, self.shape[2:], self.geometry)
+        return pixel_gram(x.squeeze(1), d, self.shape[2:], self.geometry)
 
     def constant(self) -> Rule:
         """See `Rule`."""
@@ -138,7 +138,7 @@ class ConvolutionWeight:
         kernel = math.prod(self.shape)
         positions = inside if self.geometry.transposed else outside
         formed = 6.0 * x.shape[1] * positions * kernel + 6.0 * _PASS * kernel
-        if not pixel.applies(self.geometry) or x.shape[1] != 1:
+        if not has_pixel_form(self.geometry) or x.shape[1] != 1:
             return formed, math.inf
         products = 7.0 * (inside**2 * x.shape[2] + outside**2 * d.shape[1])
         passes = 3.0 * (2 + sum(self.shape[2:])) * (inside**2 + outside**2) * self.geometry.groups

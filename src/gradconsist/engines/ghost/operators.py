@@ -1,0 +1,188 @@
+"""The operators that have a rule, computed with the parameters themselves, and pointwise ones done at less cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gradconsist.engines.ghost.conv import Convolution, Geometry, Stage, normal_form, per_sample_convolution
+from gradconsist.engines.ghost.pointwise import ChannelAffine, LeakyRelu
+from gradconsist.engines.ghost.record import Record, rows
+from gradconsist.engines.ghost.rules import Bias, ConvolutionWeight, EmbeddingWeight, LinearWeight
+from gradconsist.normalization import Statistics, affine
+from gradconsist.recall import Recalled
+
+
+class Operators(Record):
+    """Replacements of torch functions, by function.
+
+    Args:
+        parameters: see `Record`.
+        stand_ins: see `Record`.
+        stage: told to the convolutions.
+        recalled: what convolutions returned for these samples in an earlier forward, or None.
+
+    Attributes:
+        convolutions: calls of convolutions so far.
+        replacements: by the function that they stand in for.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        stand_ins: Mapping[str, Tensor],
+        stage: Stage,
+        recalled: Recalled | None = None,
+    ) -> None:
+        super().__init__(parameters, stand_ins)
+        self._stage = stage
+        self._recalled = recalled
+        self.convolutions = 0
+        self.replacements: dict[Any, Callable[..., Any]] = {
+            F.linear: self._linear,
+            F.embedding: self._embedding,
+            F.cross_entropy: self._cross_entropy,
+            affine: self._affine,
+            **{getattr(torch, f"conv{d}d"): self._convolution(d) for d in (1, 2, 3)},
+            **{getattr(torch, f"conv_transpose{d}d"): self._transposed(d) for d in (1, 2, 3)},
+            **dict.fromkeys((F.relu, torch.relu, Tensor.relu), self._relu),
+            F.leaky_relu: self._leaky_relu,
+        }
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        name, w = self._own(weight)
+        if w is None or w.dim() != 2:
+            return F.linear(input, weight, bias)
+        bias_name, b = self._own(bias)
+
+        def compute(n: int, per_sample: list[bool], x: Tensor) -> Tensor:
+            x = rows(x, per_sample[0], n)
+            # Flat, because the output of a matrix product is no view: what is done to it in place comes after its edge.
+            y = F.linear(x.flatten(0, -2), w, b)
+            self._note(name, w, LinearWeight(), (x,), y)
+            self._note(bias_name, b, Bias(-1, x.shape[1:-1].numel()), (), y)
+            return y.unflatten(0, x.shape[:-1])
+
+        y = self._below(compute, _autocast(input))
+        return y if bias is None or b is not None else y + _autocast(bias)
+
+    def _embedding(self, input: Tensor, weight: Tensor, padding_idx: int | None = None, **options: Any) -> Tensor:
+        name, w = self._own(weight)
+        if w is None:
+            return F.embedding(input, weight, padding_idx, **options)
+        padding = w.shape[0] + padding_idx if padding_idx is not None and padding_idx < 0 else padding_idx
+
+        def compute(n: int, per_sample: list[bool], ids: Tensor) -> Tensor:
+            ids = rows(ids, per_sample[0], n)
+            y = F.embedding(ids, w, padding_idx, **options)
+            self._note(name, w, EmbeddingWeight(tuple(w.shape), padding), (ids,), y)
+            return y
+
+        return self._below(compute, input)
+
+    def _convolution(self, dims: int) -> Callable[..., Tensor]:
+        def convolution(
+            input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
+            dilation: Any = 1, groups: int = 1,
+        ) -> Tensor:  # fmt: skip
+            kernel = weight.shape[2:]
+            input, geometry = normal_form(input, dims, stride, padding, dilation, groups, kernel=kernel)
+            return self._convolve(input, weight, bias, geometry)
+
+        return convolution
+
+    def _transposed(self, dims: int) -> Callable[..., Tensor]:
+        def transposed(
+            input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
+            output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
+        ) -> Tensor:  # fmt: skip
+            input, geometry = normal_form(
+                input, dims, stride, padding, dilation, groups, kernel=weight.shape[2:],
+                output_padding=output_padding, transposed=True,
+            )  # fmt: skip
+            return self._convolve(input, weight, bias, geometry)
+
+        return transposed
+
+    def _convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+        dims = len(geometry.stride)
+        name, w = self._own(weight)
+        # Inside only beside a compared weight: the output of any other may be one convolution a sample.
+        bias_name, b = self._own(None if w is None else bias)
+        unbatched = input.dim() == dims + 1
+        call, self.convolutions = self.convolutions, self.convolutions + 1
+
+        def compute(n: int, per_sample: list[bool], x: Tensor, given: Tensor) -> Tensor:
+            x = rows(x, per_sample[0], n)
+            if w is None and per_sample[1]:  # made by the model from parameters: a weight for every sample
+                return per_sample_convolution(x, _autocast(given), geometry)
+            given = _autocast(given) if w is None else _autocast(w)
+            y: Tensor = Convolution.apply(x.flatten(0, 1), given, geometry, self._stage, self._known(call, x))
+            self._note(name, w, ConvolutionWeight(tuple(given.shape), geometry), (x,), y)
+            if b is not None:
+                y = y + _autocast(b).view(-1, *[1] * dims)
+                self._note(bias_name, b, Bias(2, x.shape[1]), (), y)
+            return y.unflatten(0, x.shape[:2])
+
+        y = self._below(compute, _autocast(input.unsqueeze(0) if unbatched else input), weight)
+        if bias is not None and b is None:
+            y = y + _autocast(bias).view(-1, *[1] * dims)
+        return y.squeeze(0) if unbatched else y
+
+    def _known(self, call: int, x: Tensor) -> Tensor | None:
+        """What the convolution that is the `call`-th of a forward returned for the samples [N, 1, ...] before."""
+        recalled = self._recalled
+        if recalled is None or x.shape[1] != 1 or call >= len(recalled.outputs):
+            return None
+        output = recalled.outputs[call]
+        return None if output is None else output.index_select(0, recalled.interleaved())
+
+    def _affine(
+        self, x: Tensor, statistics: Statistics, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        scale = torch.rsqrt(statistics.variance + eps)
+        scale = scale if weight is None else scale * weight
+        shift = torch.zeros_like(scale) if bias is None else bias
+
+        def compute(n: int, per_sample: list[bool], x: Tensor, *channel: Tensor) -> Tensor:
+            x = rows(x, per_sample[0], n)
+            maps = x.shape[1]
+            mean, scale, shift = (
+                rows(values, each, n).unsqueeze(1).expand(n, maps, -1).reshape(n * maps, -1)
+                for values, each in zip(channel, per_sample[1:], strict=False)
+            )
+            y: Tensor = ChannelAffine.apply(x.reshape(n * maps, x.shape[2], -1), mean, scale, shift)
+            return y.view(x.shape)
+
+        return self._below(compute, x.to(wide), statistics.mean, scale, shift).to(x.dtype)
+
+    def _relu(self, input: Tensor, inplace: bool = False) -> Tensor:
+        return F.relu(input, inplace=True) if inplace else self._leaky_relu(input, 0.0)
+
+    def _leaky_relu(self, input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
+        if inplace:
+            return F.leaky_relu(input, negative_slope, inplace=True)
+
+        def compute(n: int, per_sample: list[bool], x: Tensor) -> Tensor:
+            y: Tensor = LeakyRelu.apply(rows(x, per_sample[0], n), negative_slope)
+            return y
+
+        return self._below(compute, input)
+
+    def _cross_entropy(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Autocast computes the likelihood in float32; vmap takes cross-entropy apart past it."""
+        wide = torch.is_autocast_enabled(input.device.type) and input.dtype in (torch.float16, torch.bfloat16)
+        return F.cross_entropy(input.float() if wide else input, *args, **kwargs)
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    """As autocast would hand it to a matrix product."""
+    kind = tensor.device.type
+    if torch.is_autocast_enabled(kind) and tensor.is_floating_point() and tensor.dtype != torch.float64:
+        return tensor.to(torch.get_autocast_dtype(kind))
+    return tensor

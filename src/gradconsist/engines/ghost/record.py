@@ -1,0 +1,99 @@
+"""What a forward leaves behind: the calls of operators with compared parameters, and how to run below vmap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from gradconsist.engines.ghost.rules import Rule
+
+Compute = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Use:
+    """One call of an operator with a compared parameter.
+
+    Attributes:
+        parameter: its name.
+        rule: how its gradient follows from input and output gradient.
+        inputs: what the operator saw, [N, ...] each; none where the rule does not need it.
+        versions: of the inputs, to notice that one was overwritten.
+        output: where the gradient of the output will arrive.
+        own: the node of the parameter's alias that only this use has.
+    """
+
+    parameter: str
+    rule: Rule
+    inputs: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+    output: GradientEdge
+    own: Any
+
+    @property
+    def input(self) -> Tensor | None:
+        """The first input."""
+        return self.inputs[0] if self.inputs else None
+
+
+class _Below(torch.autograd.Function):
+    """Runs `compute(samples, per_sample, *tensors)` below vmap, on plain tensors.
+
+    A tensor with a row a sample comes with the samples in front, and ``True`` in `per_sample`; others as they are.
+    """
+
+    @staticmethod
+    def forward(compute: Compute, *tensors: Tensor) -> Any:
+        raise RuntimeError("no tensor with a row a sample: an anchor should have been among the arguments")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        del ctx, inputs, output
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], compute: Compute, *tensors: Tensor) -> tuple[Any, Any]:
+        dims = in_dims[1:]
+        moved = [tensor if dim is None else tensor.movedim(dim, 0) for tensor, dim in zip(tensors, dims, strict=True)]
+        result = compute(info.batch_size, [dim is not None for dim in dims], *moved)
+        return result, (0,) * len(result) if isinstance(result, tuple) else 0
+
+
+class Record:
+    """The uses of compared parameters in one forward.
+
+    Args:
+        parameters: the compared parameters, E, by name.
+        stand_ins: what the model has in their place, by the same names: one row a sample.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], stand_ins: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.uses: list[Use] = []
+        self._names = {id(stand_in): name for name, stand_in in stand_ins.items()}
+        self._parameters = parameters
+        self._anchor = next(iter(stand_ins.values()))  # any tensor with a row a sample
+
+    def _own(self, tensor: Any) -> tuple[str | None, Tensor | None]:
+        """Name and parameter behind a stand-in, or None twice. An alias of its own tells this use from others."""
+        name = self._names.get(id(tensor))
+        return name, None if name is None else self._parameters[name].view_as(self._parameters[name])
+
+    def _note(self, name: str | None, alias: Tensor | None, rule: Rule, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+        if name is not None and alias is not None:
+            versions = tuple(x._version for x in inputs)
+            self.uses.append(Use(name, rule, inputs, versions, get_gradient_edge(y), alias.grad_fn))
+
+    def _below(self, compute: Compute, *tensors: Tensor) -> Any:
+        """`compute(samples, per_sample, *tensors)` on plain tensors."""
+        result = _Below.apply(lambda n, flags, *plain: compute(n, flags, *plain[:-1]), *tensors, self._anchor)
+        return result
+
+
+def rows(tensor: Tensor, per_sample: bool, count: int) -> Tensor:
+    """`tensor` with a row a sample."""
+    return tensor if per_sample else tensor.expand(count, *tensor.shape)
