@@ -8,7 +8,7 @@ kept up to a limit, since it grows with the number of pairs.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,17 +22,38 @@ from gradconsist.types import Inputs
 CONVOLUTIONS = {getattr(torch, f"conv{kind}{dims}d"): 2 + dims for kind in ("", "_transpose") for dims in (1, 2, 3)}
 
 
+_TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5}  # of a digest, relative to the input's norm; else 1e-2
+
+
+class OtherForwardError(Exception):
+    """A forward is not the one that is recalled; caught inside the library."""
+
+
+class Call(NamedTuple):
+    """One convolution.
+
+    Attributes:
+        output: [2 B, ...], weak rows first.
+        version: of the output, to notice that it was overwritten.
+        digest: of each row of the input, [2 B, 2].
+    """
+
+    output: Tensor
+    version: int
+    digest: Tensor
+
+
 @dataclass(frozen=True)
 class Recalled:
     """Outputs of all convolutions of one forward over weak and strong inputs, in the order of the calls.
 
     Attributes:
-        outputs: for each call its output [2 B, ...], weak rows first; None where it cannot be told by rows.
+        calls: None where an output cannot be told by rows.
         pairs: B.
         rows: the pairs that are meant, [n]; None for all.
     """
 
-    outputs: tuple[Tensor | None, ...]
+    calls: tuple[Call | None, ...]
     pairs: int
     rows: Tensor | None = None
 
@@ -40,11 +61,38 @@ class Recalled:
         """The same for the pairs `index`."""
         return replace(self, rows=index if self.rows is None else self.rows[index])
 
-    def interleaved(self) -> Tensor:
-        """Rows of the samples w0, s0, w1, s1, ..."""
-        device = next((output.device for output in self.outputs if output is not None), None)
-        rows = torch.arange(self.pairs, device=device) if self.rows is None else self.rows
-        return torch.stack([rows, rows + self.pairs], 1).flatten()
+    def output(self, call: int, x: Tensor) -> Tensor | None:
+        """What a convolution returned for the samples w0, s0, w1, s1, ...
+
+        Args:
+            call: its position in the forward.
+            x: its input now, by which the rows are checked: a model may have reordered its batch.
+
+        Returns:
+            The output [N, ...], or None if it is unknown.
+
+        Raises:
+            OtherForwardError: the input is not the one of that call.
+        """
+        known = self.calls[call]
+        if known is None:
+            return None
+        rows = torch.arange(self.pairs, device=x.device) if self.rows is None else self.rows
+        rows = torch.stack([rows, rows + self.pairs], 1).flatten()
+        digest, norm = _digest(x), x.detach().flatten(1).norm(dim=1, keepdim=True)
+        bound = norm.to(digest.dtype) * _TOLERANCE.get(x.dtype, 1e-2)
+        if len(rows) != len(x) or bool(((digest - known.digest[rows]).abs() > bound).any()):
+            raise OtherForwardError
+        return known.output.index_select(0, rows)
+
+
+def _digest(x: Tensor) -> Tensor:
+    """Two projections of each row, in float32 at least."""
+    flat = x.detach().flatten(1)
+    wide = torch.promote_types(flat.dtype, torch.float32)
+    position = torch.arange(flat.shape[1], dtype=wide, device=x.device)
+    waves = torch.stack([torch.cos(1.7 * position), torch.cos(0.9 * position + 1.0)], 1)
+    return flat.to(wide) @ waves
 
 
 class Recorder(TorchFunctionMode):
@@ -59,32 +107,40 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self._pairs = pairs
         self._left = limit
-        self._outputs: list[Tensor | None] | None = []
+        self._calls: list[Call | None] | None = [] if limit else None
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func in CONVOLUTIONS and self._outputs is not None:
-            bias = (kwargs or {}).get("bias", args[2] if len(args) > 2 else None)
-            self._keep(result, known=bias is None and result.dim() == CONVOLUTIONS[func])
+        if func in CONVOLUTIONS and self._calls is not None:
+            self._keep(func, result, args, kwargs or {})
         return result
 
-    def _keep(self, output: Tensor, *, known: bool) -> None:
-        assert self._outputs is not None
-        # Where rows are more than samples (frames of a video), they are not told apart here. An output with a bias is
-        # not that of the bare convolution.
-        known = known and output.shape[0] == 2 * self._pairs
-        self._outputs.append(output if known else None)
+    def _keep(self, func: Any, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert self._calls is not None
+        x = args[0] if args else kwargs["input"]
+        bias = kwargs.get("bias", args[2] if len(args) > 2 else None)
+        # An output with a bias is not that of the bare convolution. Where rows are more than samples (frames of a
+        # video), they are not told apart here.
+        known = bias is None and output.dim() == CONVOLUTIONS[func] and len(output) == 2 * self._pairs
+        self._calls.append(Call(output, output._version, _digest(_as_convolved(x))) if known else None)
         self._left -= output.nbytes if known else 0
         if self._left < 0:
-            self._outputs = None
+            self._calls = None
 
     def recalled(self) -> Recalled | None:
-        """What was kept; None if it was too much, or nothing."""
-        if not self._outputs:
+        """What was kept; None if it was too much, or nothing. Outputs that were overwritten are unknown."""
+        if not self._calls:
             return None
-        return Recalled(tuple(self._outputs), self._pairs)
+        intact = (call if call is not None and call.output._version == call.version else None for call in self._calls)
+        return Recalled(tuple(intact), self._pairs)
+
+
+def _as_convolved(x: Tensor) -> Tensor:
+    """The input in the dtype in which autocast computes."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) and x.dtype == torch.float32 else x
 
 
 def take_statistics(forward: PerSampleForward, weak: Inputs, strong: Inputs, *, keep: int = 0) -> Recalled | None:

@@ -12,7 +12,7 @@ A per-sample weight gradient is a WeightGradient with the samples as groups.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -59,11 +59,16 @@ class Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w: Tensor, geometry: Geometry, stage: Stage | None = None, known: Tensor | None = None
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        geometry: Geometry,
+        stage: Stage | None = None,
+        known: Callable[[], Tensor] | None = None,  # a bare tensor would be an input that is returned as it is
     ) -> Tensor:
         ctx.save_for_backward(x, w)
         ctx.geometry, ctx.stage = geometry, stage
-        return torch.convolution(x, w, None, *geometry.arguments()) if known is None else known
+        return torch.convolution(x, w, None, *geometry.arguments()) if known is None else known()
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:

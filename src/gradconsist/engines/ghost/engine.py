@@ -22,7 +22,7 @@ from gradconsist.engines.ghost.record import Use
 from gradconsist.engines.ghost.rules import FORMS, Form, LinearWeight, chosen, joined, products
 from gradconsist.engines.loop import refused_by_vmap
 from gradconsist.errors import GradConsistError
-from gradconsist.recall import Recalled
+from gradconsist.recall import OtherForwardError, Recalled
 from gradconsist.similarity import GradProducts
 from gradconsist.types import Inputs
 from gradconsist.validation import check_choice
@@ -94,6 +94,7 @@ class GhostEngine:
     recall_bytes: int = field(default=2**28, repr=False)
     _looped: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
     _measured: dict[Hashable, str] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _unlike: set[int] = field(default_factory=set, init=False, repr=False, compare=False)
     _kept: dict[Any, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -141,10 +142,13 @@ class GhostEngine:
     def _see_both(self, problem: Problem, recalled: Recalled | None) -> Seen:
         """Both views as one batch."""
         samples, target = _interleaved(problem.weak, problem.strong), problem.target.repeat_interleave(2, 0)
-        try:
-            return see(problem, samples, target, problem.graph_weak, self._looped, recalled)
-        except _OtherForwardError:
-            return see(problem, samples, target, problem.graph_weak, self._looped)
+        key = id(problem.model)
+        if recalled is not None and key not in self._unlike:
+            try:
+                return see(problem, samples, target, problem.graph_weak, self._looped, recalled)
+            except OtherForwardError:
+                self._unlike.add(key)
+        return see(problem, samples, target, problem.graph_weak, self._looped)
 
     def routes(self, problem: Problem) -> dict[str, list[str]]:
         """How each compared parameter reaches its inner products: one entry a use; none where the losses ignore it.
@@ -228,10 +232,6 @@ class GhostEngine:
         return pair_gram(_pairwise(zeros if g_weak is None else g_weak, zeros if g_strong is None else g_strong))
 
 
-class _OtherForwardError(Exception):
-    """The forward calls other convolutions than the one whose outputs are known; caught inside this module."""
-
-
 def see(
     problem: Problem,
     inputs: Inputs,
@@ -254,7 +254,7 @@ def see(
         What was seen.
 
     Raises:
-        _OtherForwardError: the forward that was recalled had other calls.
+        OtherForwardError: the forward that was recalled had other calls.
     """
     is_tensor = isinstance(inputs, Tensor)
     columns = leaves(inputs)
@@ -268,8 +268,8 @@ def see(
         with intercepted(problem.model, capture.layer, capture.one_by_one, looped), capture:
             result = problem.losses(one, target.unsqueeze(0), stand_ins).squeeze(0)
         uses.extend(capture.uses)
-        if recalled is not None and capture.convolutions != len(recalled.outputs):
-            raise _OtherForwardError
+        if recalled is not None and capture.convolutions != len(recalled.calls):
+            raise OtherForwardError
         return result
 
     in_dims = (0, 0, *[0] * len(columns))

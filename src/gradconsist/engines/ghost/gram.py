@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 class _RowGram(torch.autograd.Function):
@@ -26,7 +25,6 @@ class _RowGram(torch.autograd.Function):
         return rows @ rows.transpose(1, 2)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> Tensor:
         (rows,) = ctx.saved_tensors
         return torch.bmm(cotangent + cotangent.transpose(1, 2), rows)
@@ -39,7 +37,7 @@ def row_gram(rows: Tensor) -> Tensor:
         rows: [n, r, K].
 
     Returns:
-        [n, r, r]; differentiable once more.
+        [n, r, r].
     """
     gram: Tensor = _RowGram.apply(rows.to(torch.promote_types(rows.dtype, torch.float32)))
     return gram

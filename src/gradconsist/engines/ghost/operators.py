@@ -133,13 +133,13 @@ class Operators(Record):
             y = y + _autocast(bias).view(-1, *[1] * dims)
         return y.squeeze(0) if unbatched else y
 
-    def _known(self, call: int, x: Tensor) -> Tensor | None:
-        """What the convolution that is the `call`-th of a forward returned for the samples [N, 1, ...] before."""
+    def _known(self, call: int, x: Tensor) -> Callable[[], Tensor] | None:
+        """What the `call`-th convolution of a forward returned for the samples [N, 1, ...] before."""
         recalled = self._recalled
-        if recalled is None or x.shape[1] != 1 or call >= len(recalled.outputs):
+        if recalled is None or x.shape[1] != 1 or call >= len(recalled.calls):
             return None
-        output = recalled.outputs[call]
-        return None if output is None else output.index_select(0, recalled.interleaved())
+        output = recalled.output(call, x.squeeze(1))
+        return None if output is None else lambda: output
 
     def _affine(
         self, x: Tensor, statistics: Statistics, weight: Tensor | None, bias: Tensor | None, eps: float

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gradconsist.engines.ghost.conv import Geometry
 from gradconsist.engines.ghost.gram import cancels
@@ -53,32 +52,50 @@ class _PixelGram(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gy: Tensor, kernel: tuple[int, ...], geometry: Geometry) -> tuple[Tensor, Tensor]:
-        size_in, size_out = tuple(x.shape[2:]), tuple(gy.shape[2:])
-        a, d = (tensor.reshape(len(x), geometry.groups, -1, math.prod(tensor.shape[2:])) for tensor in (x, gy))
-        patches = [_diagonal_sums(p, size_in, kernel, geometry.dilation, geometry.padding) for p in _blocks(a)]
-        outputs = _blocks(d)
-        backwards = [k_d - pad for k_d, pad in zip(_reach(kernel, geometry), geometry.padding, strict=True)]
-        pixels = [_diagonal_sums(q, size_out, kernel, geometry.dilation, backwards) for q in outputs]
-        own, cross = ((k * q).sum((1, 2, 3)) for k, q in zip(patches, outputs, strict=True))
-        uncancelled = (patches[0].diagonal(dim1=2, dim2=3) * outputs[0].diagonal(dim1=2, dim2=3)).sum((1, 2))
+        blocks = _summed(x, gy, kernel, geometry)
+        outputs = _blocks(_positions(gy, geometry))
+        own, cross = ((k * q).sum((1, 2, 3)) for k, q in zip(blocks[:2], outputs, strict=True))
+        uncancelled = (blocks[0].diagonal(dim1=2, dim2=3) * outputs[0].diagonal(dim1=2, dim2=3)).sum((1, 2))
         gram = own.new_zeros(len(cross), 2, 2)
         gram[:, 0, 0], gram[:, 1, 1], gram[:, 0, 1] = own[0::2], own[1::2], cross
-        ctx.save_for_backward(a, d, *patches, *pixels)
-        ctx.shapes = x.shape, gy.shape
+        ctx.save_for_backward(x, gy, *blocks)
+        ctx.options = kernel, geometry
         uncancelled = uncancelled.view(-1, 2)
         ctx.mark_non_differentiable(uncancelled)
         return gram, uncancelled
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, cotangent: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        a, d, patches_own, patches_cross, pixels_own, pixels_cross = ctx.saved_tensors
+        x, gy, *blocks = ctx.saved_tensors
+        kernel, geometry = ctx.options
+        if torch.is_grad_enabled():  # a derivative of this one is wanted: what was kept has no graph
+            blocks = _summed(x, gy, kernel, geometry)
         own = 2.0 * cotangent.diagonal(dim1=1, dim2=2).reshape(-1)
         cross = cotangent[:, 0, 1]
-        g_x = _pull(a, pixels_own, pixels_cross, own, cross) if ctx.needs_input_grad[0] else None
-        g_gy = _pull(d, patches_own, patches_cross, own, cross) if ctx.needs_input_grad[1] else None
-        shape_x, shape_gy = ctx.shapes
-        return None if g_x is None else g_x.view(shape_x), None if g_gy is None else g_gy.view(shape_gy), None, None
+        pulled = [
+            _pull(_positions(tensor, geometry), pair[0], pair[1], own, cross).view(tensor.shape) if wanted else None
+            for tensor, pair, wanted in zip((x, gy), (blocks[2:], blocks[:2]), ctx.needs_input_grad, strict=False)
+        ]
+        return pulled[0], pulled[1], None, None
+
+
+def _positions(tensor: Tensor, geometry: Geometry) -> Tensor:
+    """[N, g, channels, T]."""
+    return tensor.reshape(len(tensor), geometry.groups, -1, math.prod(tensor.shape[2:]))
+
+
+def _summed(x: Tensor, gy: Tensor, kernel: tuple[int, ...], geometry: Geometry) -> list[Tensor]:
+    """K, own and cross, at the output's positions, and what it is for the outputs at the input's."""
+    back = [d * (k - 1) - pad for d, k, pad in zip(geometry.dilation, kernel, geometry.padding, strict=True)]
+    patches = [
+        _diagonal_sums(p, tuple(x.shape[2:]), kernel, geometry.dilation, geometry.padding)
+        for p in _blocks(_positions(x, geometry))
+    ]
+    pixels = [
+        _diagonal_sums(q, tuple(gy.shape[2:]), kernel, geometry.dilation, back)
+        for q in _blocks(_positions(gy, geometry))
+    ]
+    return [*patches, *pixels]
 
 
 def _blocks(a: Tensor) -> list[Tensor]:
@@ -93,10 +110,6 @@ def _pull(a: Tensor, own: Tensor, cross: Tensor, scale_own: Tensor, scale_cross:
     result[0::2] += a[1::2] @ scaled.transpose(2, 3)
     result[1::2] += a[0::2] @ scaled
     return result
-
-
-def _reach(kernel: tuple[int, ...], geometry: Geometry) -> list[int]:
-    return [d * (k - 1) for d, k in zip(geometry.dilation, kernel, strict=True)]
 
 
 def _diagonal_sums(

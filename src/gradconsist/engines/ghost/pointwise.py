@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 class ChannelAffine(torch.autograd.Function):
@@ -38,7 +37,6 @@ class _ChannelAffineGradient(torch.autograd.Function):
         return gy * _column(scale), g_scale, g_shift
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, v_x: Tensor, v_scale: Tensor, v_shift: Tensor) -> tuple[Tensor | None, ...]:
         gy, x, mean, scale = ctx.saved_tensors
         # gx = gy scale,  g_scale = sum gy (x - mean),  g_shift = sum gy
