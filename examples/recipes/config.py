@@ -72,7 +72,7 @@ class Config:
     ggcr_ramp: Annotated[int, Help(help="Steps in which lambda rises linearly after the warm-up.")] = 0
     ggcr_every: Annotated[int, Help(help="Add the term every k-th step, times k.")] = 1
     ggcr_max_pairs: Annotated[int | None, Help(help="Compare at most this many random pairs of a step.")] = None
-    ggcr_engine: Annotated[str, Help(help="auto, loop or vmap.")] = "auto"
+    ggcr_engine: Annotated[str, Help(help="auto, ghost, vmap or loop.")] = "auto"
     ggcr_projection: Annotated[str | None, Help(help="Random projection of the gradients; None: exact.")] = None
     ggcr_gate: Annotated[Literal["method", "all"], Help(help="Pairs that count: the confident ones, or all.")] = (
         "method"

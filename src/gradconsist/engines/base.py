@@ -115,6 +115,7 @@ _LIMITS = (
     ("derivative for", "an operation without a second derivative: replace it, or leave its parameters out"),
     ("Double backward", "an operation without a second derivative: replace it, or leave its parameters out"),
     ("Batching rule not implemented", "`engine='loop'`"),
+    ("Either your tensor may have escaped", "checkpointing inside the model, which vmap cannot run: `engine='loop'`"),
 )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from gradconsist.engines.ghost.record import Use
 from gradconsist.engines.ghost.rules import FORMS, Form, LinearWeight, chosen, joined, products
 from gradconsist.engines.loop import refused_by_vmap
 from gradconsist.errors import GradConsistError
+from gradconsist.randomness import preserved_randomness
 from gradconsist.recall import OtherForwardError, Recalled
 from gradconsist.similarity import GradProducts
 from gradconsist.types import Inputs
@@ -198,8 +199,12 @@ class GhostEngine:
             kept[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        one = problem.take(torch.zeros(1, dtype=torch.long, device=problem.target.device))
-        with torch.autograd.graph.saved_tensors_hooks(weigh, lambda tensor: tensor):
+        device = problem.target.device
+        one = problem.take(torch.zeros(1, dtype=torch.long, device=device))
+        with (
+            preserved_randomness(device, seed=0),  # a trial must not draw what the call itself would
+            torch.autograd.graph.saved_tensors_hooks(weigh, lambda tensor: tensor),
+        ):
             self.products(one)
         return sum(kept.values())
 
