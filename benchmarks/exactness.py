@@ -18,7 +18,7 @@ import argparse
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,12 +28,19 @@ from environment import write_result
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from gradconsist import GradientConsistencyLoss
+from gradconsist.engines import Engine, GhostEngine
 from gradconsist.errors import UnsupportedModuleError
 from support import compare
 from support.oracle import Verdict
 from support.zoo import CASES, PAIRS, Case
 
-ENGINES = ("loop", "vmap")
+ENGINES: dict[str, Callable[[], str | Engine]] = {
+    "loop": lambda: "loop",
+    "vmap": lambda: "vmap",
+    "ghost": lambda: "ghost",
+    "ghost, gradient form": lambda: GhostEngine(form="gradient"),
+    "ghost, gram form": lambda: GhostEngine(form="gram"),
+}
 CHUNKS = (1, 3, None)
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
@@ -62,7 +69,7 @@ def measure(case: Case, engine: str, dtype: str) -> Iterator[Row]:
                 problem.model,
                 encoder=case.encoder,
                 loss_fn=case.loss_fn,
-                engine=engine,
+                engine=ENGINES[engine](),
                 fused=fused,
                 chunk_size=chunk_size,
             )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ class RuleReport:
     """A layer under the ghost engine against the per-sample loop, in float64.
 
     Attributes:
-        errors: largest relative error of the inner products, and relative error of the gradient of L_g, by form.
+        errors: relative errors of the inner products and of the gradient of L_g, as vectors, by what was run.
         tolerance: bound on all of them.
         failure: what was raised, if the layer did not run.
     """
@@ -49,7 +48,8 @@ def check_rule(layer: nn.Module, *inputs: Tensor, tolerance: float = 1e-8, seed:
 
     The layer is made into a model with a smooth random loss of its whole output; its second view is a perturbed input.
     Compared are the three inner products of every pair, and the whole gradient of L_g, to which the derivatives of the
-    rule in its input, output gradient and parameters contribute.
+    rule in its input, output gradient and parameters contribute; once as it is, and once with a second use of every
+    parameter, which also sees a gradient that is transposed or has another sign.
 
     Args:
         layer: the layer; a copy is used, with parameters drawn anew, since zeros and ones hide errors.
@@ -78,38 +78,63 @@ def check_rule(layer: nn.Module, *inputs: Tensor, tolerance: float = 1e-8, seed:
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
     weak = tuple(x.double() if x.is_floating_point() else x for x in inputs)
     strong = tuple(_perturbed(x, generator) for x in weak)
-    seen: dict[str, dict[str, Tensor]] = {}
+    errors: dict[str, float] = {}
     try:
-        engines: dict[str, Engine] = {"loop": LoopEngine()}
-        engines |= {form: GhostEngine(form=form) for form in ("gradient", "gram")}
-        for name, engine in engines.items():
-            seen[name] = _evaluate(layer, weak, strong, engine, seed)
+        for shared in (False, True):
+            model = _Probe(layer, shared, seed)
+            expected = _evaluate(model, weak, strong, LoopEngine())
+            for form in ("gradient",) if shared else ("gradient", "gram"):
+                found = _evaluate(model, weak, strong, GhostEngine(form=form))
+                where = "beside another use" if shared else f"{form} form"
+                for what, value in expected.items():
+                    error = float((found[what] - value).norm() / value.norm().clamp(min=1e-30))
+                    errors[f"{what}, {where}"] = error
     except (GradConsistError, RuntimeError) as error:
         return RuleReport({}, tolerance, f"{type(error).__name__}: {error}")
-    errors = {
-        f"{what}, {form} form": float((found - seen["loop"][what]).norm() / seen["loop"][what].norm().clamp(min=1e-30))
-        for form in ("gradient", "gram")
-        for what, found in seen[form].items()
-    }
     return RuleReport(errors, tolerance)
 
 
-def _evaluate(layer: nn.Module, weak: Inputs, strong: Inputs, engine: Engine, seed: int) -> dict[str, Tensor]:
+class _Probe(nn.Module):
+    """The layer, and if `shared` another use of its parameters without a rule.
+
+    Inner products alone do not see a gradient that is transposed or has another sign: the other use, to whose gradient
+    the rule's is added, does.
+    """
+
+    def __init__(self, layer: nn.Module, shared: bool, seed: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.shared = shared
+        self.seed = seed
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """A smooth number for each sample: [B]."""
+        leaves = [leaf.reshape(len(inputs[0]), -1) for leaf in tree_leaves(self.layer(*inputs))]
+        value = (torch.sin(_waves(torch.cat(leaves, 1), 3.0 + self.seed)) * 2.0).sum(1)
+        if self.shared:
+            own = sum(_waves(p.reshape(1, -1), 7.0 + self.seed).sum() for p in self.layer.parameters())
+            value = value + own * torch.sin(leaves[0].detach().sum(1))
+        return value
+
+
+def _waves(flat: Tensor, frequency: float) -> Tensor:
+    """Columns times fixed numbers, none of them alike; nothing may be drawn under vmap."""
+    position = torch.arange(flat.shape[1], dtype=flat.dtype, device=flat.device)
+    return flat * torch.cos(frequency * (position + 0.5))
+
+
+def _evaluate(model: nn.Module, weak: Inputs, strong: Inputs, engine: Engine) -> dict[str, Tensor]:
     """Norms and cosines, and the gradient of L_g."""
-
-    def loss_fn(output: Any, target: Tensor) -> Tensor:
-        flat = torch.cat([leaf.reshape(len(target), -1) for leaf in tree_leaves(output)], 1)
-        position = torch.arange(flat.shape[1], dtype=flat.dtype) + seed  # waves, since nothing may be drawn in here
-        return (torch.sin(flat * torch.cos(3.0 * position)) * torch.cos(5.0 * position)).sum(1)
-
-    layer.zero_grad()
-    loss = GradientConsistencyLoss(layer, loss_fn=loss_fn, engine=engine, chunk_size=None)
+    model.zero_grad()
+    loss = GradientConsistencyLoss(model, loss_fn=lambda output, target: output, engine=engine, chunk_size=None)
     first = weak[0] if isinstance(weak, tuple) else weak
     assert isinstance(first, Tensor)
-    loss(weak, strong, torch.zeros(len(first), dtype=torch.long)).backward()
+    loss(weak, strong, torch.zeros(len(first), dtype=torch.long, device=first.device)).backward()
     record = loss.last
     assert record is not None
-    parts = [p.grad.flatten() for p in layer.parameters() if p.grad is not None]
+    parts = [
+        (torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters() if p.requires_grad
+    ]
     products = torch.cat([record.norm_weak, record.norm_strong, record.cosine])
     return {"inner products": products, "gradient of L_g": torch.cat(parts)}
 
@@ -117,4 +142,4 @@ def _evaluate(layer: nn.Module, weak: Inputs, strong: Inputs, engine: Engine, se
 def _perturbed(x: Tensor, generator: torch.Generator) -> Tensor:
     if not x.is_floating_point():
         return x.roll(1, 0)
-    return x + torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    return x + torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
