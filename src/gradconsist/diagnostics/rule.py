@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from gradconsist.engines import Engine, GhostEngine, LoopEngine
+from gradconsist.engines.ghost.rules import Form
 from gradconsist.errors import ConfigError, GradConsistError
 from gradconsist.loss import GradientConsistencyLoss
 from gradconsist.types import Inputs
@@ -83,7 +84,8 @@ def check_rule(layer: nn.Module, *inputs: Tensor, tolerance: float = 1e-8, seed:
         for shared in (False, True):
             model = _Probe(layer, shared, seed)
             expected = _evaluate(model, weak, strong, LoopEngine())
-            for form in ("gradient",) if shared else ("gradient", "gram"):
+            forms: tuple[Form, ...] = ("gradient",) if shared else ("gradient", "gram")
+            for form in forms:
                 found = _evaluate(model, weak, strong, GhostEngine(form=form))
                 where = "beside another use" if shared else f"{form} form"
                 for what, value in expected.items():
