@@ -9,13 +9,14 @@ output. Which dimension holds the samples is never guessed: vmap keeps track of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gradconsist.engines.ghost.conv import Stage
@@ -77,16 +78,19 @@ class Capture(Operators, TorchFunctionMode):
         own = {local: self._own(tensor) for local, tensor in state.items() if id(tensor) in self._names}
         if self._paused or not own or kwargs or not all(isinstance(value, Tensor) for value in args):
             return forward(*args, **kwargs)
+        if any(isinstance(inner, nn.modules.batchnorm._BatchNorm) for inner in module.modules()):
+            raise UnsupportedModuleError(
+                f"{type(module).__name__}, which has a registered rule, holds a BatchNorm, whose statistics are constants"
+                " that a rule does not see: take the BatchNorm out of the layer, or the rule back by `unregister_rule`."
+            )
         state |= {local: alias for local, (_, alias) in own.items() if alias is not None}
+        modes = _get_current_function_mode_stack()
 
         def compute(n: int, per_sample: list[bool], *inputs: Tensor) -> Tensor:
             samples = tuple(rows(x, each, n).flatten(0, 1) for x, each in zip(inputs, per_sample, strict=False))
             maps = samples[0].shape[0] // n
-            self._paused = True
-            try:
+            with self._passing(modes):
                 y = WithState(module, forward).run(state, *samples)
-            finally:
-                self._paused = False
             if not isinstance(y, Tensor):
                 raise UnsupportedModuleError(
                     f"{type(module).__name__}, which has a registered rule, returned a {type(y).__name__}: a rule needs"
@@ -118,12 +122,13 @@ class Capture(Operators, TorchFunctionMode):
         given, form = tree_flatten((args, kwargs, state))
         places = [place for place, value in enumerate(given) if isinstance(value, Tensor)]
         output_form: list[Any] = []
+        modes = _get_current_function_mode_stack()
 
         def compute(n: int, per_sample: list[bool], *tensors: Tensor) -> tuple[Tensor, ...]:
-            before, self._paused = self.convolutions, True
+            before = self.convolutions
             columns = [x.unbind(0) if each else (x,) * n for x, each in zip(tensors, per_sample, strict=False)]
             outputs = []
-            try:
+            with self._passing(modes):
                 for row in zip(*columns, strict=True):
                     self.convolutions = before
                     filled = list(given)
@@ -133,12 +138,28 @@ class Capture(Operators, TorchFunctionMode):
                     output = WithState(module, forward).run(own_state, *own_args, **own_kwargs)
                     flat, output_form[:] = _flat_tensors(module, output)
                     outputs.append(flat)
-            finally:
-                self._paused = False
             return tuple(torch.stack(parts) for parts in zip(*outputs, strict=True))
 
         flat = self._below(compute, *(given[place] for place in places))
         return tree_unflatten(list(flat), output_form[0])
+
+    @contextmanager
+    def _passing(self, modes: list[Any]) -> Iterator[None]:
+        """Below vmap no mode is active: `modes` are again, and this one lets every call pass."""
+        self._paused = True
+        try:
+            with ExitStack() as stack:
+                for mode in modes:
+                    stack.enter_context(mode)
+                yield
+        finally:
+            self._paused = False
+
+    def release(self) -> None:
+        """Lets go of everything: the replacements are methods of this object, so it would outlive its use."""
+        self.replacements.clear()
+        self._recalled = None
+        self.uses = []
 
     def _inside(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, with the calls that it makes seen too."""

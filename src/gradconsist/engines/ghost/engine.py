@@ -270,10 +270,14 @@ def see(
         batched = [leaf.unsqueeze(0) for leaf in sample]
         one: Inputs = batched[0] if is_tensor else _rebuilt(inputs, batched)
         capture = Capture(problem.parameters, stand_ins, stage, recalled)
-        with intercepted(problem.model, capture.layer, capture.one_by_one, looped), capture:
-            result = problem.losses(one, target.unsqueeze(0), stand_ins).squeeze(0)
-        uses.extend(capture.uses)
-        if recalled is not None and capture.convolutions != len(recalled.calls):
+        try:
+            with intercepted(problem.model, capture.layer, capture.one_by_one, looped), capture:
+                result = problem.losses(one, target.unsqueeze(0), stand_ins).squeeze(0)
+            uses.extend(capture.uses)
+            calls = capture.convolutions
+        finally:
+            capture.release()
+        if recalled is not None and calls != len(recalled.calls):
             raise OtherForwardError
         return result
 

@@ -165,8 +165,11 @@ class LayerCall:
     def gradients(self, d: Tensor) -> Mapping[str, Tensor]:
         """What the rule returns, once for all parameters."""
         if self._last is None or self._last[0] is not d:
-            x = self.inputs[0] if len(self.inputs) == 1 else self.inputs
-            found = WithState(self.layer, lambda *args: self.rule(self.layer, *args)).run(self.state, x, d)
+            # Under autocast the output is narrower than the parameters.
+            wide = torch.promote_types(d.dtype, torch.float32)
+            inputs = tuple(x.to(wide) if x.is_floating_point() else x for x in self.inputs)
+            x = inputs[0] if len(inputs) == 1 else inputs
+            found = WithState(self.layer, lambda *args: self.rule(self.layer, *args)).run(self.state, x, d.to(wide))
             self._last = (d, found)
         return self._last[1]
 

@@ -51,6 +51,7 @@ class Operators(Record):
             **{getattr(torch, f"conv_transpose{d}d"): self._transposed(d) for d in (1, 2, 3)},
             **dict.fromkeys((F.relu, torch.relu, Tensor.relu), self._relu),
             F.leaky_relu: self._leaky_relu,
+            Tensor.requires_grad.__get__: self._requires_grad,  # type: ignore[attr-defined]
         }
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -173,6 +174,17 @@ class Operators(Record):
             return y
 
         return self._below(compute, input)
+
+    def _requires_grad(self, tensor: Tensor) -> bool:
+        """Under vmap a tensor always says no, and ``if h.requires_grad: h.register_hook(...)`` would be left out."""
+        answer: list[bool] = []
+
+        def compute(n: int, per_sample: list[bool], x: Tensor) -> Tensor:
+            answer.append(x.requires_grad)
+            return x.new_empty(n)
+
+        self._below(compute, tensor)
+        return answer[0]
 
     def _cross_entropy(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Autocast computes the likelihood in float32; vmap takes cross-entropy apart past it."""

@@ -32,15 +32,15 @@ class _ChannelAffineGradient(torch.autograd.Function):
     def forward(ctx: Any, gy: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(gy, x, mean, scale)
         g_shift = gy.sum(2)
-        # sum of gy * (x - mean), without x - mean; the subtraction is one of sums over few positions
-        g_scale = (gy * x).sum(2) - mean * g_shift
+        # Centered before it is summed: where the mean is large, the difference of two sums would cancel.
+        g_scale = (x - _column(mean)).mul_(gy).sum(2)
         return gy * _column(scale), g_scale, g_shift
 
     @staticmethod
     def backward(ctx: Any, v_x: Tensor, v_scale: Tensor, v_shift: Tensor) -> tuple[Tensor | None, ...]:
         gy, x, mean, scale = ctx.saved_tensors
         # gx = gy scale,  g_scale = sum gy (x - mean),  g_shift = sum gy
-        g_gy = (v_x * _column(scale)).addcmul_(x, _column(v_scale)).add_(_column(v_shift - v_scale * mean))
+        g_gy = (x - _column(mean)).mul_(_column(v_scale)).addcmul_(v_x, _column(scale)).add_(_column(v_shift))
         return g_gy, gy * _column(v_scale), None, (v_x * gy).sum(2)
 
 
