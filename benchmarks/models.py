@@ -1,13 +1,13 @@
 """The models of the benchmarks, in plain torch.nn, each an `encoder` whose gradients are compared and a `head`.
 
-    wrn-28-2, wrn-D-W         the trainers' wide residual network (BatchNorm), 32x32
-    wrn-28-2-gn, wrn-D-W-gn   the same with GroupNorm
-    resnet-18, resnet-50      He et al. (2016) with the stem for photographs, at any size
-    vit-tiny                  32x32 in patches of 4, 192 features, 12 blocks of 3 heads, class token and positions
-    vit-tiny-table            the same with positions as nn.Embedding and the mean in place of the class token: no bare
-                              parameter, as hook-based libraries need it
-    cnn                       four convolutions with ReLU, no normalisation: in the scope of every peer
-    mlp                       784-256-256-10
+wrn-28-2, wrn-D-W         the trainers' wide residual network (BatchNorm), 32x32
+wrn-28-2-gn, wrn-D-W-gn   the same with GroupNorm
+resnet-18, resnet-50      He et al. (2016) with the stem for photographs, at any size
+vit-tiny                  32x32 in patches of 4, 192 features, 12 blocks of 3 heads, class token and positions
+vit-tiny-table            the same with positions as nn.Embedding and the mean in place of the class token: no bare
+                          parameter, as hook-based libraries need it
+cnn                       four convolutions with ReLU, no normalisation: in the scope of every peer
+mlp                       784-256-256-10
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(features, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits [B, K]."""
         return self.head(self.encoder(x))
 
 
@@ -53,6 +54,7 @@ class BasicBlock(nn.Module):
         self.shortcut = _shortcut(channels_in, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to [B, C', H', W']."""
         return F.relu(self.body(x) + self.shortcut(x))
 
 
@@ -71,6 +73,7 @@ class Bottleneck(nn.Module):
         self.shortcut = _shortcut(channels_in, 4 * width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to [B, C', H', W']."""
         return F.relu(self.body(x) + self.shortcut(x))
 
 
@@ -104,6 +107,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(features, features)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D] to the same."""
         q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, 2))
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
@@ -118,6 +122,7 @@ class TransformerBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(features, 4 * features), nn.GELU(), nn.Linear(4 * features, features))
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D] to the same."""
         x = x + self.attention(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
@@ -141,6 +146,7 @@ class VisionEncoder(nn.Module):
         self.norm = nn.LayerNorm(features)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images to features [B, D]."""
         x = self.patches(x).flatten(2).transpose(1, 2)
         if self.table is not None:
             ids = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)

@@ -3,119 +3,69 @@
     python benchmarks/step_cost.py --output benchmarks/results/step_cost.json
 
 The step without the term is the split FixMatch step: labeled and strong inputs forward and backward, weak inputs
-forward without a graph. Every pair counts (no mask). Each round runs every variant once, in an order that changes from
-round to round; the ratio of a round is its variant's time over the plain step's of the same round.
+forward without a graph; every pair counts. Compared, on several models, are the term in its default settings, the
+ghost engine at several chunks and forced forms, vmap of grad (the fastest route that torch itself offers), the
+per-sample loop, BackPACK with create_graph where it takes the model, and the settings that spend less.
+
+Each round runs every variant once, in an order that rotates from round to round; the ratio of a round is its variant's
+time over the plain step's of the same round. The first call of each variant is told apart: what it needs beyond a later
+one, in plain steps. Errors are those of the term on a few of the same pairs, against the tests' float64 loop; the
+loop's own row tells which part is float32's. A variant that fails is a row with the reason.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
-
 import torch
 from environment import write_result
-from torch import nn
+from harness import Row, alternate, heading, parse, parser, setting, show
+from models import spec
+from steps import JOINT, PLAIN, VARIANTS, Step, applies, make_batch, reference_for
 
-from gradconsist import GradientConsistencyLoss, SSLBatch
-from gradconsist.methods import FixMatch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from recipes.models import build_model  # the trainers' WRN, on the path since the line above
-
-VARIANTS: dict[str, dict[str, object]] = {
-    "vmap, chunk 1": {"engine": "vmap", "chunk_size": 1},
-    "vmap, chunk 4": {"engine": "vmap", "chunk_size": 4},
-    "vmap, chunk 8": {"engine": "vmap", "chunk_size": 8},
-    "vmap, chunk 16 (default on CPU)": {"engine": "vmap", "chunk_size": 16},
-    "vmap, all pairs": {"engine": "vmap", "chunk_size": None},
-    "loop": {"engine": "loop"},
-    "default, max_pairs=8": {"max_pairs": 8},
-    "vmap, chunk 8, stop_gradient='weak'": {"engine": "vmap", "chunk_size": 8, "stop_gradient": "weak"},
-}
+MODELS = ("wrn-28-2", "wrn-28-2-gn", "resnet-18", "vit-tiny", "mlp", "cnn")
+QUICK = (
+    PLAIN, "default", "ghost, chunk 4", "vmap, chunk 4", "loop", "BackPACK, chunk 4", "default, max_pairs=8",
+    "default, stop_gradient='weak'", JOINT, "wrapper, joint forward, batchnorm='observed'",
+)  # fmt: skip
+COLUMNS = {
+    "variant": "<46", "seconds_median": "9.3f", "ratio_median": "7.2f", "ratio_min": "9.2f", "ratio_max": "9.2f",
+    "first_call_extra": "16.1f", "cosine_error": "12.1e", "gradient_error": "14.1e",
+}  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default="wrn-28-2")
-    parser.add_argument("--labeled", type=int, default=8)
-    parser.add_argument("--pairs", type=int, default=56)
-    parser.add_argument("--image-size", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, for a machine that is shared"
-    )
-    parser.add_argument("--only", nargs="*", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-
-    torch.manual_seed(0)
-    model = build_model(options.arch, 10, momentum=0.1).to(options.device)
-    batch = _batch(options)
-    steps: dict[str, Callable[[], None]] = {"without the term": lambda: _step(model, batch, None)}
-    for name in options.only:
-        gc = GradientConsistencyLoss(model, encoder=model.encoder, **VARIANTS[name])  # type: ignore[arg-type]
-        steps[name] = lambda gc=gc: _step(model, batch, gc)  # type: ignore[misc]
-
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():  # first calls allocate, probe and choose kernels
-        step()
-    for round_ in range(options.rounds):
-        names = list(steps)
-        for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
-            times[name].append(_timed(steps[name], options))
-
-    rows = []
-    for name, seconds in times.items():
-        ratios = [mine / plain for mine, plain in zip(seconds, times["without the term"], strict=True)]
-        rows.append(
-            {
-                "variant": name,
-                "seconds_median": statistics.median(seconds),
-                "ratio_median": statistics.median(ratios),
-                "ratio_min": min(ratios),
-                "ratio_max": max(ratios),
-            }
-        )
-        print(f"{name:32s} {rows[-1]['seconds_median']:8.3f} s   {rows[-1]['ratio_median']:6.2f}x"
-              f"   ({min(ratios):.2f} to {max(ratios):.2f})")  # fmt: skip
-    setting = {
-        key: getattr(options, key) for key in ("arch", "labeled", "pairs", "image_size", "rounds", "device", "clock")
-    }
-    if options.output:
-        write_result(options.output, {"setting": {**setting, "dtype": "float32"}, "rows": rows})
-
-
-def _batch(options: argparse.Namespace) -> SSLBatch:
-    size = (3, options.image_size, options.image_size)
-    x = torch.randn(options.labeled, *size)
-    weak = torch.randn(options.pairs, *size)
-    strong = weak + 0.5 * torch.randn_like(weak)
-    y = torch.randint(10, [options.labeled])
-    return SSLBatch(*(tensor.to(options.device) for tensor in (x, y, weak, strong)))
-
-
-def _step(model: nn.Module, batch: SSLBatch, gc: GradientConsistencyLoss | None) -> None:
-    """One split FixMatch step without the optimizer; threshold 0 lets every pair count."""
-    model.zero_grad()
-    out = FixMatch(model, threshold=0.0, joint=False)(batch)
-    loss = out.loss
-    if gc is not None and out.pair is not None:
-        loss = loss + 0.1 * gc(*out.pair)
-    loss.backward()
-
-
-def _timed(step: Callable[[], None], options: argparse.Namespace) -> float:
-    clock = time.process_time if options.clock == "cpu" else time.perf_counter
-    start = clock()
-    step()
-    if options.device != "cpu":
-        torch.cuda.synchronize()
-    return clock() - start
+    made = parser(__doc__)
+    made.add_argument("--models", nargs="+", default=list(MODELS), help="see benchmarks/models.py")
+    made.add_argument("--labeled", type=int, default=8)
+    made.add_argument("--pairs", type=int, default=56)
+    made.add_argument("--image-size", type=int, help="other than the model's usual one")
+    made.add_argument("--rounds", type=int, default=5)
+    made.add_argument("--oracle-pairs", type=int, default=3, help="pairs that the float64 loop checks")
+    made.add_argument("--only", nargs="*", choices=VARIANTS, default=list(VARIANTS), help="beside the plain step")
+    options = parse(made, labeled=1, pairs=7, rounds=1, oracle_pairs=1, only=list(QUICK))
+    names = [PLAIN, *(name for name in options.only if name != PLAIN)]
+    rows: list[Row] = []
+    for model_name in options.models:
+        torch.manual_seed(0)
+        model = spec(model_name).build().to(options.device)
+        batch = make_batch(model_name, options.labeled, options.pairs, options.image_size, options.device)
+        print(f"\n{model_name}: {options.labeled} labeled + {options.pairs} pairs")
+        heading(COLUMNS)
+        Step(PLAIN, model, batch)()  # the library's own first call is not a variant's
+        steps = {name: Step(name, model, batch) for name in names if applies(name, model)}
+        timing = alternate(steps, options.rounds, clock=options.clock, device=options.device)
+        reference = reference_for(model, batch, min(options.oracle_pairs, options.pairs))
+        for name, step in steps.items():
+            row = {"model": model_name, **timing.row(name, PLAIN)}
+            if name not in timing.failed:
+                # what the first call needs beyond a later one, in steps without the term
+                extra = row["first_call_seconds"] - row["seconds_median"]
+                row["first_call_extra"] = extra / timing.row(PLAIN)["seconds_median"]
+                row |= step.errors(reference)
+            rows.append(row)
+            show([row], COLUMNS)
+        if options.output:  # so that a run that is stopped keeps what it has
+            used = setting(options, "labeled", "pairs", "image_size", "rounds", "oracle_pairs")
+            write_result(options.output, {"setting": used, "rows": rows})
 
 
 if __name__ == "__main__":

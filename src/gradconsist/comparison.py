@@ -6,6 +6,7 @@ Knows engines only by their seam, and layers not at all.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -213,12 +214,11 @@ class _Run:
             model=self.options.model,
             recalled=self.recalled,
         )
-        try:
+        with suppress(_EngineChangedError):
             return self._sum(problem)
-        except _EngineChangedError:
-            # From the first pair on, so that sums have one order whenever the engine changes: a resumed run, which
-            # meets the change anew, stays bitwise equal.
-            return self._sum(problem)
+        # From the first pair on, so that sums have one order whenever the engine changes: a resumed run, which meets
+        # the change anew, stays bitwise equal.
+        return self._sum(problem)
 
     def _sum(self, problem: Problem) -> Tensor:
         """The sum over chunks, its gradient formed on the way if fused."""

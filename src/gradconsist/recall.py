@@ -114,20 +114,23 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in CONVOLUTIONS and self._calls is not None:
-            self._keep(func, result, args, kwargs or {})
+            call = self._call(func, result, args, kwargs or {})
+            self._calls.append(call)
+            self._left -= 0 if call is None else result.nbytes
+            if self._left < 0:
+                self._calls = None
         return result
 
-    def _keep(self, func: Any, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        assert self._calls is not None
+    def _call(self, func: Any, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         x = args[0] if args else kwargs["input"]
-        bias = kwargs.get("bias", args[2] if len(args) > 2 else None)
-        # An output with a bias is not that of the bare convolution. Where rows are more than samples (frames of a
-        # video), they are not told apart here.
-        known = bias is None and output.dim() == CONVOLUTIONS[func] and len(output) == 2 * self._pairs
-        self._calls.append(Call(output, output._version, _digest(_as_convolved(x))) if known else None)
-        self._left -= output.nbytes if known else 0
-        if self._left < 0:
-            self._calls = None
+        bias, padding = (
+            kwargs.get(name, args[i] if len(args) > i else None) for name, i in (("bias", 2), ("padding", 4))
+        )
+        # An output with a bias is not that of the bare convolution, and "same" may pad the input first. Where rows are
+        # more than samples (frames of a video), they are not told apart here.
+        if bias is not None or padding == "same" or output.dim() != CONVOLUTIONS[func]:
+            return None
+        return Call(output, output._version, _digest(_as_convolved(x))) if len(output) == 2 * self._pairs else None
 
     def recalled(self) -> Recalled | None:
         """What was kept; None if it was too much, or nothing. Outputs that were overwritten are unknown."""

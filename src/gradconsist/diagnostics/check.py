@@ -133,7 +133,10 @@ def check(
     running = witness.running()
     notes = _notes(model, batchnorm)
     if isinstance(running, GhostEngine):
-        notes |= {path: f"runs sample by sample, since vmap refused it: {why}" for path, why in running.looped.items()}
+        notes |= {
+            path: f"runs sample by sample, since torch refused it in one batch: {why}"
+            for path, why in running.looped(model).items()
+        }
     return CheckReport(_rows(model, witness.routes, compared, repr(running)), notes, repr(running), witness.reason)
 
 
@@ -142,7 +145,7 @@ class _Witness:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.routes: dict[str, list[str]] = {}
+        self.routes: dict[str, str] = {}
         self.reason: str | None = None
         if hasattr(engine, "fall_back"):
             self.fall_back = self._fall_back
@@ -167,7 +170,7 @@ class _Witness:
         return repr(self.engine)
 
 
-def _rows(model: nn.Module, routes: dict[str, list[str]], compared: set[str], engine: str) -> list[CheckRow]:
+def _rows(model: nn.Module, routes: dict[str, str], compared: set[str], engine: str) -> list[CheckRow]:
     modules = dict(model.named_modules())
     rows = []
     for name, parameter in model.named_parameters():
@@ -184,7 +187,7 @@ def _rows(model: nn.Module, routes: dict[str, list[str]], compared: set[str], en
     return rows
 
 
-def _route(name: str, parameter: Tensor, routes: dict[str, list[str]], compared: set[str], engine: str) -> str:
+def _route(name: str, parameter: Tensor, routes: dict[str, str], compared: set[str], engine: str) -> str:
     if not parameter.requires_grad:
         return "frozen: neither compared nor differentiated for"
     if engine == "refused":
@@ -193,11 +196,7 @@ def _route(name: str, parameter: Tensor, routes: dict[str, list[str]], compared:
         return "not compared; L_g is differentiated for it"
     if not routes:
         return f"per-sample gradient, by {engine}"
-    uses = routes.get(name, [])
-    if not uses:
-        return "the loss does not depend on it: its gradient is zero"
-    text = uses[0] if len(set(uses)) == 1 else " + ".join(dict.fromkeys(uses))
-    return text if len(uses) == 1 else f"{text} (used {len(uses)} times, gradients added)"
+    return routes.get(name) or "the loss does not depend on it: its gradient is zero"
 
 
 def _notes(model: nn.Module, batchnorm: BatchNormPolicy) -> dict[str, str]:

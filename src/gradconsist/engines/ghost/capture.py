@@ -80,8 +80,8 @@ class Capture(Operators, TorchFunctionMode):
             return forward(*args, **kwargs)
         if any(isinstance(inner, nn.modules.batchnorm._BatchNorm) for inner in module.modules()):
             raise UnsupportedModuleError(
-                f"{type(module).__name__}, which has a registered rule, holds a BatchNorm, whose statistics are constants"
-                " that a rule does not see: take the BatchNorm out of the layer, or the rule back by `unregister_rule`."
+                f"{type(module).__name__}, which has a registered rule, holds a BatchNorm, whose statistics are"
+                " constants that a rule does not see: take the BatchNorm out, or the rule back by `unregister_rule`."
             )
         state |= {local: alias for local, (_, alias) in own.items() if alias is not None}
         modes = _get_current_function_mode_stack()

@@ -3,65 +3,47 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Hashable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
-from torch.func import vmap
+from torch import Tensor, nn
 
-from gradconsist.batch import leaves, map_leaves
+from gradconsist.batch import leaves
 from gradconsist.engines.base import Problem
-from gradconsist.engines.ghost.capture import Capture
-from gradconsist.engines.ghost.conv import Stage
-from gradconsist.engines.ghost.coverage import check_coverage, check_inputs
 from gradconsist.engines.ghost.gram import pair_gram
-from gradconsist.engines.ghost.layers import culprit, intercepted
-from gradconsist.engines.ghost.record import Use
-from gradconsist.engines.ghost.rules import FORMS, Form, LinearWeight, chosen, joined, products
+from gradconsist.engines.ghost.layers import culprit
+from gradconsist.engines.ghost.rules import FORMS, Form, LinearWeight, Rule, chosen, joined, products
+from gradconsist.engines.ghost.seen import Seen, rebuilt, see
 from gradconsist.engines.loop import refused_by_vmap
 from gradconsist.errors import GradConsistError
 from gradconsist.randomness import preserved_randomness
-from gradconsist.recall import OtherForwardError, Recalled
+from gradconsist.recall import OtherForwardError
 from gradconsist.similarity import GradProducts
 from gradconsist.types import Inputs
 from gradconsist.validation import check_choice
 
 logger = logging.getLogger("gradconsist")
 
-# Fixed numbers and not timings, so that a resumed run adds up in the same order and stays bitwise equal: the size from
-# which on more pairs gain nothing (benchmarks/step_cost.py on CPU; CUDA not measured yet), and what a chunk may hold.
-_CHUNK = {"cpu": 14, "cuda": 64}
-_CHUNK_BYTES = {"cpu": 2**30, "cuda": 2**33}
+# What the graph of a chunk may keep, and pairs at most. Fixed numbers and not timings, so that a resumed run adds up in
+# the same order and stays bitwise equal: on CPUs larger chunks are slower (benchmarks/step_cost.py); CUDA: not measured.
+_CHUNK_BYTES = {"cpu": 400 * 2**20, "cuda": 2**33}
+_MOST_PAIRS = 256
 
 
-@dataclass(frozen=True)
-class Seen:
-    """One forward of N samples, differentiated for the outputs of its layers.
+@dataclass
+class _Known:
+    """What was found out about one model.
 
     Attributes:
-        uses: every call of an operator with a rule whose output the losses depend on.
-        outputs: for each use the gradient of its output.
-        rows: per-sample gradients [N, *shape] through everything else, by parameter; absent where there is none.
+        looped: modules that run sample by sample, by path, with the reason.
+        kept: bytes that the graph of one pair keeps, by shapes.
     """
 
-    uses: list[Use]
-    outputs: list[Tensor]
-    rows: dict[str, Tensor]
-
-    def of(self, name: str) -> list[tuple[Use, Tensor]]:
-        """Uses of one parameter, with the gradients of their outputs."""
-        return [(use, d) for use, d in zip(self.uses, self.outputs, strict=True) if use.parameter == name]
-
-    def gradient(self, name: str) -> Tensor | None:
-        """Per-sample gradients [N, *shape] of one parameter, over all its uses; None where the losses ignore it."""
-        parts = [use.rule.gradients(use.input, d) for use, d in self.of(name)]
-        parts += [self.rows[name]] if name in self.rows else []
-        if not parts:
-            return None
-        wide = torch.promote_types(parts[0].dtype, torch.float32)
-        return torch.stack([part.to(wide) for part in parts]).sum(0) if len(parts) > 1 else parts[0]
+    looped: dict[str, str] = field(default_factory=dict)
+    kept: dict[Hashable, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -93,13 +75,17 @@ class GhostEngine:
 
     form: Form = "auto"
     recall_bytes: int = field(default=2**28, repr=False)
-    _looped: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
     _measured: dict[Hashable, str] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _unlike: set[int] = field(default_factory=set, init=False, repr=False, compare=False)
-    _kept: dict[Any, int] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _models: WeakKeyDictionary[Any, _Known] = field(
+        default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         check_choice("form", self.form, FORMS)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What was found out belongs to models and to this machine: a copy finds out for itself.
+        return GhostEngine, (self.form, self.recall_bytes)
 
     def products(self, problem: Problem) -> GradProducts:
         """See `Engine.products`."""
@@ -112,67 +98,74 @@ class GhostEngine:
                 raise
             refusal = refused_by_vmap(problem, error)
             path = culprit(problem.model, error)
-            if path is None or path in self._looped:
+            looped = self._known(problem).looped
+            if path is None or path in looped:
                 raise refusal from error
-            self._looped[path] = str(error)
+            looped[path] = str(error)
         try:
             products = self.products(problem)
         except BaseException:
-            del self._looped[path]
+            del looped[path]
             raise
-        logger.warning("%r runs sample by sample from now on, since vmap refused it: %s", path, self._looped[path])
+        logger.warning(
+            "%r runs sample by sample from now on, since torch refused it in one batch: %s", path, looped[path]
+        )
         return products
 
-    @property
-    def looped(self) -> Mapping[str, str]:
-        """Modules that run sample by sample, by path, with what torch said of them under vmap."""
-        return dict(self._looped)
+    def looped(self, model: nn.Module) -> Mapping[str, str]:
+        """Modules of `model` that run sample by sample, by path, with what torch said of them under vmap."""
+        return dict(self._models[model].looped) if model in self._models else {}
+
+    def _known(self, problem: Problem) -> _Known:
+        return _Known() if problem.model is None else self._models.setdefault(problem.model, _Known())
 
     def _products(self, problem: Problem) -> GradProducts:
         if problem.graph_weak == problem.graph_strong and _stackable(problem.weak, problem.strong):
-            seen = self._see_both(problem, problem.recalled)
+            seen = self._see_both(problem)
             with torch.set_grad_enabled(problem.graph_weak):
                 return _total(problem, [self._gram(name, seen) for name in problem.parameters])
-        weak = see(problem, problem.weak, problem.target, problem.graph_weak, self._looped)
-        strong = see(problem, problem.strong, problem.target, problem.graph_strong, self._looped)
+        looped = self._known(problem).looped
+        weak = see(problem, problem.weak, problem.target, problem.graph_weak, looped)
+        strong = see(problem, problem.strong, problem.target, problem.graph_strong, looped)
         with torch.set_grad_enabled(problem.graph_weak or problem.graph_strong):
             return _total(
                 problem, [self._gram_of_two(name, weak, strong, len(problem.target)) for name in problem.parameters]
             )
 
-    def _see_both(self, problem: Problem, recalled: Recalled | None) -> Seen:
+    def _see_both(self, problem: Problem) -> Seen:
         """Both views as one batch."""
         samples, target = _interleaved(problem.weak, problem.strong), problem.target.repeat_interleave(2, 0)
-        key = id(problem.model)
-        if recalled is not None and key not in self._unlike:
+        looped = self._known(problem).looped
+        if problem.recalled is not None and not looped:
             try:
-                return see(problem, samples, target, problem.graph_weak, self._looped, recalled)
+                return see(problem, samples, target, problem.graph_weak, looped, problem.recalled)
             except OtherForwardError:
-                self._unlike.add(key)
-        return see(problem, samples, target, problem.graph_weak, self._looped)
+                pass
+        return see(problem, samples, target, problem.graph_weak, looped)
 
-    def routes(self, problem: Problem) -> dict[str, list[str]]:
-        """How each compared parameter reaches its inner products: one entry a use; none where the losses ignore it.
+    def routes(self, problem: Problem) -> dict[str, str]:
+        """How each compared parameter reaches its inner products.
 
         Args:
             problem: the pairs.
 
         Returns:
-            Descriptions by parameter name.
+            A description by parameter name; empty where the losses do not depend on it.
         """
-        target = problem.target.repeat_interleave(2, 0)
-        stackable = _stackable(problem.weak, problem.strong)
-        inputs = _interleaved(problem.weak, problem.strong) if stackable else problem.weak
-        seen = see(problem, inputs, target if stackable else problem.target, False, self._looped)
-        found = {}
-        for name in problem.parameters:
-            uses = seen.of(name)
-            forms = ["gradient"] * len(uses)
-            if len(uses) == 1 and name not in seen.rows:
-                forms = [chosen(use.rule, use.input, d, self.form, self._measured) for use, d in uses]
-            found[name] = [f"{use.rule.name}, {form} form" for (use, _), form in zip(uses, forms, strict=True)]
-            found[name] += ["per-sample gradient"] if name in seen.rows else []
-        return found
+        together = _stackable(problem.weak, problem.strong)
+        looped = self._known(problem).looped
+        seen = self._see_both(problem) if together else see(problem, problem.weak, problem.target, False, looped)
+        return {name: self._route(name, seen, paired=together) for name in problem.parameters}
+
+    def _route(self, name: str, seen: Seen, *, paired: bool) -> str:
+        uses, rest = seen.of(name), ["per-sample gradient"] if name in seen.rows else []
+        single = _single(name, seen)
+        form = "gradient"
+        if single is not None and paired:
+            form = chosen(*single, self.form, self._measured)
+        parts = list(dict.fromkeys([f"{use.rule.name}, {form} form" for use, _ in uses] + rest))
+        count = len(uses) + len(rest)
+        return " + ".join(parts) + (f" ({count} uses as one)" if count > 1 else "")
 
     def preferred_chunk(self, problem: Problem) -> int:
         """The size from which on more pairs gain nothing, less where a pair's graph is so large that they do not fit.
@@ -180,15 +173,16 @@ class GhostEngine:
         The graph of one pair is built once to see how much it keeps.
         """
         kind = next(iter(problem.parameters.values())).device.type
-        most, limit = (table.get(kind, table["cpu"]) for table in (_CHUNK, _CHUNK_BYTES))
+        limit = _CHUNK_BYTES.get(kind, _CHUNK_BYTES["cpu"])
         tensors = [*problem.parameters.values(), *leaves(problem.weak)]
         key = (problem.graph_weak, problem.graph_strong, *((tensor.shape[1:], tensor.dtype) for tensor in tensors))
-        if key not in self._kept:
+        kept = self._known(problem).kept
+        if key not in kept:
             try:
-                self._kept[key] = self._graph_bytes(problem)
+                kept[key] = self._graph_bytes(problem)
             except RuntimeError:  # comes again with the first chunk, where it is dealt with
                 return 1
-        return max(1, min(most, limit // max(1, self._kept[key])))
+        return max(1, min(_MOST_PAIRS, limit // max(1, kept[key])))
 
     def _graph_bytes(self, problem: Problem) -> int:
         """What the graph of one pair keeps."""
@@ -210,13 +204,9 @@ class GhostEngine:
 
     def _gram(self, name: str, seen: Seen) -> Tensor | None:
         """M of one parameter, from samples that come interleaved."""
-        uses = seen.of(name)
-        if name not in seen.rows:
-            if len(uses) > 1 and all(isinstance(use.rule, LinearWeight) for use, _ in uses):
-                x, d = joined([(use.input, d) for use, d in uses])
-                return products(uses[0][0].rule, x, d, self.form, self._measured)
-            if len(uses) == 1:
-                return products(uses[0][0].rule, uses[0][0].input, uses[0][1], self.form, self._measured)
+        single = _single(name, seen)
+        if single is not None:
+            return products(*single, self.form, self._measured)
         gradient = seen.gradient(name)
         return None if gradient is None else pair_gram(gradient)
 
@@ -237,73 +227,16 @@ class GhostEngine:
         return pair_gram(_pairwise(zeros if g_weak is None else g_weak, zeros if g_strong is None else g_strong))
 
 
-def see(
-    problem: Problem,
-    inputs: Inputs,
-    target: Tensor,
-    graph: bool,
-    looped: Container[str] = (),
-    recalled: Recalled | None = None,
-) -> Seen:
-    """One forward and one backward, to the outputs of layers, for a batch of samples.
-
-    Args:
-        problem: losses and compared parameters.
-        inputs: N samples.
-        target: their targets.
-        graph: whether the result can be differentiated.
-        looped: paths of modules that run sample by sample.
-        recalled: what convolutions returned for these samples in an earlier forward, or None.
-
-    Returns:
-        What was seen.
-
-    Raises:
-        OtherForwardError: the forward that was recalled had other calls.
-    """
-    is_tensor = isinstance(inputs, Tensor)
-    columns = leaves(inputs)
-    uses: list[Use] = []
-    stage = Stage(outputs_only=True)
-
-    def loss(stand_ins: Mapping[str, Tensor], target: Tensor, *sample: Tensor) -> Tensor:
-        batched = [leaf.unsqueeze(0) for leaf in sample]
-        one: Inputs = batched[0] if is_tensor else _rebuilt(inputs, batched)
-        capture = Capture(problem.parameters, stand_ins, stage, recalled)
-        try:
-            with intercepted(problem.model, capture.layer, capture.one_by_one, looped), capture:
-                result = problem.losses(one, target.unsqueeze(0), stand_ins).squeeze(0)
-            uses.extend(capture.uses)
-            calls = capture.convolutions
-        finally:
-            capture.release()
-        if recalled is not None and calls != len(recalled.calls):
-            raise OtherForwardError
-        return result
-
-    in_dims = (0, 0, *[0] * len(columns))
-    with torch.enable_grad():
-        stand_ins = {name: p.expand(len(target), *p.shape) for name, p in problem.parameters.items()}
-        batched = vmap(loss, in_dims=in_dims, randomness="different" if problem.random else "error")
-        losses = batched(stand_ins, target, *columns)
-        wanted: list[Any] = [*(use.output for use in uses), *stand_ins.values()]
-        # The sum and not the mean: each output gradient is that of its own sample's loss.
-        found = torch.autograd.grad(losses.sum(), wanted, create_graph=graph, allow_unused=True)
-    stage.outputs_only = False
-    outputs, rows = found[: len(uses)], dict(zip(stand_ins, found[len(uses) :], strict=True))
-    check_inputs(uses)
-    check_coverage(losses, uses, outputs)
-    seen = Seen(
-        [use for use, d in zip(uses, outputs, strict=True) if d is not None],
-        [d for d in outputs if d is not None],
-        {name: row for name, row in rows.items() if row is not None},
-    )
-    return seen if graph else _constant(seen)
-
-
-def _constant(seen: Seen) -> Seen:
-    uses = [replace(use, rule=use.rule.constant(), inputs=tuple(x.detach() for x in use.inputs)) for use in seen.uses]
-    return Seen(uses, [d.detach() for d in seen.outputs], {name: row.detach() for name, row in seen.rows.items()})
+def _single(name: str, seen: Seen) -> tuple[Rule, Tensor | None, Tensor] | None:
+    """Rule, input and output gradient where a parameter has one use, or several that are one; else None."""
+    uses = seen.of(name)
+    if name in seen.rows or not uses:
+        return None
+    if len(uses) == 1:
+        return uses[0][0].rule, uses[0][0].input, uses[0][1]
+    if all(isinstance(use.rule, LinearWeight) for use, _ in uses):
+        return uses[0][0].rule, *joined([(use.input, d) for use, d in uses])
+    return None
 
 
 def _total(problem: Problem, grams: list[Tensor | None]) -> GradProducts:
@@ -333,10 +266,4 @@ def _shape(tensor: Tensor | None) -> torch.Size | None:
 
 def _interleaved(weak: Inputs, strong: Inputs) -> Inputs:
     mixed = [_pairwise(a, b) for a, b in zip(leaves(weak), leaves(strong), strict=True)]
-    return mixed[0] if isinstance(weak, Tensor) else _rebuilt(weak, mixed)
-
-
-def _rebuilt(template: Inputs, values: list[Tensor]) -> Inputs:
-    supply = iter(values)
-    rebuilt: Inputs = map_leaves(lambda _: next(supply), template)
-    return rebuilt
+    return mixed[0] if isinstance(weak, Tensor) else rebuilt(weak, mixed)

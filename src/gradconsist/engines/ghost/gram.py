@@ -43,6 +43,22 @@ def row_gram(rows: Tensor) -> Tensor:
     return gram
 
 
+class _PairGram(torch.autograd.Function):
+    """rows [n, 2, K] -> rows rows^T [n, 2, 2], summed pairwise: a matrix product over a long K loses digits."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        weak, strong = rows.unbind(1)
+        ww, ws, ss = ((a * b).sum(1) for a, b in ((weak, weak), (weak, strong), (strong, strong)))
+        return torch.stack([ww, ws, ws, ss], 1).view(-1, 2, 2)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        (rows,) = ctx.saved_tensors
+        return torch.bmm(cotangent + cotangent.transpose(1, 2), rows)
+
+
 def pair_gram(gradients: Tensor) -> Tensor:
     """M of per-sample gradients that are at hand.
 
@@ -52,7 +68,9 @@ def pair_gram(gradients: Tensor) -> Tensor:
     Returns:
         [n, 2, 2].
     """
-    return row_gram(gradients.reshape(gradients.shape[0] // 2, 2, -1))
+    rows = gradients.reshape(gradients.shape[0] // 2, 2, -1)
+    gram: Tensor = _PairGram.apply(rows.to(torch.promote_types(rows.dtype, torch.float32)))
+    return gram
 
 
 # Where positions cancel, ||sum_t d_t a_t^T||^2 is much smaller than sum_t ||d_t||^2 ||a_t||^2, and its rounding error,

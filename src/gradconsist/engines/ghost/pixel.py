@@ -126,11 +126,13 @@ def _diagonal_sums(
             pad[2 * from_last] = pad[2 * from_last + 1] = padding[axis]
         padded = F.pad(p, pad)
         length = padded.shape[row] - dilation[axis] * (kernel[axis] - 1)
-        total = None
-        for offset in range(0, dilation[axis] * kernel[axis], dilation[axis]):
-            part = padded.narrow(row, offset, length).narrow(column, offset, length)
-            total = part.clone() if total is None else total.add_(part)
-        assert total is not None
+        parts = [
+            padded.narrow(row, offset, length).narrow(column, offset, length)
+            for offset in range(0, dilation[axis] * kernel[axis], dilation[axis])
+        ]
+        total = parts[0].clone()
+        for part in parts[1:]:
+            total += part
         p = total
     positions = math.prod(p.shape[2 : 2 + dims])
     return p.reshape(*p.shape[:2], positions, positions)

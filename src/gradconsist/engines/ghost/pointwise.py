@@ -53,9 +53,10 @@ class LeakyRelu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, slope: float) -> Tensor:
-        ctx.save_for_backward(x)
+        y = F.leaky_relu(x, slope) if slope else F.relu(x)
+        ctx.save_for_backward(x if slope else y)  # as torch does: what may be overwritten later is the same
         ctx.slope = slope
-        return F.leaky_relu(x, slope) if slope else F.relu(x)
+        return y
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor, None]:

@@ -84,7 +84,7 @@ class Record:
         return name, None if name is None else self._parameters[name].view_as(self._parameters[name])
 
     def _note(self, name: str | None, alias: Tensor | None, rule: Rule, inputs: tuple[Tensor, ...], y: Tensor) -> None:
-        if name is not None and alias is not None:
+        if name is not None and alias is not None and y.requires_grad:  # under no_grad it is a constant
             versions = tuple(x._version for x in inputs)
             self.uses.append(Use(name, rule, inputs, versions, get_gradient_edge(y), alias.grad_fn))
 

@@ -60,6 +60,13 @@ class Rule(Protocol):
         ...
 
 
+def _given(x: Tensor | None) -> Tensor:
+    """The input, for a rule that is always given one."""
+    if x is None:
+        raise ValueError("this rule needs the layer's input")
+    return x
+
+
 @dataclass(frozen=True)
 class LinearWeight:
     """y = x W^T for any number of leading dimensions: G = sum over positions of d_t x_t^T."""
@@ -89,7 +96,7 @@ class LinearWeight:
     @staticmethod
     def rows(x: Tensor | None, d: Tensor) -> tuple[Tensor, Tensor]:
         """Positions [N, T, features] of input and output gradient."""
-        assert x is not None
+        x = _given(x)
         samples = x.shape[0]
         return x.reshape(samples, -1, x.shape[-1]), d.reshape(samples, -1, d.shape[-1])
 
@@ -117,12 +124,12 @@ class ConvolutionWeight:
 
     def gradients(self, x: Tensor | None, d: Tensor) -> Tensor:
         """See `Rule`."""
-        assert x is not None
+        x = _given(x)
         return sample_gradients(x, d.unflatten(0, x.shape[:2]), self.shape, self.geometry)
 
     def gram(self, x: Tensor | None, d: Tensor) -> Tensor | None:
         """See `Rule`."""
-        assert x is not None
+        x = _given(x)
         if not has_pixel_form(self.geometry) or x.shape[1] != 1:
             return None
         return pixel_gram(x.squeeze(1), d, self.shape[2:], self.geometry)
@@ -133,7 +140,7 @@ class ConvolutionWeight:
 
     def costs(self, x: Tensor | None, d: Tensor) -> tuple[float, float]:
         """See `Rule`."""
-        assert x is not None
+        x = _given(x)
         inside, outside = math.prod(x.shape[3:]), math.prod(d.shape[2:])
         kernel = math.prod(self.shape)
         positions = inside if self.geometry.transposed else outside
@@ -215,7 +222,7 @@ class EmbeddingWeight:
         return _PASS * 6.0 * math.prod(self.shape), 12.0 * positions**2 * (d.shape[2] + _PASS)
 
     def _positions(self, x: Tensor | None, d: Tensor) -> tuple[Tensor, Tensor]:
-        assert x is not None
+        x = _given(x)
         ids = x.reshape(x.shape[0], -1)
         d = d.reshape(*ids.shape, -1)
         d = d.to(torch.promote_types(d.dtype, torch.float32))
