@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import grad, vmap
+from torch.overrides import TorchFunctionMode
 
 from gradconsist.batch import leaves, map_leaves
 from gradconsist.engines.base import Problem, inner
 from gradconsist.engines.loop import refused_by_vmap
-from gradconsist.errors import GradConsistError
+from gradconsist.errors import GradConsistError, UnsupportedModuleError
 from gradconsist.similarity import GradProducts
 from gradconsist.types import Inputs
 
@@ -52,6 +54,25 @@ class VmapEngine:
         return max(1, min(most, _GRADIENT_BYTES // (_COPIES * size)))
 
 
+class _RefuseHooks(TorchFunctionMode):
+    """Refuses gradient hooks on tensors inside the model: torch runs them in the first derivative only.
+
+    Under vmap a tensor says that it does not require grad, so a hook behind that question would be left out as well.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func == Tensor.requires_grad.__get__ and args[0].is_floating_point():  # type: ignore[attr-defined]
+            return True
+        if func == Tensor.register_hook:
+            raise UnsupportedModuleError(
+                "the model registers a gradient hook on a tensor in its forward, which vmap follows in the first"
+                " derivative only: use `engine='loop'` or 'auto'."
+            )
+        return func(*args, **(kwargs or {}))
+
+
 def _gradients(problem: Problem, inputs: Inputs, graph: bool) -> list[Tensor]:
     """Gradients of all samples, [n, *parameter shape] each."""
     is_tensor = isinstance(inputs, Tensor)
@@ -59,7 +80,8 @@ def _gradients(problem: Problem, inputs: Inputs, graph: bool) -> list[Tensor]:
     def loss(parameters: Mapping[str, Tensor], target: Tensor, *sample: Tensor) -> Tensor:
         batched = [leaf.unsqueeze(0) for leaf in sample]
         one: Inputs = batched[0] if is_tensor else _rebuild(inputs, batched)
-        return problem.losses(one, target.unsqueeze(0), parameters).squeeze(0)
+        with _RefuseHooks():
+            return problem.losses(one, target.unsqueeze(0), parameters).squeeze(0)
 
     columns = leaves(inputs)
     per_sample = vmap(
