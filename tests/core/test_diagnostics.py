@@ -45,7 +45,7 @@ def test_it_passes_on_the_zoo(name: str, dtype: torch.dtype) -> None:
     assert state.differences(before, {**state.of_process(), **state.of_model(p.model)}) == []
 
 
-@pytest.mark.parametrize("engine", ["loop", "vmap"])
+@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
 def test_it_passes_with_both_engines(engine: str) -> None:
     p = CASES["cnn_batchnorm_train"].problem()
     assert diagnostics.verify(*p.arguments, engine=engine).ok
@@ -75,7 +75,7 @@ class Planted(nn.Module):
         return _WrongSecondDerivative.apply(x)
 
 
-@pytest.mark.parametrize("engine", ["loop", "vmap"])
+@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
 def test_it_fails_on_a_wrong_second_derivative(engine: str) -> None:
     p = CASES["mlp"].problem()
     p.model[3] = Planted()

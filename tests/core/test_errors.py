@@ -122,7 +122,7 @@ INPUTS = [
 
 
 @pytest.mark.filterwarnings("ignore:.*quantize_per_tensor:UserWarning", "ignore:.*nested tensors:UserWarning")
-@pytest.mark.parametrize("engine", ["loop", "vmap"])
+@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
 @pytest.mark.parametrize("bad", INPUTS, ids=lambda bad: bad.name)
 def test_inputs(bad: Bad, engine: str) -> None:
     p = CASES[bad.problem].problem()
@@ -165,7 +165,7 @@ def test_one_contiguous_wrong_channel_count_names_the_view() -> None:
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "graph"])
-@pytest.mark.parametrize("engine", ["loop", "vmap"])
+@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
 def test_28_under_no_grad(engine: str, fused: bool) -> None:
     p = CASES["mlp"].problem()
     gc = GradientConsistencyLoss(p.model, engine=engine, fused=fused)
@@ -173,7 +173,7 @@ def test_28_under_no_grad(engine: str, fused: bool) -> None:
         gc(*p.views)
 
 
-@pytest.mark.parametrize("engine", ["loop", "vmap"])
+@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
 def test_29_under_inference_mode(engine: str) -> None:
     p = CASES["mlp"].problem()
     gc = GradientConsistencyLoss(p.model, engine=engine)
@@ -194,7 +194,7 @@ def test_29_tensors_made_under_inference_mode() -> None:
         assert abs(float(loss.detach()) - float(p.judge().verdict().loss)) <= 1e-7
 
 
-@pytest.mark.parametrize("engine", ["loop", "vmap"])
+@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
 def test_30_everything_frozen(engine: str) -> None:
     p = CASES["mlp"].problem()
     p.model.requires_grad_(False)
@@ -233,7 +233,7 @@ def test_a_compared_parameter_that_no_sample_uses_is_fine() -> None:
     reference = p.judge().verdict()
     p.model.register_module("unused", nn.Linear(3, 3).double())
     p.model.forward = lambda x: p.model[4](p.model[3](p.model[2](p.model[1](p.model[0](x)))))
-    for engine in ("loop", "vmap"):
+    for engine in ("loop", "vmap", "ghost"):
         record = GradientConsistencyLoss(p.model, engine=engine).measure(*p.views)
         torch.testing.assert_close(record.cosine, reference.cosine, rtol=0.0, atol=1e-10)
 
@@ -249,7 +249,7 @@ LOSSES: list[tuple[str, Callable[[Tensor, Tensor], Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize("engine", ["loop", "vmap"])
+@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
 @pytest.mark.parametrize(("loss_fn", "match"), [s[1:] for s in LOSSES], ids=[s[0] for s in LOSSES])
 def test_loss_functions(loss_fn: Callable[[Tensor, Tensor], Any], match: str, engine: str) -> None:
     p = CASES["mlp"].problem()
@@ -258,7 +258,7 @@ def test_loss_functions(loss_fn: Callable[[Tensor, Tensor], Any], match: str, en
         gc(*p.views)
 
 
-@pytest.mark.parametrize("engine", ["loop", "vmap"])
+@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
 @pytest.mark.parametrize(
     "output", [lambda z: {"scores": z}, lambda z: [z], lambda z: z[:, :, None], lambda z: 3], ids=range(4)
 )
@@ -329,7 +329,7 @@ REFUSED: list[tuple[str, Callable[[], nn.Module], Any, str]] = [
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch.compile imports it
-@pytest.mark.parametrize("engine", ["loop", "vmap", "auto"])
+@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost", "auto"])
 @pytest.mark.parametrize(("build", "kind", "match"), [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED])
 def test_refused_modules(build: Callable[[], nn.Module], kind: str, match: str, engine: str) -> None:
     if "hardsigmoid" in match and torch.__version__ >= "2.14":
@@ -362,7 +362,7 @@ def test_43_raw_ddp_is_refused(tmp_path: Any) -> None:
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("engine", ["loop", "vmap"])
+@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
 def test_a_model_that_mixes_samples_is_refused(engine: str) -> None:
     """Its output for one sample depends on the others: a per-sample gradient would be of another function."""
     model, x = Mixed(), torch.randn(5, 5)
@@ -383,7 +383,7 @@ def test_46_reentrant_checkpoints_are_refused() -> None:
             return self.head(checkpoint(torch.tanh, self.stem(x), use_reentrant=True))
 
     x = torch.randn(5, 5)
-    for engine in ("loop", "vmap", "auto"):
+    for engine in ("loop", "vmap", "ghost", "auto"):
         with pytest.raises((UnsupportedModuleError, RuntimeError), match="use_reentrant"):
             GradientConsistencyLoss(Reentrant(), engine=engine)(x, x.flip(0), torch.arange(5) % 3)
 
@@ -410,7 +410,7 @@ def test_50_a_custom_function_without_double_backward_is_an_error() -> None:
             return self.head(_NoDoubleBackward.apply(torch.tanh(self.stem(x))))
 
     x = torch.randn(5, 5)
-    for engine in ("loop", "vmap", "auto"):
+    for engine in ("loop", "vmap", "ghost", "auto"):
         with pytest.raises(
             (UnsupportedModuleError, RuntimeError), match=r"(?i)differentiable|generate_vmap_rule|Function"
         ):
@@ -420,7 +420,6 @@ def test_50_a_custom_function_without_double_backward_is_an_error() -> None:
 # -- configuration -----------------------------------------------------------------------------------------------------
 
 CONFIGURATIONS: list[tuple[dict[str, Any], str]] = [
-    ({"engine": "ghost"}, "ghost"),
     ({"engine": "lop"}, "engine.*loop"),
     ({"engine": 3}, "engine"),
     ({"engine": None}, "engine"),

@@ -58,7 +58,7 @@ def test_a_function_without_a_second_derivative_is_refused(engine: str, fused: b
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch, of forwards under no_grad
 @pytest.mark.parametrize("encoder", [None, "block"])
 @pytest.mark.parametrize("frozen_stem", [True, False])
-@pytest.mark.parametrize("engine", ["loop", "vmap", "auto"])
+@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost", "auto"])
 def test_reentrant_checkpointing_is_refused(engine: str, frozen_stem: bool, encoder: str | None) -> None:
     model = _Checkpointed().double()
     # With encoder="block" no compared parameter lies before the checkpoint: torch itself says nothing there.

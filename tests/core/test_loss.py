@@ -15,7 +15,7 @@ from gradconsist.errors import ConfigError
 from support import compare
 from support.zoo import CASES, Problem
 
-ENGINES = pytest.mark.parametrize("engine", ["loop", "vmap"])
+ENGINES = pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
 FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "graph"])
 
 
@@ -487,6 +487,6 @@ def test_non_contiguous_views() -> None:
     reference = p.judge().verdict()
     weak = p.weak.transpose(2, 3).contiguous().transpose(2, 3)
     strong = p.strong.flip(0).flip(0).to(memory_format=torch.channels_last)
-    for engine in ("loop", "vmap"):
+    for engine in ("loop", "vmap", "ghost"):
         loss = GradientConsistencyLoss(p.model, engine=engine)(weak, strong, p.target)
         assert compare.relative(compare.gradient_of(loss, p.model), reference.flat) <= 1e-8

@@ -12,7 +12,7 @@ from support import compare
 from support.oracle import tree_cat
 from support.zoo import CASES
 
-ENGINES = pytest.mark.parametrize("engine", ["loop", "vmap"])
+ENGINES = pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
 NORMED = ["cnn_batchnorm_train", "cnn_batchnorm_eval", "cnn_batchnorm_mixed", "cnn_batchnorm_twice", "wrn_slice"]
 
 
@@ -133,7 +133,7 @@ def test_dropout_on_agrees_in_distribution() -> None:
     """Mean cosine over 150 draws of masks: the two engines within four standard errors of each other."""
     p = CASES["dropout"].problem()
     means, errors = [], []
-    for engine in ("loop", "vmap"):
+    for engine in ("loop", "vmap", "ghost"):
         gc = GradientConsistencyLoss(p.model, engine=engine, dropout="on")
         draws = [
             float(gc.measure(*p.views, generator=torch.Generator().manual_seed(s)).cosine.nanmean()) for s in range(150)

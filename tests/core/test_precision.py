@@ -16,7 +16,7 @@ FLOOR_COSINE, FLOOR_GRADIENT = 4e-3, 2e-2
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "graph"])
-@pytest.mark.parametrize("engine", ["loop", "vmap"])
+@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
 @pytest.mark.parametrize("name", MODELS)
 def test_bfloat16_parameters(name: str, engine: str, fused: bool) -> None:
     ours, theirs = [], []
@@ -35,7 +35,7 @@ def test_bfloat16_parameters(name: str, engine: str, fused: bool) -> None:
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "graph"])
-@pytest.mark.parametrize("engine", ["loop", "vmap"])
+@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
 @pytest.mark.parametrize("name", MODELS)
 def test_cpu_autocast(name: str, engine: str, fused: bool) -> None:
     ours, theirs = [], []
@@ -59,7 +59,7 @@ def test_cpu_autocast(name: str, engine: str, fused: bool) -> None:
     assert max(e for _, e in ours) <= 2 * max(e for _, e in theirs) + FLOOR_GRADIENT
 
 
-@pytest.mark.parametrize("engine", ["loop", "vmap"])
+@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
 def test_autocast_does_compute_in_half(engine: str) -> None:
     """The user's autocast is respected inside the call, not ignored."""
     p = CASES["mlp"].problem(dtype=torch.float32)
@@ -70,7 +70,7 @@ def test_autocast_does_compute_in_half(engine: str) -> None:
     assert set(seen) == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("engine", ["loop", "vmap"])
+@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
 def test_a_teacher_forward_in_the_same_autocast_region_costs_no_gradient(engine: str) -> None:
     """A no_grad forward fills autocast's weight cache with casts that have no graph."""
     p = CASES["mlp"].problem(dtype=torch.float32)
@@ -83,7 +83,7 @@ def test_a_teacher_forward_in_the_same_autocast_region_costs_no_gradient(engine:
     assert all(parameter.grad is not None and bool(parameter.grad.any()) for parameter in p.model.parameters())
 
 
-@pytest.mark.parametrize("engine", ["loop", "vmap"])
+@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
 def test_our_forward_in_the_users_autocast_region_costs_no_gradient(engine: str) -> None:
     """And ours leaves no cast behind: the user's own forward after it reaches every parameter."""
     p = CASES["mlp"].problem(dtype=torch.float32)

@@ -14,7 +14,7 @@ from support import compare
 from support.zoo import CASES, Problem
 
 MODELS = st.sampled_from(["mlp", "cnn_groupnorm", "vit", "tied_embedding", "conv_grouped"])
-ENGINES = st.sampled_from(["loop", "vmap"])
+ENGINES = st.sampled_from(["loop", "vmap", "ghost"])
 SEEDS = st.integers(0, 10_000)
 LAW = settings(
     derandomize=True, deadline=None, max_examples=15, database=None, suppress_health_check=[HealthCheck.too_slow]
@@ -208,7 +208,7 @@ def test_p12_inner_products_add_up_over_layers(seed: int, engine: str, layers: s
     torch.testing.assert_close(frozen.norm_weak.square(), total[0], rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("engine", ["loop", "vmap"])
+@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
 def test_the_value_is_reproducible(engine: str) -> None:
     """The same call twice, bitwise."""
     p = CASES["cnn_batchnorm_train"].problem(dtype=torch.float32)

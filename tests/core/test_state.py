@@ -17,7 +17,7 @@ from gradconsist.errors import GradConsistError
 from support import compare, state
 from support.zoo import CASES, Problem
 
-ENGINES = pytest.mark.parametrize("engine", ["loop", "vmap"])
+ENGINES = pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
 FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "graph"])
 
 # Models whose state is easy to disturb: buffers, dropout, attention flags, parametrisations, recurrent networks, hooks.

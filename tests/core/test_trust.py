@@ -119,10 +119,12 @@ def test_a_loss_that_uses_the_models_parameters_is_the_same_in_every_engine() ->
     def decayed(output: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(output, target, reduction="none") + 0.1 * model[2].weight.square().sum()
 
-    found = [
-        _gradient(GradientConsistencyLoss(model, loss_fn=decayed, engine=e)(*_views()), model) for e in ("loop", "vmap")
-    ]
-    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=0)
+    loop, vmap, ghost = (
+        _gradient(GradientConsistencyLoss(model, loss_fn=decayed, engine=engine)(*_views()), model)
+        for engine in ("loop", "vmap", "ghost")
+    )
+    torch.testing.assert_close(loop, vmap, rtol=1e-10, atol=0)
+    torch.testing.assert_close(loop, ghost, rtol=1e-10, atol=1e-15)
 
 
 def test_a_parameter_used_past_its_module_is_refused() -> None:
@@ -137,7 +139,7 @@ def test_a_parameter_used_past_its_module_is_refused() -> None:
 
 
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("engine", ["loop", "vmap"])
+@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
 def test_tensor_hooks_of_the_user_run_once_in_the_users_backward(engine: str, fused: bool) -> None:
     model = _mlp()
     plain = GradientConsistencyLoss(model, engine=engine, fused=fused)

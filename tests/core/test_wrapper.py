@@ -508,7 +508,7 @@ class ViewsOnly(nn.Module):
         return StepOutput(logits.square().mean(), pair)
 
 
-@pytest.mark.parametrize("engine", ["loop", "vmap"])
+@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
 def test_observed_statistics_of_the_joint_views_equal_the_batch_ones(engine: str) -> None:
     results = {}
     for option in ("observed", "auto"):
@@ -520,7 +520,7 @@ def test_observed_statistics_of_the_joint_views_equal_the_batch_ones(engine: str
     assert compare.relative(results["observed"], results["auto"]) <= 1e-8
 
 
-@pytest.mark.parametrize("engine", ["loop", "vmap"])
+@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
 def test_observed_statistics_are_those_of_the_methods_own_forward(engine: str) -> None:
     """FixMatch's joint forward sees the labeled images too; no forward is added to observe them."""
     model = training.network(dropout=0.0).double()

@@ -49,7 +49,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Case:
-    """One row.  `vmap` is "exact", or "refused" where torch.func.vmap cannot run the model."""
+    """One row.  `vmap` and `ghost` are "exact", or "refused" where that engine cannot run the model."""
 
     name: str
     build: Callable[[], nn.Module]
@@ -63,6 +63,7 @@ class Case:
     loss_fn: Callable[[Any, Tensor], Tensor] | None = None
     encoder: Callable[[str], bool] | None = None
     vmap: str = "exact"
+    ghost: str = "exact"
 
     def problem(self, *, dtype: torch.dtype = torch.float64, seed: int = 0, pairs: int = PAIRS) -> Problem:
         generator = torch.Generator().manual_seed(1000 + seed)
@@ -329,8 +330,8 @@ _TABLE = [
     Case("spectral_norm_eval", _spectral_norm, VECTOR, training=False, randomize=False),
     Case("gru", lambda: models.Recurrent(nn.GRU), normal(3, 4), vmap="refused"),
     Case("lstm", lambda: models.Recurrent(nn.LSTM), normal(3, 4), vmap="refused"),
-    Case("checkpointed", models.Checkpointed, VECTOR, vmap="refused"),
-    Case("data_dependent", models.DataDependent, VECTOR, vmap="refused"),
+    Case("checkpointed", models.Checkpointed, VECTOR, vmap="refused", ghost="refused"),
+    Case("data_dependent", models.DataDependent, VECTOR, vmap="refused", ghost="refused"),
 ]
 
 CASES: dict[str, Case] = {case.name: case for case in _TABLE}

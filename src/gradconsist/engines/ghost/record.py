@@ -84,9 +84,12 @@ class Record:
         return name, None if name is None else self._parameters[name].view_as(self._parameters[name])
 
     def _note(self, name: str | None, alias: Tensor | None, rule: Rule, inputs: tuple[Tensor, ...], y: Tensor) -> None:
-        if name is not None and alias is not None and y.requires_grad:  # under no_grad it is a constant
-            versions = tuple(x._version for x in inputs)
-            self.uses.append(Use(name, rule, inputs, versions, get_gradient_edge(y), alias.grad_fn))
+        if name is None or alias is None or not torch.is_grad_enabled():  # not compared, or a constant
+            return
+        if not y.requires_grad:
+            raise RuntimeError("a compared parameter is used inside another transform of torch.func")
+        versions = tuple(x._version for x in inputs)
+        self.uses.append(Use(name, rule, inputs, versions, get_gradient_edge(y), alias.grad_fn))
 
     def _below(self, compute: Compute, *tensors: Tensor) -> Any:
         """`compute(samples, per_sample, *tensors)` on plain tensors."""

@@ -1,0 +1,241 @@
+"""The ghost engine on every model of both zoos: forms x dtypes x fused x chunks x stop_gradient, against the oracle."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gradconsist import GGCRWrapper, GradientConsistencyLoss, ViewPair
+from gradconsist.engines import AutoEngine, GhostEngine, LoopEngine
+from gradconsist.errors import ConfigError, UnsupportedModuleError
+from gradconsist.recall import Recalled
+from support import compare
+from support.layer_zoo import LAYER_CASES
+from support.oracle import Verdict, cross_entropy, judge
+from support.zoo import CASES, Case, Problem
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),  # torch, of vmap over Bilinear
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning"),
+]
+ALL = {**CASES, **LAYER_CASES}
+FORMS = pytest.mark.parametrize("form", ["auto", "gradient", "gram"])
+DOUBLE, SINGLE = torch.float64, torch.float32
+
+# (dtype, fused, chunk_size, stop_gradient): turned by one row from form to form, so that the forms share the work and
+# every value of each option meets every form.
+SETTINGS: list[tuple[torch.dtype, bool, int | None, str | None]] = [
+    (DOUBLE, True, 1, None),
+    (DOUBLE, False, 3, "weak"),
+    (DOUBLE, True, None, "strong"),
+    (DOUBLE, False, None, None),
+    (DOUBLE, True, 3, "weak"),
+    (DOUBLE, False, 1, "strong"),
+    (SINGLE, True, 3, None),
+    (SINGLE, False, None, "weak"),
+]
+
+
+@functools.cache
+def _verdict(name: str, dtype: torch.dtype, stop: str | None = None, weighted: bool = False) -> Verdict:
+    """The oracle in float64 on the parameters and inputs as they are in `dtype`."""
+    problem = ALL[name].problem(dtype=dtype)
+    return problem.judge(WEIGHT if weighted else None, stop_gradient=stop).verdict()
+
+
+WEIGHT = torch.tensor([1.0, 0.0, 0.5, 1.0, 0.25], dtype=DOUBLE)
+
+
+def _loss(problem: Problem, **options: Any) -> GradientConsistencyLoss:
+    case = problem.case
+    return GradientConsistencyLoss(problem.model, encoder=case.encoder, loss_fn=case.loss_fn, **options)
+
+
+def _settings(form: str) -> list[tuple[torch.dtype, bool, int | None, str | None]]:
+    turn = ["auto", "gradient", "gram"].index(form)
+    return [SETTINGS[i] for i in range(len(SETTINGS)) if i % 3 == turn] + SETTINGS[6:7]
+
+
+@FORMS
+@pytest.mark.parametrize("name", ALL)
+def test_every_model_is_exact_in_every_form(name: str, form: Any) -> None:
+    engine = GhostEngine(form=form)
+    if ALL[name].ghost == "refused":
+        problem = ALL[name].problem()
+        with pytest.raises(UnsupportedModuleError, match="engine='loop'"):
+            _loss(problem, engine=engine)(*problem.views)
+        return
+    for dtype, fused, chunk_size, stop in _settings(form):
+        problem = ALL[name].problem(dtype=dtype)
+        gc = _loss(problem, engine=engine, fused=fused, chunk_size=chunk_size, stop_gradient=stop)
+        loss = gc(*problem.views)
+        gradient = compare.gradient_of(loss, problem.model)
+        compare.assert_agrees(gc.last, loss, gradient, _verdict(name, dtype, stop), dtype=dtype)
+
+
+@pytest.mark.parametrize("name", LAYER_CASES)
+def test_the_defaults_and_measure_are_exact(name: str) -> None:
+    """`engine="auto"` with its own chunk; `measure`, which has constant views only, in both forms."""
+    verdict = _verdict(name, DOUBLE)
+    problem = ALL[name].problem()
+    gc = _loss(problem)
+    loss = gc(*problem.views)
+    compare.assert_agrees(gc.last, loss, compare.gradient_of(loss, problem.model), verdict, dtype=DOUBLE)
+    for form in ("gradient", "gram"):
+        engine: Any = GhostEngine(form=form) if ALL[name].ghost == "exact" else "auto"
+        record = _loss(problem, engine=engine).measure(*problem.views)
+        assert compare.cosine_error(record.cosine, verdict.cosine) <= 1e-10
+        assert compare.relative(record.norm_weak, verdict.norm_weak) <= 1e-10
+        assert compare.relative(record.norm_strong, verdict.norm_strong) <= 1e-10
+
+
+@FORMS
+@pytest.mark.parametrize("name", ["mlp", "wrn_slice", "vit", "tied_embedding", "frames", "lstm_deep", "shared"])
+def test_weights_and_single_cotangents(name: str, form: Any) -> None:
+    """Zero and soft weights; and `reduction="none"`, where every pair gets a cotangent of its own."""
+    problem = ALL[name].problem()
+    gc = _loss(problem, engine=GhostEngine(form=form), chunk_size=2)
+    gradient = compare.gradient_of(gc(*problem.views, WEIGHT), problem.model)
+    assert compare.relative(gradient, _verdict(name, DOUBLE, weighted=True).flat) <= 1e-8
+    single = _loss(problem, engine=GhostEngine(form=form), reduction="none", fused=False)
+    cotangent = torch.tensor([1.0, -2.0, 0.0, 0.5, 3.0], dtype=DOUBLE)
+    gradient = compare.gradient_of(single(*problem.views), problem.model, cotangent)
+    expected = problem.judge(reduction="none").verdict(cotangent)
+    assert compare.relative(gradient, expected.flat) <= 1e-8
+
+
+@FORMS
+@pytest.mark.parametrize("name", ["wrn_slice", "vit", "text_negative_padding_tied", "conv2d_dilated_groups"])
+def test_two_calls_are_bitwise_equal_and_chunks_agree(name: str, form: Any) -> None:
+    problem = ALL[name].problem(pairs=7)
+    seen = {}
+    for chunk_size in (None, None, 1, 2, 3, 50, "auto"):
+        gc = _loss(problem, engine=GhostEngine(form=form), chunk_size=chunk_size)
+        loss = gc(*problem.views)
+        gradient = compare.gradient_of(loss, problem.model)
+        assert gc.last is not None
+        found = (loss.detach(), gradient, gc.last.cosine, gc.last.norm_weak)
+        for a, b in zip(found, seen.setdefault(chunk_size, found), strict=True):
+            assert torch.equal(a, b), "the same call again"
+        assert compare.relative(gradient, seen[None][1]) <= 1e-12
+        assert compare.cosine_error(gc.last.cosine, seen[None][2]) <= 1e-13
+
+
+def test_convolutions_of_the_statistics_forward_are_recalled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exact without it, too: that it happens at all, with short chunks and pairs of weight 0, shows only here."""
+    found: list[bool] = []
+    original = Recalled.output
+
+    def output(self: Recalled, call: int, x: Tensor) -> Tensor | None:
+        found.append(False)
+        known = original(self, call, x)
+        found[-1] = known is not None
+        return known
+
+    monkeypatch.setattr(Recalled, "output", output)
+    problem = ALL["wrn_slice"].problem()
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in problem.model.modules())
+    gc = _loss(problem, engine="ghost", chunk_size=3)
+    gradient = compare.gradient_of(gc(*problem.views, WEIGHT), problem.model)
+    assert compare.relative(gradient, _verdict("wrn_slice", DOUBLE, weighted=True).flat) <= 1e-8
+    assert found == [True] * (2 * convolutions), "two chunks"
+
+
+class _Lengths(nn.Module):
+    """A bag of words with a convolution and attention, for texts of any length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(9, 6, padding_idx=0), nn.Linear(6, 3)
+        self.convolution, self.attention = nn.Conv1d(6, 6, 2), nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = torch.tanh(self.convolution(self.embedding(ids).transpose(1, 2)).transpose(1, 2))
+        return self.head(self.attention(x, x, x)[0].mean(1))
+
+
+@FORMS
+@pytest.mark.parametrize("stop", [None, "weak", "strong"])
+def test_views_of_different_lengths(form: Any, stop: str | None) -> None:
+    model = _Lengths().double()
+    weak, strong, target = torch.randint(9, (4, 6)), torch.randint(9, (4, 8)), torch.randint(3, (4,))
+    verdict = _judge_of_two_lengths(model, weak, strong, target, stop)
+    for fused, chunk_size in ((True, 3), (False, None)):
+        gc = GradientConsistencyLoss(
+            model, engine=GhostEngine(form=form), stop_gradient=stop, fused=fused, chunk_size=chunk_size
+        )
+        loss = gc(weak, strong, target)
+        compare.assert_agrees(gc.last, loss, compare.gradient_of(loss, model), verdict, dtype=DOUBLE)
+        assert compare.cosine_error(gc.measure(weak, strong, target).cosine, verdict.cosine) <= 1e-10
+
+
+def _judge_of_two_lengths(model: nn.Module, weak: Tensor, strong: Tensor, target: Tensor, stop: Any) -> Verdict:
+    return judge(model, weak, strong, target, stop_gradient=stop, batchnorm="running", observed=weak)
+
+
+@pytest.mark.parametrize("form", ["gradient", "gram"])
+@pytest.mark.parametrize("name", ["checkpointed", "data_dependent", "lstm_cell", "mlp_user_loss_one_hot"])
+def test_what_vmap_refuses_is_exact_under_auto(name: str, form: Any, caplog: pytest.LogCaptureFixture) -> None:
+    problem = ALL[name].problem()
+    gc = _loss(problem, engine="auto")
+    assert isinstance(gc.engine, AutoEngine)
+    gc.engine.engine = GhostEngine(form=form)
+    loss = gc(*problem.views)
+    gradient = compare.gradient_of(loss, problem.model)
+    compare.assert_agrees(gc.last, loss, gradient, _verdict(name, DOUBLE), dtype=DOUBLE)
+    fell_back = ALL[name].ghost == "refused"
+    assert isinstance(gc.engine.engine, LoopEngine) == fell_back
+    assert ("per-sample loop" in caplog.text) == fell_back
+
+
+@pytest.mark.parametrize("name", ["wrn_slice", "vit", "text_padding", "conv2d_mixed", "shared"])
+def test_forms_that_a_clock_chooses(name: str) -> None:
+    engine = GhostEngine(form="measured")
+    for dtype in (DOUBLE, SINGLE):
+        problem = ALL[name].problem(dtype=dtype)
+        for _ in range(2):  # timed, then remembered
+            gc = _loss(problem, engine=engine, chunk_size=3)
+            loss = gc(*problem.views)
+            gradient = compare.gradient_of(loss, problem.model)
+            compare.assert_agrees(gc.last, loss, gradient, _verdict(name, dtype), dtype=dtype)
+
+
+def test_the_form_has_a_known_name() -> None:
+    with pytest.raises(ConfigError, match=r"form.*gram"):
+        GhostEngine(form="ghost")  # type: ignore[arg-type]
+    assert GradientConsistencyLoss(nn.Linear(2, 2), engine="ghost").engine == GhostEngine()
+
+
+class _Method(nn.Module):
+    """A method that forwards labeled and unlabeled images in one batch, as FixMatch does."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.model = case.problem().model
+
+    def forward(self, weak: Tensor, strong: Tensor) -> Tensor:
+        logits = self.model(torch.cat([weak, strong]))
+        return cross_entropy(logits, torch.arange(len(logits)) % 3).mean()
+
+
+@FORMS
+@pytest.mark.parametrize("name", ["wrn_slice", "cnn_batchnorm_twice", "basic_block", "frames"])
+def test_observed_statistics_of_the_wrapper(name: str, form: Any) -> None:
+    """`batchnorm="observed"`: here the method's forward saw both views, so the constants are the joint ones."""
+    problem = ALL[name].problem()
+    method = _Method(ALL[name])
+    method.model.load_state_dict(problem.model.state_dict())
+    gc = GradientConsistencyLoss(method.model, engine=GhostEngine(form=form), batchnorm="observed")
+    pair = ViewPair(problem.weak, problem.strong, problem.target)
+    wrapper = GGCRWrapper(method, gc, weight=1.0, warmup_steps=0, gate="all", pair_fn=lambda *_: pair)
+    out = wrapper(problem.weak, problem.strong)
+    total = compare.gradient_of(out.loss, method.model)
+    base = compare.gradient_of(method(problem.weak, problem.strong), method.model)
+    verdict = problem.judge(observed=torch.cat([problem.weak, problem.strong])).verdict()
+    assert gc.last is not None
+    assert compare.cosine_error(gc.last.cosine, verdict.cosine) <= 1e-10
+    assert compare.relative(total - base, verdict.flat) <= 1e-8

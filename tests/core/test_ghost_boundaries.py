@@ -1,0 +1,207 @@
+"""Where Python sees another world than the plain forward: no mode is active below vmap, and tensors lie above it."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradconsist import GradientConsistencyLoss
+from gradconsist.diagnostics import check
+from gradconsist.engines import GhostEngine, register_rule, unregister_rule
+from gradconsist.errors import UnsupportedModuleError
+from support import compare
+from support.oracle import Judge
+
+
+def _views(width: int = 5, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    weak = torch.randn(6, width, generator=generator, dtype=dtype)
+    strong = weak + torch.randn(6, width, generator=generator, dtype=dtype)
+    return weak, strong, torch.randint(3, (6,), generator=generator)
+
+
+def _double(model: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return model.double()
+
+
+def _assert_exact(model: nn.Module, engine: object = "ghost", **options: object) -> GradientConsistencyLoss:
+    """Against the oracle, which runs the model sample by sample without the library."""
+    gc_ = GradientConsistencyLoss(model, engine=engine, **options)
+    loss = gc_(*_views())
+    verdict = Judge(model, *_views()).verdict()
+    gradient = compare.gradient_of(loss, model)
+    compare.assert_agrees(gc_.last, loss, gradient, verdict, dtype=torch.float64)
+    return gc_
+
+
+class Branching(nn.Module):
+    """Control flow that depends on the input, which vmap refuses; both branches are linear layers."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.other = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.inner(x)) if bool(x.detach()[..., 0].sum() > 0) else self.other(x)
+
+
+def _around(middle: nn.Module) -> nn.Module:
+    return _double(nn.Sequential(nn.Linear(5, 6), nn.Tanh(), middle, nn.Linear(6, 3)))
+
+
+@pytest.mark.parametrize("engine", ["ghost", "auto"])
+def test_a_module_that_vmap_refuses_runs_sample_by_sample(engine: str) -> None:
+    model = _around(Branching(nn.Linear(6, 6)))
+    _assert_exact(model, engine)
+    report = check(model, *_views(), engine=engine)
+    assert report.ok
+    assert "GhostEngine" in report.engine
+    assert "runs sample by sample" in report.notes["2"]
+
+
+def test_the_rules_of_the_comparison_hold_inside_a_looped_module() -> None:
+    """weight_norm by formula, dropout off: below vmap no function mode is active by itself."""
+    pytest.importorskip("torch.nn.utils.parametrizations")
+    inner = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)), nn.Dropout(0.5))
+    model = _around(Branching(inner))
+    by_loop = GradientConsistencyLoss(model, engine="loop")(*_views())
+    expected = compare.gradient_of(by_loop, model)
+    by_ghost = GradientConsistencyLoss(model, engine="ghost")(*_views())
+    assert compare.relative(compare.gradient_of(by_ghost, model), expected) <= 1e-10
+
+
+def test_an_engine_that_serves_two_models_keeps_them_apart() -> None:
+    engine = GhostEngine()
+    _assert_exact(_around(Branching(nn.Linear(6, 6))), engine)
+    plain = _around(nn.Linear(6, 6))
+    _assert_exact(plain, engine)
+    assert engine.looped(plain) == {}
+
+
+class Guarded(nn.Module):
+    """A gradient hook behind a question that a batched tensor answers with no."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        if h.requires_grad:
+            h.register_hook(lambda g: -2.0 * g)
+        return self.last(torch.tanh(h))
+
+
+def test_a_gradient_hook_is_neither_lost_nor_run_once() -> None:
+    model = _double(Guarded())
+    for engine in ("ghost", "vmap"):
+        with pytest.raises(UnsupportedModuleError, match="loop"):
+            GradientConsistencyLoss(model, engine=engine)(*_views())
+    by_loop = GradientConsistencyLoss(model, engine="loop")(*_views())
+    expected = compare.gradient_of(by_loop, model)
+    by_auto = GradientConsistencyLoss(model, engine="auto")(*_views())
+    assert compare.relative(compare.gradient_of(by_auto, model), expected) <= 1e-12
+
+
+class Gated(nn.Module):
+    """A branch under no_grad is a constant, and no reason to loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.gate, self.last = nn.Linear(5, 6), nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            gate = torch.sigmoid(self.gate(x))
+        return self.last(torch.tanh(self.first(x)) * gate)
+
+
+def test_a_branch_under_no_grad_is_a_constant() -> None:
+    engine, model = GhostEngine(), _double(Gated())
+    _assert_exact(model, engine)
+    assert engine.looped(model) == {}
+
+
+@pytest.fixture
+def without_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def _tensors() -> int:
+    return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+
+
+@pytest.mark.usefixtures("without_collector")
+def test_nothing_outlives_a_call_even_without_the_garbage_collector() -> None:
+    model = _double(nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3)))
+    loss = GradientConsistencyLoss(model, engine="ghost")
+    loss(*_views()).backward()
+    before = _tensors()
+    for _ in range(5):
+        loss(*_views()).backward()
+    assert _tensors() <= before
+
+
+class Mixing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+@pytest.fixture
+def mixing_rule() -> Iterator[None]:
+    register_rule(Mixing, lambda layer, x, d: {"weight": torch.einsum("ni,nj->nij", d, x)})
+    yield
+    unregister_rule(Mixing)
+
+
+@pytest.mark.usefixtures("mixing_rule")
+def test_a_registered_rule_works_under_autocast() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Mixing(), nn.Tanh(), nn.Linear(5, 3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        by_rule = GradientConsistencyLoss(model, engine="ghost")
+        by_rule(*_views(dtype=torch.float32))
+        by_loop = GradientConsistencyLoss(model, engine="loop")
+        by_loop(*_views(dtype=torch.float32))
+    assert by_rule.last is not None
+    assert by_loop.last is not None
+    assert compare.cosine_error(by_rule.last.cosine, by_loop.last.cosine) <= 2e-2
+
+
+def test_long_inner_products_keep_their_digits_in_float32() -> None:
+    """A per-sample gradient of a million entries; a matrix product over so many would lose three digits."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(384, 384, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(384 * 4, 3))
+    weak = torch.randn(2, 384, 4, 4)
+    strong, target = weak + 0.5 * torch.randn_like(weak), torch.tensor([0, 1])
+    ghost = GradientConsistencyLoss(model, engine="ghost").measure(weak, strong, target)
+    double = copy.deepcopy(model).double()
+    exact = GradientConsistencyLoss(double, engine="loop").measure(weak.double(), strong.double(), target)
+    assert compare.cosine_error(ghost.cosine, exact.cosine) <= 2e-6
+
+
+def test_a_loss_with_the_engine_can_be_copied_and_pickled() -> None:
+    model = _around(Branching(nn.Linear(6, 6)))
+    loss = GradientConsistencyLoss(model, engine=GhostEngine(form="gram"))
+    value = loss(*_views()).item()
+    for twin in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert twin(*_views()).item() == value
+        assert repr(twin.engine) == repr(loss.engine)

@@ -1,0 +1,282 @@
+"""The parts of the ghost engine one by one, against torch's own derivatives and sums written as loops."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from gradconsist.engines.ghost import conv, gram, pixel, pointwise, rules
+
+DOUBLE = torch.float64
+FEW = settings(max_examples=20, deadline=None)
+
+
+def _normal(*shape: int, seed: int = 0, grad: bool = True) -> Tensor:
+    values = torch.randn(shape, dtype=DOUBLE, generator=torch.Generator().manual_seed(seed))
+    return values.requires_grad_(grad)
+
+
+@st.composite
+def layers(draw: Any, *, plain: bool = False) -> tuple[tuple[int, ...], tuple[int, ...], conv.Geometry]:
+    """Input shape, weight shape and geometry of a convolution whose output is not empty.
+
+    With `plain`, one that has a pixel form: stride 1, not transposed.
+    """
+    dims = draw(st.integers(1, 2 if plain else 3))
+    small = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(dims))  # noqa: E731
+    kernel, dilation = small(1, 3), small(1, 2)
+    stride = (1,) * dims if plain else small(1, 3)
+    padding = small(0, 3)
+    groups = draw(st.integers(1, 2))
+    transposed = not plain and draw(st.booleans())
+    reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    output_padding: tuple[int, ...] = ()
+    if transposed:
+        output_padding = tuple(draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True))
+        padding = tuple(min(p, r // 2) for p, r in zip(padding, reach, strict=True))
+    size = tuple(max(1, r + 1 - 2 * p) + draw(st.integers(0, 2)) for r, p in zip(reach, padding, strict=True))
+    inputs, outputs = groups * draw(st.integers(1, 2)), groups * draw(st.integers(1, 2))
+    first, second = (inputs, outputs) if transposed else (outputs, inputs)
+    weight = (first, second // groups, *kernel)
+    geometry = conv.Geometry(stride, padding, dilation, transposed, output_padding, groups)
+    return (inputs, *size), weight, geometry
+
+
+def _reference(x: Tensor, w: Tensor, g: conv.Geometry) -> Tensor:
+    dims = len(g.stride)
+    if g.transposed:
+        function = getattr(F, f"conv_transpose{dims}d")
+        return function(x, w, None, g.stride, g.padding, g.output_padding or 0, g.groups, g.dilation)
+    return getattr(F, f"conv{dims}d")(x, w, None, g.stride, g.padding, g.dilation, g.groups)
+
+
+@FEW
+@given(layers())
+def test_the_three_convolution_functions(layer: Any) -> None:
+    """Each equals what torch computes, and is right in its first and second derivative."""
+    inputs, weight, geometry = layer
+    x, w = _normal(2, *inputs), _normal(*weight, seed=1)
+    y = _reference(x, w, geometry)
+    gy = _normal(*y.shape, seed=2)
+    gx, gw = torch.autograd.grad(y, (x, w), gy)
+    functions = (
+        (lambda x, w: conv.Convolution.apply(x, w, geometry), (x, w), y),
+        (lambda gy, w: conv.InputGradient.apply(gy, w, x.shape, geometry), (gy, w), gx),
+        (lambda x, gy: conv.WeightGradient.apply(x, gy, w.shape, geometry), (x, gy), gw),
+    )
+    for function, arguments, expected in functions:
+        assert torch.allclose(function(*arguments), expected, rtol=1e-10, atol=1e-12)
+        assert gradcheck(function, arguments, fast_mode=True)
+        assert gradgradcheck(function, arguments, fast_mode=True)
+
+
+def test_the_first_stage_asks_for_no_weight_gradient() -> None:
+    x, w = _normal(2, 3, 5), _normal(4, 3, 2)
+    stage = conv.Stage(outputs_only=True)
+    y = conv.Convolution.apply(x, w, conv.Geometry((1,), (0,), (1,)), stage)
+    gx, gw = torch.autograd.grad(y.square().sum(), (x, w), retain_graph=True, allow_unused=True)
+    assert gw is None
+    stage.outputs_only = False
+    again, gw = torch.autograd.grad(y.square().sum(), (x, w))
+    assert torch.equal(gx, again)
+    assert float(gw.norm()) > 0.1
+
+
+@FEW
+@given(layers(), st.integers(1, 2))
+def test_sample_gradients_and_per_sample_convolution(layer: Any, maps: int) -> None:
+    inputs, weight, geometry = layer
+    samples = 3
+    x, w = _normal(samples, maps, *inputs), _normal(samples, *weight, seed=1)
+    y = torch.stack([_reference(x[i], w[i], geometry) for i in range(samples)])
+    assert torch.allclose(conv.per_sample_convolution(x, w, geometry), y, rtol=1e-10, atol=1e-12)
+    gy = _normal(*y.shape, seed=2, grad=False)
+    (expected,) = torch.autograd.grad(y, w, gy)
+    assert torch.allclose(conv.sample_gradients(x, gy, weight, geometry), expected, rtol=1e-10, atol=1e-12)
+    rule = rules.ConvolutionWeight(weight, geometry)
+    assert torch.allclose(rule.gradients(x, gy.flatten(0, 1)), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+@pytest.mark.parametrize("kernel", [(3, 3), (2, 3), (2, 2), (1, 4)])
+@pytest.mark.parametrize("dilation", [1, 2, (1, 3)])
+@pytest.mark.parametrize("padding", ["same", "valid", 1, (0, 2), [1]])
+def test_the_normal_form_of_a_call(kernel: tuple[int, int], dilation: Any, padding: Any) -> None:
+    x, w = _normal(2, 2, 7, 11, grad=False), _normal(3, 2, *kernel, grad=False)
+    expected = F.conv2d(x, w, None, 1, padding, dilation)
+    padded, geometry = conv.normal_form(x, 2, 1, padding, dilation, 1, kernel=kernel)
+    assert torch.allclose(conv.Convolution.apply(padded, w, geometry), expected, rtol=1e-10, atol=1e-12)
+
+
+def _unfolded_products(x: Tensor, gy: Tensor, weight: tuple[int, ...], geometry: conv.Geometry) -> Tensor:
+    """M from gradients that are sums over positions of d_t u_t^T, u_t the patch at t."""
+    dims, groups = len(geometry.stride), geometry.groups
+    kernel = weight[2:]
+    padded = F.pad(x, [side for p in reversed(geometry.padding) for side in (p, p)])
+    gradients = torch.zeros(len(x), *weight, dtype=x.dtype)
+    c, p = x.shape[1] // groups, gy.shape[1] // groups
+    for t in itertools.product(*map(range, gy.shape[2:])):
+        for o in itertools.product(*map(range, kernel)):
+            at = tuple(t[i] + o[i] * geometry.dilation[i] for i in range(dims))
+            pixel_values, outputs = padded[(slice(None), slice(None), *at)], gy[(slice(None), slice(None), *t)]
+            for g in range(groups):
+                d, u = outputs[:, g * p : (g + 1) * p], pixel_values[:, g * c : (g + 1) * c]
+                gradients[(slice(None), slice(g * p, (g + 1) * p), slice(None), *o)] += d[:, :, None] * u[:, None]
+    return _pairs(gradients)
+
+
+def _pairs(gradients: Tensor) -> Tensor:
+    flat = gradients.reshape(len(gradients) // 2, 2, -1)
+    return torch.stack([torch.stack([(a @ b) for b in pair]) for pair in flat for a in pair]).view(-1, 2, 2)
+
+
+def _upper(m: Tensor) -> Tensor:
+    """What is read of M: both squared norms and the upper product."""
+    return torch.stack([m[:, 0, 0], m[:, 1, 1], m[:, 0, 1]], 1)
+
+
+@FEW
+@given(layers(plain=True))
+def test_the_pixel_form_against_unfolded_patches(layer: Any) -> None:
+    inputs, weight, geometry = layer
+    x = _normal(4, *inputs)
+    gy = _normal(*_reference(x, _normal(*weight), geometry).shape, seed=2)
+    assert math.isfinite(rules.ConvolutionWeight(weight, geometry).costs(x[:, None], gy)[1])
+    form = lambda x, gy: _upper(pixel.pixel_gram(x, gy, weight[2:], geometry))  # noqa: E731
+    found, expected = form(x, gy), _upper(_unfolded_products(x, gy, weight, geometry))
+    assert torch.allclose(found, expected, rtol=1e-10, atol=1e-12)
+    cotangent = _normal(*found.shape, seed=3, grad=False)
+    ours = torch.autograd.grad(found, (x, gy), cotangent)
+    theirs = torch.autograd.grad(expected, (x, gy), cotangent)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("geometry", [conv.Geometry((2,), (0,), (1,)), conv.Geometry((1,), (0,), (1,), True)])
+def test_where_there_is_no_pixel_form(geometry: conv.Geometry) -> None:
+    x, w = _normal(2, 1, 2, 5, grad=False), (2, 2, 3)
+    rule = rules.ConvolutionWeight(w, geometry)
+    d = _reference(x[:, 0], _normal(*w, grad=False), geometry)
+    assert rule.gram(x, d) is None
+    assert math.isinf(rule.costs(x, d)[1])
+    folded = rules.ConvolutionWeight(w, conv.Geometry((1,), (0,), (1,)))
+    assert folded.gram(_normal(2, 3, 2, 5), _normal(6, 2, 3)) is None, "several maps a sample"
+
+
+@FEW
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
+def test_position_and_pair_gram_against_loops(pairs: int, positions: int, inputs: int, outputs: int) -> None:
+    a, d = _normal(2 * pairs, positions, inputs), _normal(2 * pairs, positions, outputs, seed=1)
+    gradients = torch.stack([sum(torch.outer(d[i, t], a[i, t]) for t in range(positions)) for i in range(len(a))])
+    expected = _pairs(gradients)
+    for found in (gram.position_gram(a, d), gram.pair_gram(gradients), gram.pair_gram(d.transpose(1, 2) @ a)):
+        assert torch.allclose(found, expected, rtol=1e-10, atol=1e-12)
+    assert gradcheck(gram.position_gram, (a, d), fast_mode=True)
+    assert gradcheck(gram.pair_gram, (a,), fast_mode=True)
+
+
+def test_grams_are_float32_at_least() -> None:
+    a = torch.full((2, 1, 300), 1.0, dtype=torch.bfloat16)
+    assert gram.position_gram(a, a).dtype == torch.float32
+    assert gram.pair_gram(a)[0].eq(300.0).all()
+    assert gram.pair_gram(a.double()).dtype == DOUBLE
+
+
+@FEW
+@given(st.integers(1, 3), st.integers(1, 5), st.sampled_from([None, 0, 2, 3]))
+def test_embedding_against_dense_one_hot(pairs: int, positions: int, padding: int | None) -> None:
+    ids = torch.randint(4, (2 * pairs, positions), generator=torch.Generator().manual_seed(positions))
+    d = _normal(2 * pairs, positions, 3)
+    rows = F.one_hot(ids, 4).to(DOUBLE)
+    if padding is not None:
+        rows[..., padding] = 0.0
+    expected = rows.transpose(1, 2) @ d
+    rule = rules.EmbeddingWeight((4, 3), padding)
+    assert torch.allclose(rule.gradients(ids, d), expected, rtol=1e-12, atol=1e-14)
+    found = rule.gram(ids, d)
+    assert found is not None
+    assert torch.allclose(_upper(found), _upper(_pairs(expected)), rtol=1e-10, atol=1e-12)
+    assert gradcheck(lambda d: _upper(rule.gram(ids, d)), (d,), fast_mode=True)
+
+
+@pytest.mark.parametrize(("channel", "shape"), [(-1, (4, 2, 3)), (2, (4, 2, 3, 5)), (2, (4, 1, 3, 2, 2))])
+def test_bias_sums_over_everything_but_channels(channel: int, shape: tuple[int, ...]) -> None:
+    d = _normal(*shape, grad=False)
+    rest = [dim for dim in range(1, d.dim()) if dim != channel % d.dim()]
+    found = rules.Bias(channel, shape[1]).gradients(None, d.flatten(0, 1))
+    assert torch.allclose(found, d.sum(rest), rtol=1e-12)
+
+
+def test_several_calls_of_one_linear_layer_are_one_with_more_positions() -> None:
+    calls = [(_normal(4, t, 3, seed=t), _normal(4 * t, 2, seed=9 + t)) for t in (1, 3)]
+    x, d = rules.joined(calls)
+    expected = sum(rules.LinearWeight().gradients(a, b) for a, b in calls)
+    assert torch.allclose(rules.LinearWeight().gradients(x, d), expected, rtol=1e-12)
+    assert torch.allclose(rules.products(rules.LinearWeight(), x, d, "gram", {}), _pairs(expected), rtol=1e-10)
+
+
+@FEW
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4))
+def test_channel_affine(samples: int, channels: int, positions: int) -> None:
+    """Right in first and second derivative for all but the mean, which is a constant."""
+    x = _normal(samples, channels, positions)
+    mean, scale, shift = (_normal(samples, channels, seed=seed, grad=seed > 1) for seed in (1, 2, 3))
+    function = lambda x, scale, shift: pointwise.ChannelAffine.apply(x, mean, scale, shift)  # noqa: E731
+    expected = (x - mean[..., None]) * scale[..., None] + shift[..., None]
+    assert torch.allclose(function(x, scale, shift), expected, rtol=1e-12)
+    assert gradcheck(function, (x, scale, shift), fast_mode=True)
+    assert gradgradcheck(function, (x, scale, shift), fast_mode=True)
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.1, 1.0])
+def test_leaky_relu(slope: float) -> None:
+    x = torch.tensor([-2.0, -0.3, 0.4, 3.0], dtype=DOUBLE, requires_grad=True)
+    function = lambda x: pointwise.LeakyRelu.apply(x, slope)  # noqa: E731
+    assert torch.equal(function(x), F.leaky_relu(x, slope))
+    assert gradcheck(function, (x,))
+    assert gradgradcheck(function, (x,))
+    at_zero = torch.zeros(1, dtype=DOUBLE, requires_grad=True)
+    (ours,) = torch.autograd.grad(function(at_zero), at_zero)
+    stock = F.leaky_relu(at_zero, slope) if slope else F.relu(at_zero)
+    assert torch.equal(ours, torch.autograd.grad(stock, at_zero)[0]), "the value that torch takes at the kink"
+
+
+def _cancelling(positions: int, left: float) -> Tensor:
+    """Position weights +1, -1, +1, ... whose sum is about `left` of their size."""
+    return torch.tensor([1.0, -1.0]).repeat(positions // 2) + left * torch.linspace(-1, 2, positions)
+
+
+@pytest.mark.parametrize("left", [1e-1, 1e-2, 1e-4])
+def test_forms_give_way_where_positions_cancel_in_float32(left: float) -> None:
+    """A gradient that is 1e-4 of its positions' has a squared norm of 1e-8 of theirs: nothing of it would be left."""
+    weight = _cancelling(8, left)
+    base = torch.randn(4, 1, 6)
+    d, a = base * weight[:, None], torch.ones(4, 8, 3)
+    ids = torch.full((4, 8), 2)
+    image, maps = torch.ones(4, 1, 2, 8), (base * weight[:, None]).transpose(1, 2)
+    cases: list[tuple[Any, Tensor, Tensor]] = [
+        (rules.LinearWeight(), a, d.flatten(0, 1)),
+        (rules.EmbeddingWeight((5, 6), None), ids, d),
+        (rules.ConvolutionWeight((6, 2, 1), conv.Geometry((1,), (0,), (1,))), image, maps),
+    ]
+    for rule, x, d in cases:
+        wide = x.double() if x.is_floating_point() else x
+        expected = gram.pair_gram(rule.gradients(wide, d.double()))
+        formed = _error(gram.pair_gram(rule.gradients(x, d)), expected)
+        assert _error(rules.products(rule, x, d, "gram", {}), expected) <= max(2e-5, 2 * formed), rule
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    """Of the products, relative to the norms."""
+    weak, strong = expected[:, 0, 0], expected[:, 1, 1]
+    scale = torch.stack([weak, strong, (weak * strong).sqrt()], 1)
+    return float(((_upper(found) - _upper(expected)).abs() / scale).max())
