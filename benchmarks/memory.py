@@ -33,6 +33,7 @@ COLUMNS = {
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--pairs", nargs="+", type=int, default=[56, 112, 224, 448])
+    made.add_argument("--only", nargs="+", default=list(dict.fromkeys([*WRN, *CNN, *LARGE])), help="of the variants")
     made.add_argument("--steps", type=int, default=2, help="steps of a point; the first one probes")
     made.add_argument("--timeout", type=float, default=3600, help="seconds for one point")
     made.add_argument("--large-size", type=int, default=224, help="image size of ResNet-50; 0 leaves it out")
@@ -49,7 +50,7 @@ def main() -> None:
     heading(COLUMNS)
     for model, pairs, image_size, variants in groups:
         base: Row | None = None
-        for variant in variants if not options.quick else [name for name in QUICK if name in variants]:
+        for variant in (name for name in variants if name in (QUICK if options.quick else (PLAIN, *options.only))):
             point: dict[str, Any] = {
                 "model": model, "variant": variant, "labeled": max(1, pairs // 7), "pairs": pairs,
                 "image_size": image_size, "steps": options.steps, "threads": options.threads, "clock": options.clock,
