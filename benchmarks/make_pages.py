@@ -32,6 +32,7 @@ def evidence() -> str:
     """The page: exactness, cost, and what training runs showed."""
     exact, cost, memory = _result("exactness"), _result("step_cost"), _result("memory")
     monitoring, profile = _result("measure_peers"), _result("profile")
+    models = _result("step_cost_models")
     real, demo = _result("real_images"), _result("demo")
     return f"""# Evidence
 
@@ -53,6 +54,10 @@ because it loses.
 {models_table(cost)}
 
 {_made(cost)}
+
+{models_table(models)}
+
+{_made(models)}
 
 ![Step with the term over the step without](assets/step_cost.png)
 
