@@ -4,9 +4,9 @@
 by finite differences. `check_rule` tests a layer, and a rule registered for it, against the per-sample loop.
 """
 
-from gradconsist.diagnostics.check import CheckReport, CheckRow, check
-from gradconsist.diagnostics.rule import RuleReport, check_rule
-from gradconsist.diagnostics.verify import DirectionError, VerifyReport, verify
+from gradconsist.diagnostics.differences import DirectionError, VerifyReport, verify
+from gradconsist.diagnostics.routes import CheckReport, CheckRow, check
+from gradconsist.diagnostics.rules import RuleReport, check_rule
 
 __all__ = [
     "CheckReport",
