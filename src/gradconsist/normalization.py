@@ -74,7 +74,11 @@ def affine(x: Tensor, statistics: Statistics, weight: Tensor | None, bias: Tenso
     if weight is not None:
         scale = scale * weight
     # Not x * scale + (bias - mean * scale): where the mean is large that cancels in float32.
-    y = (x - statistics.mean.view(shape)) * scale.view(shape)
+    y = x - statistics.mean.view(shape)
+    if not torch.is_grad_enabled():  # the forward that takes statistics has all inputs at once: no copies
+        y = y.mul_(scale.view(shape))
+        return (y if bias is None else y.add_(bias.view(shape))).to(x.dtype)
+    y = y * scale.view(shape)
     return (y if bias is None else y + bias.view(shape)).to(x.dtype)
 
 

@@ -106,7 +106,7 @@ class Recorder(TorchFunctionMode):
     def __init__(self, pairs: int, limit: int) -> None:
         super().__init__()
         self._pairs = pairs
-        self._left = limit
+        self._limit = self._left = limit
         self._calls: list[Call | None] | None = [] if limit else None
 
     def __torch_function__(
@@ -117,7 +117,8 @@ class Recorder(TorchFunctionMode):
             call = self._call(func, result, args, kwargs or {})
             self._calls.append(call)
             self._left -= 0 if call is None else result.nbytes
-            if self._left < 0:
+            # A network has tens of convolutions: where one takes a tenth of what may be kept, do not even begin.
+            if self._left < 0 or result.nbytes > self._limit // 10:
                 self._calls = None
         return result
 
