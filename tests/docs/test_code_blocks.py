@@ -17,7 +17,7 @@ PROGRAMS = sorted(
     path
     for folder in ("examples", "benchmarks")
     for path in (ROOT / folder).glob("*.py")
-    if folder == "examples" or "argparse" in path.read_text(encoding="utf-8")
+    if folder == "examples" or re.search(r"argparse|parser\(__doc__\)", path.read_text(encoding="utf-8"))
 )
 
 
