@@ -12,6 +12,9 @@ PIP_INSTALL := -m pip install --disable-pip-version-check $(if $(CI),--quiet)
 # proof that the library needs nothing else.
 CORE_TORCH := torch==2.13.0
 
+# One process a core; each takes from the other's list when its own is done.
+PYTEST := -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+
 MAKEFLAGS += --no-print-directory
 .PHONY: help demo test test-core lint format types docs setup setup-core clean
 .DELETE_ON_ERROR:
@@ -23,11 +26,11 @@ demo: setup ## train supervised, FixMatch and FixMatch + GGCR on embedded digits
 	@$(BIN)/python examples/demo.py
 
 test: setup ## all tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python $(PYTEST)
 
 test-core: setup-core ## tests/core against the installed wheel, with torch 2.13 and nothing else
 	@$(CORE_BIN)/python $(PIP_INSTALL) --force-reinstall --no-deps .
-	@$(CORE_BIN)/python -m pytest tests/core
+	@$(CORE_BIN)/python $(PYTEST) tests/core
 
 lint: setup ## ruff: rules and format
 	@$(BIN)/ruff check .

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core: more threads would only get in each other's way
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
