@@ -9,7 +9,7 @@ output. Which dimension holds the samples is never guessed: vmap keeps track of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,33 +19,22 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from gradconsist.engines.ghost.conv import Stage
 from gradconsist.engines.ghost.decomposed import RECURRENT, body
 from gradconsist.engines.ghost.layers import LayerCall, LayerGradients, LayerParameter, WithState
 from gradconsist.engines.ghost.operators import Operators
 from gradconsist.engines.ghost.record import rows
 from gradconsist.errors import UnsupportedModuleError
-from gradconsist.recall import CONVOLUTIONS, Recalled
+from gradconsist.recall import CONVOLUTIONS
 
 
 class Capture(Operators, TorchFunctionMode):
     """The mode; `uses` fills while a forward runs.
 
-    Args:
-        parameters: see `Record`.
-        stand_ins: see `Record`.
-        stage: see `Operators`.
-        recalled: see `Operators`.
+    Its arguments are those of `Operators`.
     """
 
-    def __init__(
-        self,
-        parameters: Mapping[str, Tensor],
-        stand_ins: Mapping[str, Tensor],
-        stage: Stage,
-        recalled: Recalled | None = None,
-    ) -> None:
-        super().__init__(parameters, stand_ins, stage, recalled)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self._paused = False
         attention = F.multi_head_attention_forward
         self.replacements[attention] = self._inside(body(attention))

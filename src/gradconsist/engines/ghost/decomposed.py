@@ -21,14 +21,6 @@ def body(function: Callable[..., Any]) -> Callable[..., Any]:
         The same code, in which that test is False.
     """
     blind = {**function.__globals__, "has_torch_function": lambda _: False}
-    return (
-        types.FunctionType(function.__code__, blind, function.__name__, function.__defaults__, function.__closure__)
-        if function.__kwdefaults__ is None
-        else _with_keywords(function, blind)
-    )
-
-
-def _with_keywords(function: Callable[..., Any], blind: dict[str, Any]) -> Callable[..., Any]:
     copy = types.FunctionType(function.__code__, blind, function.__name__, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy

@@ -43,8 +43,8 @@ def row_gram(rows: Tensor) -> Tensor:
     return gram
 
 
-class _PairGram(torch.autograd.Function):
-    """rows [n, 2, K] -> rows rows^T [n, 2, 2], summed pairwise: a matrix product over a long K loses digits."""
+class _PairGram(_RowGram):
+    """The same for r = 2, summed pairwise: a matrix product over a long K loses digits."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
@@ -52,11 +52,6 @@ class _PairGram(torch.autograd.Function):
         weak, strong = rows.unbind(1)
         ww, ws, ss = ((a * b).sum(1) for a, b in ((weak, weak), (weak, strong), (strong, strong)))
         return torch.stack([ww, ws, ws, ss], 1).view(-1, 2, 2)
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
-        (rows,) = ctx.saved_tensors
-        return torch.bmm(cotangent + cotangent.transpose(1, 2), rows)
 
 
 def pair_gram(gradients: Tensor) -> Tensor:
