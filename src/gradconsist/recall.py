@@ -87,12 +87,15 @@ class Recalled:
 
 
 def _digest(x: Tensor) -> Tensor:
-    """Two projections of each row, in float32 at least."""
-    flat = x.detach().flatten(1)
-    wide = torch.promote_types(flat.dtype, torch.float32)
-    position = torch.arange(flat.shape[1], dtype=wide, device=x.device)
-    waves = torch.stack([torch.cos(1.7 * position), torch.cos(0.9 * position + 1.0)], 1)
-    return flat.to(wide) @ waves
+    """Two projections of each row [C, ...], on waves over channels times waves over positions, in float32 at least."""
+    wide = x.detach().to(torch.promote_types(x.dtype, torch.float32)).flatten(2)
+    channels, positions = (
+        torch.stack([torch.cos(1.7 * steps), torch.cos(0.9 * steps + 1.0)])
+        for steps in (torch.arange(size, dtype=wide.dtype, device=x.device) for size in wide.shape[1:])
+    )
+    # Waves first: with the two columns on the right, a product of matrices takes nine times as long on a CPU.
+    projected = (positions @ wide.flatten(0, 1).T).view(2, *wide.shape[:2])
+    return (projected * channels.unsqueeze(1)).sum(2).T
 
 
 class Recorder(TorchFunctionMode):
