@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from gradconsist.batch import call
 from gradconsist.errors import LossContractError, UnsupportedModuleError
-from gradconsist.normalization import BatchNormCalls, Statistics, affine
+from gradconsist.normalization import BatchNormCalls, Statistics, affine, scaled, standardized
 from gradconsist.types import Inputs, LossFunction
 
 # Functions whose first argument is returned unchanged while dropout is off.
@@ -70,13 +70,6 @@ class _ComparisonMode(TorchFunctionMode):
 # InstanceNorm, in silence (seen in torch 2.13 and 2.15 on CPU; the loop is right). By formula both are right.
 
 
-def _standardized(input: Tensor, dims: list[int], eps: float) -> Tensor:
-    """(x - mean) / sqrt(var + eps) over `dims`, in float32 at least."""
-    wide = input.to(torch.promote_types(input.dtype, torch.float32))
-    centered = wide - wide.mean(dims, keepdim=True)
-    return centered * torch.rsqrt(centered.square().mean(dims, keepdim=True) + eps)
-
-
 def _layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -86,10 +79,10 @@ def _layer_norm(
     cudnn_enable: bool = True,
 ) -> Tensor:
     del cudnn_enable
-    y = _standardized(input, list(range(-len(normalized_shape), 0)), eps)
-    if weight is not None:
-        y = y * weight
-    return (y if bias is None else y + bias).to(input.dtype)
+    wide = input.to(torch.promote_types(input.dtype, torch.float32))
+    y = standardized(wide, len(normalized_shape), eps).flatten(-len(normalized_shape))
+    weight, bias = (None if given is None else given.flatten() for given in (weight, bias))
+    return scaled(y, weight, bias, y.dim() - 1).view(input.shape).to(input.dtype)
 
 
 def _instance_norm(
@@ -108,9 +101,8 @@ def _instance_norm(
         if running_mean is None or running_var is None:
             raise UnsupportedModuleError("InstanceNorm without input statistics needs running ones: none are there.")
         return affine(input, Statistics(running_mean, running_var), weight, bias, eps)
-    y = _standardized(input, list(range(2, input.dim())), eps)
-    unit = Statistics(y.new_zeros(input.shape[1]), y.new_ones(input.shape[1]))
-    return affine(y, unit, weight, bias, 0.0).to(input.dtype)
+    wide = input.to(torch.promote_types(input.dtype, torch.float32))
+    return scaled(standardized(wide, input.dim() - 2, eps), weight, bias, 1).to(input.dtype)
 
 
 def _torch_instance_norm(

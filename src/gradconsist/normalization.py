@@ -62,24 +62,37 @@ def batch_statistics(x: Tensor) -> Statistics:
 
 
 def affine(x: Tensor, statistics: Statistics, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """``(x - mean) * scale + beta`` with constant statistics, in float32 at least, returned in the dtype of `x`.
-
-    Torch function modes see it, like a function of torch.
-    """
-    if has_torch_function((x, weight, bias)):
-        seen: Tensor = handle_torch_function(affine, (x, weight, bias), x, statistics, weight, bias, eps)
-        return seen
+    """``(x - mean) * scale + beta`` with constant statistics, in float32 at least, returned in the dtype of `x`."""
     shape = [1, -1] + [1] * (x.dim() - 2)
-    scale = torch.rsqrt(statistics.variance + eps)
-    if weight is not None:
-        scale = scale * weight
     # Not x * scale + (bias - mean * scale): where the mean is large that cancels in float32.
-    y = x - statistics.mean.view(shape)
-    if not torch.is_grad_enabled():  # the forward that takes statistics has all inputs at once: no copies
-        y = y.mul_(scale.view(shape))
-        return (y if bias is None else y.add_(bias.view(shape))).to(x.dtype)
-    y = y * scale.view(shape)
-    return (y if bias is None else y + bias.view(shape)).to(x.dtype)
+    centered = x - statistics.mean.view(shape)
+    scale = torch.rsqrt(statistics.variance + eps)
+    scale = scale if weight is None else scale * weight
+    if torch.is_grad_enabled():
+        return scaled(centered, scale, bias, 1).to(x.dtype)
+    # The forward that takes statistics has all inputs at once: no copies.
+    y = centered.mul_(scale.view(shape))
+    return (y if bias is None else y.add_(bias.view(shape))).to(x.dtype)
+
+
+def scaled(x: Tensor, scale: Tensor | None, shift: Tensor | None, dim: int) -> Tensor:
+    """``x * scale + shift`` along dimension `dim` of `x`. Torch function modes see it, like a function of torch."""
+    if has_torch_function((x, scale, shift)):
+        seen: Tensor = handle_torch_function(scaled, (x, scale, shift), x, scale, shift, dim)
+        return seen
+    shape = [-1] + [1] * (x.dim() - 1 - dim)
+    y = x if scale is None else x * scale.view(shape)
+    return y if shift is None else y + shift.view(shape)
+
+
+def standardized(x: Tensor, dims: int, eps: float) -> Tensor:
+    """``(x - mean) / sqrt(var + eps)`` over the last `dims` dimensions. Torch function modes see it."""
+    if has_torch_function((x,)):
+        seen: Tensor = handle_torch_function(standardized, (x,), x, dims, eps)
+        return seen
+    last = list(range(-dims, 0))
+    centered = x - x.mean(last, keepdim=True)
+    return centered * torch.rsqrt(centered.square().mean(last, keepdim=True) + eps)
 
 
 def needs_statistics(model: nn.Module, batchnorm: BatchNormPolicy) -> bool:

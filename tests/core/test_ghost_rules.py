@@ -225,16 +225,28 @@ def test_several_calls_of_one_linear_layer_are_one_with_more_positions() -> None
 
 
 @FEW
-@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4))
-def test_channel_affine(samples: int, channels: int, positions: int) -> None:
-    """Right in first and second derivative for all but the mean, which is a constant."""
-    x = _normal(samples, channels, positions)
-    mean, scale, shift = (_normal(samples, channels, seed=seed, grad=seed > 1) for seed in (1, 2, 3))
-    function = lambda x, scale, shift: pointwise.ChannelAffine.apply(x, mean, scale, shift)  # noqa: E731
-    expected = (x - mean[..., None]) * scale[..., None] + shift[..., None]
-    assert torch.allclose(function(x, scale, shift), expected, rtol=1e-12)
-    assert gradcheck(function, (x, scale, shift), fast_mode=True)
-    assert gradgradcheck(function, (x, scale, shift), fast_mode=True)
+@given(st.integers(1, 3), st.integers(1, 2), st.integers(1, 3), st.integers(1, 3))
+def test_channel_affine(samples: int, before: int, channels: int, after: int) -> None:
+    """Right in first and second derivative."""
+    x = _normal(samples, before, channels, after)
+    scale, shift = (_normal(samples, channels, seed=seed) for seed in (2, 3))
+    expected = x * scale[:, None, :, None] + shift[:, None, :, None]
+    assert torch.allclose(pointwise.ChannelAffine.apply(x, scale, shift), expected, rtol=1e-12)
+    assert gradcheck(pointwise.ChannelAffine.apply, (x, scale, shift), fast_mode=True)
+    assert gradgradcheck(pointwise.ChannelAffine.apply, (x, scale, shift), fast_mode=True)
+
+
+@FEW
+@given(st.integers(1, 3), st.integers(2, 5))
+def test_standardize(count: int, size: int) -> None:
+    """Right in first and second derivative, with respect to both results."""
+    x = _normal(count, size)
+    function = lambda x: pointwise.Standardize.apply(x, 0.1)  # noqa: E731
+    y, r = function(x)
+    assert torch.allclose(y, F.layer_norm(x, (size,), eps=0.1), rtol=1e-10)
+    assert torch.allclose(r, (x.var(1, correction=0, keepdim=True) + 0.1).rsqrt(), rtol=1e-12)
+    assert gradcheck(function, (x,))
+    assert gradgradcheck(function, (x,))
 
 
 @pytest.mark.parametrize("slope", [0.0, 0.1, 1.0])

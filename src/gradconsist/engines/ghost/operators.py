@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gradconsist.engines.ghost.conv import Convolution, Geometry, Stage, normal_form, per_sample_convolution
-from gradconsist.engines.ghost.pointwise import ChannelAffine, LeakyRelu
+from gradconsist.engines.ghost.pointwise import ChannelAffine, LeakyRelu, Standardize
 from gradconsist.engines.ghost.record import Record, rows
 from gradconsist.engines.ghost.rules import Bias, ConvolutionWeight, EmbeddingWeight, LinearWeight
-from gradconsist.normalization import Statistics, affine
+from gradconsist.normalization import scaled, standardized
 from gradconsist.recall import Recalled
 
 
@@ -46,7 +46,9 @@ class Operators(Record):
             F.linear: self._linear,
             F.embedding: self._embedding,
             F.cross_entropy: self._cross_entropy,
-            affine: self._affine,
+            scaled: self._scaled,
+            standardized: self._standardized,
+            F.group_norm: self._group_norm,
             **{getattr(torch, f"conv{d}d"): self._convolution(d) for d in (1, 2, 3)},
             **{getattr(torch, f"conv_transpose{d}d"): self._transposed(d) for d in (1, 2, 3)},
             **dict.fromkeys((F.relu, torch.relu, Tensor.relu), self._relu),
@@ -142,25 +144,41 @@ class Operators(Record):
         output = recalled.output(call, x.squeeze(1))
         return None if output is None else lambda: output
 
-    def _affine(
-        self, x: Tensor, statistics: Statistics, weight: Tensor | None, bias: Tensor | None, eps: float
-    ) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        scale = torch.rsqrt(statistics.variance + eps)
-        scale = scale if weight is None else scale * weight
-        shift = torch.zeros_like(scale) if bias is None else bias
+    def _scaled(self, x: Tensor, scale: Tensor | None, shift: Tensor | None, dim: int) -> Tensor:
+        if scale is None and shift is None:
+            return x.clone()  # `Standardize` keeps its output, and what follows may write into this one
+        channels = x.shape[dim]
+        scale = x.new_ones(channels) if scale is None else scale
+        shift = x.new_zeros(channels) if shift is None else shift
 
         def compute(n: int, per_sample: list[bool], x: Tensor, *channel: Tensor) -> Tensor:
             x = rows(x, per_sample[0], n)
-            maps = x.shape[1]
-            mean, scale, shift = (
-                rows(values, each, n).unsqueeze(1).expand(n, maps, -1).reshape(n * maps, -1)
-                for values, each in zip(channel, per_sample[1:], strict=False)
-            )
-            y: Tensor = ChannelAffine.apply(x.reshape(n * maps, x.shape[2], -1), mean, scale, shift)
+            scale, shift = (rows(values, each, n) for values, each in zip(channel, per_sample[1:], strict=False))
+            before, after = x.shape[1 : dim + 1].numel(), x.shape[dim + 2 :].numel()
+            y: Tensor = ChannelAffine.apply(x.reshape(n, before, channels, after), scale, shift)
             return y.view(x.shape)
 
-        return self._below(compute, x.to(wide), statistics.mean, scale, shift).to(x.dtype)
+        return self._below(compute, x, scale, shift)
+
+    def _standardized(self, x: Tensor, dims: int, eps: float) -> Tensor:
+        def compute(n: int, per_sample: list[bool], x: Tensor) -> Tensor:
+            x = rows(x, per_sample[0], n)
+            y: Tensor = Standardize.apply(x.reshape(-1, x.shape[-dims:].numel()), eps)[0]
+            return y.view(x.shape)
+
+        return self._below(compute, x)
+
+    def _group_norm(
+        self, input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor:  # fmt: skip
+        per_group = input[0].numel() // max(1, num_groups)
+        # Torch tells what is wrong with such arguments; on CUDA autocast has an opinion of its own on the dtype.
+        if per_group < 2 or input.shape[1] % num_groups or (input.is_cuda and torch.is_autocast_enabled("cuda")):
+            return F.group_norm(input, num_groups, weight, bias, eps)
+        wide = input.to(torch.promote_types(input.dtype, torch.float32))
+        y = self._standardized(wide.reshape(-1, num_groups, per_group), 1, eps).view(input.shape)
+        return self._scaled(y, weight, bias, 1).to(input.dtype)
 
     def _relu(self, input: Tensor, inplace: bool = False) -> Tensor:
         return F.relu(input, inplace=True) if inplace else self._leaky_relu(input, 0.0)

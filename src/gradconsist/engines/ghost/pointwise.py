@@ -1,7 +1,7 @@
 """Pointwise layers whose stock second derivatives cost more than they must.
 
-Torch forms the derivative of BatchNorm's affine map from five elementwise nodes, and the second derivative of a ReLU
-with a tensor of zeros for the input. Both are done here in as few passes as there are results.
+Torch forms the second derivative of a normalisation from a dozen elementwise nodes, and that of a ReLU with a tensor of
+zeros for the input. Here each takes about as many passes as it has results.
 """
 
 from __future__ import annotations
@@ -14,38 +14,81 @@ from torch import Tensor
 
 
 class ChannelAffine(torch.autograd.Function):
-    """y = (x - mean) * scale + shift: x [N, C, S], mean, scale and shift [N, C]; no derivative for the mean."""
+    """y = x * scale + shift: x [N, S, C, S'], scale and shift [N, C]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        ctx.save_for_backward(x, mean, scale)
-        return (x - _column(mean)).mul_(_column(scale)).add_(_column(shift))
+    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        return (x * _column(scale)).add_(_column(shift))
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        gx, g_scale, g_shift = _ChannelAffineGradient.apply(gy, *ctx.saved_tensors)
-        return gx, None, g_scale, g_shift
+        gradients: tuple[Tensor, ...] = _ChannelAffineGradient.apply(gy, *ctx.saved_tensors)
+        return gradients
 
 
 class _ChannelAffineGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gy: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(gy, x, mean, scale)
-        g_shift = gy.sum(2)
-        # Centered before it is summed: where the mean is large, the difference of two sums would cancel.
-        g_scale = (x - _column(mean)).mul_(gy).sum(2)
-        return gy * _column(scale), g_scale, g_shift
+    def forward(ctx: Any, gy: Tensor, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(gy, x, scale)
+        return gy * _column(scale), (x * gy).sum((1, 3)), gy.sum((1, 3))
 
     @staticmethod
-    def backward(ctx: Any, v_x: Tensor, v_scale: Tensor, v_shift: Tensor) -> tuple[Tensor | None, ...]:
-        gy, x, mean, scale = ctx.saved_tensors
-        # gx = gy scale,  g_scale = sum gy (x - mean),  g_shift = sum gy
-        g_gy = (x - _column(mean)).mul_(_column(v_scale)).addcmul_(v_x, _column(scale)).add_(_column(v_shift))
-        return g_gy, gy * _column(v_scale), None, (v_x * gy).sum(2)
+    def backward(ctx: Any, v_x: Tensor, v_scale: Tensor, v_shift: Tensor) -> tuple[Tensor, ...]:
+        gy, x, scale = ctx.saved_tensors
+        # gx = gy scale,  g_scale = sum gy x,  g_shift = sum gy
+        g_gy = (x * _column(v_scale)).addcmul_(v_x, _column(scale)).add_(_column(v_shift))
+        return g_gy, gy * _column(v_scale), (v_x * gy).sum((1, 3))
 
 
 def _column(values: Tensor) -> Tensor:
-    return values.unsqueeze(2)
+    return values[:, None, :, None]
+
+
+class Standardize(torch.autograd.Function):
+    """y = (x - mean x) r and r = 1 / sqrt(var x + eps), for each row of x [R, M]; r is [R, 1].
+
+    With the mean m(.) over a row, d x = r (d y - m(d y) - y m(y d y)) - r^2 y d r / M. The first part, S(d y), is its
+    own adjoint, so the second derivative is made of the same pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        y = x - x.mean(1, keepdim=True)
+        r = torch.rsqrt(y.square().mean(1, keepdim=True) + eps)
+        ctx.save_for_backward(y.mul_(r), r)
+        return y, r
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor, gr: Tensor) -> tuple[Tensor, None]:
+        gradient: Tensor = _StandardizeGradient.apply(gy, gr, *ctx.saved_tensors)
+        return gradient, None
+
+
+class _StandardizeGradient(torch.autograd.Function):
+    """gx = S(gy) - r^2 y gr / M."""
+
+    @staticmethod
+    def forward(ctx: Any, gy: Tensor, gr: Tensor, y: Tensor, r: Tensor) -> Tensor:
+        ctx.save_for_backward(gy, gr, y, r)
+        return _standardized_back(gy, y, r, gr * r / y.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, ...]:
+        gy, gr, y, r = ctx.saved_tensors
+        size = y.shape[1]
+        a, b = (y * gy).mean(1, keepdim=True), (y * v).mean(1, keepdim=True)
+        m_v = v.mean(1, keepdim=True)
+        # <v, S(gy)> / r = sum v gy - M m(v) m(gy) - M a b
+        inner = (v * gy).sum(1, keepdim=True) - size * (m_v * gy.mean(1, keepdim=True) + a * b)
+        g_y = (v * (-r * a - r.square() * gr / size)).addcmul_(gy, -r * b)
+        return _standardized_back(v, y, r), -r.square() * b, g_y, inner - 2 * r * gr * b
+
+
+def _standardized_back(g: Tensor, y: Tensor, r: Tensor, extra: Tensor | float = 0.0) -> Tensor:
+    """S(g), with `extra` added to m(y g): r (g - m(g) - y (m(y g) + extra))."""
+    along = (y * g).mean(1, keepdim=True) + extra
+    return (g * r).sub_(r * g.mean(1, keepdim=True)).addcmul_(y, -r * along)
 
 
 class LeakyRelu(torch.autograd.Function):
