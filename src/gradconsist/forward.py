@@ -21,13 +21,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from gradconsist.batch import call
 from gradconsist.errors import LossContractError, UnsupportedModuleError
 from gradconsist.normalization import BatchNormCalls, Statistics, affine, scaled, standardized
+from gradconsist.replacement import call_with
 from gradconsist.types import Inputs, LossFunction
 
 # Functions whose first argument is returned unchanged while dropout is off.
@@ -308,6 +308,6 @@ class PerSampleForward:
                 # No cached casts: a cast cached under no_grad would cut the graph in a later forward, in silence.
                 stack.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=False))
             replaced = {f"model.{name}": tensor for name, tensor in state.items()}
-            result: tuple[Any, Any] = functional_call(self._both, replaced, (inputs, target))
+            result: tuple[Any, Any] = call_with(self._both, replaced, (inputs, target))
         self.batchnorm.finish_forward()
         return result

@@ -39,10 +39,33 @@ DELICATE = [
     "spectral_norm_eval",
     "frozen_subset",
     "tied_embedding",
+    "module_with_two_names",
     "mlp_user_hooks",
     "lstm",
     "text_dict",
 ]
+
+
+class _Branching(nn.Module):
+    """vmap refuses its control flow, so the ghost engine runs it sample by sample; its layer has two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.second = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).tanh()) if bool(x.sum() > -1e9) else x
+
+
+@pytest.mark.parametrize("engine", ["ghost", "auto"])
+def test_a_module_with_two_names_inside_one_that_runs_sample_by_sample(engine: str) -> None:
+    model = nn.Sequential(nn.Linear(5, 6), _Branching(), nn.Linear(6, 3)).double()
+    p = Problem(CASES["mlp"], model, *CASES["mlp"].problem().views)
+    before, verdict = _snapshot(p), p.judge().verdict()
+    gc = GradientConsistencyLoss(model, engine=engine)
+    loss = gc(*p.views)
+    assert state.differences(before, _snapshot(p)) == []
+    compare.assert_agrees(gc.last, loss, compare.gradient_of(loss, model), verdict, dtype=torch.float64)
 
 
 def _snapshot(p: Problem) -> dict[str, object]:

@@ -160,6 +160,12 @@ def wrn_slice() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False), *blocks, *tail)
 
 
+def _two_names() -> nn.Module:
+    """One module under two names, as T5 and many others register their embedding."""
+    layer = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6))
+    return nn.Sequential(nn.Linear(5, 6), layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(6, 3))
+
+
 def _mixed_modes(model: nn.Module) -> None:
     model[1].eval()  # type: ignore[index]
 
@@ -300,6 +306,7 @@ _TABLE = [
     ),
     Case("tied_embedding", models.TiedLanguageModel, tokens(7, 4), classes=7),
     Case("reused_linear", models.Reused, VECTOR),
+    Case("module_with_two_names", _two_names, VECTOR),
     Case("conv_grouped", lambda: conv_stack(nn.Conv2d(4, 6, 3, groups=2), channels=6), IMAGE),
     Case("conv_dilated", lambda: conv_stack(nn.Conv2d(4, 4, 3, dilation=2, padding=2, padding_mode="circular")), IMAGE),
     Case("conv_depthwise", lambda: conv_stack(nn.Conv2d(4, 8, 3, groups=4), nn.Tanh(), nn.Conv2d(8, 4, 1)), IMAGE),

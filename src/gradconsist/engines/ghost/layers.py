@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from gradconsist.errors import ConfigError, LossContractError
+from gradconsist.replacement import call_with
 
 LayerGradients = Callable[[Any, Any, Tensor], Mapping[str, Tensor]]
 
@@ -140,7 +140,7 @@ class WithState(nn.Module):
 
     def run(self, state: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """The function with `state` as the layer's parameters and buffers."""
-        return functional_call(self, {f"layer.{name}": tensor for name, tensor in state.items()}, args, kwargs)
+        return call_with(self, {f"layer.{name}": tensor for name, tensor in state.items()}, args, kwargs)
 
 
 @dataclass(eq=False)
