@@ -201,7 +201,7 @@ class _Run:
         self.recalled = take_statistics(self.forward, self.pairs.weak, self.pairs.strong, keep=keep)
 
     def _loss(self) -> Tensor:
-        probe_model(self.forward, self.pairs, self.options.probed)
+        probe_model(self.forward, self.pairs, self.selection.index, self.options.probed)
         problem = Problem(
             losses=self.forward.losses,
             parameters={name: self.aliases[name] for name in self.options.compared},
@@ -288,12 +288,13 @@ class _Run:
 
     def _products(self, problem: Problem, index: Tensor) -> GradProducts:
         """Finite inner products of the pairs `index`; zeros (degenerate) where float16 autocast overflows."""
-        scaled = self.options.engine.products(problem.take(index))
+        chunk = problem.take(index)
+        scaled = self.options.engine.products(chunk)
         products = GradProducts(*(part / self.scale**2 for part in scaled))
         finite = products.isfinite()
         if bool(finite.all()):
             return products
-        culprit = non_finite_tensor(self.options.model, self.pairs)
+        culprit = non_finite_tensor(self.options.model, chunk.weak, chunk.strong)
         if culprit is not None or not self.drop_non_finite:
             cause = f"{culprit} has such entries" if culprit else "the loss or its gradient overflowed or divided by 0"
             raise NonFiniteError(
@@ -315,7 +316,8 @@ class _Run:
         if isinstance(self.options.chunk_size, int):
             return self.options.chunk_size
         preferred: Any = getattr(self.options.engine, "preferred_chunk", None)
-        return everything if preferred is None else int(preferred(problem))
+        # Of a pair that is compared: the others may hold what the model cannot take.
+        return everything if preferred is None else int(preferred(problem.take(self.selection.index[:1])))
 
     def _zero(self) -> Tensor:
         shape = [len(self.pairs)] if self.options.reduction == "none" else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +37,13 @@ class Probed:
         return check, modules, tuple(parameter.requires_grad for parameter in model.parameters())
 
 
-def probe_model(forward: PerSampleForward, pairs: Pairs, probed: Probed) -> None:
+def probe_model(forward: PerSampleForward, pairs: Pairs, index: Tensor, probed: Probed) -> None:
     """Tries the model on a pair of the call, unless it passed before; on every call, checks targets by its classes.
 
     Args:
         forward: the model under this call's rules.
         pairs: the call's pairs.
+        index: which of them are compared; the others may hold anything, and are not looked at.
         probed: what is known so far; added to where a check passed.
 
     Raises:
@@ -53,18 +54,20 @@ def probe_model(forward: PerSampleForward, pairs: Pairs, probed: Probed) -> None
     """
     fact = Probed.fact("forward", forward.model)
     if fact not in probed.passed:
+        weak, strong = take(pairs.weak, index), take(pairs.strong, index)
+        compared = replace(pairs, weak=weak, strong=strong, target=pairs.target[index])
         # With random numbers of its own: a first call must draw the masks that any other call would.
         with preserved_randomness(pairs.device, seed=0), comparison_scope(forward.model, dropout=False):
-            conclusive = _try_forward(forward, pairs, probed)
+            conclusive = _try_forward(forward, compared, probed)
         with preserved_randomness(pairs.device, seed=0):
-            _try_derivative(forward, pairs)
+            _try_derivative(forward, compared)
         if conclusive:
             probed.passed.add(fact)
     _check_classes(forward, pairs.target, probed.classes)
 
 
 def _try_forward(forward: PerSampleForward, pairs: Pairs, probed: Probed) -> bool:
-    """Whether samples are independent; False if the call cannot tell: no two different samples, or chance."""
+    """Whether samples are independent; False if the call cannot tell: no two different samples, NaN, or chance."""
     # Dropout off, whatever the comparison does: the same sample twice must give the same numbers.
     quiet = PerSampleForward(forward.model, forward.loss_fn, forward.batchnorm, autocast=forward.autocast)
     everything, target = pairs.weak, pairs.target
@@ -96,7 +99,7 @@ def _try_forward(forward: PerSampleForward, pairs: Pairs, probed: Probed) -> boo
             " `loss_fn` normalises, mixes, sorts or routes over the batch. A per-sample gradient is not defined there:"
             " put that layer in eval mode, or replace it."
         )
-    return True
+    return bool(torch.isfinite(torch.cat([alone[-1], together[-1]])).all())  # the losses; NaN compares with nothing
 
 
 def _numbers(forward: PerSampleForward, inputs: Inputs, target: Tensor) -> list[Tensor]:

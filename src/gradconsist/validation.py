@@ -185,12 +185,9 @@ def _check_weight(weight: Any, target: Tensor, fused: bool) -> Tensor:
     return weight
 
 
-def non_finite_tensor(model: nn.Module, pairs: Pairs) -> str | None:
+def non_finite_tensor(model: nn.Module, weak: Inputs, strong: Inputs) -> str | None:
     """Names the first input, parameter or buffer with NaN or infinite entries; None if all are finite."""
-    suspects: list[tuple[str, Sequence[Tensor]]] = [
-        ("`weak`", leaves(pairs.weak)),
-        ("`strong`", leaves(pairs.strong)),
-    ]
+    suspects: list[tuple[str, Sequence[Tensor]]] = [("`weak`", leaves(weak)), ("`strong`", leaves(strong))]
     suspects += [(f"parameter {name!r} of `model`", [parameter]) for name, parameter in model.named_parameters()]
     suspects += [(f"buffer {name!r} of `model`", [buffer]) for name, buffer in model.named_buffers()]
     for name, tensors in suspects:
