@@ -9,11 +9,19 @@ from torch import Tensor
 
 from gradconsist.errors import ConfigError, UnsupportedModuleError
 
+# Operators whose second derivative under vmap is wrong in silence, by what they leave in the graph; docs/
+# torch-derivatives.md. `forward` computes them by formula wherever Python sees the call.
+_WRONG_UNDER_VMAP = {
+    "NativeLayerNormBackwardBackward0": "LayerNorm",
+    "NativeBatchNormBackwardBackward0": "InstanceNorm or BatchNorm",
+    "CudnnBatchNormBackwardBackward0": "InstanceNorm or BatchNorm",
+}
 
-def nodes(tensor: Tensor) -> Iterator[Any]:
-    """Every node of the graph that ends in `tensor`, once."""
+
+def nodes(*tensors: Tensor) -> Iterator[Any]:
+    """Every node of the graph that ends in `tensors`, once."""
     seen: set[Any] = set()
-    stack = [tensor.grad_fn]
+    stack = [tensor.grad_fn for tensor in tensors]
     while stack:
         node = stack.pop()
         if node is None or node in seen:
@@ -24,7 +32,7 @@ def nodes(tensor: Tensor) -> Iterator[Any]:
 
 
 def check_first_derivative(loss: Tensor, own: Mapping[str, Tensor]) -> None:
-    """Refuses what hides parameters from `torch.autograd.grad`.
+    """Refuses what hides parameters from `torch.autograd.grad`, and what has a wrong second derivative.
 
     Reentrant checkpointing keeps the parameters inside out of the graph: `autograd.grad` reads their gradient as zero,
     without an error where no differentiated parameter lies before the checkpoint. A parameter that is used through
@@ -35,7 +43,8 @@ def check_first_derivative(loss: Tensor, own: Mapping[str, Tensor]) -> None:
         own: the model's parameters, by name, none of which should be in that graph.
 
     Raises:
-        UnsupportedModuleError: the model checkpoints in the reentrant way, or uses a parameter past its module.
+        UnsupportedModuleError: the model checkpoints in the reentrant way, uses a parameter past its module, or
+            reaches torch's own weight_norm.
     """
     names = {id(parameter): name for name, parameter in own.items()}
     for node in nodes(loss):
@@ -45,10 +54,34 @@ def check_first_derivative(loss: Tensor, own: Mapping[str, Tensor]) -> None:
                 f"parameter {name!r} is also used through a reference outside its module (a list, a closure, an alias),"
                 " where it cannot be followed: use it as an attribute of its module, in the forward or in `loss_fn`."
             )
-    if any(node.name() == "CheckpointFunctionBackward" for node in nodes(loss)):
+    names_of_nodes = {node.name() for node in nodes(loss)}
+    if "WeightNormInterfaceBackward0" in names_of_nodes:
+        raise UnsupportedModuleError(
+            "the model calls torch's weight_norm where it cannot be replaced (a scripted function, an operator of"
+            " torch.ops), and its second derivative is wrong: call torch._weight_norm or"
+            " torch.nn.utils.parametrizations.weight_norm from Python, or write v * (g / v.norm(...))."
+        )
+    if "CheckpointFunctionBackward" in names_of_nodes:
         raise UnsupportedModuleError(
             "the model uses reentrant checkpointing, which hides parameters from torch.autograd.grad: pass"
             " use_reentrant=False to torch.utils.checkpoint.checkpoint, and `engine='loop'` or 'auto'."
+        )
+
+
+def check_batched(gradients: Sequence[Tensor]) -> None:
+    """Refuses per-sample gradients by vmap whose derivative would be wrong.
+
+    Args:
+        gradients: per-sample gradients, with their graph.
+
+    Raises:
+        UnsupportedModuleError: the model reaches an operator of torch that is wrong under vmap.
+    """
+    for name in {node.name() for node in nodes(*gradients)} & set(_WRONG_UNDER_VMAP):
+        raise UnsupportedModuleError(
+            f"the model calls torch's {_WRONG_UNDER_VMAP[name]} where it cannot be replaced (a scripted function, an"
+            " operator of torch.ops), and its second derivative is wrong under vmap: call torch.nn.functional's from"
+            " Python, or use `engine='loop'` or 'auto'."
         )
 
 

@@ -64,6 +64,11 @@ def _check_module(where: str, module: nn.Module) -> None:
             f"{where} is an EmbeddingBag, which has no second derivative in torch: use Embedding and a sum or mean over"
             " the tokens."
         )
+    if isinstance(module, nn.CrossMapLRN2d):
+        raise UnsupportedModuleError(
+            f"{where} is a CrossMapLRN2d, whose derivative in torch is not that of its value, and which has no second"
+            " one: use LocalResponseNorm."
+        )
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         raise UnsupportedModuleError(
             f"{where} is an Embedding(max_norm=...), which writes into its weights in the forward: set it to None."

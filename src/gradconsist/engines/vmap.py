@@ -15,6 +15,7 @@ from gradconsist.batch import leaves, map_leaves
 from gradconsist.engines.base import Problem, inner
 from gradconsist.engines.loop import refused_by_vmap
 from gradconsist.errors import GradConsistError, UnsupportedModuleError
+from gradconsist.graph import check_batched
 from gradconsist.similarity import GradProducts
 from gradconsist.types import Inputs
 
@@ -44,6 +45,7 @@ class VmapEngine:
             if isinstance(error, GradConsistError):
                 raise
             raise refused_by_vmap(problem, error) from error
+        check_batched([*weak, *strong])
         return GradProducts(inner(weak, weak, keep=1), inner(strong, strong, keep=1), inner(weak, strong, keep=1))
 
     def preferred_chunk(self, problem: Problem) -> int:

@@ -1,0 +1,261 @@
+"""Torch's wrong second derivatives: by formula or refused by name, wherever they hide, and found by `verify`.
+
+`benchmarks/sweep_derivatives.py` is the search for them; here is what it found, and derivative checks of L_g itself.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.overrides import TorchFunctionMode
+
+from gradconsist import GradientConsistencyLoss, diagnostics, guards, probes
+from gradconsist import forward as forward_module
+from gradconsist.engines import vmap as vmap_module
+from gradconsist.errors import UnsupportedModuleError
+from gradconsist.similarity import GradProducts, cosine, degenerate_pairs
+from support import compare
+from support.layer_zoo import LAYER_CASES
+from support.oracle import judge
+from support.zoo import CASES
+
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # torch, of vmap
+ZOO = {**CASES, **LAYER_CASES}
+
+
+def scripted(function: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of scripting itself; models that use it are about
+        compiled = torch.jit.script(function)
+    return lambda x, w: compiled(x, w)  # a plain function, since a model that holds the other cannot be copied
+
+
+# What torch computes inside a scripted function, or for torch.ops, no Python sees: no formula of ours can stand in.
+
+
+@scripted
+def scripted_layer_norm(x: Tensor, w: Tensor) -> Tensor:
+    return torch.layer_norm(x, [x.shape[-1]], w)
+
+
+@scripted
+def scripted_instance_norm(x: Tensor, w: Tensor) -> Tensor:
+    return torch.instance_norm(x[:, None], w[:1], None, None, None, True, 0.1, 1e-5, False)[:, 0]
+
+
+@scripted
+def scripted_weight_norm(x: Tensor, w: Tensor) -> Tensor:
+    return x @ torch._weight_norm(torch.outer(w, w.sin()) + 0.3, w[:, None].exp(), 0)
+
+
+def operator_layer_norm(x: Tensor, w: Tensor) -> Tensor:
+    return torch.ops.aten.native_layer_norm(x, [6], w, None, 1e-5)[0]
+
+
+def operator_weight_norm(x: Tensor, w: Tensor) -> Tensor:
+    return x @ torch._weight_norm_interface(torch.outer(w, w.sin()) + 0.3, w[:, None].exp(), 0)[0]
+
+
+class Between(nn.Module):
+    """A function of features and of a parameter, between two linear layers."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.stem = nn.Linear(5, 6)
+        self.w = nn.Parameter(torch.randn(6))
+        self.head = nn.Linear(6, 3)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.function(self.stem(x), self.w).tanh())
+
+
+def _problem(function: Callable[[Tensor, Tensor], Tensor]) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        weak = torch.randn(3, 5).double()
+        strong = weak + 0.4 * torch.randn(3, 5).double()
+        return Between(function).double(), weak, strong, torch.tensor([0, 1, 2])
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost", "auto"])
+@pytest.mark.parametrize("function", [scripted_weight_norm, operator_weight_norm], ids=["scripted", "operator"])
+def test_weight_norm_out_of_reach_is_refused(function: Any, engine: str) -> None:
+    gc = GradientConsistencyLoss(_problem(function)[0], engine=engine)
+    with pytest.raises(UnsupportedModuleError, match=r"torch's weight_norm .* write v \* \(g"):
+        gc(*_problem(function)[1:])
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost", "auto"])
+@pytest.mark.parametrize("function", [scripted_layer_norm, scripted_instance_norm, operator_layer_norm])
+def test_normalisation_out_of_reach_is_exact_or_refused(function: Any, engine: str) -> None:
+    """Wrong under vmap of grad only."""
+    problem = _problem(function)
+    gc = GradientConsistencyLoss(problem[0], engine=engine)
+    if engine == "vmap":
+        with pytest.raises(UnsupportedModuleError, match=r"torch's (Layer|Instance)Norm.*wrong under vmap.*'loop'"):
+            gc(*problem[1:])
+        gc.measure(*problem[1:])  # the first derivative is right
+        return
+    verdict = judge(*problem)
+    loss = gc(*problem[1:])
+    compare.assert_agrees(gc.last, loss, compare.gradient_of(loss, problem[0]), verdict, dtype=torch.float64)
+
+
+def test_cross_map_lrn_is_refused() -> None:
+    """Its derivative is not that of its value, and `measure` would need no second one."""
+    model = nn.Sequential(nn.Conv2d(2, 6, 1), nn.CrossMapLRN2d(3), nn.Flatten(), nn.Linear(24, 3))
+    with pytest.raises(UnsupportedModuleError, match=r"`model\.1` is a CrossMapLRN2d.*LocalResponseNorm"):
+        GradientConsistencyLoss(model)
+
+
+# `verify` finds each of them, in a library that has neither the formula nor the refusal.
+
+
+class FrozenNorm(torch.autograd.Function):
+    """weight_norm with torch's mistake, and no name to know it by: in the backward, ||v|| is a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, g: Tensor) -> Tensor:
+        norm = v.norm(dim=1, keepdim=True)
+        ctx.save_for_backward(v, g, norm)
+        return v * (g / norm)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        v, g, norm = ctx.saved_tensors
+        inner = (grad * v).sum(1, keepdim=True)
+        return (g / norm) * (grad - v * inner / norm.square()), inner / norm
+
+
+def frozen_norm(x: Tensor, w: Tensor) -> Tensor:
+    return x @ FrozenNorm.apply(torch.outer(w, w.sin()) + 0.3, w[:, None].exp())
+
+
+def by_frequency(x: Tensor, w: Tensor) -> Tensor:
+    tokens = torch.tensor([0, 2, 2, 1, 2, 0])
+    return x * F.embedding(tokens, w[:3, None], scale_grad_by_freq=True).squeeze(1).sin()
+
+
+def layer_norm(x: Tensor, w: Tensor) -> Tensor:
+    return F.layer_norm(x, (6,), w)
+
+
+def instance_norm(x: Tensor, w: Tensor) -> Tensor:
+    return F.instance_norm(x[:, None], weight=w[:1])[:, 0]
+
+
+def weight_norm(x: Tensor, w: Tensor) -> Tensor:
+    return x @ torch._weight_norm(torch.outer(w, w.sin()) + 0.3, w[:, None].exp(), 0)
+
+
+class _Nothing(TorchFunctionMode):
+    """In place of the mode that computes single functions by other formulas."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+FOUND = {
+    "weight_norm": (weight_norm, ("loop", "vmap", "ghost")),
+    "weight_norm, scripted": (scripted_weight_norm, ("loop",)),
+    "weight_norm, a function of one's own": (frozen_norm, ("loop",)),
+    "layer_norm": (layer_norm, ("vmap",)),
+    "instance_norm": (instance_norm, ("vmap",)),
+    "embedding, scale_grad_by_freq": (by_frequency, ("loop",)),
+}
+
+
+@pytest.mark.parametrize(("function", "engine"), [(f, engine) for f, engines in FOUND.values() for engine in engines])
+def test_verify_finds_it_without_our_handling(function: Any, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = _problem(function)
+    if function in (weight_norm, layer_norm, instance_norm):
+        assert diagnostics.verify(*problem, engine=engine, directions=2).ok
+    monkeypatch.setattr(forward_module, "_ComparisonMode", _Nothing)
+    monkeypatch.setattr(probes, "check_first_derivative", lambda loss, own: None)
+    monkeypatch.setattr(vmap_module, "check_batched", lambda gradients: None)
+    report = diagnostics.verify(*problem, engine=engine, directions=2)
+    assert not report.ok
+    assert report.worst > 1e-3, str(report)
+    assert report.suspects
+
+
+def test_max_norm_is_found_without_our_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = CASES["tied_embedding"].problem()
+    problem.model.embedding.max_norm = 0.3
+    with pytest.raises(UnsupportedModuleError, match="max_norm"):
+        diagnostics.verify(*problem.arguments, loss_fn=problem.case.loss_fn)
+    monkeypatch.setattr(forward_module, "_ComparisonMode", _Nothing)
+    monkeypatch.setattr(guards, "_check_module", lambda where, module: None)
+    # A forward that writes into the weights is found before any derivative is.
+    with pytest.raises(UnsupportedModuleError, match="changes with the other samples"):
+        diagnostics.verify(*problem.arguments, loss_fn=problem.case.loss_fn)
+
+
+# L_g by gradcheck: every parameter at once, against differences of the library's own value.
+
+SMOOTH = [
+    *(
+        "mlp",
+        "mlp_soft_target",
+        "mlp_layernorm",
+        "mlp_rmsnorm",
+        "mlp_user_loss",
+        "cnn_groupnorm",
+        "attention_functional",
+    ),
+    *("reused_linear", "conv_grouped", "conv_transposed", "conv1d", "conv3d", "two_inputs", "dict_output"),
+    *("bare_parameters", "frozen_subset", "weight_norm", "spectral_norm_eval", "transposed3d", "linear_3d", "glu"),
+    *("shared", "tied_embedding", "rnn_tanh", "cnn_groupnorm"),
+]
+FUSED = ["mlp", "reused_linear", "bare_parameters", "weight_norm"]
+TIGHT = {"eps": 1e-6, "atol": 1e-7, "rtol": 1e-5}
+
+
+class _AtParameters:
+    """L_g as gradcheck wants it, which moves the parameters in place."""
+
+    def __init__(self, gc: GradientConsistencyLoss, *views: Any) -> None:
+        self.gc, self.views = gc, views
+
+    def __call__(self, *parameters: Tensor) -> Tensor:
+        return self.gc(*self.views)
+
+
+@pytest.mark.parametrize(("name", "fused"), [(n, False) for n in SMOOTH] + [(n, True) for n in FUSED])
+def test_gradcheck_of_the_loss(name: str, fused: bool) -> None:
+    """Along random directions; entry by entry, and more models, in benchmarks/directional.py."""
+    problem = ZOO[name].problem(pairs=2)
+    options = {"encoder": problem.case.encoder, "loss_fn": problem.case.loss_fn, "fused": fused}
+    loss = _AtParameters(GradientConsistencyLoss(problem.model, **options), *problem.views)
+    assert gradcheck(loss, compare.trainable(problem.model), fast_mode=True, **TIGHT)
+
+
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (1e-3, 1.0), (30.0, 0.01)])
+def test_both_derivatives_of_the_cosine_as_a_function_of_two_vectors(scales: tuple[float, float]) -> None:
+    def core(a: Tensor, b: Tensor) -> Tensor:
+        products = GradProducts(a.square().sum(1), b.square().sum(1), (a * b).sum(1))
+        return cosine(products, degenerate_pairs(products, 1e-8))
+
+    a, b = (scale * torch.randn(4, 5, dtype=torch.float64) for scale in scales)
+    a[1] = 0.0  # a degenerate pair: no value, no derivative
+    b[2] = 2.0 * a[2]  # the edge, where the value is clamped and the derivative is not
+    vectors = a.requires_grad_(), b.requires_grad_()
+    eps = 1e-6 * min(scales)
+    live = lambda a, b: core(a, b)[[0, 2, 3]]  # noqa: E731
+    assert gradcheck(live, vectors, eps=eps, atol=1e-6 / min(scales), rtol=1e-5)
+    assert gradgradcheck(
+        live, vectors, eps=eps, atol=1e-6 / min(scales) ** 2, rtol=1e-5, gen_non_contig_grad_outputs=True
+    )
+    first = torch.autograd.grad(core(*vectors).sum(), vectors)
+    assert all(float(gradient[1].abs().max()) == 0.0 for gradient in first)
