@@ -48,6 +48,7 @@ def call(model: Callable[..., Any], inputs: Inputs) -> Any:
 
 def concatenable(first: Inputs, second: Inputs) -> bool:
     """Whether the tensors of both agree in all dimensions but the batch."""
+    second = map_leaves(lambda _, leaf: leaf, first, second)  # in the order of the first
     return all(a.shape[1:] == b.shape[1:] for a, b in zip(leaves(first), leaves(second), strict=True))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -102,6 +102,8 @@ def check_pairs(
     weak, strong = check_inputs("weak", weak), check_inputs("strong", strong)
     if not same_structure(weak, strong):
         raise InputTypeError("`weak` and `strong` are built differently: both need the same keys or number of tensors.")
+    if isinstance(weak, Mapping):  # tensors are paired by key, whatever order the two were built in
+        strong = {key: strong[key] for key in weak}
     size = leaves(weak)[0].shape[0]
     if leaves(strong)[0].shape[0] != size:
         raise InputShapeError(

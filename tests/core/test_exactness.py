@@ -6,11 +6,12 @@ import functools
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from gradconsist import GradientConsistencyLoss
 from gradconsist.errors import UnsupportedModuleError
 from support import compare
-from support.oracle import Verdict
+from support.oracle import Judge, Verdict
 from support.zoo import CASES, PAIRS, Problem
 
 CHUNKS = (1, 3, None, "auto")
@@ -158,6 +159,33 @@ def test_sparse_embedding_gradients(engine: str) -> None:
     GradientConsistencyLoss(dense.model, engine=engine)(*dense.views).backward()
     parts = [(p.grad.to_dense() if p.grad.is_sparse else p.grad).reshape(-1) for p in dense.model.parameters()]
     assert compare.relative(torch.cat(parts), verdict.flat) <= 1e-8
+
+
+class _Difference(nn.Module):
+    """Two inputs of one shape that must not be mixed up; a BatchNorm, so that statistics are taken from both views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plus, self.minus, self.norm, self.head = (
+            *(nn.Linear(4, 5) for _ in "ab"),
+            nn.BatchNorm1d(5),
+            nn.Linear(5, 3),
+        )
+
+    def forward(self, one: Tensor, other: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.norm(self.plus(one) - 2 * self.minus(other))))
+
+
+@pytest.mark.parametrize("stop", [None, "strong"])
+@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
+def test_views_are_paired_by_key_in_whatever_order_they_were_built(engine: str, stop: str | None) -> None:
+    model = _Difference().double()
+    weak, strong = ({key: torch.randn(4, 4).double() for key in ("one", "other")} for _ in "ws")
+    target = torch.tensor([0, 1, 2, 0])
+    verdict = Judge(model, weak, strong, target, stop_gradient=stop).verdict()
+    gc = GradientConsistencyLoss(model, engine=engine, stop_gradient=stop, chunk_size=3)
+    loss = gc(weak, {key: strong[key] for key in ("other", "one")}, target)
+    compare.assert_agrees(gc.last, loss, compare.gradient_of(loss, model), verdict, dtype=torch.float64)
 
 
 def test_old_style_weight_norm() -> None:
