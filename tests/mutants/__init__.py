@@ -1,0 +1,23 @@
+"""Seeded bugs: mistakes that raise no error, each of which the tests must see.
+
+    python benchmarks/seeded_bugs.py                # applies one at a time to a copy, and runs the tests on it
+
+Each is a replacement of text in the source, with the law that it breaks and the tests that should notice. A bug that
+survives is a hole in the suite; one that no longer applies is mended here together with the source
+(tests/core/test_seeded_bugs.py says which).
+"""
+
+from mutants import batchnorm, ghost, layers, quantity, reports, state, training
+from mutants.bug import Bug, StaleError
+
+BUGS: list[Bug] = [
+    *quantity.BUGS,
+    *batchnorm.BUGS,
+    *ghost.BUGS,
+    *layers.BUGS,
+    *state.BUGS,
+    *training.BUGS,
+    *reports.BUGS,
+]
+
+__all__ = ["BUGS", "Bug", "StaleError"]

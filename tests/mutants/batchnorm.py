@@ -1,0 +1,240 @@
+"""Bugs in the forward: BatchNorm's constants, replaced formulas, dropout, autocast, what is recalled."""
+
+from __future__ import annotations
+
+from mutants.bug import Bug
+
+NORM, FORWARD, RECALL, COMPARISON = "normalization.py", "forward.py", "recall.py", "comparison.py"
+JOINT = "test_normalization.py::test_statistics_are_joint_over_both_views_and_all_chunks test_normalization.py"
+RECALLED = "test_ghost_hazards.py::test_outputs_of_the_statistics_forward_are_those_of_the_layer test_ghost_hazards.py"
+RANDOM = 'randomness="different" if problem.random'
+
+BUGS = [
+    Bug(
+        "statistics of the chunk",
+        "BatchNorm's statistics are joint over all pairs, whatever the chunk size",
+        "test_normalization.py::test_statistics_are_joint_over_both_views_and_all_chunks[loop]",
+        COMPARISON,
+        "        terms = self._terms(problem, index, weight)\n",
+        "        if self.batchnorm.recorded and self.options.statistics is None:\n"
+        "            part = problem.take(index)\n"
+        "            take_statistics(self.forward, part.weak, part.strong)\n"
+        "        terms = self._terms(problem, index, weight)\n",
+    ),
+    Bug(
+        "statistics of the weak view",
+        "BatchNorm's statistics are joint over both views",
+        "test_normalization.py::test_statistics_are_joint_over_both_views_and_all_chunks[loop]",
+        RECALL,
+        "forward.output(concatenate(weak, strong), record=True)",
+        "forward.output(concatenate(weak, weak), record=True)",
+    ),
+    Bug(
+        "statistics of the compared pairs",
+        "pairs of weight 0 count in the statistics",
+        "test_normalization.py::test_weight_zero_pairs_count_in_the_statistics",
+        COMPARISON,
+        "take_statistics(self.forward, self.pairs.weak, self.pairs.strong, keep=keep)",
+        "take_statistics(\n"
+        "            self.forward, self.pairs.weak[self.selection.index], "
+        "self.pairs.strong[self.selection.index], keep=0\n"
+        "        )",
+    ),
+    Bug(
+        "statistics of the sample itself",
+        "BatchNorm's statistics are those of the batch",
+        "test_exactness.py::test_the_defaults_are_exact_on_every_model[cnn_batchnorm_train]",
+        NORM, "statistics = self.recorded[self._position]\n", "statistics = batch_statistics(x)\n",
+    ),
+    Bug(
+        "statistics of the first BatchNorm for all",
+        "each BatchNorm call has its own statistics",
+        "test_exactness.py::test_the_defaults_are_exact_on_every_model[cnn_batchnorm_train]",
+        NORM, "statistics = self.recorded[self._position]\n", "statistics = self.recorded[0]\n",
+    ),
+    Bug(
+        "statistics with gradient",
+        "BatchNorm's statistics are constants",
+        "test_exactness.py::test_the_defaults_are_exact_on_every_model[cnn_batchnorm_train]",
+        NORM, "wide = x.detach().to(", "wide = x.to(",
+        NORM, "(wide - mean.view(shape)).square_().mean(dims)", "(wide - mean.view(shape)).square().mean(dims)",
+        NORM, "if not torch.is_grad_enabled():  # the forward that", "if False:  # the forward that",
+        RECALL, "with torch.no_grad(), recorder:", "with recorder:",
+    ),
+    Bug(
+        "unbiased variance",
+        "a forward in train mode normalises by the biased variance",
+        "test_exactness.py::test_the_defaults_are_exact_on_every_model[cnn_batchnorm_train]",
+        NORM, ".square_().mean(dims))", ".square_().sum(dims) / (wide.numel() / wide.shape[1] - 1))",
+    ),
+    Bug(
+        "running statistics in train mode",
+        "batchnorm='auto' uses batch statistics in train mode",
+        "test_exactness.py::test_the_defaults_are_exact_on_every_model[cnn_batchnorm_train]",
+        NORM, 'use_batch = self.policy == "batch" or (self.policy != "running" and training)',
+        'use_batch = self.policy == "batch" or (self.policy != "running" and training and running_mean is None)',
+    ),
+    Bug(
+        "batchnorm='running' ignored",
+        "'running' forces the running statistics",
+        "test_normalization.py::test_batchnorm_options",
+        NORM, '(self.policy != "running" and training)', "training",
+    ),
+    Bug(
+        "eps left out",
+        "scale = gamma / sqrt(var + eps)",
+        "test_exactness.py::test_the_defaults_are_exact_on_every_model[cnn_batchnorm_eval]",
+        "engines/ghost/operators.py", "torch.rsqrt(statistics.variance + eps)", "torch.rsqrt(statistics.variance)",
+    ),
+    Bug(
+        "mean folded into the shift",
+        "a large mean does not cancel in float32",
+        "test_trust.py::test_large_means_do_not_cancel_in_batchnorm",
+        "engines/ghost/pointwise.py", "return (x - _column(mean)).mul_(_column(scale)).add_(_column(shift))",
+        "return (x * _column(scale)).add_(_column(shift - mean * scale))",
+    ),
+    Bug(
+        "buffers updated",
+        "the model's buffers stay as they are",
+        "test_state.py::test_a_successful_call_leaves_no_trace[cnn_batchnorm_train-fused-loop]",
+        FORWARD, "{name: buffer.clone() for name", "{name: buffer for name",
+    ),
+    Bug(
+        "observed statistics of whichever forward came last",
+        "'observed' needs one forward in train mode, or refuses",
+        "test_wrapper.py",
+        "observation.py", "if len(found) != 1:", "if not found:",
+        "observation.py", "return found[0]", "return found[-1]",
+    ),
+    Bug(
+        "BatchNorms outside the model observed",
+        "'observed' takes the calls of the compared model, not those of another module",
+        "test_wrapper.py::test_observed_statistics_are_those_of_the_methods_own_forward"
+        " test_wrapper.py",
+        "observation.py",
+        "if func is F.batch_norm and self._inside and",
+        "if func is F.batch_norm and self._forwards and",
+    ),
+    Bug(
+        "LayerNorm with the unbiased variance",
+        "LayerNorm divides by sqrt(biased var + eps)",
+        "test_exactness.py::test_the_defaults_are_exact_on_every_model[mlp_layernorm]",
+        FORWARD, "centered.square().mean(dims, keepdim=True) + eps", "wide.var(dims, keepdim=True) + eps",
+    ),
+    Bug(
+        "LayerNorm with eps outside the root",
+        "LayerNorm divides by sqrt(var + eps)",
+        "test_exactness.py::test_the_defaults_are_exact_on_every_model[mlp_layernorm]",
+        FORWARD, "torch.rsqrt(centered.square().mean(dims, keepdim=True) + eps)",
+        "1.0 / (centered.square().mean(dims, keepdim=True).sqrt() + eps)",
+    ),
+    Bug(
+        "LayerNorm without its bias",
+        "y = ... * weight + bias",
+        "test_exactness.py::test_the_defaults_are_exact_on_every_model[mlp_layernorm]",
+        FORWARD, "return (y if bias is None else y + bias).to(input.dtype)", "return y.to(input.dtype)",
+    ),
+    Bug(
+        "torch's own LayerNorm under vmap",
+        "the second derivative goes through mean and variance",
+        "test_exactness.py::test_engines_agree_with_the_oracle[mlp_layernorm-vmap-fused-float64]",
+        FORWARD, "            F.layer_norm: _layer_norm,\n            torch.layer_norm: _layer_norm,\n", "",
+    ),
+    Bug(
+        "torch's own weight_norm",
+        "the second derivative of weight_norm is that of v g / |v|",
+        "test_exactness.py::test_the_defaults_are_exact_on_every_model[weight_norm]",
+        FORWARD, "            torch._weight_norm: _weight_norm,\n", "",
+    ),
+    Bug(
+        "one dropout mask for both views",
+        "dropout='on' draws independently for each view and sample",
+        "test_ghost_hazards.py::test_dropout_on[dropout-auto]",
+        "engines/ghost/seen.py", RANDOM, 'randomness="same" if problem.random',
+    ),
+    Bug(
+        "one dropout mask for all samples",
+        "dropout='on' draws independently for each view and sample",
+        "test_normalization.py::test_dropout_on_has_independent_masks",
+        "engines/vmap.py", RANDOM, 'randomness="same" if problem.random',
+    ),
+    Bug(
+        "dropout on inside a module that runs sample by sample",
+        "dropout='off' holds everywhere, as do the formulas for LayerNorm and weight_norm",
+        "test_ghost_boundaries.py::test_the_rules_of_the_comparison_hold_inside_a_looped_module",
+        "engines/ghost/capture.py", "for mode in modes:\n", "for mode in [mode for mode in modes if mode is self]:\n",
+    ),
+    Bug(
+        "autocast's cache of casts",
+        "a cast that was cached under no_grad cuts no graph",
+        "test_precision.py::test_a_teacher_forward_in_the_same_autocast_region_costs_no_gradient",
+        FORWARD, "torch.autocast(device, dtype=dtype, cache_enabled=False)", "torch.autocast(device, dtype=dtype)",
+    ),
+    Bug(
+        "the user's autocast ignored",
+        "the forward computes in the dtype of the caller's region",
+        "test_precision.py::test_autocast_does_compute_in_half[loop]",
+        FORWARD, "if self.autocast is not None:", "if self.autocast is None:",
+        FORWARD, "device, dtype = self.autocast\n", 'device, dtype = "cpu", torch.float32\n',
+    ),
+    Bug(
+        "float16's loss scale left in the products",
+        "norms are in units of the loss",
+        "test_trust.py",
+        COMPARISON, "part / self.scale**2 for part in scaled", "part / self.scale for part in scaled",
+    ),
+    Bug(
+        "sums in half precision",
+        "products and norms are summed in float32 at least",
+        "test_precision.py::test_bfloat16_parameters",
+        "engines/base.py", "product = a.to(wide) * b.to(wide)", "product = a * b",
+    ),
+    Bug(
+        "Gram matrices in half precision",
+        "products and norms are summed in float32 at least",
+        "test_ghost_rules.py::test_grams_are_float32_at_least",
+        "engines/ghost/gram.py",
+        "_PairGram.apply(rows.to(torch.promote_types(rows.dtype, torch.float32)))",
+        "_PairGram.apply(rows)",
+    ),
+    Bug(
+        "recall without comparing inputs",
+        "an output is recalled for the input that it came from, or not at all",
+        "test_ghost_hazards.py::test_outputs_of_the_statistics_forward_are_those_of_the_layer",
+        RECALL,
+        "if len(rows) != len(x) or bool(((digest - known.digest[rows]).abs() > bound).any()):",
+        "if len(rows) != len(x):",
+    ),
+    Bug(
+        "recall of the other view's rows",
+        "an output is recalled for the input that it came from, or not at all",
+        "test_ghost.py::test_every_model_is_exact_in_every_form[wrn_slice-gram]",
+        RECALL,
+        "if len(rows) != len(x) or bool(((digest - known.digest[rows]).abs() > bound).any()):",
+        "if len(rows) != len(x):",
+        RECALL, "torch.stack([rows, rows + self.pairs], 1)", "torch.stack([rows + self.pairs, rows], 1)",
+    ),
+    Bug(
+        "recall of the first rows in every chunk",
+        "chunks recall their own rows",
+        "test_ghost.py::test_every_model_is_exact_in_every_form[wrn_slice-auto]"
+        " test_ghost.py::test_every_model_is_exact_in_every_form[wrn_slice-gram]"
+        " test_ghost.py::test_every_model_is_exact_in_every_form[wrn_slice-gradient]",
+        RECALL,
+        "if len(rows) != len(x) or bool(((digest - known.digest[rows]).abs() > bound).any()):",
+        "if len(rows) != len(x):",
+        RECALL, "rows=index if self.rows is None", "rows=torch.arange(len(index)) if self.rows is None",
+    ),
+    Bug(
+        "recall of an output that was overwritten",
+        "what is recalled is what the convolution returned",
+        RECALLED,
+        RECALL, "call if call is not None and call.output._version == call.version else None for", "call for",
+    ),
+    Bug(
+        "recall of an output with its bias",
+        "the bias is added once",
+        RECALLED,
+        RECALL, 'if bias is not None or padding == "same" or', 'if padding == "same" or',
+    ),
+]  # fmt: skip

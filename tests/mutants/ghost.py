@@ -1,0 +1,237 @@
+"""Bugs in the engines: which uses are found, which graph is kept, how grams are added and differentiated."""
+
+from __future__ import annotations
+
+from mutants.bug import Bug
+
+ENGINE, GRAM, SEEN, PIXEL = (f"engines/ghost/{name}.py" for name in ("engine", "gram", "seen", "pixel"))
+EVERY_FORM = "test_ghost.py::test_every_model_is_exact_in_every_form"
+PIXELS = "test_ghost_rules.py::test_the_pixel_form_against_unfolded_patches"
+BACKWARD = """    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        (rows,) = ctx.saved_tensors
+        return torch.bmm(cotangent + cotangent.transpose(1, 2), rows)
+"""
+
+BUGS = [
+    Bug(
+        "strong view detached in the loop",
+        "both views' gradients keep their graph",
+        "test_loss.py::test_reductions[mean-fused-loop]",
+        "engines/loop.py", "problem.target[one], problem.graph_strong)", "problem.target[one], False)",
+    ),
+    Bug(
+        "strong view detached under vmap",
+        "both views' gradients keep their graph",
+        "test_loss.py::test_reductions[mean-fused-vmap]",
+        "engines/vmap.py",
+        "_gradients(problem, problem.strong, problem.graph_strong)",
+        "_gradients(problem, problem.strong, False)",
+    ),
+    Bug(
+        "strong norm detached",
+        "the cosine is differentiated through both norms",
+        "test_loss.py::test_reductions[mean-fused-ghost]",
+        ENGINE, "total[:, 1, 1], total", "total[:, 1, 1].detach(), total",
+    ),
+    Bug(
+        "the mean of the losses is differentiated",
+        "norms are those of a sample's own loss, whatever the chunk",
+        "test_ghost.py::test_every_model_is_exact_in_every_form[mlp-auto]",
+        SEEN, "torch.autograd.grad(losses.sum(), wanted", "torch.autograd.grad(losses.mean(), wanted",
+    ),
+    Bug(
+        "tied weights without cross terms",
+        "the products of a parameter with several uses are those of the sum of its gradients",
+        "test_ghost.py::test_every_model_is_exact_in_every_form[shared-gradient]"
+        " test_ghost.py::test_every_model_is_exact_in_every_form[conv_twice-gradient]"
+        " test_ghost.py::test_every_model_is_exact_in_every_form[tied_embedding-gradient]",
+        ENGINE,
+        "        gradient = seen.gradient(name)\n        return None if gradient is None else pair_gram(gradient)",
+        "        parts = [pair_gram(use.rule.gradients(use.input, d)) for use, d in seen.of(name)]\n"
+        "        parts += [pair_gram(seen.rows[name])] if name in seen.rows else []\n"
+        "        return torch.stack([part.double() for part in parts]).sum(0) if parts else None",
+    ),
+    Bug(
+        "a linear layer that is used again counts once",
+        "the products of a parameter with several uses are those of the sum of its gradients",
+        "test_ghost.py::test_every_model_is_exact_in_every_form[reused_linear-auto]"
+        " test_ghost.py::test_every_model_is_exact_in_every_form[reused_linear-gram]",
+        ENGINE, "*joined([(use.input, d) for use, d in uses])", "*joined([(use.input, d) for use, d in uses[:1]])",
+    ),
+    Bug(
+        "any layer that is used again counts once",
+        "the products of a parameter with several uses are those of the sum of its gradients",
+        "test_ghost.py::test_every_model_is_exact_in_every_form[reused_linear-auto]"
+        " test_ghost.py::test_every_model_is_exact_in_every_form[conv_twice-gradient]",
+        SEEN, "if use.parameter == name]", "if use.parameter == name][:1]",
+    ),
+    Bug(
+        "uses without a rule are dropped beside a layer's",
+        "what has no rule is added to what has one",
+        "test_ghost.py::test_every_model_is_exact_in_every_form[bare_and_ruled-auto]"
+        " test_ghost.py::test_every_model_is_exact_in_every_form[bare_and_ruled-gram]",
+        ENGINE, "if name in seen.rows or not uses:", "if not uses:",
+    ),
+    Bug(
+        "uses of a weight without a rule are dropped from the sum",
+        "what has no rule is added to what has one",
+        "test_ghost.py::test_every_model_is_exact_in_every_form[bare_and_ruled-auto]"
+        " test_ghost.py::test_every_model_is_exact_in_every_form[bare_and_ruled-gram]",
+        SEEN,
+        "parts += [self.rows[name]] if name in self.rows else []",
+        "parts += [self.rows[name]] if name in self.rows and not parts else []",
+    ),
+    Bug(
+        "weights of the second derivative left out",
+        "only the first derivative is for layer outputs alone",
+        "test_ghost.py::test_every_model_is_exact_in_every_form[cnn_batchnorm_train-auto]",
+        SEEN, "    stage.outputs_only = False\n", "",
+    ),
+    Bug(
+        "constant view with a graph in its rule",
+        "a constant view contributes no derivative",
+        "test_loss.py::test_stop_gradient[mlp-weak-fused-ghost]"
+        " test_ghost.py::test_views_of_different_lengths",
+        SEEN, "inputs=tuple(x.detach() for x in use.inputs)", "inputs=use.inputs",
+    ),
+    Bug(
+        "inputs of one view for both",
+        "each view's gradients belong to its own inputs",
+        "test_loss.py::test_stop_gradient[mlp-weak-fused-ghost]",
+        ENGINE, "else _pairwise(a.input, b.input)", "else _pairwise(a.input, a.input)",
+    ),
+    Bug(
+        "in-place version check skipped",
+        "an input that was overwritten after its layer is refused",
+        "test_ghost_hazards.py::test_a_layer_input_that_is_overwritten_later[linear]",
+        "engines/ghost/coverage.py", "if tuple(x._version for x in use.inputs) != use.versions:",
+        "if len(use.inputs) != len(use.versions):",
+    ),
+    Bug(
+        "coverage accepts a use whose gradient never came",
+        "a use that the losses depend on has the gradient of its output, or the model is refused",
+        "test_ghost_hazards.py",
+        "engines/ghost/coverage.py", "        if use.own in reached:\n", "        if use.own is None:\n",
+    ),
+    Bug(
+        "in-place ReLU out of place",
+        "a tensor that the model overwrites is overwritten",
+        "test_ghost.py::test_every_model_is_exact_in_every_form[in_place-auto]"
+        " test_ghost.py::test_every_model_is_exact_in_every_form[mlp_inplace_relu-auto]"
+        " test_ghost_hazards.py::test_outputs_of_the_statistics_forward_are_those_of_the_layer",
+        "engines/ghost/operators.py", "return F.relu(input, inplace=True) if inplace else self._leaky_relu(input, 0.0)",
+        "return self._leaky_relu(input, 0.0)",
+    ),
+    Bug(
+        "in-place leaky ReLU out of place",
+        "a tensor that the model overwrites is overwritten",
+        "test_ghost.py::test_every_model_is_exact_in_every_form[wrn_slice-auto]"
+        " test_ghost.py::test_every_model_is_exact_in_every_form[in_place-auto]"
+        " test_ghost_hazards.py::test_outputs_of_the_statistics_forward_are_those_of_the_layer",
+        "engines/ghost/operators.py", "return F.leaky_relu(input, negative_slope, inplace=True)", "inplace = False",
+    ),
+    Bug(
+        "second half of the Gram's derivative missing",
+        "d <a, a> = 2 <a, da>",
+        "test_ghost.py::test_every_model_is_exact_in_every_form[mlp-gradient]",
+        GRAM,
+        "return torch.stack([ww, ws, ws, ss], 1).view(-1, 2, 2)\n\n" + BACKWARD,
+        "return torch.stack([ww, ws, ws, ss], 1).view(-1, 2, 2)\n\n"
+        + BACKWARD.replace(" + cotangent.transpose(1, 2)", ""),
+    ),
+    Bug(
+        "second half of the position Gram's derivative missing",
+        "d <a, a> = 2 <a, da>",
+        "test_ghost.py::test_every_model_is_exact_in_every_form[mlp-gram]",
+        GRAM,
+        "return rows @ rows.transpose(1, 2)\n\n" + BACKWARD,
+        "return rows @ rows.transpose(1, 2)\n\n" + BACKWARD.replace(" + cotangent.transpose(1, 2)", ""),
+    ),
+    Bug(
+        "only the same positions of both views",
+        "every position of one view meets every position of the other",
+        "test_ghost_rules.py::test_position_and_pair_gram_against_loops",
+        GRAM,
+        "gram = products.view(n, 2, positions, 2, positions).sum((2, 4))\n    if positions",
+        "gram = products.view(n, 2, positions, 2, positions).diagonal(dim1=2, dim2=4).sum(3)\n    if positions",
+    ),
+    Bug(
+        "cancellation of positions not noticed",
+        "a form that would lose the digits of float32 gives way",
+        "test_ghost_rules.py::test_forms_give_way_where_positions_cancel_in_float32",
+        GRAM, "if positions > 1 and cancels(", "if positions > 10**9 and cancels(",
+    ),
+    Bug(
+        "cancellation of pixels not noticed",
+        "a form that would lose the digits of float32 gives way",
+        "test_ghost_rules.py::test_forms_give_way_where_positions_cancel_in_float32"
+        " test_ghost_hazards.py::test_positions_that_cancel_in_float32",
+        PIXEL, "if cancels(gram.diagonal(dim1=1, dim2=2), uncancelled):", "if gram.isnan().all():",
+    ),
+    Bug(
+        "border of the box sum",
+        "outside the image there are zeros",
+        PIXELS,
+        PIXEL, "padded = F.pad(p, pad)\n", "padded = F.pad(p, pad, value=1.0)\n",
+    ),
+    Bug(
+        "box sum one offset short",
+        "K[t, t'] sums over all kernel offsets",
+        PIXELS,
+        PIXEL,
+        "range(0, dilation[axis] * kernel[axis], dilation[axis])",
+        "range(0, dilation[axis] * (kernel[axis] - 1) or 1, dilation[axis])",
+    ),
+    Bug(
+        "box sum without dilation",
+        "offsets are dilated",
+        PIXELS,
+        PIXEL, "range(0, dilation[axis] * kernel[axis], dilation[axis])", "range(kernel[axis])",
+    ),
+    Bug(
+        "pixel Gram over all groups at once",
+        "channels of different groups do not meet",
+        PIXELS,
+        PIXEL, "tensor.reshape(len(tensor), geometry.groups, -1, math.prod(tensor.shape[2:]))",
+        "tensor.reshape(len(tensor), 1, -1, math.prod(tensor.shape[2:]))",
+    ),
+    Bug(
+        "the cross block of the pixel Gram's derivative transposed",
+        "the derivative for the strong view uses the weak view's positions",
+        PIXELS,
+        PIXEL, "result[1::2] += a[0::2] @ scaled\n", "result[1::2] += a[0::2] @ scaled.transpose(2, 3)\n",
+    ),
+    Bug(
+        "the own blocks of the pixel Gram's derivative once",
+        "d <a, a> = 2 <a, da>",
+        PIXELS,
+        PIXEL, "own = 2.0 * cotangent.diagonal", "own = 1.0 * cotangent.diagonal",
+    ),
+    Bug(
+        "third derivative of the pixel Gram without its blocks",
+        "a derivative of the derivative is right, or an error",
+        "test_ghost_hazards.py::test_third_derivatives_are_right_or_an_error",
+        PIXEL, "if torch.is_grad_enabled():  # a derivative of this one", "if False:  # a derivative of this one",
+    ),
+    Bug(
+        "transposed convolutions in the pixel form",
+        "the pixel form is for plain convolutions",
+        "test_ghost_rules.py::test_where_there_is_no_pixel_form",
+        PIXEL, "not geometry.transposed and set(geometry.stride) == {1}", "set(geometry.stride) == {1}",
+    ),
+    Bug(
+        "an engine that serves two models takes one for the other",
+        "what was found out about a model is about that model",
+        "test_ghost_boundaries.py::test_an_engine_that_serves_two_models_keeps_them_apart",
+        ENGINE, "return _Known() if problem.model is None else self._models.setdefault(problem.model, _Known())",
+        "return next(iter(self._models.values()), None) or self._models.setdefault(problem.model, _Known())",
+    ),
+    Bug(
+        "a sample that runs alone inside a module with BatchNorm",
+        "BatchNorm calls are counted by forward and not by sample",
+        "test_ghost_boundaries.py"
+        " test_ghost_hazards.py",
+        "engines/ghost/layers.py", "return path if path and not counted else None", "return path or None",
+    ),
+]  # fmt: skip

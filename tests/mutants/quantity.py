@@ -1,0 +1,294 @@
+"""Bugs in what follows from three inner products: cosine, degenerate pairs, weights, reduction, chunks, selection."""
+
+from __future__ import annotations
+
+from mutants.bug import Bug
+
+SIMILARITY, COMPARISON, FUSED, LOSS = "similarity.py", "comparison.py", "fused.py", "loss.py"
+VALUE = "value = cross / weak.sqrt() / strong.sqrt()"
+TERMS = "return weight.masked_fill(degenerate, 0.0) * (1.0 - similarity)"
+
+BUGS = [
+    Bug(
+        "eps on the product of the norms",
+        "GC = <g_w, g_s> / (|g_w| |g_s|), at any scale of the loss",
+        "test_loss.py::test_the_degenerate_do_not_spread_through_extreme_scales",
+        SIMILARITY, VALUE, "value = cross / (weak * strong + 1e-8).sqrt()",
+    ),
+    Bug(
+        "one root of the product of the squared norms",
+        "the product of squared norms over- and underflows where the norms do not",
+        "test_loss.py::test_the_degenerate_do_not_spread_through_extreme_scales",
+        SIMILARITY, VALUE, "value = cross / (weak * strong).sqrt()",
+    ),
+    Bug(
+        "min_norm on the weak view only",
+        "a pair is degenerate where either norm is at most min_norm",
+        "test_loss.py::test_min_norm_is_a_floor_on_each_norm[loop]",
+        SIMILARITY, " | (products.strong.detach().sqrt() <= min_norm)", "",
+    ),
+    Bug(
+        "min_norm against the squared norm",
+        "min_norm is in units of the norm",
+        "test_loss.py::test_min_norm_is_a_floor_on_each_norm[loop]",
+        SIMILARITY, "(products.weak.detach().sqrt() <= min_norm)", "(products.weak.detach() <= min_norm)",
+    ),
+    Bug(
+        "degenerate pairs masked only after the division",
+        "no NaN in the gradient of a degenerate pair",
+        "test_loss.py::test_every_pair_degenerate_is_a_zero_with_a_graph[fused-loop]"
+        " test_loss.py::test_saturated_logits_never_give_nan[10000.0-fused-loop]",
+        SIMILARITY, "strong = torch.where(degenerate, one, products.strong)", "strong = products.strong",
+    ),
+    Bug(
+        "no clamp",
+        "-1 <= GC <= 1",
+        "test_properties.py::test_p6_bounds",
+        SIMILARITY, "return value + (value.clamp(-1.0, 1.0) - value).detach()", "return value",
+    ),
+    Bug(
+        "degenerate pairs keep their weight",
+        "a degenerate pair has weight 0",
+        "test_loss.py::test_a_target_equal_to_the_own_prediction_is_degenerate[fused-loop]",
+        COMPARISON, "weight.masked_fill(degenerate, 0.0) * (1.0", "weight * (1.0",
+    ),
+    Bug(
+        "masked pairs are not counted",
+        "the mean runs over all pairs of the call, weight 0 included",
+        "test_loss.py::test_reductions[mean-fused-loop]",
+        COMPARISON, "scale /= len(pairs)", "scale /= int((pairs.weight != 0).sum())",
+    ),
+    Bug(
+        "degenerate pairs are not counted",
+        "the mean runs over all pairs of the call, degenerate ones included",
+        "test_loss.py::test_a_target_equal_to_the_own_prediction_is_degenerate[fused-loop]",
+        COMPARISON, TERMS, TERMS + " * len(index) / max(1, int((~degenerate).sum()))",
+    ),
+    Bug(
+        "the sum is divided too",
+        "reduction='sum' does not divide",
+        "test_loss.py::test_reductions[sum-fused-loop]",
+        COMPARISON, 'if options.reduction == "mean":', 'if options.reduction != "none":',
+    ),
+    Bug(
+        "weights outside the sum",
+        "each term is multiplied by its own weight before the sum",
+        "test_loss.py::test_reductions[mean-fused-loop]",
+        COMPARISON, TERMS, "return weight.masked_fill(degenerate, 0.0).mean() * (1.0 - similarity)",
+    ),
+    Bug(
+        "soft weights count as 1",
+        "a weight is a factor and not a mask",
+        "test_loss.py::test_reductions[mean-fused-loop]",
+        COMPARISON, "pairs.weight[index].to(", "(pairs.weight[index] > 0).to(",
+    ),
+    Bug(
+        "max_pairs without rescaling",
+        "the expectation over subsets is the full sum",
+        "test_loss.py::test_max_pairs_is_unbiased[mlp-loop]",
+        COMPARISON, "scale = len(index) / options.max_pairs", "scale = 1.0",
+    ),
+    Bug(
+        "max_pairs rescales by the whole batch",
+        "the expectation over subsets is the full sum, masked pairs being no part of it",
+        "test_loss.py::test_max_pairs_is_unbiased[mlp-loop]",
+        COMPARISON, "scale = len(index) / options.max_pairs", "scale = len(pairs) / options.max_pairs",
+    ),
+    Bug(
+        "max_pairs takes the first ones",
+        "every subset is as likely as any other",
+        "test_loss.py::test_max_pairs_is_unbiased[mlp-loop]",
+        COMPARISON,
+        "order = torch.randperm(len(index), generator=options.generator, device=options.generator.device)",
+        "order = torch.arange(len(index))",
+    ),
+    Bug(
+        "terms in the rows of other pairs",
+        "reduction='none' returns each pair's own term",
+        "test_loss.py::test_reduction_none_has_a_graph_for_each_pair[loop]",
+        COMPARISON,
+        "total.index_add(0, index, terms)",
+        "total.index_add(0, torch.arange(start, start + len(terms)), terms)",
+    ),
+    Bug(
+        "the last incomplete chunk is dropped",
+        "the result does not depend on the chunk size",
+        "test_exactness.py::test_many_pairs_in_odd_chunks[loop]",
+        COMPARISON,
+        "while start < len(self.selection.index):",
+        "while start == 0 or start + size <= len(self.selection.index):",
+    ),
+    Bug(
+        "chunks averaged as if they were equally long",
+        "the result does not depend on the chunk size",
+        "test_loss.py::test_reductions[mean-fused-loop]",
+        COMPARISON, "buffer.add(terms.sum())", "buffer.add(terms.mean() * self._chunk_size(problem))",
+    ),
+    Bug(
+        "only the first chunk's value",
+        "value and gradient belong to the same sum",
+        "test_loss.py::test_reductions[mean-fused-loop]",
+        FUSED, "else self._value + loss.detach()", "else self._value",
+    ),
+    Bug(
+        "only the last chunk's gradient",
+        "value and gradient belong to the same sum",
+        "test_loss.py::test_reductions[mean-fused-loop]",
+        FUSED, "part.detach() if total is None else total.add_(part)", "part.detach()",
+    ),
+    Bug(
+        "a chunk that failed counts twice",
+        "an out-of-memory error in a derivative leaves the sum as it was",
+        "test_trust.py::test_out_of_memory_in_the_derivative_counts_nothing_twice",
+        FUSED,
+        "        if loss.requires_grad:  # else",
+        "        self._value = loss.detach() if self._value is None else self._value + loss.detach()\n"
+        "        if loss.requires_grad:  # else",
+        FUSED,
+        "        self._value = loss.detach() if self._value is None else self._value + loss.detach()\n"
+        "        for position",
+        "        for position",
+    ),
+    Bug(
+        "the fused backward ignores the upstream gradient",
+        "backward() scales the buffered gradient, by a weight or by a GradScaler",
+        "test_loss.py::test_backward_scales_with_the_cotangent[fused]",
+        FUSED, "upstream.to(part.dtype) * part", "part.clone()",
+    ),
+    Bug(
+        "the fused backward cuts a large upstream gradient",
+        "backward() scales the buffered gradient, by a weight or by a GradScaler",
+        "test_wrapper.py::test_grad_scaler",
+        FUSED, "upstream.to(part.dtype) * part", "upstream.to(part.dtype).clamp(max=100.0) * part",
+    ),
+    Bug(
+        "the fused backward scales its buffer in place",
+        "a second backward, or one of another sum, gives the same gradient",
+        "test_loss.py::test_gradients_accumulate_and_autograd_grad_works[fused]",
+        FUSED, "upstream.to(part.dtype) * part", "part.mul_(upstream.to(part.dtype))",
+    ),
+    Bug(
+        "a third derivative reads zero",
+        "the fused gradient is a constant, and says so when it is differentiated",
+        "test_loss.py::test_a_third_derivative_is_refused_or_right[fused]",
+        FUSED, "    @once_differentiable\n", "",
+    ),
+    Bug(
+        "parameters replaced by detached copies",
+        "fused=False: an ordinary graph down to the parameters",
+        "test_loss.py::test_reductions[mean-graph-loop]",
+        COMPARISON, "name: parameter.view_as(parameter) for", "name: parameter.detach().requires_grad_() for",
+    ),
+    Bug(
+        "frozen parameters are compared",
+        "E holds trainable parameters only",
+        "test_exactness.py::test_frozen_parameters_are_not_compared[vmap]",
+        "engines/vmap.py",
+        "gradients = per_sample(dict(problem.parameters), problem.target, *columns)",
+        "own = dict(problem.model.named_parameters())\n"
+        "        frozen = {n: p for n, p in own.items() if not p.requires_grad}\n"
+        "        gradients = per_sample({**problem.parameters, **frozen}, problem.target, *columns)",
+    ),
+    Bug(
+        "everything is compared, whatever the encoder",
+        "E is what the encoder names",
+        "test_exactness.py::test_what_is_compared_and_what_is_differentiated[loop]",
+        "selection.py", "        chosen = {name: parameter for name, parameter in trainable.items() if encoder(name)}",
+        "        chosen = trainable",
+    ),
+    Bug(
+        "L_g is differentiated for the encoder only",
+        "L_g is differentiated for every trainable parameter",
+        "test_exactness.py::test_what_is_compared_and_what_is_differentiated[loop]",
+        LOSS, "trainable=trainable_parameters(self.model)", "trainable=compared_parameters(self.model, self.encoder)",
+    ),
+    Bug(
+        "stop_gradient on the other view",
+        "stop_gradient='weak' makes the weak view's gradient a constant",
+        "test_loss.py::test_stop_gradient[mlp-weak-fused-loop]",
+        LOSS, "else (self.stop_gradient,)", 'else ({"weak": "strong", "strong": "weak"}.get(self.stop_gradient),)',
+    ),
+    Bug(
+        "stop_gradient ignored",
+        "stop_gradient='weak' makes the weak view's gradient a constant",
+        "test_loss.py::test_stop_gradient[mlp-weak-fused-loop]",
+        LOSS, "else (self.stop_gradient,)", "else (None,)",
+    ),
+    Bug(
+        "generator ignored",
+        "the caller's generator is the source of every draw of the call",
+        "test_loss.py::test_max_pairs_is_unbiased[mlp-loop]"
+        " test_loss.py::test_max_pairs_has_a_generator_of_its_own"
+        " test_ghost_hazards.py::test_dropout_on[dropout-auto]",
+        LOSS, "generator=generator or self._generator", "generator=self._generator",
+    ),
+    Bug(
+        "monitoring draws from training's generator",
+        "measure() does not change what training draws next",
+        "test_trust.py::test_monitoring_draws_nothing_from_training",
+        LOSS, "generator.set_state(self._generator.get_state())", "generator = self._generator",
+    ),
+    Bug(
+        "generator's state not restored",
+        "a resumed run draws the same subsets",
+        "test_loss.py::test_max_pairs_has_a_generator_of_its_own"
+        " test_wrapper.py::test_a_resumed_run_continues_bitwise",
+        LOSS, 'self._generator.set_state(state["generator"].cpu())', 'torch.Generator().set_state(state["generator"])',
+    ),
+    Bug(
+        "target not detached",
+        "the target is a constant",
+        "test_loss.py::test_a_target_with_a_graph_is_a_constant",
+        "validation.py", "if target.is_inference() else target.detach()", "if target.is_inference() else target",
+    ),
+    Bug(
+        "mappings paired by order",
+        "tensors of two views belong together by their key",
+        "test_exactness.py::test_views_are_paired_by_key_in_whatever_order_they_were_built[ghost-None]",
+        "validation.py", "strong = {key: strong[key] for key in weak}", "strong = dict(strong)",
+    ),
+    Bug(
+        "soft targets normalised by their largest entry",
+        "a probability is used as it is",
+        "test_exactness.py::test_the_defaults_are_exact_on_every_model[mlp_soft_target]",
+        "default_loss.py",
+        "target = target.to(logits.dtype)",
+        "target = target.to(logits.dtype) / target.amax(1, keepdim=True)",
+    ),
+    Bug(
+        "soft targets hardened",
+        "only a row that is one class exactly is treated as a class",
+        "test_exactness.py::test_the_defaults_are_exact_on_every_model[mlp_soft_target]"
+        " test_oracle.py",
+        "default_loss.py", "target.amax(1) == 1", "target.amax(1) > 0.5",
+    ),
+    Bug(
+        "a target of one's own is rounding noise",
+        "a target equal to the view's own prediction has gradient zero",
+        "test_loss.py::test_a_target_equal_to_the_own_prediction_is_degenerate[fused-loop]",
+        "default_loss.py",
+        "F.cross_entropy(torch.where(own, logits.detach(), logits), target",
+        "F.cross_entropy(logits, target",
+    ),
+    Bug(
+        "softmax minus one-hot",
+        "the direction of a confident sample's gradient keeps its digits in float32",
+        "test_trust.py::test_soft_targets_survive_a_masked_class_and_one_hot_rows_equal_indices"
+        " test_loss.py::test_saturated_logits_never_give_nan",
+        "default_loss.py",
+        "return F.softplus(others - logits.gather(1, target.unsqueeze(1)).squeeze(1))",
+        'return F.cross_entropy(logits, target, reduction="none")',
+    ),
+    Bug(
+        "loss in half precision",
+        "losses are computed in float32 at least",
+        "test_precision.py::test_cpu_autocast",
+        "default_loss.py", "    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))\n", "",
+    ),
+    Bug(
+        "degenerate cosines recorded as 0",
+        "the record has NaN where there is no cosine, so that means leave it out",
+        "test_loss.py::test_a_target_equal_to_the_own_prediction_is_degenerate[fused-loop]",
+        COMPARISON, "similarity.detach().masked_fill(degenerate, torch.nan)", "similarity.detach()",
+    ),
+]  # fmt: skip

@@ -1,0 +1,182 @@
+"""Bugs in schedules, the wrapper and FixMatch: the right term at the wrong step, or with the wrong weight."""
+
+from __future__ import annotations
+
+from mutants.bug import Bug
+
+WRAPPER, SCHEDULES, FIXMATCH = "wrapper.py", "schedules.py", "methods/fixmatch.py"
+RESUME = "test_wrapper.py::test_a_resumed_run_continues_bitwise test_wrapper.py"
+EVERY = "test_wrapper.py::test_every_kth_step_times_k"
+PSEUDO_CODE = "methods/test_fixmatch.py"
+
+BUGS = [
+    Bug(
+        "every k-th step without the factor k",
+        "the mean of the term over the steps does not depend on `every`",
+        EVERY,
+        WRAPPER, "return self.every * warmup_then_ramp(", "return warmup_then_ramp(",
+    ),
+    Bug(
+        "every k-th step counted from the first",
+        "the term is there from the warm-up's end on",
+        EVERY,
+        WRAPPER, "(self.step - self.warmup_steps) % self.every", "self.step % self.every",
+    ),
+    Bug(
+        "warm-up one step longer",
+        "lambda is 0 while t < warmup_steps",
+        "test_wrapper.py::test_the_last_warm_up_step_is_still_plain_and_the_next_is_not",
+        SCHEDULES, "if step < warmup_steps:", "if step <= warmup_steps:",
+    ),
+    Bug(
+        "ramp from 0",
+        "the first step after the warm-up has a share of the weight",
+        "test_wrapper.py::test_ramp",
+        SCHEDULES, "linear_ramp(step - warmup_steps + 1, ramp_steps)", "linear_ramp(step - warmup_steps, ramp_steps)",
+    ),
+    Bug(
+        "ramp over the warm-up too",
+        "the ramp begins at the warm-up's end",
+        "test_wrapper.py::test_ramp",
+        SCHEDULES, "linear_ramp(step - warmup_steps + 1, ramp_steps)", "linear_ramp(step + 1, ramp_steps)",
+    ),
+    Bug(
+        "full weight while it ramps",
+        "loss = base + lambda(t) * L_g",
+        "test_wrapper.py::test_ramp",
+        WRAPPER, "base.loss + weight * term", "base.loss + self.weight * term",
+    ),
+    Bug(
+        "the term in eval mode",
+        "in eval mode the method runs alone",
+        "test_wrapper.py::test_eval_mode_adds_nothing_and_counts_nothing",
+        WRAPPER, "if not self.training or (self.step", "if (self.step",
+    ),
+    Bug(
+        "steps counted in eval mode",
+        "only a step of training counts",
+        "test_wrapper.py::test_eval_mode_adds_nothing_and_counts_nothing",
+        WRAPPER,
+        "        if self.training:  # last, so that a step that failed is not counted\n            self.step += 1\n",
+        "        self.step += 1\n",
+    ),
+    Bug(
+        "a step that failed counts",
+        "a step counts when it is done",
+        "test_trust.py::test_the_wrapper_counts_no_step_that_failed_and_takes_no_other_model test_wrapper.py",
+        WRAPPER,
+        "        if self.training:  # last, so that a step that failed is not counted\n            self.step += 1\n",
+        "",
+        WRAPPER,
+        "        base = as_step_output(output)\n",
+        "        base = as_step_output(output)\n        self.step += self.training\n",
+    ),
+    Bug(
+        "the pair of the step before",
+        "the term compares this step's views",
+        "test_wrapper.py::test_loss_and_gradient_are_base_plus_weight_times_term"
+        " test_wrapper.py",
+        WRAPPER,
+        "        pair = self._pair(args, kwargs, output, base) if weight > 0 else None\n",
+        "        pair = self._pair(args, kwargs, output, base) if weight > 0 else None\n"
+        '        vars(self)["before"], pair = pair, vars(self).get("before", pair)\n',
+    ),
+    Bug(
+        "the method's mask ignored",
+        "gate='method' weights pairs as the method did",
+        "test_wrapper.py::test_loss_and_gradient_are_base_plus_weight_times_term",
+        WRAPPER, 'gate = pair.weight if self.gate == "method" else None', "gate = None",
+    ),
+    Bug(
+        "gate='all' ignored",
+        "gate='all' weights pairs 1",
+        "test_wrapper.py::test_gate_all_compares_every_pair",
+        WRAPPER, 'gate = pair.weight if self.gate == "method" else None', "gate = pair.weight",
+    ),
+    Bug(
+        "step counter not saved",
+        "a resumed run continues bitwise",
+        "test_wrapper.py::test_a_resumed_run_continues_bitwise",
+        WRAPPER, '{"step": self.step, "consistency"', '{"step": 0, "consistency"',
+    ),
+    Bug(
+        "the loss's generator not restored by the wrapper",
+        "a resumed run continues bitwise",
+        "test_wrapper.py::test_a_resumed_run_continues_bitwise",
+        WRAPPER, '        self.consistency.load_state_dict(state["consistency"])\n', "",
+    ),
+    Bug(
+        "the state of a method that is no module not restored",
+        "a resumed run continues bitwise",
+        "test_wrapper.py",
+        WRAPPER, 'self.method.load_state_dict(state["method"])', 'dict(state["method"])',
+    ),
+    Bug(
+        "another model than the method's",
+        "the term differentiates what the optimizer holds",
+        "test_wrapper.py test_trust.py",
+        WRAPPER,
+        "if not all(id(parameter) in own for parameter",
+        "if False and not all(id(parameter) in own for parameter",
+    ),
+    Bug(
+        "threshold excluded",
+        "mask = 1[max p >= threshold]",
+        "methods/test_fixmatch.py::test_the_mask_counts_the_threshold_itself",
+        FIXMATCH, "(confidence >= self.threshold)", "(confidence > self.threshold)",
+    ),
+    Bug(
+        "L_u over the confident images only",
+        "the mean runs over all unlabeled images, masked or not",
+        PSEUDO_CODE,
+        FIXMATCH, "(mask * F.cross_entropy(strong, target, reduction=\"none\")).mean()",
+        "(mask * F.cross_entropy(strong, target, reduction=\"none\")).sum() / mask.sum().clamp(min=1)",
+    ),
+    Bug(
+        "pseudo-labels from the strong view",
+        "p = softmax f(weak)",
+        PSEUDO_CODE,
+        FIXMATCH,
+        "confidence, target = weak.softmax(1).max(1)",
+        "confidence, target = strong.detach().softmax(1).max(1)",
+    ),
+    Bug(
+        "weak and strong logits exchanged",
+        "p = softmax f(weak)",
+        PSEUDO_CODE,
+        FIXMATCH, "labeled, weak, strong = _wide(self.model(torch.cat([batch.x, batch.weak, batch.strong])))",
+        "labeled, strong, weak = _wide(self.model(torch.cat([batch.x, batch.weak, batch.strong])))",
+    ),
+    Bug(
+        "the pair without its mask",
+        "the pair carries the confidence mask",
+        PSEUDO_CODE,
+        FIXMATCH, "ViewPair(batch.weak, batch.strong, target, mask)", "ViewPair(batch.weak, batch.strong, target)",
+    ),
+    Bug(
+        "views of the pair exchanged",
+        "the pair is (weak, strong)",
+        PSEUDO_CODE,
+        FIXMATCH,
+        "ViewPair(batch.weak, batch.strong, target, mask)",
+        "ViewPair(batch.strong, batch.weak, target, mask)",
+    ),
+    Bug(
+        "squared error averaged over classes",
+        "the squared error is summed over classes",
+        PSEUDO_CODE,
+        FIXMATCH, ".square().sum(1).mean()", ".square().mean(1).mean()",
+    ),
+    Bug(
+        "confidence in half precision",
+        "probabilities and losses are in float32 at least",
+        PSEUDO_CODE,
+        FIXMATCH, "return logits.to(torch.promote_types(logits.dtype, torch.float32))", "return logits",
+    ),
+    Bug(
+        "FixMatch's ramp starts anew after a resume",
+        "a resumed run continues bitwise",
+        PSEUDO_CODE,
+        FIXMATCH, 'self.step = int(state["step"])', "self.step = 0",
+    ),
+]  # fmt: skip
