@@ -15,8 +15,10 @@ errors draw a V: curvature on the left, rounding on the right. A direction's err
 Kinks: on models with ReLU, leaky ReLU or max-pooling the same directions are run as a control. A direction that keeps
 its margin (the two smallest steps agree to 1e-4) must agree; one that crosses a kink may not, and is counted.
 
-Last, gradcheck of L_g entry by entry (eps 1e-6, atol 1e-7, rtol 1e-5), with `fused` off, and on for some. The exit status is 1 if
-a smooth model exceeds 1e-6 in any direction, a kinked one where it keeps its margin, or a gradcheck fails.
+Last, gradcheck of L_g entry by entry (eps 1e-6, atol 1e-7, rtol 1e-5), with `fused` off, and on for some.
+
+The exit status is 1 if a smooth model exceeds 1e-6 in any direction, a kinked one where it keeps its margin, or a
+gradcheck fails.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ EXCLUDED = {
     **dict.fromkeys(("grouped_mm", "scaled_grouped_mm"), "half precision or float8 kernels of CUDA devices"),
     **dict.fromkeys(("scaled_mm", "scaled_addmm", "scaled_addmm_"), "half precision or float8 kernels of CUDA devices"),
     "multi_head_attention_forward": "called by its module",
-    **dict.fromkeys(("Optional", "assert_int_or_pair", "boolean_dispatch", "handle_torch_function"), "no function"),
+    **dict.fromkeys(("assert_int_or_pair", "boolean_dispatch", "handle_torch_function"), "no function"),
     **dict.fromkeys((name for name in vars(F) if name.startswith("has_torch_function")), "no function of tensors"),
 }
 
@@ -72,7 +72,11 @@ def all_rows() -> list[Row]:
 def names_of_torch() -> set[str]:
     """What torch.nn and torch.nn.functional offer, without what is excluded for a reason."""
     modules = (n for n, kind in vars(nn).items() if inspect.isclass(kind) and issubclass(kind, nn.Module))
-    functions = (n for n, f in vars(F).items() if callable(f) and not inspect.isclass(f) and not n.startswith("_"))
+    functions = (
+        name
+        for name, f in vars(F).items()
+        if callable(f) and not inspect.isclass(f) and not name.startswith("_") and f.__module__ != "typing"
+    )
     # A lazy module becomes its plain class in the first forward.
     wanted = {f"nn.{name}" for name in modules if name not in EXCLUDED and not name.startswith("Lazy")}
     return wanted | {f"F.{name}" for name in functions if name not in EXCLUDED}
