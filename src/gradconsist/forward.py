@@ -79,6 +79,8 @@ def _layer_norm(
     cudnn_enable: bool = True,
 ) -> Tensor:
     del cudnn_enable
+    if list(input.shape[-len(normalized_shape) :]) != list(normalized_shape):
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)  # torch tells what is wrong
     wide = input.to(torch.promote_types(input.dtype, torch.float32))
     y = standardized(wide, len(normalized_shape), eps).flatten(-len(normalized_shape))
     weight, bias = (None if given is None else given.flatten() for given in (weight, bias))

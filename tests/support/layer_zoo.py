@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -55,6 +56,14 @@ def _context(g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
 
 def _attention(name: str, **options: object) -> Case:
     return Case(f"attention_{name}", lambda: models.CrossAttention(**options), _context)
+
+
+def _then_in_place(norm: nn.Module) -> nn.Module:
+    return nn.Sequential(norm, nn.LeakyReLU(0.2, inplace=True))
+
+
+def _no_shift(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    return F.group_norm(x, norm.num_groups, norm.weight) * norm.bias.exp().mean()
 
 
 def _weight_norm_conv() -> nn.Module:
@@ -143,6 +152,11 @@ _TABLE = [
     Case("generated_kernels", models.Generated, normal(3, 4, 6)),
     Case("functional_weights", models.Functional, VECTOR),
     Case("in_place", models.InPlace, OBLONG),
+    Case("groupnorm_in_place", lambda: conv_stack(_then_in_place(nn.GroupNorm(2, 4, affine=False))), OBLONG),
+    Case("instancenorm_in_place", lambda: conv_stack(_then_in_place(nn.InstanceNorm2d(4))), OBLONG),
+    Case("groupnorm_weight", lambda: conv_stack(models.Apply(nn.GroupNorm(4, 4), _no_shift)), OBLONG),
+    after("layernorm_in_place", lambda: _then_in_place(nn.LayerNorm((3, 6), elementwise_affine=False)), 6, SEQUENCE),
+    after("layernorm_2d", lambda: nn.LayerNorm((3, 6)), 6, SEQUENCE),
     Case("idle", models.Idle, VECTOR),
     Case("basic_block", lambda: nn.Sequential(models.BasicBlock(3, 4, 2), Mean(), nn.Linear(4, 3)), normal(3, 4, 4)),
     Case("squeeze_excite", lambda: conv_stack(models.SqueezeExcite(4)), OBLONG),
