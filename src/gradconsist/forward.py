@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from gradconsist.batch import call
 from gradconsist.errors import LossContractError, UnsupportedModuleError
+from gradconsist.isolation import as_written
 from gradconsist.normalization import BatchNormCalls, Statistics, affine, scaled, standardized
 from gradconsist.replacement import call_with
 from gradconsist.types import Inputs, LossFunction
@@ -59,6 +60,11 @@ class _ComparisonMode(TorchFunctionMode):
             self._rules |= dict.fromkeys(_DROPOUTS, lambda input, *args, **kwargs: input)
             self._rules[F.multi_head_attention_forward] = _attention_without_dropout
             self._rules[F.scaled_dot_product_attention] = _scaled_attention_without_dropout
+        # The same functions as an exported model calls them.
+        for name in ("batch_norm", "instance_norm", "layer_norm", "_weight_norm", "dropout", "feature_dropout"):
+            rule, packet = self._rules.get(getattr(torch, name)), getattr(torch.ops.aten, name)
+            if rule is not None:
+                self._rules |= {packet: rule, packet.default: rule}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -189,6 +195,7 @@ def comparison_scope(model: nn.Module, *, dropout: bool) -> Iterator[None]:
     attributes = [(module, dict(vars(module))) for module in model.modules()]
     fastpath = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
+        stack.enter_context(as_written())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the fused forms cannot be differentiated twice
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(_native_recurrence())

@@ -18,9 +18,9 @@ _WRONG_UNDER_VMAP = {
 }
 
 
-def nodes(*tensors: Tensor) -> Iterator[Any]:
-    """Every node of the graph that ends in `tensors`, once."""
-    seen: set[Any] = set()
+def nodes(*tensors: Tensor, behind: Sequence[Tensor] = ()) -> Iterator[Any]:
+    """Every node of the graph that ends in `tensors`, once, as far as to those that made `behind`."""
+    seen: set[Any] = {tensor.grad_fn for tensor in behind}
     stack = [tensor.grad_fn for tensor in tensors]
     while stack:
         node = stack.pop()
@@ -64,7 +64,7 @@ def check_first_derivative(loss: Tensor, own: Mapping[str, Tensor]) -> None:
     if "CheckpointFunctionBackward" in names_of_nodes:
         raise UnsupportedModuleError(
             "the model uses reentrant checkpointing, which hides parameters from torch.autograd.grad: pass"
-            " use_reentrant=False to torch.utils.checkpoint.checkpoint, and `engine='loop'` or 'auto'."
+            " use_reentrant=False to torch.utils.checkpoint.checkpoint."
         )
 
 
@@ -102,7 +102,8 @@ def check_second_derivative(loss: Tensor, parameters: Sequence[Tensor], *, fused
     """
     expected = {id(parameter) for parameter in parameters}
     foreign: list[Tensor] = []
-    for node in nodes(loss):
+    # Parameters may have a history of their own, where functional_call put other tensors in their place.
+    for node in nodes(loss, behind=parameters):
         if node.name() in ("torch::autograd::Error", "Error", "DelayedError", "NotImplemented"):
             raise UnsupportedModuleError(
                 "the model contains a function without a second derivative (a custom autograd.Function marked"

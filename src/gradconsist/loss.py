@@ -13,6 +13,7 @@ from gradconsist.default_loss import cross_entropy
 from gradconsist.engines import ENGINES, Engine
 from gradconsist.errors import ConfigError, GradModeError, StateError
 from gradconsist.guards import check_model
+from gradconsist.isolation import one_comparison, uncompiled
 from gradconsist.normalization import BatchNormPolicy, Statistics
 from gradconsist.probes import Probed
 from gradconsist.selection import Encoder, compared_parameters, trainable_parameters
@@ -168,6 +169,7 @@ class GradientConsistencyLoss:
         """
         return self.evaluate(weak, strong, target, weight, generator=generator)
 
+    @uncompiled
     def evaluate(
         self,
         weak: Inputs,
@@ -192,7 +194,7 @@ class GradientConsistencyLoss:
             As `__call__`.
 
         Raises:
-            GradModeError: no graph can be built here.
+            GradModeError: no graph can be built here: under ``no_grad``, inside a transform or another comparison.
         """
         if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             mode = "inference_mode" if torch.is_inference_mode_enabled() else "no_grad"
@@ -200,10 +202,12 @@ class GradientConsistencyLoss:
                 f"GradientConsistencyLoss was called under {mode}, where no graph can be built: call it outside, or use"
                 " `measure(...)`, which needs none."
             )
-        pairs = self._check(weak, strong, target, weight, fused=self.fused)
-        loss, self.last = compare(self._comparison(generator, statistics, measure=False), pairs)
+        with one_comparison():
+            pairs = self._check(weak, strong, target, weight, fused=self.fused)
+            loss, self.last = compare(self._comparison(generator, statistics, measure=False), pairs)
         return loss
 
+    @uncompiled
     def measure(
         self,
         weak: Inputs,
@@ -226,8 +230,11 @@ class GradientConsistencyLoss:
 
         Returns:
             The record, which is also kept in `last`.
+
+        Raises:
+            GradModeError: inside a transform or another comparison.
         """
-        with torch.inference_mode(False), torch.no_grad():
+        with one_comparison(), torch.inference_mode(False), torch.no_grad():
             pairs = self._check(weak, strong, target, weight, fused=False)
             if generator is None:  # monitoring must not change what training draws next
                 generator = torch.Generator()

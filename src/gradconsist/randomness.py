@@ -47,7 +47,8 @@ def preserved_randomness(device: torch.device, seed: int | None) -> Iterator[Non
         if seed is None and not _same(before, _state(device)):
             raise UnsupportedModuleError(
                 "the model drew random numbers though `dropout='off'` switched its dropout off: put the random part in"
-                " eval mode, or use `dropout='on'`, which compares with an independent draw per view."
+                " eval mode, or use `dropout='on'`, which compares with an independent draw per view. If another thread"
+                " drew them meanwhile, let it wait."
             )
     finally:
         torch.set_rng_state(before[0])

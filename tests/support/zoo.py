@@ -337,7 +337,7 @@ _TABLE = [
     Case("spectral_norm_eval", _spectral_norm, VECTOR, training=False, randomize=False),
     Case("gru", lambda: models.Recurrent(nn.GRU), normal(3, 4), vmap="refused"),
     Case("lstm", lambda: models.Recurrent(nn.LSTM), normal(3, 4), vmap="refused"),
-    Case("checkpointed", models.Checkpointed, VECTOR, vmap="refused", ghost="refused"),
+    Case("checkpointed", models.Checkpointed, VECTOR),
     Case("data_dependent", models.DataDependent, VECTOR, vmap="refused", ghost="refused"),
 ]
 

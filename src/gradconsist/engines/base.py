@@ -116,6 +116,10 @@ _LIMITS = (
     ("Double backward", "an operation without a second derivative: replace it, or leave its parameters out"),
     ("Batching rule not implemented", "`engine='loop'`"),
     ("Either your tensor may have escaped", "checkpointing inside the model, which vmap cannot run: `engine='loop'`"),
+    ("torch.utils.checkpoint: ", "a checkpointed part that computes something else the second time: call it without"
+     " checkpointing, or with use_reentrant=False by torch.utils.checkpoint.checkpoint"),
+    ("Inference tensors cannot be saved", "a tensor that the model keeps was made under torch.inference_mode(): make it"
+     " outside, or register a clone of it as a buffer"),
 )  # fmt: skip
 
 

@@ -93,8 +93,8 @@ def _gradients(problem: Problem, inputs: Inputs, graph: bool) -> list[Tensor]:
     )
     # Under no_grad the inner `grad` still works and its result has no graph to the outside: a constant view.
     with torch.set_grad_enabled(graph):
-        gradients = per_sample(dict(problem.parameters), problem.target, *columns)
-    return list(gradients.values())
+        gradients = list(per_sample(dict(problem.parameters), problem.target, *columns).values())
+    return gradients
 
 
 def _rebuild(template: Inputs, values: list[Tensor]) -> Inputs:
