@@ -67,6 +67,12 @@ def places(name: str, inputs: Any) -> list[tuple[str, Any]]:
     return [(name, inputs)]
 
 
+def is_wrapper(tensor: Tensor) -> bool:
+    """Whether a subclass of Tensor decides what operations do with it: distributed, masked, fake or packed numbers."""
+    own: Any = type(tensor.data).__torch_dispatch__
+    return own is not Tensor.__torch_dispatch__
+
+
 def check_inputs(name: str, inputs: Any) -> Inputs:
     """Normalises a view and says what is wrong with it.
 
@@ -108,6 +114,8 @@ def _check_leaf(place: str, leaf: Any) -> None:
         kind = "nested" if leaf.is_nested else "quantized" if leaf.is_quantized else str(leaf.layout)
         kind = "complex" if leaf.is_complex() else kind
         raise InputTypeError(f"`{place}` is a {kind} tensor: pass an ordinary dense, real tensor.")
+    if is_wrapper(leaf):
+        raise InputTypeError(f"`{place}` is a {type(leaf).__name__}: pass an ordinary dense tensor.")
     if leaf.dim() == 0:
         raise InputShapeError(f"`{place}` has no dimensions: the first one must be the batch.")
     if leaf.shape[0] == 0:

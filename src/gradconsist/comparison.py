@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -139,8 +140,8 @@ def _select(options: Comparison, pairs: Pairs) -> _Selection:
 
 
 def _wide(options: Comparison) -> torch.dtype:
-    """The dtype of products and loss: the compared parameters' own, float32 at least."""
-    return torch.promote_types(next(iter(options.compared.values())).dtype, torch.float32)
+    """The dtype of products and loss: the compared parameters' widest, float32 at least."""
+    return reduce(torch.promote_types, (parameter.dtype for parameter in options.compared.values()), torch.float32)
 
 
 class _Run:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Collection
+from typing import Any
+
 import torch
 from torch import nn
 
+from gradconsist.batch import is_wrapper
 from gradconsist.errors import ConfigError, DeviceError, UnsupportedModuleError
 
 # By the class's qualified name: most of these live in modules that are slow or impossible to import everywhere.
@@ -49,14 +54,45 @@ def check_model(model: object) -> None:
                 f"{where} was compiled in place (`.compile()`), and a compiled module cannot be differentiated twice:"
                 " use one that is not compiled, which may share its parameters."
             )
-        if hasattr(module, "_fsdp_state") or type(module).__name__.startswith("FSDP"):
+        composed = _composed(module)
+        if "replicate" in composed:
             raise UnsupportedModuleError(
-                f"{where} is sharded by FSDP, which does not support double backward: use DistributedDataParallel."
+                f"{where} was replicated in place (`replicate`), which counts every forward of the model as a step:"
+                " leave the model as it is and wrap the step instead: DDP(GGCRWrapper(method, loss))."
+            )
+        sharded = any(getattr(p, "_fsdp_flattened", False) for p in module._parameters.values())
+        if sharded or "fully_shard" in composed or type(module).__name__.startswith("FSDP"):
+            raise UnsupportedModuleError(
+                f"{where} is sharded by FSDP, which does not support double backward: use DistributedDataParallel over"
+                " the wrapper."
             )
         _check_module(where, module)
 
 
+def _composed(module: nn.Module) -> Collection[str]:
+    """Names of the functions of torch.distributed that changed `module` in place."""
+    contract: Any = sys.modules.get("torch.distributed._composable.contract")
+    return (contract._get_registry(module) or ()) if hasattr(contract, "_get_registry") else ()
+
+
+def _check_parameter(where: str, name: str, parameter: nn.Parameter) -> None:
+    kind = type(parameter.data)
+    if kind.__name__ == "DTensor" or (parameter.requires_grad and is_wrapper(parameter)):
+        raise UnsupportedModuleError(
+            f"{where} has the parameter {name!r} of the kind {kind.__name__}, which is no ordinary dense tensor: use a"
+            " model with plain parameters (for several processes: DistributedDataParallel over the wrapper)."
+        )
+    if parameter.requires_grad and parameter.is_inference():
+        raise UnsupportedModuleError(
+            f"{where} has the parameter {name!r} made under torch.inference_mode(), which cannot be differentiated:"
+            " build or copy the model outside of it, or freeze the parameter."
+        )
+
+
 def _check_module(where: str, module: nn.Module) -> None:
+    for name, parameter in module._parameters.items():
+        if parameter is not None and not torch.nn.parameter.is_lazy(parameter):
+            _check_parameter(where, name, parameter)
     if any(p is not None and torch.nn.parameter.is_lazy(p) for p in module._parameters.values()):
         raise UnsupportedModuleError(f"{where} has uninitialized (lazy) parameters: run one forward first.")
     if isinstance(module, nn.EmbeddingBag):

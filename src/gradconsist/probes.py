@@ -91,15 +91,21 @@ def _try_forward(forward: PerSampleForward, pairs: Pairs, probed: Probed) -> boo
             return False
         both = torch.tensor([0, other], device=target.device)
         together = _numbers(quiet, take(everything, both), target[both])
-    half = forward.autocast is not None or alone[0].dtype in (torch.float16, torch.bfloat16)
-    tolerance = 5e-2 if half else 1e-8 if alone[0].dtype == torch.float64 else 1e-3
-    if _differ(alone, [part[:1] for part in together], tolerance):
+    if _differ(alone, [part[:1] for part in together], _rounding(forward, alone)):
         raise UnsupportedModuleError(
             "a sample's output or loss changes with the other samples of the batch, beyond BatchNorm: a layer or"
             " `loss_fn` normalises, mixes, sorts or routes over the batch. A per-sample gradient is not defined there:"
             " put that layer in eval mode, or replace it."
         )
     return bool(torch.isfinite(torch.cat([alone[-1], together[-1]])).all())  # the losses; NaN compares with nothing
+
+
+def _rounding(forward: PerSampleForward, numbers: list[Tensor]) -> float:
+    """What a batched computation may differ by from that of one sample, by the coarsest dtype on the way."""
+    dtypes = {tensor.dtype for tensor in (*forward.model.parameters(), *numbers)}
+    if forward.autocast is not None or dtypes & {torch.float16, torch.bfloat16}:
+        return 5e-2
+    return 1e-3 if torch.float32 in dtypes else 1e-8
 
 
 def _numbers(forward: PerSampleForward, inputs: Inputs, target: Tensor) -> list[Tensor]:

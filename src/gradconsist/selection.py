@@ -49,11 +49,12 @@ def compared_parameters(model: nn.Module, encoder: Encoder) -> dict[str, Paramet
         Parameters by name, in the model's order. Frozen parameters are left out: they have no gradient to compare.
 
     Raises:
-        ParameterSelectionError: nothing is selected, a module is not part of the model, or all selected are frozen.
+        ParameterSelectionError: nothing is selected, a module is not part of the model, all selected are frozen, or one
+            of them is complex.
     """
     trainable = trainable_parameters(model)
     if encoder is None:
-        return trainable
+        encoder = _everything
     if isinstance(encoder, nn.Module):
         encoder = [encoder]
     if isinstance(encoder, Sequence):
@@ -68,6 +69,12 @@ def compared_parameters(model: nn.Module, encoder: Encoder) -> dict[str, Paramet
             f"`encoder` is a {type(encoder).__name__}: pass a module, a sequence of modules, a predicate on parameter"
             " names such as `lambda name: name.startswith('encoder.')`, or None."
         )
+    for name, parameter in chosen.items():
+        if parameter.is_complex():
+            raise ParameterSelectionError(
+                f"the compared parameter {name!r} is {parameter.dtype}, and the cosine of complex gradients is not"
+                " defined here: leave it out by `encoder`, or keep its real and imaginary parts as the parameter."
+            )
     if not chosen:
         names = ", ".join(list(trainable)[:5])
         raise ParameterSelectionError(
@@ -75,6 +82,11 @@ def compared_parameters(model: nn.Module, encoder: Encoder) -> dict[str, Paramet
             " unfreeze the encoder."
         )
     return chosen
+
+
+def _everything(name: str) -> bool:
+    del name
+    return True
 
 
 def _parameters_of(model: nn.Module, modules: Sequence[nn.Module]) -> set[int]:
