@@ -64,7 +64,7 @@ def known_options() -> set[str]:
 
 
 # Options of other programs that the documents name.
-FOREIGN = {"--editable", "--strict", "--upgrade"}
+FOREIGN = {"--editable", "--nproc-per-node", "--standalone", "--strict", "--upgrade"}
 
 
 @pytest.mark.parametrize("page", documents(), ids=name)
