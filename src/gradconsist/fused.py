@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from gradconsist.errors import GradModeError
 
 
 class GradientBuffer:
@@ -54,8 +55,6 @@ class GradientBuffer:
 
 def with_gradient(value: Tensor | None, gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
     """`value` (None is 0) as a scalar whose derivative for `parameters` is `gradients` (None is none)."""
-    if value is None:
-        value = torch.zeros([], dtype=parameters[0].dtype, device=parameters[0].device)
     result: Tensor = _GradientInForward.apply(value, list(gradients), *parameters)
     return result
 
@@ -64,13 +63,35 @@ class _GradientInForward(torch.autograd.Function):
     """Identity on the value; its derivative for the parameters is the buffer, known beforehand."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: list[Tensor | None], *parameters: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return value.clone()
+    def forward(ctx: Any, value: Tensor | None, gradients: list[Tensor | None], *parameters: Tensor) -> Tensor:
+        # Not saved for the backward, which would forbid an optimizer step before it: the values are not used.
+        ctx.gradients, ctx.parameters, ctx.nothing = gradients, parameters, value is None
+        return parameters[0].new_zeros([]) if value is None else value.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        # The buffer is a constant: a derivative of it (a third one of the model) must raise, not read as zero.
-        parts = (None if part is None else upstream.to(part.dtype) * part for part in ctx.gradients)
-        return (None, None, *parts)
+        return (None, None, *_Scaled.apply(upstream, ctx.gradients, ctx.nothing, *ctx.parameters))
+
+
+class _Scaled(torch.autograd.Function):
+    """The buffer times the upstream gradient; a constant in the parameters, which says so when it is differentiated.
+
+    `once_differentiable` would do so only where the upstream gradient has a graph. Beside another term of the same
+    loss, whose gradient has one, the missing part would read as zero. Where `nothing` was compared it is zero.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, upstream: Tensor, gradients: list[Tensor | None], nothing: bool, *parameters: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        ctx.nothing = nothing
+        return tuple(None if part is None else upstream.to(part.dtype) * part for part in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.nothing:
+            return (None, None, None, *(None for _ in cotangents))
+        raise GradModeError(
+            "the gradient of L_g was differentiated once more, and `fused=True` has formed it as a constant: pass"
+            " `fused=False` to GradientConsistencyLoss, which keeps the graph."
+        )

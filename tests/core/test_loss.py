@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 
 import pytest
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradconsist import GradientConsistencyLoss
-from gradconsist.errors import ConfigError
+from gradconsist.errors import ConfigError, GradModeError
 from support import compare
 from support.zoo import CASES, Problem
 
@@ -82,6 +83,22 @@ def test_gradients_accumulate_and_autograd_grad_works(fused: bool) -> None:
 
 
 @FUSED
+def test_a_second_backward_of_one_loss_gives_the_same_gradient(fused: bool) -> None:
+    """Neither a retained graph nor the gradient that was handed out shares memory with what the loss keeps."""
+    p = problem()
+    reference = p.judge().verdict().flat
+    loss = 0.25 * GradientConsistencyLoss(p.model, fused=fused)(*p.views)
+    loss.backward(retain_graph=True)
+    for parameter in p.model.parameters():
+        parameter.grad.mul_(3.0)
+    loss.backward(retain_graph=True)
+    total = torch.cat([q.grad.reshape(-1) for q in p.model.parameters()])
+    assert compare.relative(total, (3 + 1) * 0.25 * reference) <= 1e-8
+    p.model.zero_grad(set_to_none=True)
+    assert compare.relative(compare.gradient_of(loss, p.model), 0.25 * reference) <= 1e-8
+
+
+@FUSED
 def test_two_calls_before_one_backward_in_any_order(fused: bool) -> None:
     """Two losses on one model; buffers of one call are not those of the other."""
     p, other = problem(), problem(seed=3)
@@ -124,6 +141,33 @@ def test_a_third_derivative_is_refused_or_right(fused: bool) -> None:
         return
     assert not fused
     assert float(torch.cat([g.reshape(-1) for g in second]).norm()) > 0
+
+
+def test_a_third_derivative_beside_another_term_is_refused() -> None:
+    """A penalty on the gradient of a whole loss: the fused part is a constant there, and must not read as zero."""
+    p = problem()
+    parameters = list(p.model.parameters())
+    total = F.cross_entropy(p.model(p.weak), p.target) + GradientConsistencyLoss(p.model)(*p.views)
+    for factor in (1.0, torch.ones([], dtype=torch.float64, requires_grad=True)):
+        gradient = torch.autograd.grad(factor * total, parameters, create_graph=True)
+        penalty = sum(part.square().sum() for part in gradient)
+        for wanted in (parameters, parameters[-1:]):
+            with pytest.raises(GradModeError, match="pass `fused=False`"):
+                torch.autograd.grad(penalty, wanted, retain_graph=True)
+
+
+@FUSED
+def test_a_term_without_pairs_has_every_derivative(fused: bool) -> None:
+    """It is a zero, and so are its derivatives: a penalty on the gradient of the whole loss goes on."""
+    p = problem()
+    parameters = list(p.model.parameters())
+    found = []
+    for term in (0.0, GradientConsistencyLoss(p.model, fused=fused)(*p.views, torch.zeros(5))):
+        total = F.cross_entropy(p.model(p.weak), p.target) + term
+        gradient = torch.autograd.grad(total, parameters, create_graph=True)
+        penalty = sum(part.square().sum() for part in gradient)
+        found.append(torch.cat([part.flatten() for part in torch.autograd.grad(penalty, parameters)]))
+    assert torch.equal(*found)
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
@@ -309,6 +353,35 @@ def test_a_target_equal_to_the_own_prediction_is_degenerate(fused: bool, engine:
         assert abs(float(loss.detach()) - float(verdict.loss)) <= 1e-10
         assert compare.relative(compare.gradient_of(loss, p.model), verdict.flat) <= 1e-8
         assert gc.last.summary()["degenerate"] == 1
+
+
+@ENGINES
+def test_a_target_equal_to_the_own_prediction_is_degenerate_in_float32(engine: str) -> None:
+    """There the difference of two roundings, 6e-8, is above min_norm: its direction is noise all the same."""
+    p = CASES["mlp_soft_target"].problem(dtype=torch.float32)
+    with torch.no_grad():
+        p.target[1] = torch.softmax(p.model(p.weak), 1)[1]
+    gc = GradientConsistencyLoss(p.model, engine=engine)
+    gc(*p.views)
+    assert gc.last.degenerate.tolist() == [False, True, False, False, False]
+    assert gc.last.norm_weak[1] == 0
+
+
+@ENGINES
+@pytest.mark.parametrize("margin", [5.0, 9.0, 13.0])
+def test_a_confident_gradient_keeps_its_direction_in_float32(margin: float, engine: str) -> None:
+    """The residual of a confident sample is 1e-2 to 1e-6; taken from 1 it would have the digits of 6e-8."""
+    p = CASES["mlp"].problem(dtype=torch.float32)
+    with torch.no_grad():
+        p.model[4].bias.copy_(torch.tensor([margin, 0.0, 0.0]))
+        p.target.zero_()
+    verdict = p.judge().verdict()
+    gc = GradientConsistencyLoss(p.model, engine=engine)
+    gc(*p.views)
+    assert not gc.last.degenerate.any()
+    assert float(verdict.norm_weak.max()) < 50 * math.exp(-margin)
+    assert compare.cosine_error(gc.last.cosine, verdict.cosine) <= 2e-5
+    assert compare.relative(gc.last.norm_weak / verdict.norm_weak, torch.ones(5)) <= 2e-4
 
 
 @ENGINES
