@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gradconsist import GradientConsistencyLoss
+from gradconsist.default_loss import cross_entropy
 from gradconsist.errors import UnsupportedModuleError
 from support import compare
 from support.zoo import CASES
@@ -106,3 +107,17 @@ def test_the_sums_are_kept_in_float32() -> None:
     residual = (p - torch.nn.functional.one_hot(torch.tensor([0, 1]), 3)).norm(dim=1)
     torch.testing.assert_close(record.norm_weak.double(), residual * 4000**0.5, rtol=1e-2, atol=0.0)
     torch.testing.assert_close(record.cosine.double(), torch.ones(2).double(), rtol=0.0, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_default_loss_of_half_logits_is_that_of_their_values(dtype: torch.dtype) -> None:
+    """In bfloat16 a loss of 8.03 would be 8: rounded logits are the model's affair, a rounded loss would be ours."""
+    logits = (5 * torch.randn(6, 4)).to(dtype).requires_grad_()
+    indices = torch.tensor([0, 1, 2, 3, 0, 1])
+    for target in (indices, torch.softmax(torch.randn(6, 4), 1)):
+        loss = cross_entropy(logits, target)
+        assert loss.dtype == torch.float32
+        expected = torch.nn.functional.cross_entropy(
+            logits.double(), target.double() if target.dim() == 2 else target, reduction="none"
+        )
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)

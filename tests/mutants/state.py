@@ -31,7 +31,7 @@ BUGS = [
     Bug(
         "training modes and attributes not restored",
         "modes and attributes of modules stay as they were",
-        "test_state.py::test_a_successful_call_leaves_no_trace[vit_dropout-fused-loop]",
+        "test_state.py::test_a_successful_call_leaves_no_trace[vit_dropout-loop-fused]",
         FORWARD,
         "                vars(module).clear()\n                vars(module).update(before)\n",
         "                pass\n",
@@ -45,13 +45,13 @@ BUGS = [
     Bug(
         "attention's fast path left off",
         "torch's flags stay as they were",
-        "test_state.py::test_a_successful_call_leaves_no_trace[vit_dropout-fused-loop]",
+        "test_state.py::test_a_successful_call_leaves_no_trace[vit_dropout-loop-fused]",
         FORWARD, "            torch.backends.mha.set_fastpath_enabled(fastpath)\n", "            pass\n",
     ),
     Bug(
         "mkldnn left off",
         "torch's flags stay as they were",
-        "test_state.py::test_a_successful_call_leaves_no_trace[lstm-fused-loop]",
+        "test_state.py::test_a_successful_call_leaves_no_trace[lstm-loop-fused]",
         FORWARD, "        torch._C._set_mkldnn_enabled(mkldnn)\n", "",
     ),
     Bug(
