@@ -535,7 +535,7 @@ def test_bad_calls(row: Bad) -> None:
 
 
 @pytest.mark.filterwarnings(
-    "ignore:.*torch.jit.*:DeprecationWarning", "ignore::FutureWarning", "ignore:None of the inputs have requires_grad"
+    "ignore:.*torch.jit.*", "ignore::FutureWarning", "ignore:None of the inputs have requires_grad"
 )
 @_rows(Refused)
 def test_refusals(row: Refused) -> None:

@@ -20,7 +20,7 @@ DOUBLE = torch.float64
 ENGINES = pytest.mark.parametrize("engine", ["auto", "loop", "vmap", "ghost"])
 FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "graph"])
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore:There is a performance drop")
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*", "ignore:There is a performance drop")
 
 
 def views(pairs: int = 4) -> tuple[Tensor, Tensor, Tensor]:

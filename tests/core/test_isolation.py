@@ -26,7 +26,7 @@ ENGINES = pytest.mark.parametrize("engine", ["auto", "loop", "vmap", "ghost"])
 FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "graph"])
 
 pytestmark = [  # of torch.compile itself
-    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
 ]
 
