@@ -308,12 +308,11 @@ def _attend(net: Any, x: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).flatten(1)
 
 
-@FUSED
 @ENGINES
 @pytest.mark.parametrize("allowed", [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION], ids=["flash", "eff"])
-def test_attention_where_only_a_fused_kernel_is_allowed(allowed: Any, engine: str, fused: bool) -> None:
+def test_attention_where_only_a_fused_kernel_is_allowed(allowed: Any, engine: str) -> None:
     with sdpa_kernel(allowed):
-        assert_exact(net(_attend), engine, fused=fused)
+        assert_exact(net(_attend), engine, fused=engine != "loop")
         flags = (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled())
     assert flags == (allowed == SDPBackend.FLASH_ATTENTION, False)
 
@@ -382,10 +381,9 @@ def _hooked(y: Tensor) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
-@FUSED
 @ENGINES
 @pytest.mark.parametrize("name", HOOKS)
-def test_user_hooks(name: str, engine: str, fused: bool) -> None:
+def test_user_hooks(name: str, engine: str) -> None:
     """What changes a gradient on its way does so in the per-sample gradient, and in its derivative."""
     model = net()
     HOOKS[name](model)
@@ -393,7 +391,7 @@ def test_user_hooks(name: str, engine: str, fused: bool) -> None:
     if backward and engine in ("vmap", "ghost"):
         assert_refused(lambda: model, engine, "engine='loop'")
     else:
-        assert_exact(model, engine, fused=fused)
+        assert_exact(model, engine, fused=engine == "auto")
 
 
 @ENGINES

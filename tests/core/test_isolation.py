@@ -172,10 +172,9 @@ def test_random_numbers_of_another_thread_are_an_error_and_not_a_result() -> Non
 # -- calls inside calls, and inside transforms -------------------------------------------------------------------------
 
 
-@FUSED
 @ENGINES
 @pytest.mark.parametrize("what", ["loss", "measure", "another model"])
-def test_a_loss_inside_a_comparison_is_refused(what: str, engine: str, fused: bool) -> None:
+def test_a_loss_inside_a_comparison_is_refused(what: str, engine: str) -> None:
     model = net()
     inner = GradientConsistencyLoss(net(seed=1) if what == "another model" else model, engine=engine)
 
@@ -183,7 +182,7 @@ def test_a_loss_inside_a_comparison_is_refused(what: str, engine: str, fused: bo
         extra = inner.measure(*views()).cosine.sum() if what == "measure" else inner(*views())
         return F.cross_entropy(z, t, reduction="none") + extra
 
-    gc = GradientConsistencyLoss(model, engine=engine, fused=fused, loss_fn=loss_fn)
+    gc = GradientConsistencyLoss(model, engine=engine, loss_fn=loss_fn)
     before = {**state.of_process(), **state.of_model(model)}
     for call in (gc, gc.measure):
         with pytest.raises(GradModeError, match=r"inside a comparison.*add the two losses|no_grad"):
@@ -343,8 +342,9 @@ MIDDLES: dict[str, tuple[Callable[..., Tensor], Callable[[], nn.Module]]] = {
 }
 
 
-@FUSED
-@ENGINES
+@pytest.mark.parametrize(
+    ("engine", "fused"), [("auto", True), ("loop", True), ("loop", False), ("vmap", False), ("ghost", False)]
+)
 @pytest.mark.parametrize("name", MIDDLES)
 def test_a_checkpointed_part_follows_the_rules_of_the_comparison(name: str, engine: str, fused: bool) -> None:
     """Computed again in the backward it would not: statistics, masks and formulas are of the forward."""
