@@ -112,12 +112,24 @@ def run(row: Row) -> dict[str, Cell]:
     return cells | dict.fromkeys((*TORCH[2:], *LIBRARY), Cell("-"))
 
 
-def table(rows: list[dict[str, Any]]) -> Iterator[str]:
+def table(results: dict[str, dict[str, Cell]]) -> Iterator[str]:
     columns = (*TORCH, *LIBRARY)
     yield "| layer | " + " | ".join(columns) + " |"
     yield "| --- |" + " --- |" * len(columns)
-    for row in rows:
-        yield f"| {row['name']} | " + " | ".join(str(Cell(**row["cells"][column])) for column in columns) + " |"
+    for name, cells in results.items():
+        if any(cell.verdict not in ("right", "-") for cell in cells.values()):
+            yield f"| {name} | " + " | ".join(str(cells[column]) for column in columns) + " |"
+
+
+def record(name: str, cells: dict[str, Cell]) -> dict[str, Any]:
+    """A row of the file: the cells that are not right, and the largest error in float64 of those that are."""
+    rest = {
+        column: {key: value for key, value in asdict(cell).items() if value is not None}
+        for column, cell in cells.items()
+        if cell.verdict != "right"
+    }
+    errors = [cell.error or 0.0 for c, cell in cells.items() if cell.verdict == "right" and "float32" not in c]
+    return {"name": name, "error": max(errors, default=0.0), "not_right": rest}
 
 
 def main() -> int:
@@ -130,23 +142,19 @@ def main() -> int:
     warnings.simplefilter("ignore")  # of torch: missing batching rules, scripting
     start = time.perf_counter()
     chosen = [row for row in all_rows() if any(part.lower() in row.name.lower() for part in options.only)]
-    results, seen = [], set()
+    results: dict[str, dict[str, Cell]] = {}
+    seen: set[str] = set()
     for row in chosen:
-        cells = run(row)
+        cells = results[row.name] = run(row)
         seen |= covered(row)
-        results.append({"name": row.name, "cells": {key: asdict(cell) for key, cell in cells.items()}})
         if options.verbose:
             print(f"{row.name}: " + ", ".join(f"{key} {cell}" for key, cell in cells.items()), flush=True)
             for key, cell in cells.items():
                 if cell.message:
                     print(f"    {key}: {cell.message}")
-    print(
-        "\n".join(
-            table([row for row in results if any(c["verdict"] not in ("right", "-") for c in row["cells"].values())])
-        )
-    )
+    print("\n".join(table(results)))
     wrong = {
-        kind: [row["name"] for row in results if any(row["cells"][c]["verdict"] == "wrong" for c in columns)]
+        kind: [name for name, cells in results.items() if any(cells[c].verdict == "wrong" for c in columns)]
         for kind, columns in (("torch", TORCH), ("library", LIBRARY))
     }
     missing = sorted(names_of_torch() - seen) if options.only == [""] else []
@@ -159,10 +167,9 @@ def main() -> int:
     for name in missing:
         print(f"NO ROW RUNS: {name}")
     if options.output is not None:
-        tolerance = {"tolerance": TOLERANCE, "steps": STEPS}
-        write_result(
-            options.output, {**tolerance, "wrong": wrong, "uncovered": missing, "excluded": EXCLUDED, "rows": results}
-        )
+        rows = [record(name, cells) for name, cells in results.items()]
+        facts = {"tolerance": TOLERANCE, "steps": STEPS, "wrong": wrong, "uncovered": missing, "excluded": EXCLUDED}
+        write_result(options.output, {**facts, "rows": rows})
     return 1 if wrong["library"] or missing else 0
 
 
