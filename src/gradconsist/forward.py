@@ -6,7 +6,7 @@
 - dropout and other random layers are off, unless asked for;
 - buffers are handed to the model as copies, so that none of the user's can change;
 - operators whose second derivative is missing or wrong in torch are computed by another formula: fused attention,
-  mkldnn and cuDNN recurrent layers, `weight_norm`, and under vmap LayerNorm and InstanceNorm.
+  mkldnn and cuDNN recurrent layers, `weight_norm`, `hardsigmoid`, and under vmap LayerNorm and InstanceNorm.
 
 Modes, flags and attributes are restored on the way out, whatever happens inside.
 """
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from gradconsist.batch import call
+from gradconsist.batch import call, leaves
 from gradconsist.errors import LossContractError, UnsupportedModuleError
 from gradconsist.isolation import as_written
 from gradconsist.normalization import BatchNormCalls, Statistics, affine, scaled, standardized
@@ -53,6 +53,7 @@ class _ComparisonMode(TorchFunctionMode):
             F.layer_norm: _layer_norm,
             torch.layer_norm: _layer_norm,
             torch._weight_norm: _weight_norm,
+            F.hardsigmoid: _hardsigmoid,
             F.embedding: _embedding,
             F.embedding_bag: _embedding_bag,
         }
@@ -134,6 +135,12 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
         return v * (g / torch.linalg.vector_norm(v))
     others = [other for other in range(v.dim()) if other != dim]
     return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=True))
+
+
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    """``clamp(x / 6 + 1 / 2, 0, 1)``, whose fused form has no second derivative in torch."""
+    y = (input / 6.0 + 0.5).clamp(0.0, 1.0)
+    return input.copy_(y) if inplace else y
 
 
 def _embedding(
@@ -309,7 +316,7 @@ class PerSampleForward:
         # Copies: a forward that writes into its buffers (step counts, running statistics) writes into these.
         state = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         state |= {**self.parameters, **parameters}
-        self.batchnorm.start_forward(record=record)
+        self.batchnorm.start_forward(len(leaves(inputs)[0]), record=record)
         with ExitStack() as stack:
             stack.enter_context(_ComparisonMode(self.batchnorm, dropout=self.dropout))
             if self.autocast is not None:

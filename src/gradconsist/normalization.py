@@ -10,6 +10,9 @@ well in theory; it has no batching rule under `torch.func.vmap` and an expensive
 
 Calls are told apart by their position in the forward, not by module: a layer that runs twice has two sets of
 statistics, and a function that calls `F.batch_norm` without a module works like any other.
+
+A call whose input does not grow with the batch normalises no samples, but a parameter (weight standardisation, as timm
+writes it) or one map at a time. It is no matter of neighbours: it takes its own statistics, with their graph.
 """
 
 from __future__ import annotations
@@ -26,10 +29,17 @@ BatchNormPolicy: TypeAlias = Literal["auto", "batch", "running", "observed"]
 
 
 class Statistics(NamedTuple):
-    """Mean and biased variance of one BatchNorm call, [channels] each, without graph."""
+    """Mean and biased variance of one BatchNorm call, [channels] each, without graph.
+
+    Attributes:
+        mean: over the batch and all positions.
+        variance: likewise.
+        rows: leading size of the input that they were taken of; 0 if unknown.
+    """
 
     mean: Tensor
     variance: Tensor
+    rows: int = 0
 
 
 class StatisticsMissingError(Exception):
@@ -58,7 +68,7 @@ def batch_statistics(x: Tensor) -> Statistics:
     # Two sums and not torch.var_mean, which takes as long as a convolution on a CPU; as accurate, since centered.
     mean = wide.mean(dims)
     shape = [1, -1] + [1] * (x.dim() - 2)
-    return Statistics(mean, (wide - mean.view(shape)).square_().mean(dims))
+    return Statistics(mean, (wide - mean.view(shape)).square_().mean(dims), len(x))
 
 
 def affine(x: Tensor, statistics: Statistics, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -115,10 +125,12 @@ class BatchNormCalls:
         self.recorded = recorded
         self._recording: list[Statistics] | None = None
         self._position = 0
+        self._samples = 0
 
-    def start_forward(self, *, record: bool = False) -> None:
-        """Before a forward: the next call is the first one."""
+    def start_forward(self, samples: int, *, record: bool = False) -> None:
+        """Before a forward of so many samples: the next call is the first one."""
         self._position = 0
+        self._samples = samples
         self._recording = [] if record else None
 
     def finish_forward(self) -> None:
@@ -146,6 +158,11 @@ class BatchNormCalls:
         """Stands in for `torch.nn.functional.batch_norm`, whose signature it has; buffers are not written."""
         del momentum
         statistics = self._statistics(input, running_mean, running_var, training)
+        # One sample with as many rows as the whole batch had: these are not the batch's.
+        if self._samples == 1 and statistics.rows == len(input):
+            channels = input.to(torch.promote_types(input.dtype, torch.float32)).transpose(0, 1)
+            y = standardized(channels.flatten(1), 1, eps).view(channels.shape).transpose(0, 1)
+            return scaled(y, weight, bias, 1).to(input.dtype)
         return affine(input, statistics, weight, bias, eps)
 
     def torch_batch_norm(

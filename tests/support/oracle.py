@@ -42,6 +42,7 @@ class Verdict:
     degenerate: Tensor  # [B], bool
     loss: Tensor
     gradient: dict[str, Tensor]  # dL_g/dtheta of every trainable parameter, by name
+    inputs: tuple[Tensor, ...] = ()  # dL_g/dx of every floating input, weak then strong, where asked for
 
     @property
     def flat(self) -> Tensor:
@@ -92,6 +93,13 @@ def tree_map(function: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
     return function(tree)
 
 
+def tree_leaves(tree: Tree) -> list[Tensor]:
+    """Every tensor of a nested dict, tuple or list, in order."""
+    found: list[Tensor] = []
+    tree_map(lambda x: found.append(x) or x, tree)
+    return found
+
+
 def tree_cat(first: Tree, second: Tree) -> Tree:
     """Concatenate two trees of the same structure along the batch."""
     if isinstance(first, dict):
@@ -138,6 +146,8 @@ class Judge:
     `compared` is a predicate on names of parameters (E); every trainable parameter is in E where it is None.
     `autocast` runs the forwards in that dtype, for the same-dtype loop that half precision is measured against.
     `observed` is the batch whose forward supplies the statistics; None is weak and strong views together.
+    `scale` multiplies the loss and divides the gradients, so that those of float16 do not underflow.
+    `inputs` asks for the derivative for floating inputs as well.
     """
 
     def __init__(
@@ -158,6 +168,8 @@ class Judge:
         dtype: torch.dtype = torch.float64,
         autocast: torch.dtype | None = None,
         observed: Tree = None,
+        scale: float = 1.0,
+        inputs: bool = False,
     ) -> None:
         cast = lambda x: x.detach().to(dtype) if x.is_floating_point() else x.detach()  # noqa: E731
         self.model = copy.deepcopy(model).to(dtype)
@@ -166,7 +178,9 @@ class Judge:
         self.weight = torch.ones(self.size).double() if weight is None else weight.detach().double()
         self.loss_fn = loss_fn or cross_entropy
         self.stop_gradient, self.min_norm, self.reduction = stop_gradient, min_norm, reduction
-        self.autocast = autocast
+        self.autocast, self.scale = autocast, scale
+        leaves = [*tree_leaves(self.weak), *tree_leaves(self.strong)]
+        self.inputs = [x.requires_grad_() for x in leaves if x.is_floating_point()] if inputs else []
         self.trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.compared = [p for n, p in self.trainable.items() if compared is None or compared(n)]
         self.tape = Tape(batchnorm)
@@ -206,10 +220,10 @@ class Judge:
             loss = self.loss_fn(output, self.target[i : i + 1])
         assert loss.shape == (1,), "a zoo model's loss_fn must return one number per sample"
         parts = torch.autograd.grad(
-            loss.sum(), self.compared, create_graph=True, allow_unused=True, materialize_grads=True
+            loss.sum() * self.scale, self.compared, create_graph=True, allow_unused=True, materialize_grads=True
         )
         wide = torch.float64 if loss.dtype == torch.float64 else torch.float32
-        return torch.cat([g.reshape(-1).to(wide) for g in parts])
+        return torch.cat([g.reshape(-1).to(wide) for g in parts]) / self.scale
 
     def pairs(self) -> tuple[list[Tensor | None], Tensor, Tensor, Tensor]:
         """Cosine of every pair (None where degenerate), both norms, and the degenerate pairs."""
@@ -243,15 +257,16 @@ class Judge:
         cosines, norm_weak, norm_strong, degenerate = self.pairs()
         loss = self.reduce(self.terms(cosines))
         total = loss.sum() if cotangent is None else (loss * cotangent.double()).sum()
-        parameters = list(self.trainable.values())
+        wanted = [*self.trainable.values(), *self.inputs]
         if total.requires_grad:
-            parts = torch.autograd.grad(total, parameters, allow_unused=True, materialize_grads=True)
+            parts = torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True)
         else:
-            parts = tuple(torch.zeros_like(p) for p in parameters)
+            parts = tuple(torch.zeros_like(p) for p in wanted)
         nan = torch.tensor(torch.nan, dtype=torch.float64)
         cosine = torch.stack([nan if c is None else c.detach().double() for c in cosines])
-        gradient = dict(zip(self.trainable, parts, strict=True))
-        return Verdict(cosine, norm_weak, norm_strong, degenerate, loss.detach(), gradient)
+        count = len(self.trainable)
+        gradient = dict(zip(self.trainable, parts[:count], strict=True))
+        return Verdict(cosine, norm_weak, norm_strong, degenerate, loss.detach(), gradient, parts[count:])
 
     def slope(self, direction: dict[str, Tensor], *, step: float) -> float:
         """(L(theta + h v) - L(theta - h v)) / 2h, statistics held constant."""
