@@ -24,6 +24,17 @@ def test_the_evidence_page_is_fresh(make_pages: ModuleType) -> None:
     assert page == make_pages.evidence(), "run: python benchmarks/make_pages.py"
 
 
+def test_the_page_of_the_matrix_is_fresh(make_pages: ModuleType) -> None:
+    page = (ROOT / "docs" / "matrix.md").read_text(encoding="utf-8")
+    assert page == make_pages.matrix(), "run: python benchmarks/make_pages.py"
+
+
+def test_nothing_in_the_matrix_is_wrong(make_pages: ModuleType) -> None:
+    result = make_pages._result("matrix")
+    assert len(result["cells"]) >= 60
+    assert result["counts"].get("wrong", 0) == 0
+
+
 def test_the_cost_table_of_the_readme_is_fresh(make_pages: ModuleType) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme == make_pages.with_cost(readme), "run: python benchmarks/make_pages.py"

@@ -45,7 +45,7 @@ def after(name: str, layer: Callable[[], nn.Module], outputs: int, inputs: Calla
 
 
 def recurrent(name: str, kind: type[nn.RNNBase], **options: object) -> Case:
-    return Case(name, lambda: models.Recurrence(kind, **options), SEQUENCE)
+    return Case(name, lambda: models.Recurrence(kind, **options), SEQUENCE, vmap="refused")
 
 
 def _context(g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -175,8 +175,8 @@ _TABLE = [
     recurrent("gru_no_bias", nn.GRU, bias=False),
     recurrent("rnn_tanh", nn.RNN, batch_first=True, initial=True),
     recurrent("rnn_relu", nn.RNN, nonlinearity="relu", bidirectional=True),
-    Case("lstm_cell", lambda: models.Cell(nn.LSTMCell), SEQUENCE),
-    Case("gru_cell", lambda: models.Cell(nn.GRUCell), SEQUENCE),
+    Case("lstm_cell", lambda: models.Cell(nn.LSTMCell), SEQUENCE, vmap="refused"),
+    Case("gru_cell", lambda: models.Cell(nn.GRUCell), SEQUENCE, vmap="refused"),
 ]
 
 LAYER_CASES: dict[str, Case] = {case.name: case for case in _TABLE}
