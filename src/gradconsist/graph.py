@@ -85,6 +85,25 @@ def check_batched(gradients: Sequence[Tensor]) -> None:
         )
 
 
+def check_scripts(loss: Tensor) -> None:
+    """Refuses scripted functions for per-sample gradients by vmap.
+
+    A warm one differentiates by a graph of its own, which under vmap of grad loses the way to the parameters outside:
+    the first derivative is right, and its own derivative is missing, in silence (seen in torch 2.6, 2.13 and 2.15).
+
+    Args:
+        loss: a loss outside vmap, with its graph, of a model that has run before.
+
+    Raises:
+        UnsupportedModuleError: a scripted function is in the graph.
+    """
+    if any("DifferentiableGraph" in node.name() for node in nodes(loss)):
+        raise UnsupportedModuleError(
+            "the model calls a function compiled by torch.jit.script, which vmap differentiates only once: use the"
+            " Python function, or `engine='loop'` or 'auto'."
+        )
+
+
 def check_second_derivative(loss: Tensor, parameters: Sequence[Tensor], *, fused: bool) -> None:
     """Refuses a graph of per-sample gradients whose derivative would be incomplete.
 

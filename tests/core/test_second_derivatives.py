@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +33,7 @@ ZOO = {**CASES, **LAYER_CASES}
 
 def scripted(function: Any) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of scripting itself; models that use it are about
+        warnings.simplefilter("ignore")  # scripting is deprecated; models that use it are about
         compiled = torch.jit.script(function)
     return lambda x, w: compiled(x, w)  # a plain function, since a model that holds the other cannot be copied
 
@@ -107,6 +108,32 @@ def test_normalisation_out_of_reach_is_exact_or_refused(function: Any, engine: s
     verdict = judge(*problem)
     loss = gc(*problem[1:])
     compare.assert_agrees(gc.last, loss, compare.gradient_of(loss, problem[0]), verdict, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
+def test_scripted_functions_are_exact_or_refused(engine: str, warm: bool) -> None:
+    """A warm one has a graph of its own, which vmap of grad cuts off from the parameters outside."""
+    # Compiled anew: the first run, with a graph or without, decides how all later ones are differentiated.
+    problem = _problem(scripted(types.FunctionType(_gated.__code__, globals(), f"gated_{engine}_{warm}")))
+    for _ in range(3 * warm):
+        problem[0](problem[1]).sum().backward()
+    problem[0].zero_grad()
+    gc = GradientConsistencyLoss(problem[0], engine=engine)
+    verdict = judge(*problem)
+    try:
+        loss = gc(*problem[1:])
+    except UnsupportedModuleError as error:
+        assert engine == "vmap"
+        assert "torch.jit.script, which vmap differentiates only once" in str(error)  # noqa: PT017
+        gc.measure(*problem[1:])  # the first derivative is right
+        return
+    assert not (engine == "vmap" and warm)
+    compare.assert_agrees(gc.last, loss, compare.gradient_of(loss, problem[0]), verdict, dtype=torch.float64)
+
+
+def _gated(x: Tensor, w: Tensor) -> Tensor:
+    return x * torch.sigmoid(w * x) + torch.tanh(x + w)
 
 
 def test_cross_map_lrn_is_refused() -> None:

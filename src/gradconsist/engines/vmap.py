@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.func import grad, vmap
 from torch.overrides import TorchFunctionMode
 
-from gradconsist.batch import leaves, map_leaves
+from gradconsist.batch import leaves, map_leaves, take
 from gradconsist.engines.base import Problem, inner
 from gradconsist.engines.loop import refused_by_vmap
 from gradconsist.errors import GradConsistError, UnsupportedModuleError
-from gradconsist.graph import check_batched
+from gradconsist.graph import check_batched, check_scripts
+from gradconsist.randomness import preserved_randomness
 from gradconsist.similarity import GradProducts
 from gradconsist.types import Inputs
 
@@ -36,6 +37,8 @@ class VmapEngine:
 
     def products(self, problem: Problem) -> GradProducts:
         """See `Engine.products`."""
+        if problem.graph_weak or problem.graph_strong:
+            _refuse_scripts(problem)
         try:
             weak = _gradients(problem, problem.weak, problem.graph_weak)
             strong = _gradients(problem, problem.strong, problem.graph_strong)
@@ -73,6 +76,15 @@ class _RefuseHooks(TorchFunctionMode):
                 " derivative only: use `engine='loop'` or 'auto'."
             )
         return func(*args, **(kwargs or {}))
+
+
+def _refuse_scripts(problem: Problem) -> None:
+    """Refuses scripted functions, by what they leave in the graph of one sample outside vmap."""
+    one = slice(0, 1)
+    with preserved_randomness(problem.target.device, seed=0), torch.enable_grad():
+        for _ in range(2):  # the first run of a script is only profiled
+            loss = problem.losses(take(problem.weak, one), problem.target[one], None)
+    check_scripts(loss)
 
 
 def _gradients(problem: Problem, inputs: Inputs, graph: bool) -> list[Tensor]:
