@@ -173,7 +173,7 @@ def train(rank: int, world: int, spec: Spec, plain: bool = False) -> dict[str, A
     inner = wrapper.method if plain else wrapper
     ddp = DistributedDataParallel(inner, **spec.ddp)
     optimizer = torch.optim.SGD(wrapper.parameters(), lr=spec.lr)
-    result: dict[str, Any] = {"compared": []}
+    result: dict[str, Any] = {"compared": [], "weights": []}
     number = spec.first
     for step in range(spec.steps):
         optimizer.zero_grad()
@@ -183,6 +183,7 @@ def train(rank: int, world: int, spec: Spec, plain: bool = False) -> dict[str, A
                 out: StepOutput = ddp(batch(spec, rank, number))
                 (whole * out.loss / spec.accumulate).backward()
             number += 1
+            result["weights"].append(out.logs.get("ggcr_weight"))
             if not plain and wrapper.consistency.last is not None:
                 result["compared"].append(wrapper.consistency.last.compared.tolist())
         if step == 0:
