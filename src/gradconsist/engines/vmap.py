@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.overrides import TorchFunctionMode
 
@@ -35,9 +36,15 @@ class VmapEngine:
     torch; the loop engine takes those models.
     """
 
+    _looked_at: WeakSet[nn.Module] = field(default_factory=WeakSet, init=False, repr=False, compare=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return VmapEngine, ()  # which models were looked at is not for a copy
+
     def products(self, problem: Problem) -> GradProducts:
         """See `Engine.products`."""
-        if problem.graph_weak or problem.graph_strong:
+        graph, model = problem.graph_weak or problem.graph_strong, problem.model
+        if graph and (model is None or model not in self._looked_at):
             _refuse_scripts(problem)
         try:
             weak = _gradients(problem, problem.weak, problem.graph_weak)
@@ -49,6 +56,8 @@ class VmapEngine:
                 raise
             raise refused_by_vmap(problem, error) from error
         check_batched([*weak, *strong])
+        if graph and model is not None:
+            self._looked_at.add(model)
         return GradProducts(inner(weak, weak, keep=1), inner(strong, strong, keep=1), inner(weak, strong, keep=1))
 
     def preferred_chunk(self, problem: Problem) -> int:
