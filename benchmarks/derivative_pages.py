@@ -94,7 +94,8 @@ Written by `python benchmarks/derivative_pages.py` from what `python benchmarks/
 Truth for all but the first two are central differences, which rest on plain first derivatives of single samples. A
 right cell is off by {error:.0e} at most, a wrong one by {seen:.0e} at least (relative to what a random direction sees
 of the gradient); the bound between them is {bound:.0e}. "raises" is an error of torch's own, "refused" one that names
-the module or the operation and says what to do.
+the module or the operation and says what to do. Where a row was added or changed after a run it was run again alone,
+with the library as it was then; the files name those rows.
 
 ## Not right everywhere
 
