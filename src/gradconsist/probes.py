@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from gradconsist.batch import concatenable, concatenate, leaves, take
+from gradconsist.batch import concatenable, concatenate, leaves, map_leaves, take
 from gradconsist.default_loss import cross_entropy, find_logits
 from gradconsist.errors import InputShapeError, InputValueError, LossContractError, UnsupportedModuleError
 from gradconsist.forward import PerSampleForward, comparison_scope
@@ -91,7 +91,8 @@ def _try_forward(forward: PerSampleForward, pairs: Pairs, probed: Probed) -> boo
             return False
         both = torch.tensor([0, other], device=target.device)
         together = _numbers(quiet, take(everything, both), target[both])
-    if _differ(alone, [part[:1] for part in together], _rounding(forward, alone)):
+        differ = _differ(alone, [part[:1] for part in together], _rounding(forward, alone))
+        if differ and not _only_rounding(quiet, everything, target, both):
         raise UnsupportedModuleError(
             "a sample's output or loss changes with the other samples of the batch, beyond BatchNorm: a layer or"
             " `loss_fn` normalises, mixes, sorts or routes over the batch. A per-sample gradient is not defined there:"
@@ -106,6 +107,22 @@ def _rounding(forward: PerSampleForward, numbers: list[Tensor]) -> float:
     if forward.autocast is not None or dtypes & {torch.float16, torch.bfloat16}:
         return 5e-2
     return 1e-3 if torch.float32 in dtypes else 1e-8
+
+
+def _only_rounding(forward: PerSampleForward, inputs: Inputs, target: Tensor, both: Tensor) -> bool:
+    """Whether what differed between one sample and two was rounding, which deep models amplify: not so in float64."""
+    wide = lambda x: x.detach().double() if x.is_floating_point() else x  # noqa: E731
+    tensors = {**dict(forward.model.named_buffers()), **dict(forward.model.named_parameters())}
+    double = {name: wide(tensor) for name, tensor in tensors.items()}
+    exact = PerSampleForward(forward.model, forward.loss_fn, forward.batchnorm, parameters=double)
+    inputs, target = map_leaves(wide, take(inputs, both)), wide(target[both])
+    try:
+        with torch.no_grad(), torch.autocast(target.device.type, enabled=False):
+            alone = _numbers(exact, take(inputs, slice(0, 1)), target[:1])
+            together = _numbers(exact, inputs, target)
+    except RuntimeError:  # a model that insists on its dtype
+        return False
+    return alone[0].dtype == torch.float64 and not _differ(alone, [part[:1] for part in together], 1e-8)
 
 
 def _numbers(forward: PerSampleForward, inputs: Inputs, target: Tensor) -> list[Tensor]:

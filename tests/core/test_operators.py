@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gradconsist import GradientConsistencyLoss
 from gradconsist.errors import UnsupportedModuleError
@@ -123,3 +123,38 @@ def test_an_engine_runs_what_its_name_says(engine: str, batched: bool) -> None:
     )
     GradientConsistencyLoss(problem.model, engine=engine, chunk_size=1)(*problem.views).backward()
     assert (max(levels) > 0) == batched
+
+
+# -- what neighbours do, and what rounding does ------------------------------------------------------------------------
+
+
+class Amplified(nn.Module):
+    """Rounding errors that grow until a sample seems to depend on its batch, as in a deep model that is not trained."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.stem, self.head, self.factor = nn.Linear(64, 64), nn.Linear(64, 3), factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        noise = 1e-6 * len(x) if x.dtype != torch.float64 else 0.0  # as a kernel for another batch size would round
+        return self.head(torch.tanh(x + self.factor * noise))
+
+
+@pytest.mark.parametrize("engine", ["loop", "auto"])
+def test_rounding_is_not_taken_for_neighbours(engine: str) -> None:
+    views = torch.randn(2, 4, 64)
+    target = torch.arange(4) % 3
+    assert GradientConsistencyLoss(Amplified(1e5), engine=engine)(*views, target).isfinite()
+    with pytest.raises(UnsupportedModuleError, match="changes with the other samples"):
+        GradientConsistencyLoss(Mixing(), engine=engine)(*views, target)
+
+
+class Mixing(Amplified):
+    """A sample that sees its neighbours, in any precision."""
+
+    def __init__(self) -> None:
+        super().__init__(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - x.mean(0, keepdim=True))
