@@ -48,11 +48,10 @@ from support.zoo import PAIRS, Case
 
 QUICK = {"engines": ["auto", "ghost"], "precisions": ["float64"]}
 
-# Under autocast a model may be refused where it is not in full precision: (row, engine) by pattern, precisions by
-# pattern, and why.
+_ATTENTION = r"vit.*|timm/vit.*|torchvision/vit|language_model.*|sequence_first|transformer_.*|attention_(functional|cross|zero_attn)"
+# Under autocast a model may be refused where it is not in full precision: (row, engine, precision) by pattern, and why.
 REFUSED_IN_HALF: list[tuple[str, str, str, str]] = [
-    # Attention mixes dtypes inside torch's own decomposition under vmap; the automatic engine takes the loop.
-    (r"vit.*|language_model.*|torchvision/vit|transformer_.*|attention_.*", "vmap", ".* autocast", "attention"),
+    (_ATTENTION, "vmap", ".* autocast", "attention by its formula mixes dtypes under vmap, inside torch"),
 ]
 # Bugs of torch that make a cell wrong: (row, engine, precision) by pattern, and the thread.
 XFAIL: list[tuple[str, str, str, str]] = []

@@ -249,6 +249,8 @@ def measure(references: References, engine: str, name: str, *, quick: bool = Fal
         except GradConsistError as error:
             reasons.append(_said(error))
         except RuntimeError as error:
+            if precision.autocast is not None and isinstance(references.same(name, 0), str):
+                return Cell("refused", len(calls), reason=_said(error) + " (the model's own, without the library too)")
             return Cell("wrong", len(calls), reason="raised " + _said(error))
         else:
             if refused:
