@@ -53,7 +53,7 @@ def test_operators(name: str, engine: str) -> None:
     _check(case, engine)
 
 
-@ENGINES
+@pytest.mark.parametrize("engine", ["vmap", "ghost"])
 @pytest.mark.parametrize("name", [n for n, c in CASES.items() if any(x.is_floating_point() for x in tree_leaves(
     c.inputs(torch.Generator())))])  # fmt: skip
 def test_derivatives_for_the_inputs(name: str, engine: str) -> None:
@@ -65,7 +65,7 @@ def test_derivatives_for_the_inputs(name: str, engine: str) -> None:
 
 QUICK = [
     "wrn-10-1", "language_model", "language_model_sequence", "torchvision/convnext", "torchvision/vit",
-    "torchvision/swin_v2", "torchvision/efficientnet", "torchvision/regnet", "torchvision/densenet",
+    "torchvision/efficientnet", "torchvision/densenet",
     "timm/resnetv2_weight_standardised", "timm/nfnet_weight_standardised", "timm/vit_gap_qknorm", "timm/mixer",
 ]  # fmt: skip
 
@@ -88,7 +88,7 @@ def test_language_models(name: str, engine: str) -> None:
 
 
 @ENGINES
-@pytest.mark.parametrize("pairs", [1, 2, 5, 8])
+@pytest.mark.parametrize("pairs", [1, 5])
 @pytest.mark.parametrize("name", ["standardised_kernels", "standardised_columns"])
 def test_statistics_of_a_parameter_have_a_graph(name: str, pairs: int, engine: str) -> None:
     """`F.batch_norm` on a kernel: no batch, so no constants, whatever the number of pairs."""
