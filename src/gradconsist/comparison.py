@@ -5,6 +5,7 @@ Knows engines only by their seam, and layers not at all.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ from gradconsist.validation import Pairs, non_finite_tensor
 
 # Float16 gradients below 6e-8 vanish. GradScaler starts at 2^16 on a mean over about 2^6 samples.
 _FLOAT16_LOSS_SCALE = 2.0**10
+# So do derivatives for them, of norm weight / ||g|| a pair and spread over all parameters: these are brought to this.
+_FLOAT16_DERIVATIVE_NORM = 2.0**7
 
 
 @dataclass(frozen=True)
@@ -157,8 +160,11 @@ class _Run:
         self.options = options
         self.pairs = pairs
         self.selection = selection
-        half = autocast is not None and autocast[1] == torch.float16
-        self.scale = _FLOAT16_LOSS_SCALE if half else 1.0
+        dtypes = [parameter.dtype for parameter in options.trainable.values()]
+        half = torch.float16 in (dtypes if autocast is None else [autocast[1], *dtypes])
+        # Where the derivative is the user's own backward, their GradScaler scales it, and this would work against it.
+        own = options.fused or not torch.is_grad_enabled()
+        self.scale = _FLOAT16_LOSS_SCALE if half and own else 1.0
         self.drop_non_finite = half
         self.batchnorm = BatchNormCalls(options.batchnorm, options.statistics)
         with torch.enable_grad():  # see GradientBuffer
@@ -267,7 +273,7 @@ class _Run:
         if first:
             check_second_derivative(terms, list(self.options.trainable.values()), fused=buffer is not None)
         if buffer is not None:
-            buffer.add(terms.sum())
+            buffer.add(terms.sum(), self._amplification(index, weight) if self.drop_non_finite else 1.0)
         elif first:
             # Fails here, by name, and not in the user's own backward.
             aliases = list(self.aliases.values())
@@ -275,6 +281,12 @@ class _Run:
         if first:
             self.options.probed.passed.add(fact)
         return terms
+
+    def _amplification(self, index: Tensor, weight: Tensor) -> float:
+        """A power of two that keeps the derivatives of a chunk within float16."""
+        norm = torch.minimum(self.norm_weak[index], self.norm_strong[index])
+        steepest = float((weight.detach() / norm).masked_fill(self.degenerate[index], 0.0).max()) / self.scale
+        return 1.0 if steepest == 0.0 else 2.0 ** math.floor(math.log2(_FLOAT16_DERIVATIVE_NORM / steepest))
 
     def _terms(self, problem: Problem, index: Tensor, weight: Tensor) -> Tensor:
         """Weight * (1 - GC) of the pairs `index`, and their rows of the record."""
@@ -288,7 +300,7 @@ class _Run:
         return weight.masked_fill(degenerate, 0.0) * (1.0 - similarity)
 
     def _products(self, problem: Problem, index: Tensor) -> GradProducts:
-        """Finite inner products of the pairs `index`; zeros (degenerate) where float16 autocast overflows."""
+        """Finite inner products of the pairs `index`; zeros (degenerate) where float16 overflows."""
         chunk = problem.take(index)
         scaled = self.options.engine.products(chunk)
         products = GradProducts(*(part / self.scale**2 for part in scaled))
@@ -297,7 +309,8 @@ class _Run:
             return products
         culprit = non_finite_tensor(self.options.model, chunk.weak, chunk.strong)
         if culprit is not None or not self.drop_non_finite:
-            cause = f"{culprit} has such entries" if culprit else "the loss or its gradient overflowed or divided by 0"
+            cause = "the loss, its gradient or the gradient's squared norm overflowed or divided by 0"
+            cause = f"{culprit} has such entries" if culprit else cause
             raise NonFiniteError(
                 f"the gradients of {int((~finite).sum())} of {len(index)} pairs are NaN or infinite: {cause}. Skip the"
                 " step; if it comes again, lower the learning rate or compute in a wider dtype."

@@ -28,17 +28,32 @@ class GradientBuffer:
         self._gradients: list[Tensor | None] = [None] * len(self._aliases)
         self._value: Tensor | None = None
 
-    def add(self, loss: Tensor) -> None:
-        """Adds one chunk's loss and gradient, and frees its graph."""
+    def add(self, loss: Tensor, amplification: float = 1.0) -> None:
+        """Adds one chunk's loss and gradient, and frees its graph.
+
+        Args:
+            loss: of the chunk.
+            amplification: a power of two by which the loss is multiplied while it is differentiated, so that float16
+                in between does not underflow; less where it would overflow.
+        """
         parts: Sequence[Tensor | None] = [None] * len(self._aliases)
         if loss.requires_grad:  # else the gradients are constant, as of a linear model with a linear loss
-            parts = torch.autograd.grad(loss, self._aliases, allow_unused=True)
+            parts = self._differentiate(loss, amplification)
         # Only now, so that a chunk that failed (out of memory, say) can be tried again.
         self._value = loss.detach() if self._value is None else self._value + loss.detach()
         for position, part in enumerate(parts):
             total = self._gradients[position]
             if part is not None:
                 self._gradients[position] = part.detach() if total is None else total.add_(part)
+
+    def _differentiate(self, loss: Tensor, amplification: float) -> Sequence[Tensor | None]:
+        if amplification == 1.0:
+            return torch.autograd.grad(loss, self._aliases, allow_unused=True)
+        for factor in (amplification, amplification / 2**5, amplification / 2**10):
+            parts = torch.autograd.grad(factor * loss, self._aliases, allow_unused=True, retain_graph=True)
+            if all(part is None or bool(torch.isfinite(part).all()) for part in parts):
+                break
+        return [None if part is None else part / factor for part in parts]
 
     def attach(self, parameters: Sequence[Tensor]) -> Tensor:
         """The value as a tensor whose backward hands the buffered gradient, scaled, to the parameters.
