@@ -72,7 +72,7 @@ def test_autocast_does_compute_in_half(engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
-def test_a_teacher_forward_in_the_same_autocast_region_costs_no_gradient(engine: str) -> None:
+def test_n07_a_teacher_forward_in_the_same_autocast_region_costs_no_gradient(engine: str) -> None:
     """A no_grad forward fills autocast's weight cache with casts that have no graph."""
     p = CASES["mlp"].problem(dtype=torch.float32)
     gc = GradientConsistencyLoss(p.model, engine=engine)
@@ -85,7 +85,7 @@ def test_a_teacher_forward_in_the_same_autocast_region_costs_no_gradient(engine:
 
 
 @pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
-def test_our_forward_in_the_users_autocast_region_costs_no_gradient(engine: str) -> None:
+def test_n07_our_forward_in_the_users_autocast_region_costs_no_gradient(engine: str) -> None:
     """And ours leaves no cast behind: the user's own forward after it reaches every parameter."""
     p = CASES["mlp"].problem(dtype=torch.float32)
     gc = GradientConsistencyLoss(p.model, engine=engine)
