@@ -35,6 +35,7 @@ class Product(nn.Module):
         self.p = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
+        """The vectors, scaled."""
         return x * self.p.square()
 
 
