@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gradconsist import GradientConsistencyLoss
 from gradconsist.errors import ConfigError, GradModeError
+from gradconsist.similarity import GradProducts, cosine
 from support import compare
 from support.zoo import CASES, Problem
 
@@ -453,6 +454,14 @@ def test_the_degenerate_do_not_spread_through_extreme_scales() -> None:
     verdict = p.judge(weight).verdict()
     assert abs(float(loss.detach()) - float(verdict.loss)) <= 2e-5
     assert compare.relative(flat, verdict.flat) <= 2e-4
+
+
+def test_rounding_does_not_leave_the_bounds_of_a_cosine() -> None:
+    square = torch.rand(1000) + 0.5
+    assert bool((square / square.sqrt() / square.sqrt() > 1).any()), "else nothing is tested"
+    for sign in (1.0, -1.0):
+        value = cosine(GradProducts(square, square, sign * square), torch.zeros(1000, dtype=torch.bool))
+        assert float(value.abs().max()) == 1.0
 
 
 # -- records -----------------------------------------------------------------------------------------------------------

@@ -96,6 +96,27 @@ def test_n07_our_forward_in_the_users_autocast_region_costs_no_gradient(engine: 
     assert all(parameter.grad is not None for parameter in p.model.parameters())
 
 
+@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
+def test_float16_autocast_neither_underflows_nor_leaves_its_scale_behind(engine: str) -> None:
+    """Gradients of 1e-5 vanish in float16; one pair overflows, and is left out, not the others."""
+    p = CASES["mlp"].problem(dtype=torch.float32)
+    factor = torch.tensor([1.0, 1e-4, 1e6, 1.0, 1e-4])
+
+    def loss_fn(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return target[:, 1] * torch.nn.functional.cross_entropy(output, target[:, 0].long(), reduction="none")
+
+    verdict = p.judge(torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0])).verdict()
+    gc = GradientConsistencyLoss(p.model, engine=engine, loss_fn=loss_fn)
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = gc(p.weak, p.strong, torch.stack([p.target.float(), factor], 1))
+    flat = compare.gradient_of(loss, p.model)
+    assert gc.last.degenerate.tolist() == [False, False, True, False, False]
+    kept = ~gc.last.degenerate
+    torch.testing.assert_close(gc.last.norm_weak[kept].double(), (factor * verdict.norm_weak)[kept], rtol=5e-3, atol=0)
+    torch.testing.assert_close(gc.last.cosine[kept].double(), verdict.cosine[kept], rtol=0, atol=5e-3)
+    assert float(torch.nn.functional.cosine_similarity(flat, verdict.flat, dim=0)) >= 0.999
+
+
 def test_the_sums_are_kept_in_float32() -> None:
     """Norms of thousands of small bfloat16 numbers: a half sum would stall."""
     model = torch.nn.Linear(4000, 3, bias=False).to(torch.bfloat16)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc as garbage
 import pickle
+import random
 import weakref
 from collections.abc import Callable
 
@@ -228,6 +229,30 @@ def test_a_refused_call_leaves_no_trace(weak: object) -> None:
         loss(weak, p.strong, p.target)
     assert state.differences(before, _snapshot(p)) == []
     assert loss.last is None
+
+
+class _Coin(nn.Module):
+    """Draws from Python's own generator and from torch's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1.0 + random.random()) + 0.1 * torch.randn_like(x)
+
+
+def test_the_random_states_of_torch_and_python_stay_as_they_were() -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), _Coin(), nn.Linear(4, 3)).double()
+    views = torch.randn(4, 5).double(), torch.randn(4, 5).double(), torch.tensor([0, 1, 2, 0])
+    gc = GradientConsistencyLoss(model, engine="loop", dropout="on")
+    before, python = torch.get_rng_state(), random.getstate()
+    values = []
+    for seed in (3, 3, 4):
+        gc(*views, generator=torch.Generator().manual_seed(seed))
+        values.append(gc.last.cosine)
+        assert torch.equal(torch.get_rng_state(), before)
+        assert random.getstate() == python
+        random.random()  # what the user draws in between changes nothing
+        python = random.getstate()
+    assert torch.equal(values[0], values[1])
+    assert not torch.equal(values[0], values[2])
 
 
 def test_last_survives_a_failed_call() -> None:
