@@ -97,6 +97,34 @@ def test_it_fails_on_a_small_error() -> None:
     assert not diagnostics.verify(*p.arguments).ok
 
 
+def test_it_fails_on_a_term_that_is_small_as_a_whole() -> None:
+    """Errors are relative: with weights of 1e-5 a wrong derivative is as wrong as before."""
+    p = CASES["mlp"].problem()
+    p.model[3] = Planted()
+    report = diagnostics.verify(*p.arguments, torch.full((5,), 1e-5))
+    assert not report.ok
+    p.model[3] = nn.Tanh()
+    assert diagnostics.verify(*p.arguments, torch.full((5,), 1e-5)).ok
+
+
+def test_the_parameters_that_disagree_are_named() -> None:
+    p = CASES["mlp"].problem()
+    assert diagnostics.verify(*p.arguments).suspects == []
+    p.model[3] = Planted()
+    report = diagnostics.verify(*p.arguments)
+    names = {entry.name for entry in report.suspects}
+    assert "2.weight" in names
+    assert all(name in str(report) for name in names)
+
+
+def test_one_direction_that_disagrees_is_enough() -> None:
+    good, bad = (diagnostics.DirectionError("all parameters", 1.0, 1.0, {1e-4: e, 1e-5: 2 * e}) for e in (1e-9, 1e-2))
+    assert diagnostics.VerifyReport([good, good], [], 1e-4).ok
+    report = diagnostics.VerifyReport([good, bad, good], [], 1e-4)
+    assert not report.ok
+    assert report.worst == bad.error == 1e-2
+
+
 def test_it_sees_through_both_engines_layer_norm() -> None:
     """torch's vmap of grad is wrong at second order through an affine LayerNorm: no silence."""
     for name in ("mlp_layernorm", "vit", "cnn_instancenorm"):

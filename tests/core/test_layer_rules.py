@@ -299,6 +299,23 @@ def test_the_routes() -> None:
     assert "registered rule of Linear" in route("mlp", "0.weight")
 
 
+@pytest.mark.parametrize("form", ["gradient", "gram"])
+def test_the_form_of_a_route_is_the_one_that_runs(form: Any) -> None:
+    problem = ALL["mlp"].problem()
+    rows = diagnostics.check(*problem.arguments, engine=GhostEngine(form=form)).rows
+    assert [row.route for row in rows if row.parameter.endswith("weight")] == [f"linear, {form} form"] * 3
+    assert [row.route for row in rows if row.parameter.endswith("bias")] == ["bias, gradient form"] * 3
+
+
+def test_the_notes_say_which_statistics_are_held() -> None:
+    problem = ALL["cnn_batchnorm_mixed"].problem()
+    joint, running = "BatchNorm2d with joint statistics of both views", "BatchNorm2d with running statistics"
+    for batchnorm, first, second in (("auto", running, joint), ("batch", joint, joint), ("running", running, running)):
+        notes = diagnostics.check(*problem.arguments, batchnorm=batchnorm).notes
+        assert notes["1"].startswith(first)
+        assert notes["4"].startswith(second)
+
+
 def test_a_model_that_nothing_takes() -> None:
     model = nn.Sequential(nn.EmbeddingBag(9, 4), nn.Linear(4, 3))
     ids = torch.randint(9, (4, 5))

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradconsist import GGCRWrapper, GradientConsistencyLoss, SSLBatch, StepOutput, ViewPair
-from gradconsist.errors import GradConsistError
+from gradconsist.errors import ConfigError, GradConsistError
 from gradconsist.methods import FixMatch
 from support import compare, state, training
 from support.oracle import Judge
@@ -533,6 +533,39 @@ def test_observed_statistics_are_those_of_the_methods_own_forward(engine: str) -
         joint = torch.cat([batch.x, batch.weak, batch.strong])
         oracle = Judge(model, batch.weak, batch.strong, out.pair.target, out.pair.weight, observed=joint)
         assert float(out.logs["ggcr_loss"]) == pytest.approx(float(oracle.verdict().loss), abs=1e-10)
+
+
+class Elsewhere(nn.Module):
+    """A method whose own BatchNorm is no part of the compared model, before and after the model's forward."""
+
+    def __init__(self, model: nn.Module, forwards: int = 1) -> None:
+        super().__init__()
+        self.model, self.norm, self.forwards = model, nn.BatchNorm1d(5), forwards
+
+    def forward(self, batch: SSLBatch) -> StepOutput:
+        inputs = torch.cat([batch.weak, batch.strong])
+        loss = self.norm(inputs).square().mean()
+        for _ in range(self.forwards):
+            loss = loss + self.model(inputs).square().mean() + self.norm(inputs + 1.0).mean()
+        return StepOutput(loss, ViewPair(batch.weak, batch.strong, torch.arange(len(batch.weak)) % 3))
+
+
+def test_only_the_compared_model_is_observed() -> None:
+    method = Elsewhere(training.network(dropout=0.0)).double()
+    consistency = GradientConsistencyLoss(method.model, batchnorm="observed")
+    data = SSLBatch(*(v.double() if v is not None and v.is_floating_point() else v for v in DATA[0]))
+    out = GGCRWrapper(method, consistency, warmup_steps=0)(data)
+    verdict = Judge(method.model, data.weak, data.strong, out.pair.target).verdict()
+    assert float(out.logs["ggcr_loss"]) == pytest.approx(float(verdict.loss), abs=1e-10)
+
+
+@pytest.mark.parametrize("forwards", [0, 2])
+def test_observing_needs_one_forward(forwards: int) -> None:
+    method = Elsewhere(training.network(dropout=0.0), forwards)
+    wrapper = GGCRWrapper(method, GradientConsistencyLoss(method.model, batchnorm="observed"), warmup_steps=0)
+    with pytest.raises(ConfigError, match=f"needs one forward in train mode per step, the method did {forwards}"):
+        wrapper(DATA[0])
+    assert wrapper.step == 0
 
 
 def test_observing_leaves_no_trace() -> None:

@@ -77,7 +77,7 @@ BUGS = [
     Bug(
         "batchnorm='running' ignored",
         "'running' forces the running statistics",
-        "test_normalization.py::test_batchnorm_options",
+        "test_normalization.py::test_batchnorm_options[cnn_batchnorm_train-running-fused-loop]",
         NORM, '(self.policy != "running" and training)', "training",
     ),
     Bug(
@@ -110,15 +110,14 @@ BUGS = [
     Bug(
         "observed statistics of whichever forward came last",
         "'observed' needs one forward in train mode, or refuses",
-        "test_wrapper.py",
+        "test_wrapper.py::test_observing_needs_one_forward",
         "observation.py", "if len(found) != 1:", "if not found:",
         "observation.py", "return found[0]", "return found[-1]",
     ),
     Bug(
         "BatchNorms outside the model observed",
         "'observed' takes the calls of the compared model, not those of another module",
-        "test_wrapper.py::test_observed_statistics_are_those_of_the_methods_own_forward"
-        " test_wrapper.py",
+        "test_wrapper.py::test_only_the_compared_model_is_observed",
         "observation.py",
         "if func is F.batch_norm and self._inside and",
         "if func is F.batch_norm and self._forwards and",
@@ -188,7 +187,7 @@ BUGS = [
     Bug(
         "float16's loss scale left in the products",
         "norms are in units of the loss",
-        "test_trust.py",
+        "test_precision.py::test_float16_autocast_neither_underflows_nor_leaves_its_scale_behind[loop]",
         COMPARISON, "part / self.scale**2 for part in scaled", "part / self.scale for part in scaled",
     ),
     Bug(

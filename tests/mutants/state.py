@@ -11,14 +11,13 @@ BUGS = [
     Bug(
         "torch's random state not restored",
         "the random state of the process stays as it was",
-        "test_wrapper.py::test_the_term_leaves_buffers_random_state_and_method_state_alone",
+        "test_state.py::test_the_random_states_of_torch_and_python_stay_as_they_were",
         RANDOMNESS, "        torch.set_rng_state(before[0])\n", "",
     ),
     Bug(
         "Python's random state not restored",
         "the random state of the process stays as it was",
-        "test_normalization.py"
-        " test_trust.py",
+        "test_state.py::test_the_random_states_of_torch_and_python_stay_as_they_were",
         RANDOMNESS, "        random.setstate(before[2])\n", "",
     ),
     Bug(
@@ -57,8 +56,9 @@ BUGS = [
     Bug(
         "autocast left off",
         "the caller's autocast region goes on",
-        "test_precision.py"
-        " test_wrapper.py::test_autocast_around_the_whole_step",
+        "test_precision.py::test_our_forward_in_the_users_autocast_region_costs_no_gradient"
+        " test_wrapper.py::test_autocast_around_the_whole_step"
+        " test_state.py",
         "comparison.py",
         "torch.autocast(pairs.device.type, enabled=False),",
         "suppress(torch.set_autocast_enabled(pairs.device.type, False) or ValueError),",
