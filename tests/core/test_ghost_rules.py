@@ -186,9 +186,11 @@ def test_position_and_pair_gram_against_loops(pairs: int, positions: int, inputs
 
 
 def test_grams_are_float32_at_least() -> None:
-    a = torch.full((2, 1, 300), 1.0, dtype=torch.bfloat16)
+    a = torch.full((2, 1, 301), 1.0, dtype=torch.bfloat16)  # an odd number above 256, which bfloat16 does not have
     assert gram.position_gram(a, a).dtype == torch.float32
-    assert gram.pair_gram(a)[0].eq(300.0).all()
+    assert gram.position_gram(a, a).eq(301.0**2).all()
+    assert gram.pair_gram(a).dtype == torch.float32
+    assert gram.pair_gram(a)[0].eq(301.0).all()
     assert gram.pair_gram(a.double()).dtype == DOUBLE
 
 

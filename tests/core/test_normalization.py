@@ -129,6 +129,17 @@ def test_dropout_on_has_independent_masks(name: str, engine: str) -> None:
     assert float(third.detach()) != float(gc(*p.views, generator=torch.Generator().manual_seed(8)).detach())
 
 
+@ENGINES
+def test_dropout_on_draws_for_each_sample(engine: str) -> None:
+    """The same sample many times: as many masks, in each view, as there are samples."""
+    p = CASES["dropout"].problem()
+    same = p.weak[:1].expand(12, *p.weak.shape[1:])
+    gc = GradientConsistencyLoss(p.model, engine=engine, dropout="on", chunk_size=4)
+    gc(same, same, p.target[:1].expand(12))
+    assert len(gc.last.cosine.unique()) > 6
+    assert len(gc.last.norm_weak.unique()) > 6
+
+
 def test_dropout_on_agrees_in_distribution() -> None:
     """Mean cosine over 150 draws of masks: the two engines within four standard errors of each other."""
     p = CASES["dropout"].problem()
