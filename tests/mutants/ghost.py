@@ -135,15 +135,6 @@ BUGS = [
     Bug(
         "second half of the Gram's derivative missing",
         "d <a, a> = 2 <a, da>",
-        "test_ghost.py::test_every_model_is_exact_in_every_form[mlp-gradient]",
-        GRAM,
-        "return torch.stack([ww, ws, ws, ss], 1).view(-1, 2, 2)\n\n" + BACKWARD,
-        "return torch.stack([ww, ws, ws, ss], 1).view(-1, 2, 2)\n\n"
-        + BACKWARD.replace(" + cotangent.transpose(1, 2)", ""),
-    ),
-    Bug(
-        "second half of the position Gram's derivative missing",
-        "d <a, a> = 2 <a, da>",
         "test_ghost.py::test_every_model_is_exact_in_every_form[mlp-gram]",
         GRAM,
         "return rows @ rows.transpose(1, 2)\n\n" + BACKWARD,
