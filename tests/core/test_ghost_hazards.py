@@ -9,9 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from gradconsist import GradientConsistencyLoss
 from gradconsist.engines import GhostEngine
+from gradconsist.engines.ghost.coverage import check_coverage
+from gradconsist.engines.ghost.record import Use
+from gradconsist.engines.ghost.rules import Bias
 from gradconsist.errors import UnsupportedModuleError
 from support import compare, state
 from support.layer_zoo import LAYER_CASES
@@ -93,6 +97,41 @@ def test_tokens_that_are_overwritten_later() -> None:
 
     model = Net(forward, table=nn.Embedding(9, 4), head=nn.Linear(4, 3)).double()
     _refused(model, torch.randint(9, (4, 6)), torch.randint(9, (4, 6)), match=r"table\.weight.*overwritten")
+
+
+@pytest.mark.parametrize(
+    "overwrite",
+    [
+        lambda y: F.relu(y, inplace=True),
+        lambda y: F.leaky_relu(y, 0.2, inplace=True),
+        nn.ReLU(inplace=True),
+        nn.LeakyReLU(0.2, inplace=True),
+        torch.relu_,
+        lambda y: y.relu_(),
+    ],
+    ids=["relu", "leaky_relu", "ReLU", "LeakyReLU", "torch.relu_", "Tensor.relu_"],
+)
+def test_an_activation_in_place_whose_result_nobody_takes(overwrite: Any) -> None:
+    """What follows reads the tensor that was overwritten."""
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        y = net.layer(x)
+        overwrite(y)
+        return net.head(y)
+
+    _agrees(Net(forward, layer=nn.Linear(5, 6), head=nn.Linear(6, 3)).double(), *_views(5))
+
+
+def test_a_use_whose_gradient_never_came_is_refused() -> None:
+    """By hand, since no model is known that brings it about: a second line of defence."""
+    parameter = nn.Parameter(torch.randn(3))
+    alias = parameter.view_as(parameter)
+    y = 2 * alias
+    use = Use("layer.bias", Bias(-1, 1), (), (), get_gradient_edge(y), alias.grad_fn)
+    check_coverage(y.sum(), [use], [torch.ones(3)])
+    check_coverage(parameter.sum(), [use], [None])
+    with pytest.raises(UnsupportedModuleError, match=r"parameter 'layer\.bias' was overwritten in a way that hides"):
+        check_coverage(y.sum(), [use], [None])
 
 
 # -- cancellation ------------------------------------------------------------------------------------------------------
