@@ -87,6 +87,8 @@ def test_an_engine_that_serves_two_models_keeps_them_apart() -> None:
     plain = _around(nn.Linear(6, 6))
     _assert_exact(plain, engine)
     assert engine.looped(plain) == {}
+    routes = {row.parameter: row.route for row in check(plain, *_views(), engine=engine).rows}
+    assert routes["2.weight"].startswith("linear"), "not sample by sample, as the other model's module of that name"
 
 
 class Guarded(nn.Module):

@@ -214,11 +214,4 @@ BUGS = [
         ENGINE, "return _Known() if problem.model is None else self._models.setdefault(problem.model, _Known())",
         "return next(iter(self._models.values()), None) or self._models.setdefault(problem.model, _Known())",
     ),
-    Bug(
-        "a sample that runs alone inside a module with BatchNorm",
-        "BatchNorm calls are counted by forward and not by sample",
-        "test_ghost_boundaries.py"
-        " test_ghost_hazards.py",
-        "engines/ghost/layers.py", "return path if path and not counted else None", "return path or None",
-    ),
 ]  # fmt: skip
