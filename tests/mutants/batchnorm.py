@@ -65,7 +65,7 @@ BUGS = [
         "unbiased variance",
         "a forward in train mode normalises by the biased variance",
         "test_exactness.py::test_the_defaults_are_exact_on_every_model[cnn_batchnorm_train]",
-        NORM, ".square_().mean(dims))", ".square_().sum(dims) / (wide.numel() / wide.shape[1] - 1))",
+        NORM, ".square_().mean(dims)", ".square_().sum(dims) / (wide.numel() / wide.shape[1] - 1)",
     ),
     Bug(
         "running statistics in train mode",
