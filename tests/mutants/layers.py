@@ -35,32 +35,32 @@ BUGS = [
     Bug(
         "dilation ignored",
         "a convolution has the geometry of its call",
-        NORMAL_FORM,
+        "test_ghost_rules.py::test_the_normal_form_of_a_call",
         CONV, "return input, Geometry(stride, _ints(padding, dims), dilation, transposed",
         "return input, Geometry(stride, _ints(padding, dims), (1,) * dims, transposed",
     ),
     Bug(
         "stride ignored",
         "a convolution has the geometry of its call",
-        NORMAL_FORM,
+        "test_ghost.py::test_every_model_is_exact_in_every_form[conv2d_stride_bias-auto]",
         CONV, "return input, Geometry(stride, ", "return input, Geometry((1,) * dims, ",
     ),
     Bug(
         "padding of the first axis for all",
         "a convolution has the geometry of its call",
-        NORMAL_FORM,
+        "test_ghost_rules.py::test_the_normal_form_of_a_call",
         CONV, "return tuple(value) * (dims if len(value) == 1 else 1)", "return (value[0],) * dims",
     ),
     Bug(
         "'same' padded on the wrong side",
         "an odd padding goes to the end",
-        NORMAL_FORM,
+        "test_ghost_rules.py::test_the_normal_form_of_a_call",
         CONV, "for side in (0, t % 2)]", "for side in (t % 2, 0)]",
     ),
     Bug(
         "output padding ignored",
         "a transposed convolution has the geometry of its call",
-        NORMAL_FORM,
+        "test_ghost.py::test_every_model_is_exact_in_every_form[transposed2d_output_padding-auto]",
         CONV,
         "_ints(padding, dims), dilation, transposed, output_padding, groups)",
         "_ints(padding, dims), dilation, transposed, (0,) * dims, groups)",
@@ -86,7 +86,7 @@ BUGS = [
     Bug(
         "padding row counted",
         "the row of the padding index has no gradient",
-        EMBEDDING,
+        "test_ghost_rules.py::test_embedding_against_dense_one_hot",
         RULES, "if self.padding is not None:", "if self.padding == -1:",
     ),
     Bug(
@@ -100,13 +100,13 @@ BUGS = [
     Bug(
         "different tokens meet",
         "only positions with the same id share a row",
-        EMBEDDING,
+        "test_ghost_rules.py::test_embedding_against_dense_one_hot",
         RULES, "row_gram(rows).masked_fill(~same, 0.0)", "row_gram(rows)",
     ),
     Bug(
         "tokens of one sample in the rows of another",
         "each sample has its own rows",
-        EMBEDDING,
+        "test_ghost_rules.py::test_embedding_against_dense_one_hot",
         RULES,
         "rows.index_add(0, (ids + start).flatten(), d.flatten(0, 1))",
         "rows.index_add(0, (ids + start.flip(0)).flatten(), d.flatten(0, 1))",
