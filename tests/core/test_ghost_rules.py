@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 from gradconsist.engines.ghost import conv, gram, pixel, pointwise, rules
+from gradconsist.engines.ghost.decomposed import RECURRENT
 from gradconsist.normalization import Statistics, affine
 
 DOUBLE = torch.float64
@@ -305,3 +306,14 @@ def _error(found: Tensor, expected: Tensor) -> float:
     weak, strong = expected[:, 0, 0], expected[:, 1, 1]
     scale = torch.stack([weak, strong, (weak * strong).sqrt()], 1)
     return float(((_upper(found) - _upper(expected)).abs() / scale).max())
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_dropout_lies_between_layers_and_nowhere_else(kind: type[nn.RNNBase]) -> None:
+    """With a probability of 1 nothing is left to chance: the second layer sees zeros, and its output is kept."""
+    rnn, x = kind(4, 5, num_layers=2, dropout=1.0).double(), _normal(3, 2, 4)
+    h = torch.zeros(2, 2, 5, dtype=DOUBLE)
+    function = {nn.LSTM: torch.lstm, nn.GRU: torch.gru, nn.RNN: torch.rnn_tanh}[kind]
+    arguments = (x, (h, h) if kind is nn.LSTM else h, rnn._flat_weights, True, 2, 1.0, True, False, False)
+    for found, expected in zip(RECURRENT[function](*arguments), function(*arguments), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

@@ -38,7 +38,7 @@ BUGS = [
     Bug(
         "attributes that a forward adds not removed",
         "modes and attributes of modules stay as they were",
-        "test_trust.py::test_attributes_that_a_forward_sets_are_as_they_were test_state.py",
+        "test_trust.py::test_attributes_that_a_forward_sets_are_as_they_were",
         FORWARD, "                vars(module).clear()\n", "",
     ),
     Bug(
