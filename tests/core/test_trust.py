@@ -200,6 +200,9 @@ def test_attributes_that_a_forward_sets_are_as_they_were() -> None:
             return self.layers[2](self.features.tanh())
 
     model = Keeping()
+    GradientConsistencyLoss(model)(*_views()).backward()
+    assert not hasattr(model, "features"), "what was not there before goes again"
+    assert model.calls == 0
     model(_views()[0])
     features = model.features
     GradientConsistencyLoss(model)(*_views()).backward()
