@@ -96,6 +96,19 @@ def test_n07_our_forward_in_the_users_autocast_region_costs_no_gradient(engine: 
     assert all(parameter.grad is not None for parameter in p.model.parameters())
 
 
+def test_the_users_autocast_region_goes_on_after_a_call() -> None:
+    p = CASES["mlp"].problem(dtype=torch.float32)
+    gc = GradientConsistencyLoss(p.model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for call in (gc, gc.measure):
+            call(*p.views)
+            assert torch.is_autocast_enabled("cpu")
+            assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+            assert torch.is_autocast_cache_enabled()
+            assert p.model(p.weak).dtype == torch.bfloat16
+    assert not torch.is_autocast_enabled("cpu")
+
+
 @pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
 def test_float16_autocast_neither_underflows_nor_leaves_its_scale_behind(engine: str) -> None:
     """Gradients of 1e-5 vanish in float16; one pair overflows, and is left out, not the others."""
