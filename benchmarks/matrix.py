@@ -48,7 +48,10 @@ from support.zoo import PAIRS, Case
 
 QUICK = {"engines": ["auto", "ghost"], "precisions": ["float64"]}
 
-_ATTENTION = r"vit.*|timm/vit.*|torchvision/vit|language_model.*|sequence_first|transformer_.*|attention_(functional|cross|zero_attn)"
+_ATTENTION = (
+    r"vit.*|timm/vit.*|torchvision/vit|language_model.*|sequence_first|transformer_.*"
+    r"|attention_(functional|cross|zero_attn)"
+)
 # Under autocast a model may be refused where it is not in full precision: (row, engine, precision) by pattern, and why.
 REFUSED_IN_HALF: list[tuple[str, str, str, str]] = [
     (_ATTENTION, "vmap", ".* autocast", "attention by its formula mixes dtypes under vmap, inside torch"),

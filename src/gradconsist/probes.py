@@ -95,8 +95,8 @@ def _try_forward(forward: PerSampleForward, pairs: Pairs, probed: Probed) -> boo
         if differ and not _only_rounding(quiet, everything, target, both):
             raise UnsupportedModuleError(
                 "a sample's output or loss changes with the other samples of the batch, beyond BatchNorm: a layer or"
-                " `loss_fn` normalises, mixes, sorts or routes over the batch. A per-sample gradient is not defined there:"
-                " put that layer in eval mode, or replace it."
+                " `loss_fn` normalises, mixes, sorts or routes over the batch. A per-sample gradient is not defined"
+                " there: put that layer in eval mode, or replace it."
             )
     return bool(torch.isfinite(torch.cat([alone[-1], together[-1]])).all())  # the losses; NaN compares with nothing
 

@@ -202,6 +202,20 @@ def test_ramp() -> None:
     assert weights[6:] == pytest.approx([0.5] * 6)
 
 
+def test_the_weight_of_each_step() -> None:
+    """From the warm-up's end on, every second step, with a share of the weight that grows from its first part."""
+    model = training.network(dropout=0.0)
+    pair = ViewPair(DATA[0].weak, DATA[0].strong, torch.zeros(6, dtype=torch.long))
+    options = {"weight": 0.5, "warmup_steps": 3, "ramp_steps": 4, "every": 2}
+    wrapper = GGCRWrapper(lambda: StepOutput(torch.zeros([]), pair), GradientConsistencyLoss(model), **options)
+    found = []
+    for _ in range(9):
+        out = wrapper()
+        found.append(float(out.logs["ggcr_weight"]))
+        assert float(out.loss.detach()) == pytest.approx(found[-1] * float(out.logs.get("ggcr_loss", 0.0)), rel=1e-6)
+    assert found == pytest.approx([0, 0, 0, 2 * 0.125, 0, 2 * 0.375, 0, 2 * 0.5, 0])
+
+
 def test_logs() -> None:
     """The method's own logs pass through; ours tell what was compared."""
     method, wrapper = make()

@@ -6,7 +6,7 @@ from mutants.bug import Bug
 
 WRAPPER, SCHEDULES, FIXMATCH = "wrapper.py", "schedules.py", "methods/fixmatch.py"
 RESUME = "test_wrapper.py::test_a_resumed_run_continues_bitwise test_wrapper.py"
-EVERY = "test_wrapper.py::test_every_kth_step_times_k"
+EVERY = "test_wrapper.py::test_the_weight_of_each_step test_wrapper.py::test_every_kth_step_times_k"
 PSEUDO_CODE = "methods/test_fixmatch.py"
 
 BUGS = [
@@ -31,19 +31,19 @@ BUGS = [
     Bug(
         "ramp from 0",
         "the first step after the warm-up has a share of the weight",
-        "test_wrapper.py::test_ramp",
+        "test_wrapper.py::test_the_weight_of_each_step",
         SCHEDULES, "linear_ramp(step - warmup_steps + 1, ramp_steps)", "linear_ramp(step - warmup_steps, ramp_steps)",
     ),
     Bug(
         "ramp over the warm-up too",
         "the ramp begins at the warm-up's end",
-        "test_wrapper.py::test_ramp",
+        "test_wrapper.py::test_the_weight_of_each_step",
         SCHEDULES, "linear_ramp(step - warmup_steps + 1, ramp_steps)", "linear_ramp(step + 1, ramp_steps)",
     ),
     Bug(
         "full weight while it ramps",
         "loss = base + lambda(t) * L_g",
-        "test_wrapper.py::test_ramp",
+        "test_wrapper.py::test_the_weight_of_each_step",
         WRAPPER, "base.loss + weight * term", "base.loss + self.weight * term",
     ),
     Bug(
