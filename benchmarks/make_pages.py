@@ -2,7 +2,7 @@
 
     python benchmarks/make_pages.py
 
-docs/evidence.md and docs/matrix.md are written whole; README.md between its cost markers. tests/docs holds them against
+docs/evidence.md, docs/matrix.md and docs/scorecard.md are written whole; README.md between its cost markers. tests/docs holds them against
 the files.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from matrix_page import matrix_page, summary_table
+from scorecard_page import scorecard
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -24,6 +25,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 def main() -> None:
     (ROOT / "docs" / "evidence.md").write_text(evidence(), encoding="utf-8")
     (ROOT / "docs" / "matrix.md").write_text(matrix(), encoding="utf-8")
+    (ROOT / "docs" / "scorecard.md").write_text(scorecard(), encoding="utf-8")
     readme = ROOT / "README.md"
     readme.write_text(with_cost(readme.read_text(encoding="utf-8")), encoding="utf-8")
 

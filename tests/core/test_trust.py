@@ -90,6 +90,13 @@ def test_identical_first_views_do_not_settle_independence() -> None:
         gc(weak, torch.cat([weak[:1], strong[1:]]), target)
 
 
+def test_equal_samples_do_not_settle_independence() -> None:
+    """The mean of two equal samples is either of them: the third one tells."""
+    weak, strong, target = (torch.cat([view[:1], view[:1], view[2:]]) for view in _views())
+    with pytest.raises(UnsupportedModuleError, match="other samples"):
+        GradientConsistencyLoss(_Mixing())(weak, strong, target)
+
+
 def test_a_loss_that_mixes_the_batch_is_refused() -> None:
     def mixing(output: Tensor, target: Tensor) -> Tensor:
         loss = F.cross_entropy(output, target, reduction="none")

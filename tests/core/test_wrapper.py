@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradconsist import GGCRWrapper, GradientConsistencyLoss, SSLBatch, StepOutput, ViewPair
-from gradconsist.errors import ConfigError, GradConsistError
+from gradconsist.errors import ConfigError, GradConsistError, StateError
 from gradconsist.methods import FixMatch
 from support import compare, state, training
 from support.oracle import Judge
@@ -368,6 +368,34 @@ def test_a_resumed_run_continues_bitwise(loss: dict[str, Any], at: int, tmp_path
     torch.manual_seed(1234)
     second, _ = run(at, 16, torch.load(tmp_path / "checkpoint.pt", weights_only=True))
     assert first + second == whole
+
+
+def test_the_state_of_a_method_that_is_no_module_comes_back() -> None:
+    class Plain:
+        def __init__(self) -> None:
+            self.model, self.calls = nn.Linear(4, 3), 0
+
+        def __call__(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.model(x).sum()
+
+        def state_dict(self) -> dict[str, int]:
+            return {"calls": self.calls}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            self.calls = state["calls"]
+
+    def wrapper() -> GGCRWrapper:
+        method = Plain()
+        return GGCRWrapper(method, GradientConsistencyLoss(method.model), weight=0.0)
+
+    first, second = wrapper(), wrapper()
+    for _ in range(3):
+        first(torch.randn(2, 4))
+    second.load_state_dict(first.state_dict())
+    assert (second.method.calls, second.step) == (3, 3)
+    with pytest.raises(StateError, match=r"expected \['consistency', 'method', 'step'\]"):
+        second.load_state_dict({"_extra_state": {"step": 0, "consistency": first.consistency.state_dict()}})
 
 
 def test_a_state_dict_of_something_else_is_refused() -> None:

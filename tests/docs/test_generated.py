@@ -29,6 +29,11 @@ def test_the_page_of_the_matrix_is_fresh(make_pages: ModuleType) -> None:
     assert page == make_pages.matrix(), "run: python benchmarks/make_pages.py"
 
 
+def test_the_scorecard_is_fresh(make_pages: ModuleType) -> None:
+    page = (ROOT / "docs" / "scorecard.md").read_text(encoding="utf-8")
+    assert page == make_pages.scorecard(), "run: python benchmarks/make_pages.py"
+
+
 def test_nothing_in_the_matrix_is_wrong(make_pages: ModuleType) -> None:
     result = make_pages._result("matrix")
     assert len(result["cells"]) >= 60

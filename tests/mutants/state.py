@@ -131,7 +131,7 @@ BUGS = [
     Bug(
         "identical samples settle independence",
         "two equal samples cannot tell whether neighbours matter",
-        "test_trust.py::test_identical_first_views_do_not_settle_independence",
+        "test_trust.py::test_equal_samples_do_not_settle_independence",
         PROBES, "        other = _first_different(everything)\n        if other is None:\n            return False\n",
         "        other = min(1, len(pairs) - 1)\n",
     ),

@@ -109,7 +109,7 @@ BUGS = [
     Bug(
         "the state of a method that is no module not restored",
         "a resumed run continues bitwise",
-        "test_wrapper.py",
+        "test_wrapper.py::test_the_state_of_a_method_that_is_no_module_comes_back",
         WRAPPER, 'self.method.load_state_dict(state["method"])', 'dict(state["method"])',
     ),
     Bug(
