@@ -2,8 +2,8 @@
 
     python benchmarks/make_pages.py
 
-docs/evidence.md, docs/matrix.md and docs/scorecard.md are written whole; README.md between its cost markers. tests/docs holds them against
-the files.
+docs/evidence.md, docs/matrix.md and docs/scorecard.md are written whole; README.md between its cost markers. tests/docs
+holds them against the files.
 """
 
 from __future__ import annotations

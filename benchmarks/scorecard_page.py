@@ -116,10 +116,11 @@ def _seeded() -> Claim:
 def _inputs() -> Claim:
     table = _tests("test_bad_inputs").TABLE
     kinds = [type(row).__name__ for row in table]
+    errors, handled = kinds.count("Bad") + kinds.count("Refused"), kinds.count("Handled")
     return Claim(
         "Bad inputs with class and message",
-        f"{len(table)} rows: {kinds.count('Bad') + kinds.count('Refused')} errors by name,"
-        f" {kinds.count('Handled')} handled and held against the oracle, {kinds.count('Elsewhere')} in the trainers' tests",
+        f"{len(table)} rows: {errors} errors by name, {handled} handled and held against the oracle,"
+        f" {kinds.count('Elsewhere')} in the trainers' tests",
         "python -m pytest tests/core/test_bad_inputs.py",
     )
 
