@@ -36,6 +36,7 @@ import sweep_algebra
 import sweep_functions
 import sweep_layers
 import sweep_losses
+import sweep_weights
 import torch
 import torch.nn.functional as F
 from environment import write_result
@@ -63,9 +64,10 @@ def all_rows() -> list[Row]:
     return [
         *sweep_layers.rows(),
         *sweep_functions.rows(),
+        *sweep_weights.rows(),
         *sweep_losses.rows(),
         *sweep_algebra.rows(),
-        *sweep_functions.random_rows(),
+        *sweep_weights.random_rows(),
     ]
 
 

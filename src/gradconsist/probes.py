@@ -113,6 +113,8 @@ def _only_rounding(forward: PerSampleForward, inputs: Inputs, target: Tensor, bo
     """Whether what differed between one sample and two was rounding, which deep models amplify: not so in float64."""
     wide = lambda x: x.detach().double() if x.is_floating_point() else x  # noqa: E731
     tensors = {**dict(forward.model.named_buffers()), **dict(forward.model.named_parameters())}
+    if all(tensor.dtype == torch.float64 for tensor in tensors.values() if tensor.is_floating_point()):
+        return False  # it was float64 that differed
     double = {name: wide(tensor) for name, tensor in tensors.items()}
     exact = PerSampleForward(forward.model, forward.loss_fn, forward.batchnorm, parameters=double)
     inputs, target = map_leaves(wide, take(inputs, both)), wide(target[both])

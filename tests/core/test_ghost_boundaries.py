@@ -83,9 +83,10 @@ def test_the_rules_of_the_comparison_hold_inside_a_looped_module() -> None:
 
 def test_an_engine_that_serves_two_models_keeps_them_apart() -> None:
     engine = GhostEngine()
-    _assert_exact(_around(Branching(nn.Linear(6, 6))), engine)
-    plain = _around(nn.Linear(6, 6))
+    branching, plain = _around(Branching(nn.Linear(6, 6))), _around(nn.Linear(6, 6))
+    _assert_exact(branching, engine)
     _assert_exact(plain, engine)
+    assert set(engine.looped(branching)) == {"2"}
     assert engine.looped(plain) == {}
     routes = {row.parameter: row.route for row in check(plain, *_views(), engine=engine).rows}
     assert routes["2.weight"].startswith("linear"), "not sample by sample, as the other model's module of that name"

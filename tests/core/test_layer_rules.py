@@ -192,6 +192,7 @@ WRONG: dict[str, Any] = {
     "transposed": _changed(weight=lambda g: g.transpose(1, 2)),
     "missing factor": _changed(factor=lambda g: 0.5 * g),
     "sign": _changed(weight=torch.neg),
+    "scale": lambda module, x, d: {k: 2.0 * g for k, g in _right(module, x, d).items()},
     "missing bias": lambda module, x, d: {k: g for k, g in _right(module, x, d).items() if k != "shift"},
     "zero bias": _changed(shift=torch.zeros_like),
     "mean over samples": _changed(shift=lambda g: g.mean(0).expand_as(g)),

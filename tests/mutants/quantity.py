@@ -122,7 +122,7 @@ BUGS = [
         "chunks averaged as if they were equally long",
         "the result does not depend on the chunk size",
         "test_loss.py::test_reductions[mean-fused-loop]",
-        COMPARISON, "buffer.add(terms.sum())", "buffer.add(terms.mean() * self._chunk_size(problem))",
+        COMPARISON, "buffer.add(terms.sum(), ", "buffer.add(terms.mean() * self._chunk_size(problem), ",
     ),
     Bug(
         "only the first chunk's value",

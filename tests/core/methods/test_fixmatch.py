@@ -136,6 +136,27 @@ def test_the_mask_counts_the_threshold_itself() -> None:
     assert out.pair.weight.tolist() == [1.0, 1.0, 1.0]
 
 
+def test_logits_of_half_precision_are_taken_as_float32() -> None:
+    """A confidence of .9501 is .949 in bfloat16: below the threshold."""
+
+    class Half(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).bfloat16()
+
+    torch.manual_seed(3)
+    model, data = Half(4, 3), SSLBatch(torch.randn(5, 4), torch.arange(5) % 3, *torch.randn(2, 200, 4))
+    weak = model(data.weak).float()
+    threshold = float(weak.detach().softmax(1).amax(1).median())  # one of them, and no number of bfloat16
+    out = FixMatch(model, threshold=threshold)(data)
+    supervised, unsupervised, labels, mask = pseudo_code(
+        model(data.x).float(), data.y, weak, model(data.strong).float(), threshold, mu=1.0
+    )
+    assert out.loss.dtype == torch.float32
+    assert float(out.loss.detach()) == pytest.approx(supervised + unsupervised, rel=1e-5)
+    assert out.pair.target.tolist() == labels
+    assert out.pair.weight.tolist() == mask
+
+
 def test_an_empty_mask_is_a_supervised_step() -> None:
     model = network()
     out = FixMatch(model, threshold=1.0)(DATA[0])
