@@ -71,7 +71,9 @@ def save(path: Path, wrapper: GGCRWrapper, optimizer: torch.optim.Optimizer, ran
     if dist.is_initialized():
         dist.all_gather_object(draws, wrapper.consistency.state_dict())
     if rank == 0:
-        torch.save({"wrapper": wrapper.state_dict(), "optimizer": optimizer.state_dict(), "draws": draws}, path)
+        partial = path.with_suffix(".partial")  # a kill while it is written leaves the file before
+        torch.save({"wrapper": wrapper.state_dict(), "optimizer": optimizer.state_dict(), "draws": draws}, partial)
+        partial.replace(path)
 
 
 def load(path: Path, wrapper: GGCRWrapper, optimizer: torch.optim.Optimizer, rank: int) -> None:
