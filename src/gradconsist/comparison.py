@@ -324,17 +324,16 @@ class _Run:
         return GradProducts(*(zeros.index_copy(0, kept, part) for part in rest))
 
     def _chunk_size(self, problem: Problem) -> int:
-        everything = len(self.selection.index)
-        if self.options.chunk_size is None:
-            return everything
-        if isinstance(self.options.chunk_size, int):
-            return self.options.chunk_size
+        everything, size = len(self.selection.index), self.options.chunk_size
+        if size is None or isinstance(size, int):
+            return everything if size is None else size
         preferred: Any = getattr(self.options.engine, "preferred_chunk", None)
         # Of a pair that is compared: the others may hold what the model cannot take.
-        return everything if preferred is None else int(preferred(problem.take(self.selection.index[:1])))
+        most = everything if preferred is None else int(preferred(problem.take(self.selection.index[:1])))
+        return math.ceil(everything / math.ceil(everything / most))  # even: a rest of few pairs would be slow
 
     def _zero(self) -> Tensor:
-        shape = [len(self.pairs)] if self.options.reduction == "none" else []
+        shape = (len(self.pairs),) if self.options.reduction == "none" else ()
         return torch.zeros(shape, dtype=self.wide, device=self.pairs.device)
 
     def _connected(self, total: Tensor) -> Tensor:

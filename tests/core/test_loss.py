@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradconsist import GradientConsistencyLoss
+from gradconsist import GradientConsistencyLoss, engines
 from gradconsist.errors import ConfigError, GradModeError
 from gradconsist.similarity import GradProducts, cosine
 from support import compare
@@ -572,3 +572,23 @@ def test_non_contiguous_views() -> None:
     for engine in ("loop", "vmap", "ghost"):
         loss = GradientConsistencyLoss(p.model, engine=engine)(weak, strong, p.target)
         assert compare.relative(compare.gradient_of(loss, p.model), reference.flat) <= 1e-8
+
+
+@pytest.mark.parametrize(("pairs", "sizes"), [(23, [8, 8, 7]), (22, [11, 11]), (11, [11]), (12, [6, 6]), (1, [1])])
+def test_automatic_chunks_are_of_about_equal_size(pairs: int, sizes: list[int]) -> None:
+    """A rest of one pair would take as long as a chunk of several."""
+    seen: list[int] = []
+
+    class Spy(engines.LoopEngine):
+        def products(self, problem: engines.Problem) -> GradProducts:
+            seen.append(len(problem.target))
+            return super().products(problem)
+
+        def preferred_chunk(self, problem: engines.Problem) -> int:
+            return 11
+
+    weak = torch.randn(pairs, 4)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3))
+    gc = GradientConsistencyLoss(model, engine=Spy())
+    gc(weak, weak + 0.1 * torch.randn(pairs, 4), torch.arange(pairs) % 3)
+    assert seen[-len(sizes) :] == sizes
