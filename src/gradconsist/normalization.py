@@ -68,7 +68,9 @@ def batch_statistics(x: Tensor) -> Statistics:
     # Two sums and not torch.var_mean, which takes as long as a convolution on a CPU; as accurate, since centered.
     mean = wide.mean(dims)
     shape = [1, -1] + [1] * (x.dim() - 2)
-    return Statistics(mean, (wide - mean.view(shape)).square_().mean(dims), len(x))
+    # By samples, so that no second tensor of the input's size is needed.
+    squares = sum((part - mean.view(shape)).square_().sum(dims) for part in wide.split(64))
+    return Statistics(mean, squares / (x.numel() // x.shape[1]), len(x))
 
 
 def affine(x: Tensor, statistics: Statistics, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

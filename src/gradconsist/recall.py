@@ -22,6 +22,7 @@ from gradconsist.types import Inputs
 CONVOLUTIONS = {getattr(torch, f"conv{kind}{dims}d"): 2 + dims for kind in ("", "_transpose") for dims in (1, 2, 3)}
 
 
+_PART_BYTES = 2**24
 _TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5}  # of a digest, relative to the input's norm; else 1e-2
 
 
@@ -115,8 +116,10 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func in CONVOLUTIONS and self._calls is not None:
+        if func not in CONVOLUTIONS:
+            return func(*args, **(kwargs or {}))
+        result = _in_parts(func, *args, **(kwargs or {}))
+        if self._calls is not None:
             call = self._call(func, result, args, kwargs or {})
             self._calls.append(call)
             self._left -= 0 if call is None else result.nbytes
@@ -142,6 +145,19 @@ class Recorder(TorchFunctionMode):
             return None
         intact = (call if call is not None and call.output._version == call.version else None for call in self._calls)
         return Recalled(tuple(intact), self._pairs)
+
+
+def _in_parts(func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A convolution of a large batch, some samples at a time: oneDNN copies what it gets, and what it returns."""
+    samples = max(1, len(input) * _PART_BYTES // max(1, input.nbytes))
+    if input.dim() != CONVOLUTIONS[func] or samples >= len(input) or not input.is_contiguous():
+        return func(input, *args, **kwargs)
+    result: Tensor | None = None
+    for start in range(0, len(input), samples):
+        part = func(input[start : start + samples], *args, **kwargs)
+        result = part.new_empty(len(input), *part.shape[1:]) if result is None else result
+        result[start : start + samples] = part
+    return input if result is None else result
 
 
 def _as_convolved(x: Tensor) -> Tensor:

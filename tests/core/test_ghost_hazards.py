@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from gradconsist import GradientConsistencyLoss
+from gradconsist import GradientConsistencyLoss, recall
 from gradconsist.engines import GhostEngine
 from gradconsist.engines.ghost.coverage import check_coverage
 from gradconsist.engines.ghost.record import Use
@@ -243,6 +243,29 @@ def test_recalling_changes_nothing(name: str) -> None:
             found.append(compare.gradient_of(loss, problem.model))
         for gradient in found[:-1]:
             assert compare.relative(gradient, found[-1]) <= 1e-10
+
+
+def _upsampling() -> nn.Module:
+    layers = nn.ConvTranspose2d(3, 4, 2), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding="same"), nn.BatchNorm2d(4)
+    return nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(3))
+
+
+@pytest.mark.parametrize("name", ["wrn_slice", "cnn_batchnorm_twice", "upsampling"])
+def test_statistics_by_parts_of_the_batch_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions of five samples at a time, and two at last."""
+    problem = CASES["wrn_slice" if name == "upsampling" else name].problem(pairs=6)
+    model, (weak, *_) = problem.model, problem.views
+    if name == "upsampling":
+        model = _upsampling().double()
+        model(weak)
+    found = []
+    for size in (2**24, 5 * weak[:1].nbytes):
+        monkeypatch.setattr(recall, "_PART_BYTES", size)
+        found.append(compare.gradient_of(GradientConsistencyLoss(model, chunk_size=2)(*problem.views), model))
+    assert compare.relative(found[1], found[0]) <= 1e-12
+    monkeypatch.setattr(recall, "_in_parts", lambda func, input, *args, **kwargs: func(2.0 * input, *args, **kwargs))
+    wrong = compare.gradient_of(GradientConsistencyLoss(model, chunk_size=2)(*problem.views), model)
+    assert compare.relative(wrong, found[0]) > 1e-6, "the statistics come from there"
 
 
 # -- what vmap does not run --------------------------------------------------------------------------------------------
