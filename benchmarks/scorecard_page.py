@@ -42,7 +42,7 @@ the tests' own tables. Everything ran on a CPU.
   That the flags are set and restored is tested; the kernels never ran.
 - **NCCL**, and processes on more than one machine: what is shown ran with gloo on one.
 - **Projections** and the trainers' recovery from kills and broken files are not part of this table yet; the trainer's
-  tests hold one SIGKILL (`tests/examples/test_resume.py`).
+  tests hold one SIGKILL.
 - **Another thread that trains the same model** during a comparison sees other tensors in the place of its parameters.
   Comparisons wait for each other; a foreign forward cannot be made to.
 - Under `torch.utils.flop_counter.FlopCounterMode`, `engine="ghost"`, `"vmap"` and `"auto"` fail with an error of
