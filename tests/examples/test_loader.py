@@ -22,6 +22,7 @@ def same(a: StepImages, b: StepImages) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine with one core
 # Python 3.12 warns where a process with threads forks; torch's loader does that by design.
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 @pytest.mark.parametrize("strong", ["fixmatch", "randaugment"])
