@@ -22,7 +22,7 @@ from gradconsist.types import Inputs
 CONVOLUTIONS = {getattr(torch, f"conv{kind}{dims}d"): 2 + dims for kind in ("", "_transpose") for dims in (1, 2, 3)}
 
 
-_PART_BYTES = 2**24
+_PART_BYTES = 2**24  # of the input of a convolution that takes a batch in parts
 _TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5}  # of a digest, relative to the input's norm; else 1e-2
 
 
@@ -152,12 +152,12 @@ def _in_parts(func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     samples = max(1, len(input) * _PART_BYTES // max(1, input.nbytes))
     if input.dim() != CONVOLUTIONS[func] or samples >= len(input) or not input.is_contiguous():
         return func(input, *args, **kwargs)
-    result: Tensor | None = None
-    for start in range(0, len(input), samples):
-        part = func(input[start : start + samples], *args, **kwargs)
-        result = part.new_empty(len(input), *part.shape[1:]) if result is None else result
-        result[start : start + samples] = part
-    return input if result is None else result
+    first = func(input[:samples], *args, **kwargs)
+    result: Tensor = first.new_empty(len(input), *first.shape[1:])
+    result[:samples] = first
+    for start in range(samples, len(input), samples):
+        result[start : start + samples] = func(input[start : start + samples], *args, **kwargs)
+    return result
 
 
 def _as_convolved(x: Tensor) -> Tensor:

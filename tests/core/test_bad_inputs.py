@@ -34,6 +34,7 @@ from gradconsist.errors import (
     UnsupportedModuleError,
 )
 from support import compare, state
+from support.changes import poke, put
 from support.models import SquareOnce
 from support.zoo import CASES, Problem
 
@@ -81,22 +82,6 @@ class Elsewhere:
     number: int
     says: str
     tests: tuple[str, ...]
-
-
-def put(**changes: Any) -> Callable[[dict[str, Any]], None]:
-    def change(arguments: dict[str, Any]) -> None:
-        for key, value in changes.items():
-            arguments[key] = value(arguments[key]) if callable(value) else value
-
-    return change
-
-
-def poke(name: str, index: Any, value: float) -> Callable[[dict[str, Any]], None]:
-    def change(arguments: dict[str, Any]) -> None:
-        arguments[name] = arguments[name].clone()
-        arguments[name][index] = value
-
-    return change
 
 
 def _loss(p: Problem, model: nn.Module | None = None, **options: Any) -> Tensor:

@@ -25,6 +25,7 @@ from gradconsist.errors import (
     UnsupportedModuleError,
 )
 from support import state
+from support.changes import poke, put
 from support.zoo import CASES, Problem
 
 
@@ -58,24 +59,6 @@ class Bad:
     error: type[Exception] | tuple[type[Exception], ...]
     match: str
     problem: str = "mlp"
-
-
-def put(**changes: Any) -> Callable[[dict[str, Any]], None]:
-    """Replace arguments; a function is applied to the good argument."""
-
-    def change(arguments: dict[str, Any]) -> None:
-        for key, value in changes.items():
-            arguments[key] = value(arguments[key]) if callable(value) else value
-
-    return change
-
-
-def poke(name: str, index: Any, value: float) -> Callable[[dict[str, Any]], None]:
-    def change(arguments: dict[str, Any]) -> None:
-        arguments[name] = arguments[name].clone()
-        arguments[name][index] = value
-
-    return change
 
 
 INPUTS = [

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 from types import ModuleType
 
 import pytest
-from pages import ROOT
+from pages import ROOT, program
 
 
 @pytest.fixture(scope="module")
 def make_pages() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_pages", ROOT / "benchmarks" / "make_pages.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return program("make_pages")
 
 
 def test_the_evidence_page_is_fresh(make_pages: ModuleType) -> None:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 from types import ModuleType
 
 import pytest
-from pages import ROOT
+from pages import ROOT, program
 
 
 @pytest.fixture(scope="module")
 def writer() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("derivative_pages", ROOT / "benchmarks" / "derivative_pages.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return program("derivative_pages")
 
 
 def test_the_page_of_the_sweep_is_fresh(writer: ModuleType) -> None:
