@@ -23,7 +23,7 @@ from gradconsist.graph import check_second_derivative
 from gradconsist.normalization import (
     BatchNormCalls,
     BatchNormPolicy,
-    Statistics,
+    Constants,
     StatisticsMissingError,
     needs_statistics,
 )
@@ -36,6 +36,8 @@ from gradconsist.validation import Pairs, non_finite_tensor
 
 # Float16 gradients below 6e-8 vanish. GradScaler starts at 2^16 on a mean over about 2^6 samples.
 _FLOAT16_LOSS_SCALE = 2.0**10
+# Pairs of large gradients, beyond 65504 with it, are computed with less, by these steps and down to about this.
+_FLOAT16_SCALE_STEP, _FLOAT16_LEAST_SCALE = 2.0**6, 2.0**-2
 # So do derivatives for them, of norm weight / ||g|| a pair and spread over all parameters: these are brought to this.
 _FLOAT16_DERIVATIVE_NORM = 2.0**7
 
@@ -51,7 +53,7 @@ class Comparison:
         compared: E, by name.
         trainable: what L_g is differentiated for, by name.
         batchnorm: policy.
-        statistics: given constants of the BatchNorm calls, or None.
+        statistics: given constants of the BatchNorm calls, of both views or for each; or None.
         dropout: whether random layers stay on.
         chunk_size: pairs at a time.
         max_pairs: size of the random subset.
@@ -69,7 +71,7 @@ class Comparison:
     compared: Mapping[str, Tensor]
     trainable: Mapping[str, Tensor]
     batchnorm: BatchNormPolicy
-    statistics: list[Statistics] | None
+    statistics: Constants | None
     dropout: bool
     chunk_size: int | str | None
     max_pairs: int | None
@@ -185,6 +187,7 @@ class _Run:
         self.norm_weak = self.cosine.clone()
         self.norm_strong = self.cosine.clone()
         self.degenerate = torch.zeros(count, dtype=torch.bool, device=pairs.device)
+        self.scales = torch.full_like(self.cosine, self.scale)
 
     def result(self) -> tuple[Tensor, ConsistencyRecord]:
         if len(self.selection.index):
@@ -285,7 +288,8 @@ class _Run:
     def _amplification(self, index: Tensor, weight: Tensor) -> float:
         """A power of two that keeps the derivatives of a chunk within float16."""
         norm = torch.minimum(self.norm_weak[index], self.norm_strong[index])
-        steepest = float((weight.detach() / norm).masked_fill(self.degenerate[index], 0.0).max()) / self.scale
+        slopes = weight.detach() / (norm * self.scales[index])
+        steepest = float(slopes.masked_fill(self.degenerate[index], 0.0).max())
         return 1.0 if steepest == 0.0 else 2.0 ** math.floor(math.log2(_FLOAT16_DERIVATIVE_NORM / steepest))
 
     def _terms(self, problem: Problem, index: Tensor, weight: Tensor) -> Tensor:
@@ -299,11 +303,13 @@ class _Run:
         self.cosine[index] = similarity.detach().masked_fill(degenerate, torch.nan)
         return weight.masked_fill(degenerate, 0.0) * (1.0 - similarity)
 
-    def _products(self, problem: Problem, index: Tensor) -> GradProducts:
-        """Finite inner products of the pairs `index`; zeros (degenerate) where float16 overflows."""
+    def _products(self, problem: Problem, index: Tensor, scale: float | None = None) -> GradProducts:
+        """Finite inner products of the pairs `index`; zeros (degenerate) where float16 overflows at every scale."""
+        scale = self.scale if scale is None else scale
+        self.forward.loss_scale = scale
+        self.scales[index] = scale
         chunk = problem.take(index)
-        scaled = self.options.engine.products(chunk)
-        products = GradProducts(*(part / self.scale**2 for part in scaled))
+        products = GradProducts(*(part / scale**2 for part in self.options.engine.products(chunk)))
         finite = products.isfinite()
         if bool(finite.all()):
             return products
@@ -315,13 +321,18 @@ class _Run:
                 f"the gradients of {int((~finite).sum())} of {len(index)} pairs are NaN or infinite: {cause}. Skip the"
                 " step; if it comes again, lower the learning rate or compute in a wider dtype."
             )
-        # Computed again without them: multiplied by 0 they would still send NaN backwards.
-        kept = finite.nonzero().squeeze(1)
+        # Computed again, each on their own: multiplied by 0 the others would still send NaN backwards.
+        parts = [(finite, scale)]
+        if scale > _FLOAT16_LEAST_SCALE:
+            parts.append((~finite, scale / _FLOAT16_SCALE_STEP))
         zeros = torch.zeros(len(index), dtype=products.weak.dtype, device=index.device)
-        if not len(kept):
-            return GradProducts(zeros, zeros.clone(), zeros.clone())
-        rest = self._products(problem, index[kept])
-        return GradProducts(*(zeros.index_copy(0, kept, part) for part in rest))
+        total = GradProducts(zeros, zeros.clone(), zeros.clone())
+        for mask, part_scale in parts:
+            rows = mask.nonzero().squeeze(1)
+            if len(rows):
+                part = self._products(problem, index[rows], part_scale)
+                total = GradProducts(*(old.index_copy(0, rows, new) for old, new in zip(total, part, strict=True)))
+        return total
 
     def _chunk_size(self, problem: Problem) -> int:
         everything, size = len(self.selection.index), self.options.chunk_size

@@ -49,7 +49,7 @@ class GradientBuffer:
     def _differentiate(self, loss: Tensor, amplification: float) -> Sequence[Tensor | None]:
         if amplification == 1.0:
             return torch.autograd.grad(loss, self._aliases, allow_unused=True)
-        for factor in (amplification, amplification / 2**5, amplification / 2**10):
+        for factor in (amplification / 2.0 ** (5 * attempt) for attempt in range(8)):
             parts = torch.autograd.grad(factor * loss, self._aliases, allow_unused=True, retain_graph=True)
             if all(part is None or bool(torch.isfinite(part).all()) for part in parts):
                 break

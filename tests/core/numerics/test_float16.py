@@ -123,6 +123,26 @@ def test_n06_a_forced_overflow_skips_the_step() -> None:
     assert any(not torch.equal(a, b) for a, b in zip(before, steps.state(), strict=True))
 
 
+@FUSED
+@ENGINES
+@pytest.mark.parametrize("size", [100.0, 3000.0])
+def test_gradients_that_are_large_are_compared_too(size: float, engine: str, fused: bool) -> None:
+    """Gradients of 100 and 3,000 times the usual size, which the private loss scale would push beyond float16."""
+    model, weak, strong, target = wide_model(1.0)
+    with torch.no_grad():
+        model[0].weight.div_(size)
+    pairs = weak * size, strong * size, target
+    exact = Judge(model, *pairs).verdict()
+    gc = GradientConsistencyLoss(model, engine=engine, fused=fused)
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = gc(*pairs)
+    assert not gc.last.degenerate.any()
+    assert compare.relative(gc.last.norm_weak, exact.norm_weak) <= 1e-2
+    assert compare.cosine_error(gc.last.cosine, exact.cosine) <= 1e-2
+    if fused:  # else the derivatives' range is a matter of the user's own GradScaler
+        assert compare.relative(compare.gradient_of(loss, model), exact.flat) <= 5e-2
+
+
 def test_n06_an_overflow_inside_the_term_is_counted_and_stays_inside() -> None:
     """A pair whose gradient is beyond float16 is left out; the step is taken with the others."""
     steps = Steps(2.0**16)
