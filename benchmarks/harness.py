@@ -149,19 +149,20 @@ class Reference:
     count: int
     compared: Callable[[str], bool] | None = None
     labeled: Tensor | None = None
-    _verdicts: dict[tuple[str | None, bool], Verdict] = field(default_factory=dict)
+    _verdicts: dict[tuple[str | None, str | None], Verdict] = field(default_factory=dict)
 
-    def verdict(self, stop_gradient: str | None = None, *, joint: bool = False) -> Verdict:
-        """Cosines and gradient of the first `count` pairs; with `joint`, labeled inputs enter the statistics."""
-        key = stop_gradient, joint
+    def verdict(self, stop_gradient: str | None = None, *, observed: str | None = None) -> Verdict:
+        """Cosines and gradient of the first `count` pairs; `observed`: FixMatch's "joint" or "split" forward."""
+        key = stop_gradient, observed
         if key not in self._verdicts:
-            seen = [self.weak, self.strong]
-            if joint and self.labeled is not None:
-                seen.append(self.labeled)
+            assert self.labeled is not None or observed is None
+            strong = None if observed is None else torch.cat([self.labeled, self.strong]).cpu()  # type: ignore[list-item]
+            seen = {None: [self.weak, self.strong], "joint": [self.weak, strong], "split": [self.weak]}[observed]
             few = (tensor[: self.count].cpu() for tensor in (self.weak, self.strong, self.target))
             judge = Judge(
                 copy.deepcopy(self.model).cpu(), *few, compared=self.compared, stop_gradient=stop_gradient,
-                observed=torch.cat(seen).cpu(),
+                observed=torch.cat([part.cpu() for part in seen]),
+                observed_strong=strong if observed == "split" else None,
             )  # fmt: skip
             self._verdicts[key] = judge.verdict()
         return self._verdicts[key]
@@ -171,14 +172,14 @@ class Reference:
         term: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
         stop_gradient: str | None = None,
         *,
-        joint: bool = False,
+        observed: str | None = None,
     ) -> Row:
         """Errors of a term ``(weak, strong, target, weight) -> (loss, cosines)``: all pairs, `count` of them weighted.
 
         Returns:
             The largest error of a cosine, and the relative error of the gradient as one vector.
         """
-        verdict = self.verdict(stop_gradient, joint=joint)
+        verdict = self.verdict(stop_gradient, observed=observed)
         weight = torch.zeros(len(self.target), device=self.target.device)
         weight[: self.count] = 1.0
         self.model.zero_grad()

@@ -16,7 +16,7 @@ from models import has_batchnorm, spec
 from peers import BackpackTerm, RefusedError
 from torch import Tensor, nn
 
-from gradconsist import GGCRWrapper, GradientConsistencyLoss, SSLBatch
+from gradconsist import GGCRWrapper, GradientConsistencyLoss, SSLBatch, ViewPair
 from gradconsist.engines import GhostEngine
 from gradconsist.methods import FixMatch
 from gradconsist.observation import StatisticsObserver
@@ -72,13 +72,15 @@ VARIANTS: dict[str, Variant] = {
     "default, max_pairs=8": Variant("loss", {"max_pairs": 8}),
     "default, stop_gradient='weak'": Variant("loss", {"stop_gradient": "weak"}),
     JOINT: Variant("plain", joint=True),
+    "wrapper, batchnorm='observed'": Variant("wrapper", {"batchnorm": "observed"}),
     "wrapper, joint forward, batchnorm='observed'": Variant("wrapper", {"batchnorm": "observed"}, joint=True),
 }
 
 
 def applies(name: str, model: nn.Module) -> bool:
     """Whether a variant says anything new about a model: observed statistics need a BatchNorm."""
-    return has_batchnorm(model) or not VARIANTS[name].joint
+    variant = VARIANTS[name]
+    return has_batchnorm(model) or not (variant.joint or variant.kind == "wrapper")
 
 
 def make_batch(
@@ -134,13 +136,15 @@ class Step:
         if self.term is None:
             return {}
         stop = self.variant.options.get("stop_gradient")
-        return reference.errors(self._term, stop, joint=self.variant.kind == "wrapper")
+        observed = None if self.variant.kind != "wrapper" else "joint" if self.variant.joint else "split"
+        return reference.errors(self._term, stop, observed=observed)
 
     def _term(self, weak: Tensor, strong: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         if self.wrapper is not None:  # what it does, but with weights of our own
             with StatisticsObserver(self.model) as observer:
                 self.method(self.batch)
-            loss = self.term.evaluate(weak, strong, target, weight, statistics=observer.statistics())
+            statistics = observer.statistics(ViewPair(weak, strong, target))
+            loss = self.term.evaluate(weak, strong, target, weight, statistics=statistics)
         else:
             loss = self.term(weak, strong, target, weight)
         cosine: Tensor = self.term.cosine if self.variant.kind == "backpack" else self.term.last.cosine

@@ -283,17 +283,24 @@ class PerSampleForward:
         self.loss_scale = loss_scale
         self._both = _ModelWithLoss(model, loss_fn)
 
-    def output(self, inputs: Inputs, *, record: bool = False) -> Any:
+    def output(self, inputs: Inputs, view: int | None = None, *, record: bool = False) -> Any:
         """The model's output; with `record`, takes BatchNorm statistics on the way."""
-        return self._run(inputs, None, {}, record=record)[0]
+        return self._run(inputs, None, {}, view, record=record)[0]
 
-    def losses(self, inputs: Inputs, target: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+    def losses(
+        self,
+        inputs: Inputs,
+        target: Tensor,
+        parameters: Mapping[str, Tensor] | None = None,
+        view: Tensor | int | None = None,
+    ) -> Tensor:
         """Losses [B] (times `loss_scale`), with `parameters` in place of the model's own.
 
         Args:
-            inputs: one view, batch first.
+            inputs: samples, batch first.
             target: targets, batch first.
             parameters: replacements by name.
+            view: see `gradconsist.engines.base.Losses`.
 
         Returns:
             Losses [B], in float32 at least.
@@ -301,7 +308,7 @@ class PerSampleForward:
         Raises:
             LossContractError: `loss_fn` returned something else than one real number per sample.
         """
-        _, value = self._run(inputs, target, parameters or {})
+        _, value = self._run(inputs, target, parameters or {}, view)
         if not isinstance(value, Tensor) or value.shape != target.shape[:1] or not value.is_floating_point():
             found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise LossContractError(
@@ -311,12 +318,18 @@ class PerSampleForward:
         return value.to(torch.promote_types(value.dtype, torch.float32)) * self.loss_scale
 
     def _run(
-        self, inputs: Inputs, target: Tensor | None, parameters: Mapping[str, Tensor], *, record: bool = False
+        self,
+        inputs: Inputs,
+        target: Tensor | None,
+        parameters: Mapping[str, Tensor],
+        view: Tensor | int | None = None,
+        *,
+        record: bool = False,
     ) -> tuple[Any, Any]:
         # Copies: a forward that writes into its buffers (step counts, running statistics) writes into these.
         state = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         state |= {**self.parameters, **parameters}
-        self.batchnorm.start_forward(len(leaves(inputs)[0]), record=record)
+        self.batchnorm.start_forward(len(leaves(inputs)[0]), view, record=record)
         with ExitStack() as stack:
             stack.enter_context(_ComparisonMode(self.batchnorm, dropout=self.dropout))
             if self.autocast is not None:

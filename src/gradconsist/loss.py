@@ -14,7 +14,7 @@ from gradconsist.engines import ENGINES, Engine
 from gradconsist.errors import ConfigError, GradModeError, StateError
 from gradconsist.guards import check_model
 from gradconsist.isolation import one_comparison, uncompiled
-from gradconsist.normalization import BatchNormPolicy, Statistics
+from gradconsist.normalization import BatchNormPolicy, Constants
 from gradconsist.probes import Probed
 from gradconsist.selection import Encoder, compared_parameters, trainable_parameters
 from gradconsist.types import ConsistencyRecord, Inputs, LossFunction
@@ -47,7 +47,8 @@ class GradientConsistencyLoss:
         projection: must be None; random projections are not part of this version.
         batchnorm: "auto" gives a BatchNorm in train mode the joint statistics of this call's weak and strong inputs
             (all pairs, those of weight 0 included) and one in eval mode its running statistics; "batch" and "running"
-            force one of them; "observed" takes those of the method's own forward and needs `GGCRWrapper`.
+            force one of them; "observed" takes those of the method's own forward of each view, at no forward here,
+            and needs `GGCRWrapper`.
         dropout: "off" switches random layers off inside the comparison; "on" keeps them, with an independent draw for
             each view and sample.
         chunk_size: pairs at a time: an int, None for all, or "auto" for the engine's own choice (halved where a CUDA
@@ -178,7 +179,7 @@ class GradientConsistencyLoss:
         weight: Tensor | None = None,
         *,
         generator: torch.Generator | None = None,
-        statistics: list[Statistics] | None = None,
+        statistics: Constants | None = None,
     ) -> Tensor:
         """`__call__` with given BatchNorm statistics, one entry for each BatchNorm call of a forward.
 
@@ -188,7 +189,8 @@ class GradientConsistencyLoss:
             target: as in `__call__`.
             weight: as in `__call__`.
             generator: as in `__call__`.
-            statistics: constants for the BatchNorm calls in batch mode, instead of this call's own.
+            statistics: constants for the BatchNorm calls in batch mode, instead of this call's own: a list, or a tuple
+                of two for the weak and the strong views.
 
         Returns:
             As `__call__`.
@@ -216,7 +218,7 @@ class GradientConsistencyLoss:
         weight: Tensor | None = None,
         *,
         generator: torch.Generator | None = None,
-        statistics: list[Statistics] | None = None,
+        statistics: Constants | None = None,
     ) -> ConsistencyRecord:
         """Cosines and norms without a graph: for monitoring, in any mode, also under ``no_grad``.
 
@@ -293,7 +295,7 @@ class GradientConsistencyLoss:
         return check_pairs(self.model, weak, strong, target, weight, default_loss=default, fused=fused)
 
     def _comparison(
-        self, generator: torch.Generator | None, statistics: list[Statistics] | None, *, measure: bool
+        self, generator: torch.Generator | None, statistics: Constants | None, *, measure: bool
     ) -> Comparison:
         if self.batchnorm == "observed" and statistics is None:
             raise ConfigError(

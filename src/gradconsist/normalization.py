@@ -26,6 +26,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from gradconsist.errors import ConfigError, InputShapeError, UnsupportedModuleError
 
 BatchNormPolicy: TypeAlias = Literal["auto", "batch", "running", "observed"]
+WEAK, STRONG = 0, 1  # which view a sample is, where the views have constants of their own
 
 
 class Statistics(NamedTuple):
@@ -40,6 +41,10 @@ class Statistics(NamedTuple):
     mean: Tensor
     variance: Tensor
     rows: int = 0
+
+
+Constants: TypeAlias = "list[Statistics] | tuple[list[Statistics], list[Statistics]]"
+"""Constants of a forward's BatchNorm calls: one list for all samples, or one for weak and one for strong views."""
 
 
 class StatisticsMissingError(Exception):
@@ -119,20 +124,22 @@ class BatchNormCalls:
     """Answers the BatchNorm calls of one or more forwards, in the order in which they come.
 
     While recording, each call in batch mode takes its statistics from its own input. Afterwards the same calls, in the
-    same order, get the recorded ones.
+    same order, get the recorded ones. Where the two views have constants of their own, both are given beforehand.
     """
 
-    def __init__(self, policy: BatchNormPolicy, recorded: list[Statistics] | None = None) -> None:
+    def __init__(self, policy: BatchNormPolicy, given: Constants | None = None) -> None:
         self.policy = policy
-        self.recorded = recorded
+        self.recorded = _by_view(*given) if isinstance(given, tuple) else given
         self._recording: list[Statistics] | None = None
         self._position = 0
         self._samples = 0
+        self._view: Tensor | int | None = None
 
-    def start_forward(self, samples: int, *, record: bool = False) -> None:
-        """Before a forward of so many samples: the next call is the first one."""
+    def start_forward(self, samples: int, view: Tensor | int | None = None, *, record: bool = False) -> None:
+        """Before a forward of so many samples of this view: the next call is the first one."""
         self._position = 0
         self._samples = samples
+        self._view = view
         self._recording = [] if record else None
 
     def finish_forward(self) -> None:
@@ -201,11 +208,22 @@ class BatchNormCalls:
             raise StatisticsMissingError
         if self._position >= len(self.recorded):
             raise UnsupportedModuleError(self._mismatch("more calls"))
-        statistics = self.recorded[self._position]
+        statistics = self._of_view(self.recorded[self._position])
         self._position += 1
         if statistics.mean.shape[0] != x.shape[1]:
             raise UnsupportedModuleError(self._mismatch(f"{x.shape[1]} channels at call {self._position}"))
         return statistics
+
+    def _of_view(self, statistics: Statistics) -> Statistics:
+        if statistics.mean.dim() == 1:
+            return statistics
+        if self._view is None:
+            raise ConfigError(
+                "the views have BatchNorm statistics of their own (`batchnorm='observed'`, a method with several"
+                " forwards), and the engine does not say which view a sample is: pass `view` to `Problem.losses`, or"
+                " use `batchnorm='auto'`."
+            )
+        return statistics._replace(mean=statistics.mean[self._view], variance=statistics.variance[self._view])
 
     def _mismatch(self, found: str) -> str:
         expected = len(self.recorded or [])
@@ -214,3 +232,27 @@ class BatchNormCalls:
             " The model's control flow depends on its input or on chance: make it fixed, or put its BatchNorm layers in"
             " eval mode."
         )
+
+
+def _by_view(weak: list[Statistics], strong: list[Statistics]) -> list[Statistics]:
+    """Statistics [2, channels] of each call, weak and strong; where both are the same, as one.
+
+    Args:
+        weak: of the calls of the weak views' forward.
+        strong: likewise.
+
+    Returns:
+        One entry for each call.
+
+    Raises:
+        UnsupportedModuleError: the forwards made different calls.
+    """
+    if [len(each.mean) for each in weak] != [len(each.mean) for each in strong]:
+        raise UnsupportedModuleError(
+            f"the model's BatchNorm calls differ between the method's own forwards: {len(weak)} with the weak views,"
+            f" {len(strong)} with the strong ones, or other channels. Use `batchnorm='auto'`."
+        )
+    return [
+        Statistics(torch.stack([w.mean, s.mean]), torch.stack([w.variance, s.variance]), w.rows * (w.rows == s.rows))
+        for w, s in zip(weak, strong, strict=True)
+    ]

@@ -13,6 +13,7 @@ from gradconsist.default_loss import cross_entropy, find_logits
 from gradconsist.errors import InputShapeError, InputValueError, LossContractError, UnsupportedModuleError
 from gradconsist.forward import PerSampleForward, comparison_scope
 from gradconsist.graph import check_first_derivative
+from gradconsist.normalization import WEAK
 from gradconsist.randomness import preserved_randomness
 from gradconsist.types import Inputs
 from gradconsist.validation import Pairs
@@ -74,7 +75,7 @@ def _try_forward(forward: PerSampleForward, pairs: Pairs, probed: Probed) -> boo
     if concatenable(pairs.weak, pairs.strong):
         everything, target = concatenate(pairs.weak, pairs.strong), torch.cat([pairs.target, pairs.target])
     with torch.no_grad():
-        output = quiet.output(take(everything, slice(0, 1)))
+        output = quiet.output(take(everything, slice(0, 1)), WEAK)
         logits = find_logits(output)
         probed.classes = logits.shape[1] if logits is not None and logits.dim() == 2 else None
         _check_classes(forward, pairs.target, probed.classes)
@@ -129,8 +130,9 @@ def _only_rounding(forward: PerSampleForward, inputs: Inputs, target: Tensor, bo
 
 def _numbers(forward: PerSampleForward, inputs: Inputs, target: Tensor) -> list[Tensor]:
     """What must not depend on neighbours: logits, where there are some, and losses."""
-    logits = find_logits(forward.output(inputs))
-    losses = forward.losses(inputs, target)
+    # One view's constants for all: here only samples are told from each other.
+    logits = find_logits(forward.output(inputs, WEAK))
+    losses = forward.losses(inputs, target, view=WEAK)
     return [losses] if logits is None or not logits.is_floating_point() else [logits, losses]
 
 
@@ -153,7 +155,7 @@ def _try_derivative(forward: PerSampleForward, pairs: Pairs) -> None:
     own = {name: parameter for name, parameter in forward.model.named_parameters() if parameter.requires_grad}
     copies = {name: parameter.detach().clone().requires_grad_() for name, parameter in own.items()}
     with torch.enable_grad():
-        loss = forward.losses(take(pairs.weak, slice(0, 1)), pairs.target[:1], copies)
+        loss = forward.losses(take(pairs.weak, slice(0, 1)), pairs.target[:1], copies, WEAK)
     check_first_derivative(loss, own)
     if not loss.requires_grad:
         raise LossContractError(

@@ -22,7 +22,7 @@ from gradconsist.types import Inputs
 CONVOLUTIONS = {getattr(torch, f"conv{kind}{dims}d"): 2 + dims for kind in ("", "_transpose") for dims in (1, 2, 3)}
 
 
-_PART_BYTES = 2**24  # of the input of a convolution that takes a batch in parts
+_PART_BYTES = 2**22  # of the input of a convolution that takes a batch in parts
 _TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5}  # of a digest, relative to the input's norm; else 1e-2
 
 

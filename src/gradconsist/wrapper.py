@@ -136,7 +136,7 @@ class GGCRWrapper(nn.Module):
         if pair is None:
             result = base._replace(logs={**base.logs, "ggcr_weight": 0.0})
         else:
-            statistics = observer.statistics() if isinstance(observer, StatisticsObserver) else None
+            statistics = observer.statistics(pair) if isinstance(observer, StatisticsObserver) else None
             gate = pair.weight if self.gate == "method" else None
             term = self.consistency.evaluate(pair.weak, pair.strong, pair.target, gate, statistics=statistics)
             logs = {**base.logs, "ggcr_weight": weight, **self._logs(term)}

@@ -6,8 +6,9 @@ import copy
 import itertools
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradconsist import GGCRWrapper, GradientConsistencyLoss, SSLBatch, StepOutput, ViewPair
-from gradconsist.errors import ConfigError, GradConsistError, StateError
+from gradconsist.engines import GradProducts, LoopEngine, Problem
+from gradconsist.errors import ConfigError, GradConsistError, StateError, UnsupportedModuleError
 from gradconsist.methods import FixMatch
+from gradconsist.observation import StatisticsObserver
 from support import compare, state, training
 from support.oracle import Judge
 
@@ -577,6 +580,100 @@ def test_observed_statistics_are_those_of_the_methods_own_forward(engine: str) -
         assert float(out.logs["ggcr_loss"]) == pytest.approx(float(oracle.verdict().loss), abs=1e-10)
 
 
+@pytest.mark.parametrize("chunk", [1, 2, None])
+@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
+@pytest.mark.parametrize("stop", [None, "weak"])
+def test_observed_statistics_of_two_forwards_are_each_views_own(
+    engine: str, chunk: int | None, stop: Literal["weak"] | None
+) -> None:
+    """FixMatch's cheaper form forwards weak views alone, and strong ones beside the labeled images."""
+    model = training.network(dropout=0.0).double()
+    data = [SSLBatch(*(v.double() if v is not None and v.is_floating_point() else v for v in b)) for b in DATA[:2]]
+    method = FixMatch(model, threshold=THRESHOLD, joint=False)
+    consistency = GradientConsistencyLoss(
+        model, batchnorm="observed", engine=engine, chunk_size=chunk, stop_gradient=stop
+    )
+    wrapper = GGCRWrapper(method, consistency, warmup_steps=0, weight=1.0)
+    for batch in data:
+        twin = copy.deepcopy(method)
+        bare = compare.gradient_of(twin(batch).loss, twin)
+        out = wrapper(batch)
+        gradient = compare.gradient_of(out.loss, model) - bare
+        verdict = Judge(
+            model, batch.weak, batch.strong, out.pair.target, out.pair.weight, stop_gradient=stop,
+            observed=batch.weak, observed_strong=torch.cat([batch.x, batch.strong]),
+        ).verdict()  # fmt: skip
+        seen = consistency.last.compared
+        assert 0 < int(seen.sum()) < len(seen)
+        assert compare.cosine_error(consistency.last.cosine[seen], verdict.cosine[seen]) <= 1e-10
+        assert float(out.logs["ggcr_loss"]) == pytest.approx(float(verdict.loss), abs=1e-10)
+        assert compare.relative(gradient, verdict.flat) <= 1e-8
+
+
+def test_a_view_is_found_among_the_forwards_by_its_rows() -> None:
+    """Views with NaN in a pair, mappings, several tensors; and what cannot be told is refused."""
+    model = Sum()
+    first, second = torch.randn(5, 3), torch.randn(4, 3)
+    first[1, 0] = torch.nan
+    with StatisticsObserver(model) as observer:
+        model(torch.cat([second, first]), b=torch.zeros(9, 3))
+        model(second + 1.0, b=torch.ones(4, 3))
+    zeros, ones = torch.zeros(5, 3), torch.ones(4, 3)
+    weak, strong = observer.statistics(ViewPair({"a": first, "b": zeros}, [second + 1.0, ones], torch.zeros(5)))
+    assert (weak[0].rows, strong[0].rows) == (9, 4)
+    for view in ({"a": first.flip(0), "b": zeros}, {"a": first, "b": zeros + 1.0}, first):
+        with pytest.raises(ConfigError, match="of 2 that the method did in this step, 0 held the weak views"):
+            observer.statistics(ViewPair(view, [second + 1.0, ones], torch.zeros(5)))
+
+
+class Sum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.norm(a + b)
+
+
+def test_forwards_with_other_batchnorm_calls_are_refused() -> None:
+    class Sometimes(Sum):
+        def forward(self, a: Tensor) -> Tensor:
+            return self.norm(a) if len(a) == 4 else self.norm(self.norm(a))
+
+    model = Sometimes()
+    method = Views(model)
+    wrapper = GGCRWrapper(method, GradientConsistencyLoss(model, batchnorm="observed"), warmup_steps=0)
+    batch = SSLBatch(torch.randn(2, 3), torch.tensor([0, 1]), torch.randn(4, 3), torch.randn(4, 3))
+    with pytest.raises(UnsupportedModuleError, match="1 with the weak views, 2 with the strong ones"):
+        wrapper(batch)
+
+
+class Views(nn.Module):
+    """Weak views alone, strong ones beside the labeled inputs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: SSLBatch) -> StepOutput:
+        loss = self.model(batch.weak).square().mean() + self.model(torch.cat([batch.x, batch.strong])).square().mean()
+        return StepOutput(loss, ViewPair(batch.weak, batch.strong, torch.arange(len(batch.weak)) % 3))
+
+
+def test_an_engine_that_does_not_tell_the_view_is_refused() -> None:
+    class Untold(LoopEngine):
+        def products(self, problem: Problem) -> GradProducts:
+            losses = problem.losses
+            return super().products(replace(problem, losses=lambda *args, view: losses(*args)))
+
+    model = training.network(dropout=0.0)
+    consistency = GradientConsistencyLoss(model, batchnorm="observed", engine=Untold())
+    with pytest.raises(ConfigError, match="the engine does not say which view a sample is: pass `view`"):
+        GGCRWrapper(Views(model), consistency, warmup_steps=0)(DATA[0])
+    one = ViewsOnly(model)  # with one forward there is nothing to tell
+    assert GGCRWrapper(one, consistency, warmup_steps=0)(DATA[0]).loss.isfinite()
+
+
 class Elsewhere(nn.Module):
     """A method whose own BatchNorm is no part of the compared model, before and after the model's forward."""
 
@@ -605,7 +702,9 @@ def test_only_the_compared_model_is_observed() -> None:
 def test_observing_needs_one_forward(forwards: int) -> None:
     method = Elsewhere(training.network(dropout=0.0), forwards)
     wrapper = GGCRWrapper(method, GradientConsistencyLoss(method.model, batchnorm="observed"), warmup_steps=0)
-    with pytest.raises(ConfigError, match=f"needs one forward in train mode per step, the method did {forwards}"):
+    with pytest.raises(
+        ConfigError, match=f"of {forwards} that the method did in this step, {forwards} held the weak views"
+    ):
         wrapper(DATA[0])
     assert wrapper.step == 0
 

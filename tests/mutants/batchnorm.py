@@ -110,10 +110,27 @@ BUGS = [
     ),
     Bug(
         "observed statistics of whichever forward came last",
-        "'observed' needs one forward in train mode, or refuses",
-        "test_wrapper.py::test_observing_needs_one_forward",
-        "observation.py", "if len(found) != 1:", "if not found:",
-        "observation.py", "return found[0]", "return found[-1]",
+        "'observed' takes the constants of each view's own forward",
+        "test_wrapper.py::test_observed_statistics_of_two_forwards_are_each_views_own[None-loop-None]",
+        "observation.py", "if len(found) == 1:\n            return found[0]", "if found:\n            return found[-1]",
+    ),
+    Bug(
+        "observed statistics of the first of several forwards that hold a view",
+        "'observed' refuses where it is not clear which forward was a view's",
+        "test_wrapper.py::test_observing_needs_one_forward[2]",
+        "observation.py", "if len(with_view) != 1:", "if not with_view:",
+    ),
+    Bug(
+        "the views' observed statistics exchanged",
+        "'observed' takes the constants of each view's own forward",
+        "test_wrapper.py::test_observed_statistics_of_two_forwards_are_each_views_own[None-loop-None]",
+        "observation.py", "(own[0].statistics, own[1].statistics)", "(own[1].statistics, own[0].statistics)",
+    ),
+    Bug(
+        "ghost: weak constants for both views",
+        "where the views have constants of their own, each sample has those of its view",
+        "test_wrapper.py::test_observed_statistics_of_two_forwards_are_each_views_own[None-ghost-None]",
+        "engines/ghost/engine.py", "torch.tensor([WEAK, STRONG]", "torch.tensor([WEAK, WEAK]",
     ),
     Bug(
         "BatchNorms outside the model observed",

@@ -145,7 +145,8 @@ class Judge:
 
     `compared` is a predicate on names of parameters (E); every trainable parameter is in E where it is None.
     `autocast` runs the forwards in that dtype, for the same-dtype loop that half precision is measured against.
-    `observed` is the batch whose forward supplies the statistics; None is weak and strong views together.
+    `observed` is the batch whose forward supplies the statistics; None is weak and strong views together. Where
+    `observed_strong` is given, its forward supplies those of the strong views.
     `scale` multiplies the loss and divides the gradients, so that those of float16 do not underflow.
     `inputs` asks for the derivative for floating inputs as well.
     """
@@ -168,6 +169,7 @@ class Judge:
         dtype: torch.dtype = torch.float64,
         autocast: torch.dtype | None = None,
         observed: Tree = None,
+        observed_strong: Tree = None,
         scale: float = 1.0,
         inputs: bool = False,
     ) -> None:
@@ -185,7 +187,10 @@ class Judge:
         self.compared = [p for n, p in self.trainable.items() if compared is None or compared(n)]
         self.tape = Tape(batchnorm)
         self._write_out(reference)
-        self._record(tree_cat(self.weak, self.strong) if observed is None else tree_map(cast, observed))
+        joint = tree_cat(self.weak, self.strong) if observed is None else tree_map(cast, observed)
+        self.constants = [self._record(joint)] * 2
+        if observed_strong is not None:
+            self.constants[1] = self._record(tree_map(cast, observed_strong))
 
     def _write_out(self, reference: Callable[[nn.Module, Tape], None] | None) -> None:
         for name, layer in self.model.named_modules():
@@ -198,11 +203,12 @@ class Judge:
         if reference is not None:
             reference(self.model, self.tape)
 
-    def _record(self, inputs: Tree) -> None:
-        self.tape.recording = True
+    def _record(self, inputs: Tree) -> dict[str, list[tuple[Tensor, Tensor]]]:
+        self.tape.recording, self.tape.entries = True, {}
         with torch.no_grad(), self._context():
             call(self.model, inputs)
         self.tape.recording = False
+        return self.tape.entries
 
     @contextlib.contextmanager
     def _context(self) -> Iterator[None]:
@@ -213,8 +219,9 @@ class Judge:
         with _plain_kernels(), half:
             yield
 
-    def _sample_gradient(self, inputs: Tree, i: int) -> Tensor:
-        """d l(f(x_i), t_i) / dE as one vector [P], differentiable."""
+    def _sample_gradient(self, view: int, i: int) -> Tensor:
+        """d l(f(x_i), t_i) / dE of a weak (0) or strong (1) view as one vector [P], differentiable."""
+        inputs, self.tape.entries = (self.weak, self.strong)[view], self.constants[view]
         with self._context():
             output = call(self.model, tree_map(lambda x: x[i : i + 1], inputs))
             loss = self.loss_fn(output, self.target[i : i + 1])
@@ -230,7 +237,7 @@ class Judge:
         cosines: list[Tensor | None] = []
         norms = torch.zeros(2, self.size, dtype=torch.float64)
         for i in range(self.size):
-            g_w, g_s = self._sample_gradient(self.weak, i), self._sample_gradient(self.strong, i)
+            g_w, g_s = self._sample_gradient(0, i), self._sample_gradient(1, i)
             if self.stop_gradient == "weak":
                 g_w = g_w.detach()
             if self.stop_gradient == "strong":

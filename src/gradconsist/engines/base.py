@@ -6,7 +6,7 @@ knows nothing of cosines, weights, chunks or reductions; those are written once,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -19,7 +19,30 @@ from gradconsist.recall import Recalled
 from gradconsist.similarity import GradProducts
 from gradconsist.types import Inputs
 
-LossesFunction = Callable[[Inputs, Tensor, Mapping[str, Tensor] | None], Tensor]
+
+class Losses(Protocol):
+    """Per-sample losses, each a function of its own sample."""
+
+    def __call__(
+        self,
+        inputs: Inputs,
+        target: Tensor,
+        parameters: Mapping[str, Tensor] | None = None,
+        view: Tensor | int | None = None,
+    ) -> Tensor:
+        """Losses [B].
+
+        Args:
+            inputs: B samples.
+            target: their targets.
+            parameters: tensors in place of named parameters.
+            view: 0 for weak, 1 for strong: which constants of BatchNorm are the samples' own; under vmap it may be a
+                tensor [] with a value for each sample. None is an error where the two views' constants differ.
+
+        Returns:
+            Losses, in float32 at least.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -27,8 +50,7 @@ class Problem:
     """Pairs of views whose per-sample gradients are to be compared.
 
     Attributes:
-        losses: ``(inputs, target, replacements) -> [B]``: per-sample losses, each a function of its own sample, with
-            named parameters replaced where given.
+        losses: ``(inputs, target, replacements, view) -> [B]``, see `Losses`.
         parameters: the compared parameters, E, by name.
         weak: weakly augmented inputs.
         strong: strongly augmented inputs.
@@ -40,7 +62,7 @@ class Problem:
         recalled: what convolutions returned for these inputs in an earlier forward; None if unknown.
     """
 
-    losses: LossesFunction
+    losses: Losses
     parameters: Mapping[str, Tensor]
     weak: Inputs
     strong: Inputs

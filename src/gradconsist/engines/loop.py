@@ -13,6 +13,7 @@ from torch import Tensor
 from gradconsist.batch import take
 from gradconsist.engines.base import Problem, inner
 from gradconsist.errors import UnsupportedModuleError
+from gradconsist.normalization import STRONG, WEAK
 from gradconsist.similarity import GradProducts
 from gradconsist.types import Inputs
 
@@ -30,8 +31,9 @@ class LoopEngine:
         rows = []
         for i in range(problem.target.shape[0]):
             one = slice(i, i + 1)
-            weak = _gradient(problem, take(problem.weak, one), problem.target[one], problem.graph_weak)
-            strong = _gradient(problem, take(problem.strong, one), problem.target[one], problem.graph_strong)
+            target = problem.target[one]
+            weak = _gradient(problem, take(problem.weak, one), target, WEAK, problem.graph_weak)
+            strong = _gradient(problem, take(problem.strong, one), target, STRONG, problem.graph_strong)
             rows.append(torch.stack([inner(weak, weak), inner(strong, strong), inner(weak, strong)]))
         return GradProducts(*torch.stack(rows).unbind(1))
 
@@ -41,11 +43,11 @@ class LoopEngine:
         return 1
 
 
-def _gradient(problem: Problem, inputs: Inputs, target: Tensor, graph: bool) -> list[Tensor]:
+def _gradient(problem: Problem, inputs: Inputs, target: Tensor, view: int, graph: bool) -> list[Tensor]:
     """The gradient of one sample's loss, one tensor a parameter; zeros where the loss does not depend on it."""
     parameters = list(problem.parameters.values())
     with torch.enable_grad():
-        loss = problem.losses(inputs, target, None).sum()
+        loss = problem.losses(inputs, target, view=view).sum()
         # Not materialize_grads: its zeros are leaves that require grad.
         found = torch.autograd.grad(loss, parameters, create_graph=graph, allow_unused=True)
     gradient = [

@@ -17,6 +17,7 @@ from gradconsist.engines.base import Problem, inner
 from gradconsist.engines.loop import refused_by_vmap
 from gradconsist.errors import GradConsistError, UnsupportedModuleError
 from gradconsist.graph import check_batched, check_scripts
+from gradconsist.normalization import STRONG, WEAK
 from gradconsist.randomness import preserved_randomness
 from gradconsist.similarity import GradProducts
 from gradconsist.types import Inputs
@@ -47,8 +48,8 @@ class VmapEngine:
         if graph and (model is None or model not in self._looked_at):
             _refuse_scripts(problem)
         try:
-            weak = _gradients(problem, problem.weak, problem.graph_weak)
-            strong = _gradients(problem, problem.strong, problem.graph_strong)
+            weak = _gradients(problem, problem.weak, WEAK, problem.graph_weak)
+            strong = _gradients(problem, problem.strong, STRONG, problem.graph_strong)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -92,11 +93,11 @@ def _refuse_scripts(problem: Problem) -> None:
     one = slice(0, 1)
     with preserved_randomness(problem.target.device, seed=0), torch.enable_grad():
         for _ in range(2):  # the first run of a script is only profiled
-            loss = problem.losses(take(problem.weak, one), problem.target[one], None)
+            loss = problem.losses(take(problem.weak, one), problem.target[one], view=WEAK)
     check_scripts(loss)
 
 
-def _gradients(problem: Problem, inputs: Inputs, graph: bool) -> list[Tensor]:
+def _gradients(problem: Problem, inputs: Inputs, view: int, graph: bool) -> list[Tensor]:
     """Gradients of all samples, [n, *parameter shape] each."""
     is_tensor = isinstance(inputs, Tensor)
 
@@ -104,7 +105,7 @@ def _gradients(problem: Problem, inputs: Inputs, graph: bool) -> list[Tensor]:
         batched = [leaf.unsqueeze(0) for leaf in sample]
         one: Inputs = batched[0] if is_tensor else _rebuild(inputs, batched)
         with _RefuseHooks():
-            return problem.losses(one, target.unsqueeze(0), parameters).squeeze(0)
+            return problem.losses(one, target.unsqueeze(0), parameters, view).squeeze(0)
 
     columns = leaves(inputs)
     per_sample = vmap(

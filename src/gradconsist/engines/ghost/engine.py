@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,6 +19,7 @@ from gradconsist.engines.ghost.rules import FORMS, Form, LinearWeight, Rule, cho
 from gradconsist.engines.ghost.seen import Seen, rebuilt, see
 from gradconsist.engines.loop import refused_by_vmap
 from gradconsist.errors import GradConsistError
+from gradconsist.normalization import STRONG, WEAK
 from gradconsist.randomness import preserved_randomness
 from gradconsist.recall import OtherForwardError
 from gradconsist.similarity import GradProducts
@@ -29,7 +30,7 @@ logger = logging.getLogger("gradconsist")
 
 # What the graph of a chunk may keep, and pairs at most. Fixed numbers and not timings, so that a resumed run adds up in
 # the same order and stays bitwise equal: on CPUs larger chunks gain little (benchmarks/step_cost.py); CUDA: not known.
-_CHUNK_BYTES = {"cpu": 320 * 2**20, "cuda": 2**33}
+_CHUNK_BYTES = {"cpu": 448 * 2**20, "cuda": 2**33}
 _MOST_PAIRS = 256
 
 
@@ -124,9 +125,7 @@ class GhostEngine:
             seen = self._see_both(problem)
             with torch.set_grad_enabled(problem.graph_weak):
                 return _total(problem, [self._gram(name, seen) for name in problem.parameters])
-        looped = self._known(problem).looped
-        weak = see(problem, problem.weak, problem.target, problem.graph_weak, looped)
-        strong = see(problem, problem.strong, problem.target, problem.graph_strong, looped)
+        weak, strong = (self._see_one(problem, view) for view in (WEAK, STRONG))
         with torch.set_grad_enabled(problem.graph_weak or problem.graph_strong):
             return _total(
                 problem, [self._gram_of_two(name, weak, strong, len(problem.target)) for name in problem.parameters]
@@ -135,13 +134,19 @@ class GhostEngine:
     def _see_both(self, problem: Problem) -> Seen:
         """Both views as one batch."""
         samples, target = _interleaved(problem.weak, problem.strong), problem.target.repeat_interleave(2, 0)
+        view = torch.tensor([WEAK, STRONG], device=target.device).repeat(len(problem.target))
         looped = self._known(problem).looped
         if problem.recalled is not None and not looped:
             try:
-                return see(problem, samples, target, problem.graph_weak, looped, problem.recalled)
+                return see(problem, samples, target, view, problem.graph_weak, looped, problem.recalled)
             except OtherForwardError:
                 pass
-        return see(problem, samples, target, problem.graph_weak, looped)
+        return see(problem, samples, target, view, problem.graph_weak, looped)
+
+    def _see_one(self, problem: Problem, view: int) -> Seen:
+        samples, graph = ((problem.weak, problem.graph_weak), (problem.strong, problem.graph_strong))[view]
+        views = torch.full([len(problem.target)], view, device=problem.target.device)
+        return see(problem, samples, problem.target, views, graph, self._known(problem).looped)
 
     def routes(self, problem: Problem) -> dict[str, str]:
         """How each compared parameter reaches its inner products.
@@ -153,8 +158,7 @@ class GhostEngine:
             A description by parameter name; empty where the losses do not depend on it.
         """
         together = _stackable(problem.weak, problem.strong)
-        looped = self._known(problem).looped
-        seen = self._see_both(problem) if together else see(problem, problem.weak, problem.target, False, looped)
+        seen = self._see_both(problem) if together else self._see_one(replace(problem, graph_weak=False), WEAK)
         return {name: self._route(name, seen, paired=together) for name in problem.parameters}
 
     def _route(self, name: str, seen: Seen, *, paired: bool) -> str:

@@ -53,6 +53,7 @@ def see(
     problem: Problem,
     inputs: Inputs,
     target: Tensor,
+    view: Tensor,
     graph: bool,
     looped: Container[str] = (),
     recalled: Recalled | None = None,
@@ -63,6 +64,7 @@ def see(
         problem: losses and compared parameters.
         inputs: N samples.
         target: their targets.
+        view: which view each is, [N].
         graph: whether the result can be differentiated.
         looped: paths of modules that run sample by sample.
         recalled: what convolutions returned for these samples in an earlier forward, or None.
@@ -78,13 +80,13 @@ def see(
     uses: list[Use] = []
     stage = Stage(outputs_only=True)
 
-    def loss(stand_ins: Mapping[str, Tensor], target: Tensor, *sample: Tensor) -> Tensor:
+    def loss(stand_ins: Mapping[str, Tensor], target: Tensor, view: Tensor, *sample: Tensor) -> Tensor:
         batched = [leaf.unsqueeze(0) for leaf in sample]
         one: Inputs = batched[0] if is_tensor else rebuilt(inputs, batched)
         capture = Capture(problem.parameters, stand_ins, stage, recalled)
         try:
             with intercepted(problem.model, capture.layer, capture.one_by_one, looped), capture:
-                result = problem.losses(one, target.unsqueeze(0), stand_ins).squeeze(0)
+                result = problem.losses(one, target.unsqueeze(0), stand_ins, view).squeeze(0)
             uses.extend(capture.uses)
             calls = capture.convolutions
         finally:
@@ -93,11 +95,11 @@ def see(
             raise OtherForwardError
         return result
 
-    in_dims = (0, 0, *[0] * len(columns))
+    in_dims = (0, 0, 0, *[0] * len(columns))
     with torch.enable_grad():
         stand_ins = {name: p.expand(len(target), *p.shape) for name, p in problem.parameters.items()}
         batched = vmap(loss, in_dims=in_dims, randomness="different" if problem.random else "error")
-        losses = batched(stand_ins, target, *columns)
+        losses = batched(stand_ins, target, view, *columns)
         wanted: list[Any] = [*(use.output for use in uses), *stand_ins.values()]
         # The sum and not the mean: each output gradient is that of its own sample's loss.
         found = torch.autograd.grad(losses.sum(), wanted, create_graph=graph, allow_unused=True)
