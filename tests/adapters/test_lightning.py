@@ -1,0 +1,368 @@
+"""The Lightning adapter: bitwise a plain loop with GGCRWrapper, exact restore, exact resume, refusals by name."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gradconsist import GGCRWrapper, GradientConsistencyLoss, SSLBatch, StepOutput
+from gradconsist.adapters import lightning as adapter
+from gradconsist.errors import ConfigError, GradModeError, LossContractError, StateError
+from gradconsist.methods import FixMatch
+from support import training
+from support.compare import relative
+from support.lightning_modules import THRESHOLD, Module, fit, loop, same
+from support.oracle import Judge
+
+DATA = [SSLBatch(*batch) for batch in training.batches(20)]
+OPTIONS = {"weight": 0.3, "warmup_steps": 3, "ramp_steps": 4, "every": 2}
+
+
+def attached(form: str = "output", *, loss: dict[str, Any] | None = None, **options: Any) -> tuple[Module, Any]:
+    of_module = {name: options.pop(name) for name in ("manual", "dropout", "seed") if name in options}
+    module = Module(form, **of_module)
+    if form != "output":
+        options["pair_fn"] = module.pair
+    consistency = GradientConsistencyLoss(module.model, **(loss or {}))
+    return module, adapter.attach(module, consistency, **(OPTIONS | options))
+
+
+def wrapped(*, loss: dict[str, Any] | None = None, **options: Any) -> tuple[nn.Module, GGCRWrapper]:
+    """The same in plain torch."""
+    torch.manual_seed(0)  # the loss's own generator takes its seed from here
+    model = training.network(dropout=options.pop("dropout", 0.2))
+    method = FixMatch(model, threshold=THRESHOLD)
+    return model, GGCRWrapper(method, GradientConsistencyLoss(model, **(loss or {})), **(OPTIONS | options))
+
+
+# -- the loss ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
+@pytest.mark.parametrize("form", ["output", "tensor", "mapping"])
+def test_training_is_bitwise_that_of_a_plain_loop(form: str, manual: bool) -> None:
+    module, handle = attached(form, manual=manual, loss={"max_pairs": 3})
+    done = fit(module, DATA[:10])
+    model, wrapper = wrapped(loss={"max_pairs": 3})
+    expected = loop(lambda b: wrapper(b).loss, model, DATA[:10])
+    assert same(module.model.state_dict(), expected)
+    assert handle.step == wrapper.step == 10
+    logged = {"ggcr_weight", "ggcr_loss", "ggcr_cosine", "ggcr_degenerate", "ggcr_pairs"}
+    assert done.callback_metrics.keys() == logged | ({"mask"} if form == "output" else set())
+    assert float(done.callback_metrics["ggcr_pairs"]) == 3
+
+
+@pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
+def test_the_gradient_is_base_plus_weight_times_term(manual: bool) -> None:
+    """Against the oracle, which shares no code with library or Lightning."""
+    module, _ = attached(manual=manual, dropout=0.0, weight=0.7, warmup_steps=0, ramp_steps=0, every=1)
+    module.double()
+    batch = SSLBatch(*(v.double() if v is not None and v.is_floating_point() else v for v in DATA[0]))
+    twin = copy.deepcopy(module.model)
+    base, label, mask = training.plain_fixmatch(twin, batch, THRESHOLD)
+    base.backward()
+    verdict = Judge(twin, batch.weak, batch.strong, label, mask).verdict()
+    expected = torch.cat([p.grad.reshape(-1) for p in twin.parameters()]) + 0.7 * verdict.flat
+    fit(module, [batch])
+    assert relative(torch.cat([p.grad.reshape(-1) for p in module.model.parameters()]), expected) <= 1e-8
+
+
+@pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
+@pytest.mark.parametrize("options", [{"weight": 0.0}, {"warmup_steps": 6}], ids=["weight 0", "warm-up"])
+def test_inactive_it_is_bitwise_the_plain_module(options: dict[str, Any], manual: bool) -> None:
+    plain = Module("tensor", manual=manual)
+    fit(plain, DATA[:6])
+    module, handle = attached("tensor", manual=manual, **options)
+    count = training.Counter(module.model)
+    fit(module, DATA[:6])
+    assert same(module.state_dict(), plain.state_dict())
+    assert count.calls == handle.step == 6
+
+
+def test_observed_statistics_with_automatic_optimization() -> None:
+    module, _ = attached(loss={"batchnorm": "observed"})
+    fit(module, DATA[:6])
+    model, wrapper = wrapped(loss={"batchnorm": "observed"})
+    assert same(module.model.state_dict(), loop(lambda b: wrapper(b).loss, model, DATA[:6]))
+
+
+def test_accumulated_gradients_count_every_micro_batch() -> None:
+    module, handle = attached()
+    fit(module, DATA[:12], accumulate_grad_batches=3)
+    model, wrapper = wrapped()
+    assert same(module.model.state_dict(), loop(lambda b: wrapper(b).loss, model, DATA[:12], accumulate=3))
+    assert handle.step == 12
+
+
+@pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
+def test_mixed_precision(manual: bool) -> None:
+    module, _ = attached(manual=manual)
+    fit(module, DATA[:6], precision="bf16-mixed")
+    twin = Module()
+    wrapper = GGCRWrapper(twin.output, GradientConsistencyLoss(twin.model), **OPTIONS)
+
+    def step(batch: SSLBatch) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return wrapper(batch).loss
+
+    assert same(module.model.state_dict(), loop(step, twin.model, DATA[:6]))
+
+
+class Skipping(Module):
+    """Leaves out every third batch; takes the batch alone, as Lightning allows."""
+
+    def training_step(self, batch: Any) -> Any:
+        self.calls = getattr(self, "calls", 0) + 1
+        return None if self.calls % 3 == 0 else super().training_step(batch, 0)
+
+
+@pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
+@pytest.mark.filterwarnings("ignore:.*training_step.* returned `None`")
+def test_a_skipped_step_is_not_counted(manual: bool) -> None:
+    module = Skipping(manual=manual)
+    handle = adapter.attach(module, GradientConsistencyLoss(module.model), **OPTIONS)
+    fit(module, DATA[:12])
+    model, wrapper = wrapped()
+    kept = [batch for number, batch in enumerate(DATA[:12]) if number % 3 != 2]
+    assert same(module.model.state_dict(), loop(lambda b: wrapper(b).loss, model, kept))
+    assert handle.step == 8
+
+
+class Validating(Module):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("validation", self.training_step(batch, batch_idx)["loss"], batch_size=1)
+
+
+def test_in_eval_mode_the_module_runs_alone() -> None:
+    module = Validating("mapping")
+    handle = adapter.attach(module, GradientConsistencyLoss(module.model), warmup_steps=0, pair_fn=module.pair)
+    count = training.Counter(module.model)
+    done = fit(module, DATA[:2], validation=DATA[2:4])
+    plain = training.plain_fixmatch(module.model.eval(), DATA[3], THRESHOLD)[0]
+    assert handle.step == 2
+    assert "validation" in done.callback_metrics
+    assert torch.equal(module.eval().training_step(DATA[3], 0)["loss"], plain)
+    assert count.calls > 4
+
+
+def test_steps_by_hand_need_no_trainer() -> None:
+    module, handle = attached(warmup_steps=0, every=1)
+    out = module.training_step(DATA[0], batch_idx=0)
+    assert out.requires_grad
+    assert handle.step == 1
+    with torch.no_grad(), pytest.raises(GradModeError, match="no_grad"):
+        module.training_step(DATA[0], batch_idx=0)
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+class Saving(Module):
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["own"] = 7
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.own = checkpoint["own"]
+
+
+@pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(manual: bool, tmp_path: Path) -> None:
+    def make(seed: int = 0) -> tuple[Saving, Any]:
+        torch.manual_seed(seed)  # of the loss's generator
+        module = Saving(manual=manual, dropout=0.0)
+        loss = GradientConsistencyLoss(module.model, max_pairs=2)
+        return module, adapter.attach(module, loss, **(OPTIONS | {"warmup_steps": 7}))
+
+    whole, handle = make()
+    fit(whole, DATA[:6], epochs=2)
+    half, _ = make()
+    fit(half, DATA[:6]).save_checkpoint(tmp_path / "half.ckpt")
+    resumed, again = make(seed=99)
+    fit(resumed, DATA[:6], epochs=2, resume=tmp_path / "half.ckpt")
+    assert same(resumed.state_dict(), whole.state_dict())
+    assert not same(half.state_dict(), whole.state_dict())
+    assert again.step == handle.step == 12
+    assert resumed.own == 7
+
+
+@pytest.mark.parametrize("state", [None, 3, {"step": 1}, {"step": -1, "consistency": [{}]}, {"consistency": []}])
+def test_a_checkpoint_without_the_state_is_refused(state: Any) -> None:
+    module, _ = attached()
+    with pytest.raises(StateError, match=r"checkpoint holds|state_dict.* holds|`state` holds"):
+        module.on_load_checkpoint({} if state is None else {adapter.CHECKPOINT_KEY: state})
+
+
+def test_a_checkpoint_without_the_state_may_start_the_term_anew() -> None:
+    module, handle = attached()
+    module.strict_loading = False
+    module.on_load_checkpoint({})
+    assert handle.step == 0
+
+
+# -- the object --------------------------------------------------------------------------------------------------------
+
+
+def test_detach_restores_the_object_exactly() -> None:
+    module = Module()
+
+    def own(checkpoint: dict[str, Any]) -> None: ...
+
+    module.on_save_checkpoint = own
+    before = dict(vars(module))
+    handle = adapter.attach(module, GradientConsistencyLoss(module.model))
+    assert vars(module).keys() > before.keys()
+    assert not [name for name in module.state_dict() if not name.startswith("model.")]
+    handle.detach()
+    assert dict(vars(module)) == before
+    assert module.on_save_checkpoint is own
+    handle.detach()
+    adapter.attach(module, GradientConsistencyLoss(module.model))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+def test_a_copy_takes_its_own_term_along(copied: Any) -> None:
+    module, handle = attached(warmup_steps=0, ramp_steps=0, every=1)
+    twin = copied(module)
+    loss = twin.training_step(DATA[0], 0)
+    mine = vars(twin)["training_step"].function.__self__
+    assert (handle.step, mine.step) == (0, 1)
+    assert mine.module is twin
+    assert mine.wrapper.consistency.model is twin.model
+    loss.backward()
+    assert all(p.grad is not None for p in twin.parameters())
+    assert all(p.grad is None for p in module.parameters())
+    mine.detach()
+    assert isinstance(twin.training_step(DATA[0], 0), StepOutput)
+
+
+def test_a_handle_that_is_pickled_takes_its_module_along() -> None:
+    _, handle = attached(warmup_steps=0)
+    twin = pickle.loads(pickle.dumps(handle))
+    twin.module.training_step(DATA[0], 0)
+    assert (handle.step, twin.step) == (0, 1)
+    twin.detach()
+    assert isinstance(twin.module.training_step(DATA[0], 0), StepOutput)
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+class Twice(Module):
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.manual_backward(self.output(batch))
+        self.manual_backward(self.output(batch))
+
+
+class Bare(Module):
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.output(batch).loss.backward()
+        self.optimizers().step()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1, fused=True)  # which leaves no trace in `_version`
+
+
+class Late(Module):
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.manual_backward(self.output(batch))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Twice, r"`manual_backward` was called a second time .* join the losses"),
+        (Late, r"`manual_backward` was called .*outside of it"),
+        (Bare, r"`training_step` stepped an optimizer of the model without `self.manual_backward\(loss\)`"),
+    ],
+)
+def test_manual_steps_whose_term_has_no_place(kind: type[Module], message: str) -> None:
+    """From the first step on, though the warm-up has no term yet."""
+    module = kind(manual=True)
+    adapter.attach(module, GradientConsistencyLoss(module.model))
+    with pytest.raises(LossContractError, match=message):
+        fit(module, DATA[:2])
+
+
+def test_observed_statistics_with_manual_optimization() -> None:
+    module, _ = attached(manual=True, loss={"batchnorm": "observed"})
+    with pytest.raises(ConfigError, match=r"`batchnorm='observed'` needs .*`batchnorm='auto'`"):
+        fit(module, DATA[:1])
+
+
+@pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
+def test_a_tuple_is_refused(manual: bool) -> None:
+    module, _ = attached("tuple", manual=manual)
+    where = "manual_backward" if manual else "training_step"
+    with pytest.raises(LossContractError, match=rf"`{where}` has a tuple .*use a tensor"):
+        fit(module, DATA[:1])
+
+
+def test_a_step_without_a_pair_is_refused() -> None:
+    module = Module("tensor")
+    adapter.attach(module, GradientConsistencyLoss(module.model), warmup_steps=0)
+    with pytest.raises(LossContractError, match="pair_fn"):
+        fit(module, DATA[:1])
+
+
+def test_what_cannot_be_attached() -> None:
+    module, _ = attached()
+    loss = GradientConsistencyLoss(module.model)
+    with pytest.raises(ConfigError, match="`module` has a term attached already"):
+        adapter.attach(module, loss)
+    with pytest.raises(ConfigError, match=r"`module` is a Sequential: pass a LightningModule"):
+        adapter.attach(module.model, loss)
+    with pytest.raises(ConfigError, match=r"`module` is a function: pass a LightningModule"):
+        adapter.attach(lambda: None, loss)
+    with pytest.raises(ConfigError, match="`consistency` compares a model that `module` does not train"):
+        adapter.attach(Module(), loss)
+    with pytest.raises(ConfigError, match="`every`"):
+        adapter.attach(Module(), loss, every=0)
+    with pytest.raises(ConfigError, match="`module` is compiled: attach to the LightningModule"):
+        adapter.attach(torch.compile(module, backend="eager"), loss)
+
+
+def test_a_method_that_others_replaced_once_more() -> None:
+    """As Lightning does with a compiled module: the term goes on, and detach waits until that is undone."""
+    module, handle = attached()
+    theirs = module.training_step
+    module.training_step = functools.wraps(theirs)(lambda *args: theirs(*args))
+    assert isinstance(module.training_step(DATA[0], 0), Tensor)
+    assert handle.step == 1
+    with pytest.raises(StateError, match=r"`module.training_step` was replaced after `attach` .* undo that"):
+        handle.detach()
+    module.training_step = theirs
+    handle.detach()
+    assert isinstance(module.training_step(DATA[0], 0), StepOutput)
+
+
+def test_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, _ = attached()
+
+    class DeepSpeedStrategy: ...
+
+    class Trainer:
+        strategy = DeepSpeedStrategy()
+
+    monkeypatch.setattr(type(module), "trainer", Trainer(), raising=False)
+    with pytest.raises(ConfigError, match="`strategy` is DeepSpeedStrategy"):
+        module.training_step(DATA[0], 0)
+
+
+# -- several processes -------------------------------------------------------------------------------------------------
+
+
+def test_two_processes() -> None:
+    """Lightning's DDP on gloo in a process of its own, which forks before anything ran: see the program."""
+    program = Path(__file__).parents[1] / "support" / "lightning_ddp.py"
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == ["automatic", "manual", "resumed"]
