@@ -10,11 +10,13 @@ from lightning import pytorch as pl
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from gradconsist import StepOutput, ViewPair
+from gradconsist import GradientConsistencyLoss, StepOutput, ViewPair
+from gradconsist.adapters import lightning as adapter
 
 from . import training
 
 THRESHOLD = 0.37  # passes some pairs of every batch and never all
+OPTIONS = {"weight": 0.3, "warmup_steps": 3, "ramp_steps": 4, "every": 2}
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:
@@ -60,6 +62,15 @@ class Module(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return sgd(self.parameters())
+
+
+def attached(form: str = "output", *, loss: dict[str, Any] | None = None, **options: Any) -> tuple[Module, Any]:
+    of_module = {name: options.pop(name) for name in ("manual", "dropout", "seed") if name in options}
+    module = Module(form, **of_module)
+    if form != "output":
+        options["pair_fn"] = module.pair
+    consistency = GradientConsistencyLoss(module.model, **(loss or {}))
+    return module, adapter.attach(module, consistency, **(OPTIONS | options))
 
 
 def trainer(epochs: int = 1, **options: Any) -> pl.Trainer:

@@ -58,7 +58,7 @@ def attach(module: Any, consistency: GradientConsistencyLoss, **options: Any) ->
         )
     if hasattr(module, "_orig_mod"):
         raise ConfigError("`module` is compiled: attach to the LightningModule that was given to torch.compile.")
-    if isinstance(vars(module).get("training_step"), _Replacement):
+    if any(isinstance(value, _Replacement) for value in vars(module).values()):
         raise ConfigError("`module` has a term attached already: call that handle's detach() first.")
     handle = Attachment(module, consistency, options)
     own = {id(parameter) for parameter in module.parameters()}
@@ -109,7 +109,7 @@ class Attachment:
         self._replaced = {}
 
     def _replace(self) -> None:
-        functions = {
+        functions: dict[str, Callable[..., Any]] = {
             "training_step": self._training_step,
             "manual_backward": self._manual_backward,
             "on_save_checkpoint": self._on_save_checkpoint,
