@@ -202,6 +202,6 @@ def test_a_checkpoint_without_the_state_may_start_the_term_anew() -> None:
 def test_two_processes() -> None:
     """Lightning's DDP on gloo in a process of its own, which forks before anything ran: see the program."""
     program = Path(__file__).parents[1] / "support" / "lightning_ddp.py"
-    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, check=False, timeout=240)
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, check=False, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == ["automatic", "manual", "resumed"]

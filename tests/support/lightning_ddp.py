@@ -51,7 +51,7 @@ class Ranks(Module):
         self.handle.wrapper.consistency.load_state_dict({"generator": generator.get_state()})
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        if self.global_step == 0 and self.spec.steps == 1:
+        if self.global_step == 0 and not self.spec.loss:
             expected = ddp.judge(self.spec)
             found = {f"method.{name}": parameter.grad for name, parameter in self.named_parameters()}
             check("gradient", ddp.error(found, expected) <= 1e-10)
@@ -80,7 +80,6 @@ def run(spec: Spec, *, manual: bool, epochs: int = 1, save: Path | None = None, 
 
 def main() -> None:
     for manual in (False, True):
-        run(Spec(2, steps=1), manual=manual)
         spec = Spec(2, steps=4)
         expected = ddp.alone(spec)["parameters"]
         found = {f"method.{name}": value for name, value in run(spec, manual=manual).items()}
