@@ -28,11 +28,14 @@ FORBIDDEN = {
     "schedules.py": ["gradconsist.engines", "gradconsist.loss", "gradconsist.wrapper", "gradconsist.methods"],
     "engines/": ["gradconsist.loss", "gradconsist.wrapper", "gradconsist.fused", "gradconsist.methods",
                  "gradconsist.schedules", "gradconsist.diagnostics", "gradconsist.comparison"],
-    "loss.py": ["gradconsist.wrapper", "gradconsist.methods", "gradconsist.diagnostics", "gradconsist.schedules"],
-    "wrapper.py": ["gradconsist.methods", "gradconsist.diagnostics", "gradconsist.engines"],
+    "loss.py": ["gradconsist.wrapper", "gradconsist.methods", "gradconsist.diagnostics", "gradconsist.schedules",
+                "gradconsist.adapters"],
+    "wrapper.py": ["gradconsist.methods", "gradconsist.diagnostics", "gradconsist.engines", "gradconsist.adapters"],
     "methods/": ["gradconsist.engines", "gradconsist.loss", "gradconsist.wrapper", "gradconsist.fused",
                  "gradconsist.forward", "gradconsist.normalization", "gradconsist.comparison",
                  "gradconsist.diagnostics"],
+    "adapters/": ["gradconsist.engines", "gradconsist.fused", "gradconsist.forward", "gradconsist.normalization",
+                  "gradconsist.comparison", "gradconsist.methods", "gradconsist.diagnostics"],
 }  # fmt: skip
 
 
@@ -122,7 +125,7 @@ _PROBE = """
 import sys, torch
 before = (torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_dtype(), torch.random.get_rng_state(),
           torch.backends.cuda.flash_sdp_enabled(), torch.backends.mha.get_fastpath_enabled(), set(sys.modules))
-import gradconsist
+import gradconsist, gradconsist.adapters.lightning
 after = (torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_dtype(), torch.random.get_rng_state(),
          torch.backends.cuda.flash_sdp_enabled(), torch.backends.mha.get_fastpath_enabled(), set(sys.modules))
 assert before[:3] == after[:3] and before[4:6] == after[4:6] and torch.equal(before[3], after[3]), "global state"
