@@ -8,10 +8,11 @@ latter stays where it is.  No code of semilearn is replaced.
 from __future__ import annotations
 
 import importlib.util
+import io
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -102,7 +103,7 @@ def build(name: str, *, network: Any = small_network, seed: int = 0, **config: A
         "ulb_dest_len": 64, "lb_dest_len": 8, "p_cutoff": 0.1, "unsup_warm_up": 0.4, "lr": 0.03,
     } | config  # fmt: skip
     torch.manual_seed(seed)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):  # it prints what it does
         warnings.simplefilter("ignore")  # torch.cuda.amp's names are old, and there is no CUDA
         algorithm = package.get_algorithm(package.get_config(options), network, None, None)
     algorithm.model.cuda(0) if torch.cuda.is_available() else None

@@ -61,4 +61,4 @@ def expected(algorithm: Any, batch: dict[str, Tensor]) -> Pair:
     confidence = (aligned / aligned.sum(1, keepdim=True)).max(1).values
     mean = m * hook.prob_max_mu_t + (1 - m) * confidence.mean()
     variance = m * hook.prob_max_var_t + (1 - m) * confidence.var()
-    return label, torch.exp(-(confidence - mean).clamp(max=0) ** 2 / (2 * variance / 4))
+    return label, torch.exp(-((confidence - mean).clamp(max=0) ** 2) / (2 * variance / 4))

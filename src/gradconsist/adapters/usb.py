@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from inspect import Parameter, Signature, signature
 from typing import Any
 
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
 from gradconsist.adapters.usb_checks import Canary, check_algorithm, check_same_model, inner_model
 from gradconsist.adapters.usb_pairs import READERS, VIEWS, ConsistencyCall, Listener, read_pair
+from gradconsist.adapters.usb_reduction import reduced_with
 from gradconsist.errors import ConfigError, LossContractError, StateError
 from gradconsist.loss import GradientConsistencyLoss
 from gradconsist.selection import trainable_parameters
@@ -80,7 +84,7 @@ class UsbHandle:
         self.calls: list[ConsistencyCall] = []
         self.wrapper = GGCRWrapper(self._method, consistency, pair_fn=pair_fn or self._pair, **options)
         self.wrapper.step = int(algorithm.it)
-        check_same_model(algorithm, self._compared())
+        check_same_model(algorithm, list(self._parameters().values()))
         self._algorithm = algorithm
         self._own_pairs = pair_fn is None
         self._canary = Canary()
@@ -133,7 +137,8 @@ class UsbHandle:
     def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The algorithm's step, with the term in its loss."""
         batch = self._batch(args, kwargs)
-        compared = self._compared()
+        parameters = self._parameters()
+        compared = list(parameters.values())
         check_same_model(self._algorithm, compared)
         if self._own_pairs and self.wrapper.weight > 0:  # before the algorithm changes its state
             self._check_views(batch)
@@ -144,8 +149,11 @@ class UsbHandle:
         finally:
             self.calls, self._output, self._heard = [], None, Listener(self._algorithm)  # they hold the step's graph
         self._canary.after_step(compared)
+        loss = step.loss
+        if self._reduced():
+            loss = reduced_with(out["loss"], loss, parameters) if step.logs["ggcr_weight"] else out["loss"]
         added = {f"train/{name}": float(value) for name, value in step.logs.items()}
-        return {**out, "loss": step.loss}, {**logs, **added}
+        return {**out, "loss": loss}, {**logs, **added}
 
     def _method(self, *args: Any, **kwargs: Any) -> Any:
         names = self._signature.parameters
@@ -160,7 +168,11 @@ class UsbHandle:
             )
         self.calls, self._output = self._heard.losses, output
         self._canary.check_unsupervised(self._algorithm, self.calls)
-        return output
+        # Beside DistributedDataParallel the term's graph is taken on its own; see `reduced_with`.
+        return ({**output[0], "loss": output[0]["loss"].detach()}, output[1]) if self._reduced() else output
+
+    def _reduced(self) -> bool:
+        return isinstance(self._algorithm.model, DistributedDataParallel)
 
     def _pair(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> ViewPair:
         del output
@@ -183,8 +195,8 @@ class UsbHandle:
                 " forward(self, **inputs) returns self.model(inputs)."
             )
 
-    def _compared(self) -> Sequence[Any]:
-        return list(trainable_parameters(self.wrapper.consistency.model).values())
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return trainable_parameters(self.wrapper.consistency.model)
 
     def _get_save_dict(self) -> dict[str, Any]:
         return {**self._originals["get_save_dict"](), CHECKPOINT_KEY: self.state_dict()}

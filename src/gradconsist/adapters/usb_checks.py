@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from gradconsist.errors import ConfigError, LossContractError
 
@@ -31,9 +32,8 @@ def check_algorithm(algorithm: Any) -> None:
 
 def inner_model(algorithm: Any) -> nn.Module:
     """The algorithm's model, taken out of DistributedDataParallel or DataParallel."""
-    model = algorithm.model
-    inner: nn.Module = model.module if type(model).__name__ in ("DistributedDataParallel", "DataParallel") else model
-    return inner
+    model: nn.Module = algorithm.model
+    return model.module if isinstance(model, DistributedDataParallel | nn.DataParallel) else model
 
 
 def check_same_model(algorithm: Any, compared: Sequence[nn.Parameter]) -> None:
