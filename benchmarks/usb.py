@@ -28,11 +28,10 @@ from environment import write_result
 from harness import alternate, heading, parse, parser, setting, show
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("tests", "examples")]
-from support import usb
-from usb_fixmatch import digits
-
 from gradconsist import GradientConsistencyLoss
 from gradconsist.adapters.usb import attach
+from support import usb
+from usb_fixmatch import digits
 
 COLUMNS = {
     "algorithm": "<12", "bitwise": "7", "moved": "6.2f", "pairs": "6.0f", "cosine": "7.3f",
@@ -41,7 +40,7 @@ COLUMNS = {
 
 
 def wide_network(num_classes: int, **_: Any) -> torch.nn.Module:
-    """semilearn's WRN-28-2."""
+    """Semilearn's WRN-28-2."""
     from semilearn.nets import wrn_28_2
 
     network: torch.nn.Module = wrn_28_2(num_classes=num_classes)

@@ -21,7 +21,7 @@ from gradconsist.adapters import usb
 
 
 def digits(config: Any) -> dict[str, Any]:
-    """semilearn's loaders of 1,797 images of 8x8: 4 labels a class, 300 test images, the rest without labels."""
+    """Semilearn's loaders of 1,797 images of 8x8: 4 labels a class, 300 test images, the rest without labels."""
     from semilearn import BasicDataset, get_data_loader
     from semilearn.datasets.augmentation import RandAugment
     from sklearn.datasets import load_digits

@@ -29,10 +29,15 @@ FORBIDDEN = {
     "engines/": ["gradconsist.loss", "gradconsist.wrapper", "gradconsist.fused", "gradconsist.methods",
                  "gradconsist.schedules", "gradconsist.diagnostics", "gradconsist.comparison"],
     "loss.py": ["gradconsist.wrapper", "gradconsist.methods", "gradconsist.diagnostics", "gradconsist.schedules"],
-    "wrapper.py": ["gradconsist.methods", "gradconsist.diagnostics", "gradconsist.engines"],
+    "wrapper.py": ["gradconsist.methods", "gradconsist.diagnostics", "gradconsist.engines", "gradconsist.adapters"],
     "methods/": ["gradconsist.engines", "gradconsist.loss", "gradconsist.wrapper", "gradconsist.fused",
                  "gradconsist.forward", "gradconsist.normalization", "gradconsist.comparison",
                  "gradconsist.diagnostics"],
+    # An adapter builds on the wrapper, and on the gradient that is formed in the forward.
+    "adapters/": ["gradconsist.engines", "gradconsist.forward", "gradconsist.normalization", "gradconsist.comparison",
+                  "gradconsist.similarity", "gradconsist.diagnostics", "gradconsist.methods"],
+    "adapters/usb_pairs.py": ["gradconsist.loss", "gradconsist.wrapper", "gradconsist.fused"],
+    "adapters/usb_checks.py": ["gradconsist.loss", "gradconsist.wrapper", "gradconsist.fused"],
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy
 import pytest
+
 from support import usb
 
 

@@ -8,15 +8,15 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from support import usb
-from support.compare import relative
-from support.oracle import Judge
-from support.usb_pairs import expected
 from torch import Tensor, nn
 
 from gradconsist import GradientConsistencyLoss, ViewPair
 from gradconsist.adapters.usb import attach
 from gradconsist.errors import ConfigError, LossContractError
+from support import usb
+from support.compare import relative
+from support.oracle import Judge
+from support.usb_pairs import expected
 
 WEIGHT = 0.1
 
@@ -202,9 +202,9 @@ def test_observed_statistics(use_cat: bool) -> None:
     assert one_step_on(algorithm, batch)[1]["train/ggcr_loss"] == pytest.approx(float(verdict.loss), rel=1e-8)
 
 
-def test_mixed_precision_is_the_algorithms_own(name: str = "fixmatch") -> None:
+def test_mixed_precision_is_the_algorithms_own() -> None:
     """Its forward runs in bfloat16, and the term in the parameters' precision, with the algorithm's own labels."""
-    algorithm = usb.build(name, network=lambda **config: Network(**config).float(), p_cutoff=0.0)
+    algorithm = usb.build("fixmatch", network=lambda **config: Network(**config).float(), p_cutoff=0.0)
     algorithm.amp_cm = lambda: torch.autocast("cpu", torch.bfloat16)
     seen: list[ViewPair] = []
     consistency = GradientConsistencyLoss(algorithm.model)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from support import usb
 
 PROGRAM = Path(__file__).resolve().parents[2] / "examples" / "usb_fixmatch.py"

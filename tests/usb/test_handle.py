@@ -9,16 +9,15 @@ from typing import Any
 import numpy
 import pytest
 import torch
-import torch.distributed
-from support import usb
-from support.compare import relative
-from support.processes import Processes
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from gradconsist import GradientConsistencyLoss
 from gradconsist.adapters.usb import UsbHandle, attach
 from gradconsist.errors import LossContractError
+from support import usb
+from support.compare import relative
+from support.processes import Processes
 
 
 def attached(name: str, **config: Any) -> tuple[Any, UsbHandle]:

@@ -15,9 +15,9 @@ from gradconsist.fused import with_gradient
 def reduced_with(base: Tensor, total: Tensor, parameters: Mapping[str, nn.Parameter]) -> Tensor:
     """`base` plus the term, so that DistributedDataParallel meets the parameters that it expects and no other.
 
-    It has seen the graph of its own forward alone, took the parameters outside of it as finished, and fails where one of
-    them comes up in the backward: a layer whose output the network drops, for example. So the sum's graph leads to the
-    parameters of `base` only; the others have no gradient of the term, or are refused.
+    It has seen the graph of its own forward alone, took the parameters outside of it as finished, and fails where one
+    of them comes up in the backward: a layer whose output the network drops, for example. So the sum's graph leads to
+    the parameters of `base` only; the others have no gradient of the term, or are refused.
 
     Args:
         base: the algorithm's loss.
