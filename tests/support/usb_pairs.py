@@ -1,4 +1,4 @@
-"""The pairs of semilearn's nine algorithms by their papers' formulas, from forwards of our own on copies of the model."""
+"""The pairs of semilearn's nine algorithms by their papers' formulas, from forwards of our own on copies of a model."""
 
 from __future__ import annotations
 
