@@ -3,20 +3,26 @@
 PYTHON ?= python3
 VENV ?= .venv
 CORE_VENV ?= .venv-core
+USB_VENV ?= .venv-usb
 
 BIN := $(VENV)/bin
 CORE_BIN := $(CORE_VENV)/bin
+USB_BIN := $(USB_VENV)/bin
 PIP_INSTALL := -m pip install --disable-pip-version-check $(if $(CI),--quiet)
 
 # torchvision does not run beside a CPU-only torch, so the core tests get an environment without it, and with it the
 # proof that the library needs nothing else.
 CORE_TORCH := torch==2.13.0
 
+# What semilearn requires for text, audio and trackers is 5 GB on its own and no part of what is tested: the tests put
+# stand-ins there. All of it, with the torch that goes with it: pip install '.[usb,test]' into a new environment.
+USB := semilearn==0.3.2 progress ruamel.yaml
+
 # One process a core; each takes from the other's list when its own is done.
 PYTEST := -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 MAKEFLAGS += --no-print-directory
-.PHONY: help demo test test-core lint format types docs setup setup-core clean
+.PHONY: help demo test test-core test-usb lint format types docs setup setup-core setup-usb clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -31,6 +37,9 @@ test: setup ## all tests
 test-core: setup-core ## tests/core against the installed wheel, with torch 2.13 and nothing else
 	@$(CORE_BIN)/python $(PIP_INSTALL) --force-reinstall --no-deps .
 	@$(CORE_BIN)/python $(PYTEST) tests/core
+
+test-usb: setup-usb ## tests/usb against semilearn 0.3.2, on top of the environment of `make test`
+	@$(USB_BIN)/python -m pytest tests/usb
 
 lint: setup ## ruff: rules and format
 	@$(BIN)/ruff check .
@@ -48,6 +57,7 @@ docs: setup ## the site, strictly, into site/
 
 setup: $(VENV)/.ready
 setup-core: $(CORE_VENV)/.ready
+setup-usb: $(USB_VENV)/.ready
 
 # The stamp says which Python made an environment, and where: with another of either, the environment is made anew. The
 # stamp goes first and comes back last, so that an interrupted set-up leaves none, and the next one starts from an empty
@@ -77,8 +87,17 @@ $(CORE_VENV)/.ready: pyproject.toml $(if $(call made_here,$(CORE_VENV)),,FORCE)
 	@$(CORE_BIN)/python $(PIP_INSTALL) '$(CORE_TORCH)' '.[test]'
 	@echo '$(ORIGIN)' > $@
 
+$(USB_VENV)/.ready: $(VENV)/.ready $(if $(call made_here,$(USB_VENV)),,FORCE)
+	$(call start_environment,$(USB_VENV))
+	@echo "Setting up $(USB_VENV)."
+	@packages='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+		echo "import site; site.addsitedir('$$($(BIN)/python -c "$$packages")')" \
+		> "$$($(USB_BIN)/python -c "$$packages")/base.pth"
+	@$(USB_BIN)/python $(PIP_INSTALL) --no-deps $(USB)
+	@echo '$(ORIGIN)' > $@
+
 FORCE:
 
 clean: ## remove environments, caches, the built site; keep runs/ and data/
-	rm -rf $(VENV) $(CORE_VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CORE_VENV) $(USB_VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,8 +2,8 @@
 
     python benchmarks/make_pages.py
 
-docs/evidence.md, docs/matrix.md and docs/scorecard.md are written whole; README.md between its cost markers. tests/docs
-holds them against the files.
+docs/evidence.md, docs/matrix.md and docs/scorecard.md are written whole; README.md and docs/guides/usb.md between their
+markers. tests/docs holds them against the files.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 from matrix_page import matrix_page, summary_table
 from scorecard_page import scorecard
+from usb_page import with_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -28,6 +29,8 @@ def main() -> None:
     (ROOT / "docs" / "scorecard.md").write_text(scorecard(), encoding="utf-8")
     readme = ROOT / "README.md"
     readme.write_text(with_cost(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    guide = ROOT / "docs" / "guides" / "usb.md"
+    guide.write_text(with_table(guide.read_text(encoding="utf-8"), _result("usb")), encoding="utf-8")
 
 
 def with_cost(readme: str) -> str:

@@ -34,8 +34,12 @@ FORBIDDEN = {
     "methods/": ["gradconsist.engines", "gradconsist.loss", "gradconsist.wrapper", "gradconsist.fused",
                  "gradconsist.forward", "gradconsist.normalization", "gradconsist.comparison",
                  "gradconsist.diagnostics"],
-    "adapters/": ["gradconsist.engines", "gradconsist.fused", "gradconsist.forward", "gradconsist.normalization",
-                  "gradconsist.comparison", "gradconsist.methods", "gradconsist.diagnostics"],
+    # An adapter builds on the wrapper, and on the gradient that is formed in the forward.
+    "adapters/": ["gradconsist.engines", "gradconsist.forward", "gradconsist.normalization", "gradconsist.comparison",
+                  "gradconsist.similarity", "gradconsist.diagnostics", "gradconsist.methods"],
+    "adapters/lightning.py": ["gradconsist.fused"],
+    "adapters/usb_pairs.py": ["gradconsist.loss", "gradconsist.wrapper", "gradconsist.fused"],
+    "adapters/usb_checks.py": ["gradconsist.loss", "gradconsist.wrapper", "gradconsist.fused"],
 }  # fmt: skip
 
 

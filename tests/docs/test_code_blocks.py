@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from pages import ROOT, blocks, documents, name, run
+from pages import ROOT, Block, blocks, documents, name, run
 
 PAGES = [page for page in documents() if any(block.language == "python" for block in blocks(page))]
 LANGUAGES = {"python", "bash", "console", "text", "bibtex"}
@@ -27,6 +27,18 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     for block, printed in run(page):
         assert block.prints(printed), f"{name(page)}:{block.line} prints\n{printed}but the page says\n{block.output}"
+
+
+QUOTED = [(page, block) for page in documents() for block in blocks(page) if block.quoted]
+
+
+@pytest.mark.parametrize(("page", "block"), QUOTED, ids=[name(page) for page, _ in QUOTED])
+def test_quoted_programs_are_the_files(page: Path, block: Block) -> None:
+    """They run in tests of their own, where what they need is installed."""
+    assert block.quoted is not None
+    assert block.text.split("\n", 1)[1] == block.quoted.read_text(encoding="utf-8"), f"{name(page)}:{block.line}"
+    tests = (ROOT / "tests").rglob("test_*.py")
+    assert any(block.quoted.name in test.read_text(encoding="utf-8") for test in tests), "and nothing runs it"
 
 
 @pytest.mark.parametrize("page", documents(), ids=name)

@@ -34,6 +34,14 @@ def test_nothing_in_the_matrix_is_wrong(make_pages: ModuleType) -> None:
     assert result["counts"].get("wrong", 0) == 0
 
 
+def test_the_table_of_the_usb_guide_is_fresh(make_pages: ModuleType) -> None:
+    page = (ROOT / "docs" / "guides" / "usb.md").read_text(encoding="utf-8")
+    result = make_pages._result("usb")
+    assert page == make_pages.with_table(page, result), "run: python benchmarks/make_pages.py"
+    assert all(row["bitwise"] for row in result["rows"])
+    assert len(result["rows"]) == 9
+
+
 def test_the_cost_table_of_the_readme_is_fresh(make_pages: ModuleType) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme == make_pages.with_cost(readme), "run: python benchmarks/make_pages.py"

@@ -13,7 +13,7 @@ from pages import ROOT
 
 import gradconsist
 from gradconsist import diagnostics, engines, errors, methods
-from gradconsist.adapters import lightning
+from gradconsist.adapters import lightning, usb
 
 pytest.importorskip("mkdocs", reason="the site needs the docs extra")
 pytest.importorskip("mkdocstrings", reason="the site needs the docs extra")
@@ -54,6 +54,6 @@ def _public_names(module: ModuleType) -> list[str]:
 def test_reference_covers_the_public_names(site: Path) -> None:
     """Every public name has an entry, so that a new one is not forgotten."""
     html = "".join(page.read_text(encoding="utf-8") for page in (site / "api").rglob("*.html"))
-    for module in (gradconsist, methods, engines, diagnostics, errors, lightning):
+    for module in (gradconsist, methods, engines, diagnostics, errors, lightning, usb):
         for name in _public_names(module):
             assert re.search(rf'id="gradconsist(\.\w+)*\.{name}"', html), f"{module.__name__}.{name} is not on the site"

@@ -1,0 +1,225 @@
+"""`attach`: gradient consistency for an algorithm of ``semilearn`` (USB), without a change to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from inspect import Parameter, Signature, signature
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gradconsist.adapters.usb_checks import Canary, check_algorithm, check_same_model, inner_model
+from gradconsist.adapters.usb_pairs import READERS, VIEWS, ConsistencyCall, Listener, read_pair
+from gradconsist.adapters.usb_reduction import reduced_with
+from gradconsist.errors import ConfigError, LossContractError, StateError
+from gradconsist.loss import GradientConsistencyLoss
+from gradconsist.selection import trainable_parameters
+from gradconsist.types import ViewPair
+from gradconsist.wrapper import GGCRWrapper, PairFunction
+
+#: The key of the handle's state in the algorithm's checkpoints.
+CHECKPOINT_KEY = "gradconsist"
+
+
+def attach(
+    algorithm: Any, consistency: GradientConsistencyLoss, *, pair_fn: PairFunction | None = None, **options: Any
+) -> UsbHandle:
+    """Adds lambda(t) * L_g to the loss of each ``algorithm.train_step``.
+
+    The algorithm's hooks, optimizer, scheduler, EMA model and gradient scaler go on as before: its ``ParamUpdateHook``
+    runs one backward on the sum. Pseudo-labels and masks are those that the algorithm made itself in the step. The term
+    is computed after ``train_step``, in the parameters' own precision also where the algorithm uses mixed precision.
+    Logs named ``train/ggcr_...`` join the algorithm's.
+
+    FixMatch, FlexMatch, FreeMatch, SoftMatch, UDA, MeanTeacher, PiModel, MixMatch and PseudoLabel are known, and
+    classes that derive from them.
+
+    Args:
+        algorithm: what ``semilearn.get_algorithm`` returned, before or after its model went to a device or into
+            DistributedDataParallel.
+        consistency: the term, on ``algorithm.model`` (inside DistributedDataParallel: on ``algorithm.model.module``).
+        pair_fn: ``(args, kwargs, output) -> ViewPair | None`` with the arguments of ``train_step`` and what it
+            returned, for other algorithms or other pairs; `UsbHandle.calls` holds the step's targets and masks.
+        **options: `GGCRWrapper`'s: `weight`, `warmup_steps`, `ramp_steps`, `every`, `gate`.
+
+    Returns:
+        The handle; its ``detach()`` leaves the algorithm as it was.
+
+    Raises:
+        ConfigError: `algorithm` is no such algorithm, has a term already or trains another model, or an option has no
+            such value.
+    """
+    return UsbHandle(algorithm, consistency, pair_fn, options)
+
+
+class UsbHandle:
+    """A term that is attached to an algorithm; made by `attach`.
+
+    The algorithm's checkpoints (``get_save_dict``, ``load_model``) hold the handle's state as ``"gradconsist"``, which
+    an algorithm without a term ignores. A checkpoint from a run without the term continues the schedule at its ``it``.
+
+    Attributes:
+        wrapper: the `GGCRWrapper` around ``train_step``, with the schedule, whose `step` starts at ``it``.
+        calls: the algorithm's calls of ``consistency_loss`` in the step that is running, for a `pair_fn`; else empty.
+    """
+
+    def __init__(
+        self,
+        algorithm: Any,
+        consistency: GradientConsistencyLoss,
+        pair_fn: PairFunction | None,
+        options: dict[str, Any],
+    ) -> None:
+        check_algorithm(algorithm)
+        if isinstance(vars(algorithm).get("train_step"), _Step):
+            raise ConfigError("`algorithm` has a term already: detach() the first handle before attaching another.")
+        kind = type(algorithm)
+        self._name = next((base.__name__ for base in kind.__mro__ if base.__name__ in READERS), "")
+        if not self._name and pair_fn is None:
+            raise ConfigError(
+                f"`algorithm` is a {kind.__name__}, whose views and pseudo-labels are not known (those of"
+                f" {', '.join(READERS)} are): give `pair_fn(args, kwargs, output) -> ViewPair | None`."
+            )
+        self.calls: list[ConsistencyCall] = []
+        self.wrapper = GGCRWrapper(self._method, consistency, pair_fn=pair_fn or self._pair, **options)
+        self.wrapper.step = int(algorithm.it)
+        check_same_model(algorithm, list(self._parameters().values()))
+        self._algorithm = algorithm
+        self._own_pairs = pair_fn is None
+        self._canary = Canary()
+        self._originals = {name: getattr(algorithm, name) for name in ("train_step", "get_save_dict", "load_model")}
+        self._signature = signature(algorithm.train_step)
+        self._output: Any = None
+        self._heard = Listener(algorithm)
+        own = vars(algorithm)
+        self._kept = {name: own[name] for name in self._originals if name in own}
+        self._in_place = _Step(self, self._signature)
+        self._installed = {
+            "train_step": self._in_place,
+            "get_save_dict": self._get_save_dict,
+            "load_model": self._load_model,
+        }
+        own.update(self._installed)
+
+    def detach(self) -> None:
+        """Leaves the algorithm as `attach` found it; a second time, does nothing.
+
+        Raises:
+            StateError: one of the methods that `attach` replaced was replaced again.
+        """
+        if not self._installed:
+            return
+        own = vars(self._algorithm)
+        for name, installed in self._installed.items():
+            if own.get(name) is not installed:
+                raise StateError(f"`algorithm.{name}` was replaced after attach(): undo that, then detach().")
+        for name in self._installed:
+            del own[name]
+        own.update(self._kept)
+        self._installed = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The schedule's step and the state of the loss's own generator."""
+        return self.wrapper.get_extra_state()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues where `state_dict` was taken; not needed after ``algorithm.load_model``.
+
+        Args:
+            state: what `state_dict` returned, or a checkpoint's ``"gradconsist"``.
+
+        Raises:
+            StateError: it is something else.
+        """
+        self.wrapper.set_extra_state(state)
+
+    def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The algorithm's step, with the term in its loss."""
+        batch = self._batch(args, kwargs)
+        parameters = self._parameters()
+        compared = list(parameters.values())
+        check_same_model(self._algorithm, compared)
+        if self._own_pairs and self.wrapper.weight > 0:  # before the algorithm changes its state
+            self._check_views(batch)
+        self._canary.before_step(compared)
+        try:
+            step = self.wrapper(*args, **kwargs)
+            out, logs = self._output
+        finally:
+            self.calls, self._output, self._heard = [], None, Listener(self._algorithm)  # they hold the step's graph
+        self._canary.after_step(compared)
+        loss = step.loss
+        if self._reduced():
+            loss = reduced_with(out["loss"], loss, parameters) if step.logs["ggcr_weight"] else out["loss"]
+        added = {f"train/{name}": float(value) for name, value in step.logs.items()}
+        return {**out, "loss": loss}, {**logs, **added}
+
+    def _method(self, *args: Any, **kwargs: Any) -> Any:
+        names = self._signature.parameters
+        takes_all = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in names.values())
+        taken = {name: value for name, value in kwargs.items() if takes_all or name in names}
+        with self._heard:
+            output = self._originals["train_step"](*args, **taken)
+        if not (isinstance(output, tuple) and len(output) == 2 and all(isinstance(part, Mapping) for part in output)):
+            raise LossContractError(
+                f"`train_step` of {type(self._algorithm).__name__} returned {type(output).__name__}: it must return"
+                " (out_dict, log_dict), as those of semilearn 0.3.2 do."
+            )
+        self.calls, self._output = self._heard.losses, output
+        self._canary.check_unsupervised(self._algorithm, self.calls)
+        # Beside DistributedDataParallel the term's graph is taken on its own; see `reduced_with`.
+        return ({**output[0], "loss": output[0]["loss"].detach()}, output[1]) if self._reduced() else output
+
+    def _reduced(self) -> bool:
+        return isinstance(self._algorithm.model, DistributedDataParallel)
+
+    def _pair(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> ViewPair:
+        del output
+        return read_pair(self._algorithm, self._name, self._batch(args, kwargs), self._heard)
+
+    def _batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        return self._in_place.__signature__.bind(*args, **kwargs).arguments
+
+    def _check_views(self, batch: Mapping[str, Any]) -> None:
+        missing = [name for name in VIEWS if name not in batch]
+        if missing:
+            raise LossContractError(
+                f"the batch has no {', '.join(missing)}, and gradient consistency compares two views: let the unlabeled"
+                " data set return it (semilearn's BasicDataset does with alg='fixmatch' and a strong_transform)."
+            )
+        if isinstance(batch[VIEWS[0]], Mapping) and self.wrapper.consistency.model is inner_model(self._algorithm):
+            raise LossContractError(
+                "the views are dicts, which semilearn's networks take as one argument and gradconsist passes by"
+                " keyword: build GradientConsistencyLoss on a module around `algorithm.model` whose"
+                " forward(self, **inputs) returns self.model(inputs)."
+            )
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return trainable_parameters(self.wrapper.consistency.model)
+
+    def _get_save_dict(self) -> dict[str, Any]:
+        return {**self._originals["get_save_dict"](), CHECKPOINT_KEY: self.state_dict()}
+
+    def _load_model(self, load_path: Any) -> Any:
+        checkpoint = self._originals["load_model"](load_path)
+        if CHECKPOINT_KEY in checkpoint:
+            self.load_state_dict(checkpoint[CHECKPOINT_KEY])
+        else:
+            self.wrapper.step = int(self._algorithm.it)
+        return checkpoint
+
+
+class _Step:
+    """In place of ``train_step``: takes the views that the algorithm's own does not, too.
+
+    ``process_batch`` keeps of a batch what the signature of ``train_step`` names.
+    """
+
+    def __init__(self, handle: UsbHandle, own: Signature) -> None:
+        self._handle = handle
+        views = [Parameter(name, Parameter.KEYWORD_ONLY, default=None) for name in VIEWS if name not in own.parameters]
+        self.__signature__ = Signature(sorted([*own.parameters.values(), *views], key=lambda each: each.kind))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        return self._handle._step(args, kwargs)
