@@ -30,7 +30,7 @@ from gradconsist.normalization import (
 from gradconsist.probes import Probed, probe_model
 from gradconsist.randomness import preserved_randomness
 from gradconsist.recall import Recalled, take_statistics
-from gradconsist.similarity import GradProducts, cosine, degenerate_pairs
+from gradconsist.similarity import Criterion, GradProducts, cosine, degenerate_pairs
 from gradconsist.types import ConsistencyRecord, LossFunction
 from gradconsist.validation import Pairs, non_finite_tensor
 
@@ -47,6 +47,7 @@ class Comparison:
     Attributes:
         model: the model.
         loss_fn: per-sample loss.
+        criterion: what a pair adds.
         engine: computes the inner products.
         compared: E, by name.
         trainable: what L_g is differentiated for, by name.
@@ -65,6 +66,7 @@ class Comparison:
 
     model: nn.Module
     loss_fn: LossFunction
+    criterion: Criterion
     engine: Engine
     compared: Mapping[str, Tensor]
     trainable: Mapping[str, Tensor]
@@ -151,11 +153,7 @@ class _Run:
     """The state of one call."""
 
     def __init__(
-        self,
-        options: Comparison,
-        pairs: Pairs,
-        selection: _Selection,
-        autocast: tuple[str, torch.dtype] | None,
+        self, options: Comparison, pairs: Pairs, selection: _Selection, autocast: tuple[str, torch.dtype] | None
     ) -> None:
         self.options = options
         self.pairs = pairs
@@ -284,12 +282,12 @@ class _Run:
 
     def _amplification(self, index: Tensor, weight: Tensor) -> float:
         """A power of two that keeps the derivatives of a chunk within float16."""
-        norm = torch.minimum(self.norm_weak[index], self.norm_strong[index])
-        steepest = float((weight.detach() / norm).masked_fill(self.degenerate[index], 0.0).max()) / self.scale
+        steep = self.options.criterion.steepness(self.norm_weak[index], self.norm_strong[index])
+        steepest = float((weight.detach() * steep).masked_fill(self.degenerate[index], 0.0).max()) / self.scale
         return 1.0 if steepest == 0.0 else 2.0 ** math.floor(math.log2(_FLOAT16_DERIVATIVE_NORM / steepest))
 
     def _terms(self, problem: Problem, index: Tensor, weight: Tensor) -> Tensor:
-        """Weight * (1 - GC) of the pairs `index`, and their rows of the record."""
+        """The weighted terms of the pairs `index`, and their rows of the record."""
         products = self._products(problem, index)
         degenerate = degenerate_pairs(products, self.options.min_norm)
         similarity = cosine(products, degenerate)
@@ -297,7 +295,7 @@ class _Run:
         self.norm_weak[index] = products.weak.detach().sqrt()
         self.norm_strong[index] = products.strong.detach().sqrt()
         self.cosine[index] = similarity.detach().masked_fill(degenerate, torch.nan)
-        return weight.masked_fill(degenerate, 0.0) * (1.0 - similarity)
+        return weight * self.options.criterion.terms(products, similarity, degenerate)
 
     def _products(self, problem: Problem, index: Tensor) -> GradProducts:
         """Finite inner products of the pairs `index`; zeros (degenerate) where float16 overflows."""
