@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradconsist.engines.base import Engine, Problem, explain
-from gradconsist.errors import GradConsistError, NonFiniteError
-from gradconsist.forward import PerSampleForward, comparison_scope
+from gradconsist.engines.base import Engine, Problem
+from gradconsist.errors import NonFiniteError
+from gradconsist.forward import PerSampleForward
 from gradconsist.fused import GradientBuffer, with_gradient
 from gradconsist.graph import check_second_derivative
 from gradconsist.normalization import (
@@ -28,8 +28,8 @@ from gradconsist.normalization import (
     needs_statistics,
 )
 from gradconsist.probes import Probed, probe_model
-from gradconsist.randomness import preserved_randomness
 from gradconsist.recall import Recalled, take_statistics
+from gradconsist.scope import autocast_region, our_rules
 from gradconsist.similarity import Criterion, GradProducts, cosine, degenerate_pairs
 from gradconsist.types import ConsistencyRecord, LossFunction
 from gradconsist.validation import Pairs, non_finite_tensor
@@ -107,28 +107,13 @@ def compare(options: Comparison, pairs: Pairs) -> tuple[Tensor, ConsistencyRecor
     """
     selection = _select(options, pairs)
     seed = _seed(options.generator) if options.dropout else None
-    # Everything but the forwards runs in full precision: derivatives and sums are not for autocast.
-    autocast = _autocast(pairs.device.type)
-    try:
-        with (
-            preserved_randomness(pairs.device, seed),
-            comparison_scope(options.model, dropout=options.dropout),
-            torch.autocast(pairs.device.type, enabled=False),
-        ):
-            return _Run(options, pairs, selection, autocast).result()
-    except RuntimeError as error:
-        refusal = None if isinstance(error, GradConsistError | torch.OutOfMemoryError) else explain(error)
-        if refusal is None:
-            raise
-        raise refusal from error
+    autocast = autocast_region(pairs.device)
+    with our_rules(options.model, pairs.device, seed=seed, dropout=options.dropout):
+        return _Run(options, pairs, selection, autocast).result()
 
 
 def _seed(generator: torch.Generator) -> int:
     return int(torch.randint(2**62, (), generator=generator, device=generator.device))
-
-
-def _autocast(device: str) -> tuple[str, torch.dtype] | None:
-    return (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
 
 
 def _select(options: Comparison, pairs: Pairs) -> _Selection:
