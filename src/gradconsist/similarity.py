@@ -104,3 +104,16 @@ class Disagreement:
     def steepness(self, norm_weak: Tensor, norm_strong: Tensor) -> Tensor:
         """1 / ||g||, of the smaller one."""
         return 1.0 / torch.minimum(norm_weak, norm_strong)
+
+
+class SquaredNorms:
+    """(||g_w||^2 + ||g_s||^2) / 2, which is smooth at 0: no pair is left out."""
+
+    def terms(self, products: GradProducts, similarity: Tensor, degenerate: Tensor) -> Tensor:
+        """See `Criterion.terms`."""
+        del similarity, degenerate
+        return 0.5 * products.weak + 0.5 * products.strong  # not their sum first, which overflows earlier
+
+    def steepness(self, norm_weak: Tensor, norm_strong: Tensor) -> Tensor:
+        """||g||, of the larger one."""
+        return torch.maximum(norm_weak, norm_strong)
