@@ -7,7 +7,7 @@ survives is a hole in the suite; one that no longer applies is mended here toget
 (tests/core/test_seeded_bugs.py says which).
 """
 
-from mutants import batchnorm, ghost, layers, quantity, reports, state, training
+from mutants import batchnorm, ghost, layers, quantity, regular, reports, state, training
 from mutants.bug import Bug, StaleError
 
 BUGS: list[Bug] = [
@@ -18,6 +18,7 @@ BUGS: list[Bug] = [
     *state.BUGS,
     *training.BUGS,
     *reports.BUGS,
+    *regular.BUGS,
 ]
 
 __all__ = ["BUGS", "Bug", "StaleError"]
