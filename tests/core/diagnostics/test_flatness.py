@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from gradconsist.diagnostics import sharpness, top_eigenvalue
-from gradconsist.errors import ConfigError, InputShapeError, NonFiniteError, ParameterSelectionError
+from gradconsist.errors import (
+    ConfigError,
+    InputShapeError,
+    NonFiniteError,
+    ParameterSelectionError,
+    UnsupportedModuleError,
+)
+from support.models import SquareOnce
 
 Batch = tuple[nn.Module, Tensor, Tensor]
 
@@ -161,6 +168,19 @@ def test_float32_reaches_its_tolerance() -> None:
     report = top_eigenvalue(model.float(), x.float(), y)
     assert report.converged
     assert abs(report.value - exact) <= 1e-3 * exact
+
+
+def test_a_function_without_a_second_derivative_is_refused() -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 3).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return SquareOnce.apply(self.linear(x))
+
+    with pytest.raises(UnsupportedModuleError, match="without a second derivative"):
+        top_eigenvalue(Last(), mlp()[1], torch.zeros(9), loss_fn=lambda z, t: z.sum(1))
 
 
 def test_bad_arguments() -> None:
