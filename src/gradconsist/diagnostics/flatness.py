@@ -90,7 +90,7 @@ def sharpness(
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Linear(4, 3)
         >>> print(sharpness(model, torch.randn(8, 4), torch.randint(3, [8])))
-        sharpness 0.03525 at rho=0.05, by one ascent step (SAM's): loss 1.156 to 1.191
+        sharpness 0.02561 at rho=0.05, by one ascent step (SAM's): loss 0.9661 to 0.9918
     """
     check_number("rho", rho, least=0.0)
     check_count("ascent_steps", ascent_steps)
@@ -185,7 +185,7 @@ def top_eigenvalue(
         >>> model = nn.Linear(4, 3)
         >>> report = top_eigenvalue(model, torch.randn(8, 4), torch.randint(3, [8]))
         >>> f"{report.value:.3f}", report.converged
-        ('0.836', True)
+        ('0.803', True)
     """
     check_count("max_steps", max_steps)
     check_number("tolerance", tolerance, least=1e-12)

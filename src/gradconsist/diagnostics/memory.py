@@ -68,7 +68,8 @@ def memory_report(
     **Prediction.** Three calls with 1, 4 and 4 pairs of positive weight (the 4 in one chunk and in four), on all inputs
     of the batch, so that the forward that takes BatchNorm's statistics is in them as it will be, give the seconds as
     ``fixed + a * chunks + b * pairs``. Bytes are those of the 4, and what a pair adds: the difference between batches
-    of 2 and of 6. A setting whose prediction is beyond a limit is not run.
+    of 2 and of 6, in their peaks or in what their graphs keep, whichever is more. A setting whose prediction is beyond
+    a limit is not run.
 
     **Measurement.** One call and its backward after a warm-up call, and one more under the profiler. On a CPU bytes are
     what torch's allocator holds at most, above what it held before; on CUDA its own peak (which is reset). The method's
@@ -106,10 +107,10 @@ def memory_report(
     Example:
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
-        >>> x = torch.randn(16, 4)
-        >>> report = memory_report(model, (x, x + 0.1, torch.zeros(16, dtype=torch.long)), chunk_sizes=(4, None))
+        >>> x, target = torch.randn(16, 4), torch.zeros(16, dtype=torch.long)
+        >>> report = memory_report(model, (x, x + 0.1, target), chunk_sizes=(4, None), stop_gradient=(None,))
         >>> len(report.rows), report.recommended.exact
-        (4, True)
+        (2, True)
     """
     pair = _pair(batch)
     check_number("max_bytes", min(max_bytes, 1e300), least=0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradconsist.batch import check_inputs, take
-from gradconsist.diagnostics.peaks import peak_of, seconds_of
+from gradconsist.diagnostics.peaks import kept_by, peak_of, seconds_of
 from gradconsist.engines import Engine
 from gradconsist.engines.base import Problem
 from gradconsist.errors import GradConsistError, InputValueError
@@ -101,7 +102,7 @@ class Trials:
         self.weight = weight
         self.index = (weight != 0).nonzero().squeeze(1)
         if not len(self.index):
-            raise InputValueError("no pair of `batch` has a positive weight, so nothing is compared: give one that does.")
+            raise InputValueError("no pair of `batch` has a positive weight, so nothing is compared: give one.")
         self.witness = _Witness(make_engine(engine))
         self.options: dict[str, Any] = {
             "encoder": encoder, "engine": self.witness, "stop_gradient": constant, "loss_fn": loss_fn,
@@ -142,8 +143,13 @@ class Trials:
         calls = [self._call(self._taken(index), None) for index in few_inputs]
         for call in calls:
             call()
-        sizes = [peak_of(call, self.device) for call in calls]
-        self.bytes_a_pair = max(0.0, (sizes[1] - sizes[0]) / max(1, len(few_inputs[1]) - len(few_inputs[0])))
+        more = max(1, len(few_inputs[1]) - len(few_inputs[0]))
+        # Likewise the gradients of a large model hide the graph of a few pairs, which what it keeps tells.
+        peaks, kept = ([measure(call) for call in calls] for measure in (self._peak, kept_by))
+        self.bytes_a_pair = max(0.0, peaks[1] - peaks[0], kept[1] - kept[0]) / more
+
+    def _peak(self, call: Callable[[], object]) -> int:
+        return peak_of(call, self.device)
 
     def _taken(self, index: Tensor) -> ViewPair:
         """The batch that has these pairs only."""
