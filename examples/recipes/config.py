@@ -77,9 +77,20 @@ class Config:
     ggcr_gate: Annotated[Literal["method", "all"], Help(help="Pairs that count: the confident ones, or all.")] = (
         "method"
     )
+    ggcr_criterion: Annotated[
+        Literal["cosine", "gradient-norm"],
+        Help(
+            help="What a pair adds: 1 - cosine, or the mean squared norm of its two gradients (the paper's ablation)."
+        ),
+    ] = "cosine"
     ggcr_encoder: Annotated[
         str, Help(help="Parameters compared: encoder (all but the head), all, or a prefix of parameter names.")
     ] = "encoder"
+
+    jacobian_weight: Annotated[
+        float, Help(help="Weight of the squared Jacobian norm of the logits for the labeled images; 0 for none.")
+    ] = 0.0
+    jacobian_projections: Annotated[int, Help(help="Random projections that estimate it.")] = 1
 
     arch: Annotated[str, Help(help="wrn-DEPTH-WIDTH.")] = "wrn-28-2"
     bn_momentum: Annotated[
@@ -89,6 +100,10 @@ class Config:
     batch_size: Annotated[int, Help(help="Labeled images per step.")] = 64
     unlabeled_ratio: Annotated[int, Help(help="Unlabeled images per labeled one.")] = 7
     lr: Annotated[float, Help(help="Initial learning rate; decays as cos(7 pi k / 16 K).")] = 0.03
+    optimizer: Annotated[
+        Literal["sgd", "sam"], Help(help="SGD with Nesterov momentum 0.9, or sharpness-aware minimisation around it.")
+    ] = "sgd"
+    sam_rho: Annotated[float, Help(help="Radius of the ball in which --optimizer sam looks for the worst loss.")] = 0.05
     weight_decay: Annotated[float | None, Help(help="On kernels only. None: 5e-4, or 1e-3 for cifar100.")] = None
     ema: Annotated[float, Help(help="Decay of the averaged model, which is the one evaluated; 0 for none.")] = 0.999
     ema_warmup: Annotated[
@@ -180,9 +195,14 @@ def method_label(config: Config) -> str:
         config: Resolved options.
 
     Returns:
-        `supervised`, `fixmatch` or `fixmatch+ggcr`.
+        For example `supervised`, `fixmatch`, `fixmatch+ggcr` or `fixmatch+gradient-norm+sam`.
     """
-    return config.method + ("+ggcr" if config.ggcr_weight > 0 else "")
+    term = "ggcr" if config.ggcr_criterion == "cosine" else config.ggcr_criterion
+    parts = [config.method]
+    parts += [term] if config.ggcr_weight > 0 else []
+    parts += ["jacobian"] if config.jacobian_weight > 0 else []
+    parts += [config.optimizer] if config.optimizer != "sgd" else []
+    return "+".join(parts)
 
 
 def check_same_run(stored: dict[str, Any], config: Config) -> None:
@@ -224,10 +244,11 @@ def _check(config: Config) -> None:
                 raise OptionError(f"--{name.replace('_', '-')} must be 0 or more; found {value}.")
 
     positive("labels", "image_size", "steps", "batch_size", "unlabeled_ratio", "lr", "bn_momentum")
+    positive("jacobian_projections", "sam_rho")
     positive("ggcr_every", "ggcr_max_pairs", "eval_every", "checkpoint_every", "log_every")
     positive("stop_after_steps", "stop_after_minutes")
     not_negative("seed", "workers", "unlabeled_weight", "unlabeled_ramp", "brier_weight", "weight_decay")
-    not_negative("ggcr_weight", "ggcr_warmup", "ggcr_ramp")
+    not_negative("jacobian_weight", "ggcr_weight", "ggcr_warmup", "ggcr_ramp")
     if config.seed >= 2**63:
         raise OptionError(f"--seed must be below 2^63; found {config.seed}.")
     if not 0 <= config.ema < 1:

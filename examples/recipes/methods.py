@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import nn
 
 from gradconsist import GGCRWrapper, GradientConsistencyLoss, SSLBatch, StepOutput
 from gradconsist.methods import FixMatch
+from gradconsist.regularizers import GradientNormPenalty, JacobianPenalty
 from recipes.config import Config
 from recipes.errors import OptionError
 from recipes.models import WideResNet
@@ -62,23 +64,59 @@ def check_method(name: str) -> None:
 
 
 def build_method(model: WideResNet, config: Config) -> nn.Module:
-    """Build the method, wrapped in GGCR where `--ggcr-weight` is above 0.
+    """Build the method, with GGCR and the Jacobian penalty around it where their weights are above 0.
 
     Args:
         model: The network.
         config: Resolved options.
 
     Returns:
-        A module from an `SSLBatch` to a `StepOutput`; with weight 0 it is the plain method itself.
+        A module from an `SSLBatch` to a `StepOutput`; with both weights 0 it is the plain method itself.
 
     Raises:
         OptionError: Where the method or `--ggcr-encoder` names nothing.
     """
     check_method(config.method)
-    method = METHODS[config.method](model, config)
+    method = _with_ggcr(METHODS[config.method](model, config), model, config)
+    if config.jacobian_weight == 0:
+        return method
+    penalty = JacobianPenalty(model, projections=config.jacobian_projections, seed=config.seed)
+    return WithJacobian(method, penalty, config.jacobian_weight)
+
+
+class WithJacobian(nn.Module):
+    """A method whose loss also has the Jacobian penalty of the labeled images.
+
+    Args:
+        method: From an `SSLBatch` to a `StepOutput`.
+        penalty: Of the same model.
+        weight: Its factor.
+    """
+
+    def __init__(self, method: nn.Module, penalty: JacobianPenalty, weight: float) -> None:
+        super().__init__()
+        self.method, self.penalty, self.weight = method, penalty, weight
+
+    def forward(self, batch: SSLBatch) -> StepOutput:
+        """Return the method's step with the penalty added."""
+        out: StepOutput = self.method(batch)
+        term = self.penalty(batch.x)
+        return out._replace(loss=out.loss + self.weight * term, logs={**out.logs, "loss_jacobian": term.detach()})
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The state of the penalty's generator."""
+        return dict(self.penalty.state_dict())
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore what `get_extra_state` returned."""
+        self.penalty.load_state_dict(state)
+
+
+def _with_ggcr(method: nn.Module, model: WideResNet, config: Config) -> nn.Module:
     if config.ggcr_weight == 0:
         return method
-    consistency = GradientConsistencyLoss(
+    term = GradientConsistencyLoss if config.ggcr_criterion == "cosine" else GradientNormPenalty
+    consistency = term(
         model,
         encoder=_compared(model, config.ggcr_encoder),
         engine=config.ggcr_engine,

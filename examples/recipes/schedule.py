@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from torch import nn
-from torch.optim import SGD
+from torch.optim import SGD, Optimizer
 
 
 def cosine_factor(step: int, steps: int) -> float:
@@ -21,7 +21,7 @@ def cosine_factor(step: int, steps: int) -> float:
     return math.cos(7 * math.pi * step / (16 * steps))
 
 
-def set_learning_rate(optimizer: SGD, lr: float, step: int, steps: int) -> float:
+def set_learning_rate(optimizer: Optimizer, lr: float, step: int, steps: int) -> float:
     """Set the learning rate of step k, a function of k alone, and return it."""
     value = lr * cosine_factor(step, steps)
     for group in optimizer.param_groups:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradconsist import StepOutput
+from gradconsist import SSLBatch, StepOutput
 from gradconsist.errors import NonFiniteError
+from gradconsist.optim import SAM
 from recipes.config import Config
 from recipes.ema import AveragedModel
 from recipes.errors import CheckpointError, NonFiniteLossError
@@ -19,6 +20,7 @@ from recipes.loader import StepImages, ToModel
 from recipes.methods import build_method
 from recipes.models import build_model
 from recipes.runlog import Meter, Number
+from recipes.sam import same_step_twice
 from recipes.schedule import build_optimizer, set_learning_rate
 
 _AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -45,7 +47,9 @@ class Trainer:
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
         self.method = build_method(self.model, config).to(device).train()
-        self.optimizer = build_optimizer(self.model, lr=config.lr, weight_decay=float(config.weight_decay or 0.0))
+        sgd = build_optimizer(self.model, lr=config.lr, weight_decay=float(config.weight_decay or 0.0))
+        self.sam = SAM(sgd, rho=config.sam_rho) if config.optimizer == "sam" else None
+        self.optimizer = self.sam or sgd
         self.average = AveragedModel(self.model, config.ema, warmup=bool(config.ema_warmup))
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         self.step = 0
@@ -63,6 +67,19 @@ class Trainer:
         """
         lr = set_learning_rate(self.optimizer, self.config.lr, self.step, self.config.steps)
         batch = self.to_model.batch(images)
+        if self.sam is None:
+            out = self._gradient(batch)
+            self.scaler.step(self.optimizer)
+        else:
+            out = same_step_twice(self.method, self.sam, lambda: self._gradient(batch))
+            self.scaler.step(self.sam.base)  # by the second gradient
+        self.scaler.update()
+        self.average.update(self.model)
+        self.step += 1
+        self.meter.add({**out.logs, **_pseudo_label_quality(out, images.truth), "loss": out.loss, "lr": lr})
+
+    def _gradient(self, batch: SSLBatch) -> StepOutput:
+        """The method's loss and, in `.grad`, its scaled gradient."""
         try:
             with self._autocast():
                 out: StepOutput = self.method(batch)
@@ -76,11 +93,7 @@ class Trainer:
         self.scaler.scale(out.loss).backward()
         if not self.scaler.is_enabled():  # fp16's scaler meets infinite gradients as a matter of course, and skips
             self._check_gradients()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.average.update(self.model)
-        self.step += 1
-        self.meter.add({**out.logs, **_pseudo_label_quality(out, images.truth), "loss": out.loss, "lr": lr})
+        return out
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.config.amp == "off":

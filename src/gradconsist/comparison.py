@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradconsist.engines.base import Engine, Problem, explain
-from gradconsist.errors import GradConsistError, NonFiniteError
-from gradconsist.forward import PerSampleForward, comparison_scope
+from gradconsist.engines.base import Engine, Problem
+from gradconsist.errors import NonFiniteError
+from gradconsist.forward import PerSampleForward
 from gradconsist.fused import GradientBuffer, with_gradient
 from gradconsist.graph import check_second_derivative
 from gradconsist.normalization import (
@@ -28,9 +28,9 @@ from gradconsist.normalization import (
     needs_statistics,
 )
 from gradconsist.probes import Probed, probe_model
-from gradconsist.randomness import preserved_randomness
 from gradconsist.recall import Recalled, take_statistics
-from gradconsist.similarity import GradProducts, cosine, degenerate_pairs
+from gradconsist.scope import autocast_region, our_rules
+from gradconsist.similarity import Criterion, GradProducts, cosine, degenerate_pairs
 from gradconsist.types import ConsistencyRecord, LossFunction
 from gradconsist.validation import Pairs, non_finite_tensor
 
@@ -49,6 +49,7 @@ class Comparison:
     Attributes:
         model: the model.
         loss_fn: per-sample loss.
+        criterion: what a pair adds.
         engine: computes the inner products.
         compared: E, by name.
         trainable: what L_g is differentiated for, by name.
@@ -67,6 +68,7 @@ class Comparison:
 
     model: nn.Module
     loss_fn: LossFunction
+    criterion: Criterion
     engine: Engine
     compared: Mapping[str, Tensor]
     trainable: Mapping[str, Tensor]
@@ -107,28 +109,13 @@ def compare(options: Comparison, pairs: Pairs) -> tuple[Tensor, ConsistencyRecor
     """
     selection = _select(options, pairs)
     seed = _seed(options.generator) if options.dropout else None
-    # Everything but the forwards runs in full precision: derivatives and sums are not for autocast.
-    autocast = _autocast(pairs.device.type)
-    try:
-        with (
-            preserved_randomness(pairs.device, seed),
-            comparison_scope(options.model, dropout=options.dropout),
-            torch.autocast(pairs.device.type, enabled=False),
-        ):
-            return _Run(options, pairs, selection, autocast).result()
-    except RuntimeError as error:
-        refusal = None if isinstance(error, GradConsistError | torch.OutOfMemoryError) else explain(error)
-        if refusal is None:
-            raise
-        raise refusal from error
+    autocast = autocast_region(pairs.device)
+    with our_rules(options.model, pairs.device, seed=seed, dropout=options.dropout):
+        return _Run(options, pairs, selection, autocast).result()
 
 
 def _seed(generator: torch.Generator) -> int:
     return int(torch.randint(2**62, (), generator=generator, device=generator.device))
-
-
-def _autocast(device: str) -> tuple[str, torch.dtype] | None:
-    return (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
 
 
 def _select(options: Comparison, pairs: Pairs) -> _Selection:
@@ -153,11 +140,7 @@ class _Run:
     """The state of one call."""
 
     def __init__(
-        self,
-        options: Comparison,
-        pairs: Pairs,
-        selection: _Selection,
-        autocast: tuple[str, torch.dtype] | None,
+        self, options: Comparison, pairs: Pairs, selection: _Selection, autocast: tuple[str, torch.dtype] | None
     ) -> None:
         self.options = options
         self.pairs = pairs
@@ -287,13 +270,13 @@ class _Run:
 
     def _amplification(self, index: Tensor, weight: Tensor) -> float:
         """A power of two that keeps the derivatives of a chunk within float16."""
-        norm = torch.minimum(self.norm_weak[index], self.norm_strong[index])
-        slopes = weight.detach() / (norm * self.scales[index])
+        steep = self.options.criterion.steepness(self.norm_weak[index], self.norm_strong[index])
+        slopes = weight.detach() * steep / self.scales[index]
         steepest = float(slopes.masked_fill(self.degenerate[index], 0.0).max())
         return 1.0 if steepest == 0.0 else 2.0 ** math.floor(math.log2(_FLOAT16_DERIVATIVE_NORM / steepest))
 
     def _terms(self, problem: Problem, index: Tensor, weight: Tensor) -> Tensor:
-        """Weight * (1 - GC) of the pairs `index`, and their rows of the record."""
+        """The weighted terms of the pairs `index`, and their rows of the record."""
         products = self._products(problem, index)
         degenerate = degenerate_pairs(products, self.options.min_norm)
         similarity = cosine(products, degenerate)
@@ -301,7 +284,7 @@ class _Run:
         self.norm_weak[index] = products.weak.detach().sqrt()
         self.norm_strong[index] = products.strong.detach().sqrt()
         self.cosine[index] = similarity.detach().masked_fill(degenerate, torch.nan)
-        return weight.masked_fill(degenerate, 0.0) * (1.0 - similarity)
+        return weight * self.options.criterion.terms(products, similarity, degenerate)
 
     def _products(self, problem: Problem, index: Tensor, scale: float | None = None) -> GradProducts:
         """Finite inner products of the pairs `index`; zeros (degenerate) where float16 overflows at every scale."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from gradconsist.isolation import one_comparison, uncompiled
 from gradconsist.normalization import BatchNormPolicy, Constants
 from gradconsist.probes import Probed
 from gradconsist.selection import Encoder, compared_parameters, trainable_parameters
+from gradconsist.similarity import Criterion, Disagreement
 from gradconsist.types import ConsistencyRecord, Inputs, LossFunction
 from gradconsist.validation import Pairs, check_choice, check_count, check_number, check_pairs
 
@@ -83,6 +84,8 @@ class GradientConsistencyLoss:
 
     Source: the paper's definition 1, eq. (2) and algorithm 1, whose two forms of L_g differ by a constant.
     """
+
+    criterion: ClassVar[Criterion] = Disagreement()
 
     def __init__(
         self,
@@ -201,7 +204,7 @@ class GradientConsistencyLoss:
         if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             mode = "inference_mode" if torch.is_inference_mode_enabled() else "no_grad"
             raise GradModeError(
-                f"GradientConsistencyLoss was called under {mode}, where no graph can be built: call it outside, or use"
+                f"{type(self).__name__} was called under {mode}, where no graph can be built: call it outside, or use"
                 " `measure(...)`, which needs none."
             )
         with one_comparison():
@@ -267,18 +270,9 @@ class GradientConsistencyLoss:
             raise StateError(f"`state['generator']` is not the state of a torch.Generator: {error}") from error
 
     def __repr__(self) -> str:
-        names = (
-            "batchnorm",
-            "dropout",
-            "chunk_size",
-            "max_pairs",
-            "stop_gradient",
-            "min_norm",
-            "reduction",
-            "fused",
-        )
+        names = ["batchnorm", "dropout", "chunk_size", "max_pairs", "stop_gradient", "min_norm", "reduction", "fused"]
         options = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
-        return f"GradientConsistencyLoss({type(self.model).__name__}, engine={self.engine!r}, {options})"
+        return f"{type(self).__name__}({type(self.model).__name__}, engine={self.engine!r}, {options})"
 
     def __getstate__(self) -> dict[str, Any]:
         # Generators cannot be copied or pickled in every supported torch.
@@ -305,6 +299,7 @@ class GradientConsistencyLoss:
         return Comparison(
             model=self.model,
             loss_fn=self.loss_fn,
+            criterion=self.criterion,
             engine=self.engine,
             compared=compared_parameters(self.model, self.encoder),
             trainable=trainable_parameters(self.model),

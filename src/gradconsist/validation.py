@@ -120,13 +120,28 @@ def check_pairs(
             )
     # Inference tensors cannot be saved for a derivative; their copies can.
     weak, strong = (map_leaves(lambda leaf: leaf.clone() if leaf.is_inference() else leaf, v) for v in (weak, strong))
-    target = _check_target(target, size, default_loss)
-    weight = _check_weight(weight, target, fused)
+    target = check_target(target, size, default_loss)
+    weight = check_weight(weight, target, fused)
     device = check_one_device(model, named | {"target": target, "weight": weight})
     return Pairs(weak, strong, target, weight, device)
 
 
-def _check_target(target: Any, size: int, default_loss: bool) -> Tensor:
+def check_target(target: Any, size: int, default_loss: bool) -> Tensor:
+    """The target without its graph, one row a sample.
+
+    Args:
+        target: what the user passed.
+        size: number of samples.
+        default_loss: whether it goes to the default cross-entropy, which takes classes and probabilities only.
+
+    Returns:
+        The checked target.
+
+    Raises:
+        InputTypeError: no tensor of a usable kind.
+        InputShapeError: another number of rows.
+        InputValueError: a negative class, or rows that are not probabilities.
+    """
     if not isinstance(target, Tensor):
         raise InputTypeError(
             f"`target` is a {type(target).__name__}, not a tensor: pass class indices or probabilities."
@@ -166,7 +181,24 @@ def _check_probabilities(target: Tensor) -> None:
         raise InputValueError("`target` rows are not probabilities (non-negative, sum 1): pass softmax outputs.")
 
 
-def _check_weight(weight: Any, target: Tensor, fused: bool) -> Tensor:
+def check_weight(weight: Any, target: Tensor, fused: bool) -> Tensor:
+    """Weights [B] in float32 at least; ones for None.
+
+    Args:
+        weight: what the user passed.
+        target: one row a weight, on the device that both must share.
+        fused: whether the weights cannot get a gradient.
+
+    Returns:
+        The checked weights.
+
+    Raises:
+        InputTypeError: no real or boolean tensor.
+        InputShapeError: another shape than [B].
+        ConfigError: it requires grad, which `fused=True` cannot serve.
+        NonFiniteError: NaN or infinite entries.
+        InputValueError: negative entries.
+    """
     if weight is None:
         return torch.ones(target.shape[0], device=target.device)
     if not isinstance(weight, Tensor) or weight.is_complex():

@@ -33,6 +33,11 @@ class _OnceDifferentiable(_Net):
         return SquareOnce.apply(self.block(x))
 
 
+class _OnceAtTheEnd(_Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return SquareOnce.apply(super().forward(x))
+
+
 class _Checkpointed(_Net):
     reentrant = True
 
@@ -51,6 +56,15 @@ def _views() -> tuple[Tensor, Tensor, Tensor]:
 def test_a_function_without_a_second_derivative_is_refused(engine: str, fused: bool) -> None:
     # torch.autograd.grad for named parameters does not run the node that would raise: it just misses a part.
     gc = GradientConsistencyLoss(_OnceDifferentiable().double(), engine=engine, fused=fused)
+    with pytest.raises(UnsupportedModuleError, match="without a second derivative"):
+        gc(*_views())
+
+
+@pytest.mark.parametrize("engine", ["loop", "auto"])
+def test_so_is_one_at_the_end_below_a_loss_that_is_linear_in_it(engine: str) -> None:
+    # There torch leaves not even such a node, unless what comes from above has a graph.
+    model = _OnceAtTheEnd().double()
+    gc = GradientConsistencyLoss(model, engine=engine, loss_fn=lambda output, target: output.sum(1))
     with pytest.raises(UnsupportedModuleError, match="without a second derivative"):
         gc(*_views())
 

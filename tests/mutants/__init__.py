@@ -7,7 +7,7 @@ survives is a hole in the suite; one that no longer applies is mended here toget
 (tests/core/test_seeded_bugs.py says which).
 """
 
-from mutants import adapters, batchnorm, ghost, layers, quantity, reports, state, training
+from mutants import adapters, batchnorm, ghost, layers, quantity, regular, reports, state, training
 from mutants.bug import Bug, StaleError
 
 BUGS: list[Bug] = [
@@ -19,6 +19,7 @@ BUGS: list[Bug] = [
     *training.BUGS,
     *reports.BUGS,
     *adapters.BUGS,
+    *regular.BUGS,
 ]
 
 __all__ = ["BUGS", "Bug", "StaleError"]

@@ -6,7 +6,7 @@ from mutants.bug import Bug
 
 SIMILARITY, COMPARISON, FUSED, LOSS = "similarity.py", "comparison.py", "fused.py", "loss.py"
 VALUE = "value = cross / weak.sqrt() / strong.sqrt()"
-TERMS = "return weight.masked_fill(degenerate, 0.0) * (1.0 - similarity)"
+TERMS = "return weight * self.options.criterion.terms(products, similarity, degenerate)"
 
 BUGS = [
     Bug(
@@ -50,7 +50,7 @@ BUGS = [
         "degenerate pairs keep their weight",
         "a degenerate pair has weight 0",
         "test_loss.py::test_a_target_equal_to_the_own_prediction_is_degenerate[fused-loop]",
-        COMPARISON, "weight.masked_fill(degenerate, 0.0) * (1.0", "weight * (1.0",
+        SIMILARITY, "(1.0 - similarity).masked_fill(degenerate, 0.0)", "1.0 - similarity",
     ),
     Bug(
         "masked pairs are not counted",
@@ -74,7 +74,7 @@ BUGS = [
         "weights outside the sum",
         "each term is multiplied by its own weight before the sum",
         "test_loss.py::test_reductions[mean-fused-loop]",
-        COMPARISON, TERMS, "return weight.masked_fill(degenerate, 0.0).mean() * (1.0 - similarity)",
+        COMPARISON, TERMS, TERMS.replace("weight", "weight.mean()", 1),
     ),
     Bug(
         "soft weights count as 1",

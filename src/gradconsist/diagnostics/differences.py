@@ -155,10 +155,10 @@ def verify(
         raise ConfigError(
             "`batchnorm='observed'` has no method here to observe: verify with 'auto', 'batch' or 'running'."
         )
-    encoder = _names(model, encoder)
+    encoder = names_in_copy(model, encoder)
     double = copy.deepcopy(model).double()
     double.zero_grad()
-    weak, strong, target = (map_leaves(_double, inputs) for inputs in (weak, strong, target))
+    weak, strong, target = (map_leaves(doubled, inputs) for inputs in (weak, strong, target))
     loss = GradientConsistencyLoss(
         double,
         encoder=encoder,
@@ -187,7 +187,7 @@ class _Trial:
         record = loss.measure(*arguments)  # also checks the arguments
         if record is None or not bool((record.compared & ~record.degenerate).any()):
             raise InputValueError("no pair has a cosine: give pairs of positive weight whose gradients do not vanish.")
-        self._statistics = _statistics(loss, arguments[0], arguments[1])
+        self._statistics = statistics_here(loss, arguments[0], arguments[1])
         loss.evaluate(*arguments, statistics=self._statistics).backward()
         named = dict(loss.model.named_parameters())
         self.parameters = {name: p for name, p in named.items() if p.requires_grad}
@@ -237,7 +237,7 @@ class _Trial:
         return float(terms.nansum())
 
 
-def _statistics(loss: GradientConsistencyLoss, weak: Inputs, strong: Inputs) -> list[Statistics] | None:
+def statistics_here(loss: GradientConsistencyLoss, weak: Inputs, strong: Inputs) -> list[Statistics] | None:
     """The statistics that the loss takes at this point, to be held there; None where it needs none."""
     if not concatenable(weak, strong) and not needs_statistics(loss.model, loss.batchnorm):
         return None
@@ -247,11 +247,12 @@ def _statistics(loss: GradientConsistencyLoss, weak: Inputs, strong: Inputs) -> 
     return calls.recorded
 
 
-def _double(tensor: Tensor) -> Tensor:
+def doubled(tensor: Tensor) -> Tensor:
+    """`tensor` in float64 and without its graph; integers as they are."""
     return tensor.detach().double() if tensor.is_floating_point() else tensor
 
 
-def _names(model: nn.Module, encoder: Any) -> Encoder:
+def names_in_copy(model: nn.Module, encoder: Any) -> Encoder:
     """An encoder that also names the parameters of a copy of the model: modules become predicates on names."""
     if encoder is None or (callable(encoder) and not isinstance(encoder, nn.Module)):
         return encoder

@@ -48,12 +48,20 @@ def _gradient(problem: Problem, inputs: Inputs, target: Tensor, view: int, graph
     parameters = list(problem.parameters.values())
     with torch.enable_grad():
         loss = problem.losses(inputs, target, view=view).sum()
+        # Where nothing that comes from above has a graph (a loss that is linear in the output), `once_differentiable`
+        # cuts it without a word; above this one it leaves the node that `check_second_derivative` looks for.
+        one = _one(parameters[0]).to(loss.dtype) if graph else None
         # Not materialize_grads: its zeros are leaves that require grad.
-        found = torch.autograd.grad(loss, parameters, create_graph=graph, allow_unused=True)
+        found = torch.autograd.grad(loss, parameters, one, create_graph=graph, allow_unused=True)
     gradient = [
         p.detach().new_zeros(p.shape) if part is None else part for p, part in zip(parameters, found, strict=True)
     ]
     return gradient if graph else [part.detach() for part in gradient]
+
+
+def _one(parameter: Tensor) -> Tensor:
+    """1 with a graph, and a derivative of 0, whatever the parameter holds."""
+    return 1.0 + 0.0 * parameter.reshape(-1)[:1].sum().nan_to_num(0.0, 0.0, 0.0)
 
 
 def refused_by_vmap(problem: Problem, error: RuntimeError) -> UnsupportedModuleError:

@@ -1,0 +1,235 @@
+"""`consistency_bound`: both sides of Proposition 1, measured on a model and a batch."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradconsist.batch import leaves, map_leaves
+from gradconsist.diagnostics.differences import doubled, names_in_copy, statistics_here
+from gradconsist.engines import Engine
+from gradconsist.errors import ConfigError, InputTypeError, InputValueError
+from gradconsist.loss import GradientConsistencyLoss
+from gradconsist.normalization import BatchNormPolicy, Statistics
+from gradconsist.types import Inputs, LossFunction
+from gradconsist.validation import check_count
+
+
+@dataclass(frozen=True)
+class BoundReport:
+    """Both sides of E[GC] >= 1 - L^2 sigma^2 / ||g||^2, over the n pairs that have a cosine.
+
+    Attributes:
+        cosine: GC(u), [n].
+        norm: ||g_w||, [n].
+        distance: ||s - w||, [n].
+        lipschitz: the largest secant ||g(x') - g(x)|| / ||x' - x|| between neighbours on the segment from w to s, [n].
+        segments: into how many parts that segment was cut.
+        left_out: pairs without a cosine, or whose views are the same input.
+    """
+
+    cosine: Tensor = field(repr=False)
+    norm: Tensor = field(repr=False)
+    distance: Tensor = field(repr=False)
+    lipschitz: Tensor = field(repr=False)
+    segments: int
+    left_out: int
+
+    @property
+    def left(self) -> float:
+        """The left side: mean GC."""
+        return float(self.cosine.mean())
+
+    @property
+    def smoothness(self) -> float:
+        """L: the largest secant of all pairs, a lower bound of the true constant."""
+        return float(self.lipschitz.max())
+
+    @property
+    def sigma(self) -> float:
+        """sigma: the root mean square of ||s - w||."""
+        return float(self.distance.square().mean().sqrt())
+
+    @property
+    def right(self) -> float:
+        """The right side with one L for all pairs: mean of 1 - L^2 ||s - w||^2 / ||g_w||^2."""
+        return float((1 - (self.smoothness * self.distance / self.norm).square()).mean())
+
+    @property
+    def right_by_pair(self) -> float:
+        """The right side with each pair's own L, the tightest form: mean of 1 - (L_u ||s - w|| / ||g_w||)^2."""
+        return float((1 - (self.lipschitz * self.distance / self.norm).square()).mean())
+
+    @property
+    def covered(self) -> float:
+        """Share of pairs with L ||s - w|| <= ||g_w||, for which the proposition is proved."""
+        return float((self.smoothness * self.distance <= self.norm).double().mean())
+
+    @property
+    def covered_by_pair(self) -> float:
+        """The same share with each pair's own L."""
+        return float((self.lipschitz * self.distance <= self.norm).double().mean())
+
+    @property
+    def vacuous(self) -> bool:
+        """Whether `right` is at most -1, which every cosine exceeds: it says nothing."""
+        return self.right <= -1
+
+    @property
+    def vacuous_by_pair(self) -> bool:
+        """Whether even `right_by_pair` is at most -1."""
+        return self.right_by_pair <= -1
+
+    @property
+    def holds(self) -> bool:
+        """Whether the left side is at least `right_by_pair`, and so `right`."""
+        return self.left >= self.right_by_pair
+
+    def __str__(self) -> str:
+        def side(value: float, vacuous: bool, covered: float) -> str:
+            verdict = "VACUOUS (no cosine is below -1)" if vacuous else "says something"
+            return f"{value:.4g}, {verdict}; {covered:.0%} of the pairs are within what is proved"
+
+        lines = [
+            f"mean GC {self.left:.4f} over {len(self.cosine)} pairs ({self.left_out} left out)",
+            f"bound with one L: {side(self.right, self.vacuous, self.covered)}",
+            f"bound with each pair's L: {side(self.right_by_pair, self.vacuous_by_pair, self.covered_by_pair)}",
+            f"L >= {self.smoothness:.4g} (largest secant, {self.segments} parts a pair), sigma = {self.sigma:.4g} (root"
+            f" mean square of ||s - w||), ||g_w|| from {float(self.norm.min()):.3g} to {float(self.norm.max()):.3g}",
+        ]
+        if not self.holds:
+            lines.append("the mean GC is BELOW the bound: possible only where pairs are not covered")
+        return "\n".join(lines)
+
+
+def consistency_bound(
+    model: nn.Module,
+    weak: Inputs,
+    strong: Inputs,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    segments: int = 1,
+    encoder: Any = None,
+    loss_fn: LossFunction | None = None,
+    engine: str | Engine = "auto",
+    batchnorm: BatchNormPolicy = "auto",
+    min_norm: float = 1e-8,
+) -> BoundReport:
+    """Measures E[GC] and 1 - L^2 sigma^2 / ||g||^2 (the paper's Proposition 1) on `model`.
+
+    With g(x) the gradient of one sample's loss with respect to E, as the loss compares it, and w and s the two views:
+
+    - **L** is the Lipschitz constant of g *in the input*. It is estimated from below, by the largest secant
+      ||g(x') - g(x)|| / ||x' - x|| of neighbours on the segment from w to s, cut into `segments` parts. Nothing bounds
+      it from above, so `right` is an upper estimate of what the proposition promises.
+    - **sigma** is the distance ||s - w|| of the drawn views: one draw a pair, and no expectation over augmentations.
+    - **||g||** is ||g_w||, pair by pair.
+
+    Everything runs in float64 on a copy of the model, with BatchNorm's statistics of both views held constant on the
+    segments too, and dropout off. Costs `segments` + 1 calls of ``measure``, in float64.
+
+    Args:
+        model: the user's model; it is copied and stays untouched.
+        weak: weak views, as for the loss.
+        strong: strong views, as for the loss.
+        target: targets, as for the loss.
+        weight: pairs of weight 0 are left out; other weights count as 1.
+        segments: into how many parts the segment from w to s is cut.
+        encoder: what to compare: a submodule (or sequence) of `model`, a predicate on names, or None.
+        loss_fn: as for the loss; it must work in float64.
+        engine: as for the loss.
+        batchnorm: as for the loss, but not "observed".
+        min_norm: as for the loss.
+
+    Returns:
+        The report; ``print(report)`` says where the bound is vacuous.
+
+    Raises:
+        ConfigError: an option has no such value.
+        InputTypeError: the views differ in a tensor that is not floating, where there is no distance.
+        InputValueError: no pair has a cosine.
+
+    Source: the paper's appendix A; the proof, and what it needs, are in docs/theory.md.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        >>> x = torch.randn(6, 4)
+        >>> report = consistency_bound(model, x, x + 0.05 * torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2]))
+        >>> report.left >= report.right_by_pair >= report.right
+        True
+    """
+    check_count("segments", segments)
+    if batchnorm == "observed":
+        raise ConfigError("`batchnorm='observed'` has no method here to observe: use 'auto', 'batch' or 'running'.")
+    loss = GradientConsistencyLoss(
+        copy.deepcopy(model).double(), encoder=names_in_copy(model, encoder), loss_fn=loss_fn, engine=engine,
+        batchnorm=batchnorm, min_norm=min_norm,
+    )  # fmt: skip
+    weak, strong, target = (map_leaves(doubled, inputs) for inputs in (weak, strong, target))
+    record = loss.measure(weak, strong, target, weight)  # also checks the arguments
+    statistics = statistics_here(loss, weak, strong)
+    distance = _distance(weak, strong)
+    kept = record.compared & ~record.degenerate & (distance > 0)
+    if not bool(kept.any()):
+        raise InputValueError(
+            "no pair is left: give pairs of positive weight whose views differ and whose gradients do not vanish."
+        )
+    secants = [_difference(record.norm_weak, record.norm_strong, record.cosine) / distance]
+    loss.min_norm = 1e-18  # on the way the gradient may be small
+    for part in range(segments if segments > 1 else 0):
+        first, second = (_between(weak, strong, (part + side) / segments) for side in (0, 1))
+        secants.append(_secant(loss, first, second, target, kept, statistics) * segments / distance)
+    lipschitz = torch.stack(secants).nan_to_num(0.0).amax(0)
+    return BoundReport(
+        cosine=record.cosine[kept],
+        norm=record.norm_weak[kept],
+        distance=distance[kept],
+        lipschitz=lipschitz[kept],
+        segments=segments,
+        left_out=int((~kept).sum()),
+    )
+
+
+def _secant(
+    loss: GradientConsistencyLoss,
+    first: Inputs,
+    second: Inputs,
+    target: Tensor,
+    kept: Tensor,
+    statistics: list[Statistics] | None,
+) -> Tensor:
+    found = loss.measure(first, second, target, kept.double(), statistics=statistics)
+    return _difference(found.norm_weak, found.norm_strong, found.cosine)
+
+
+def _difference(first: Tensor, second: Tensor, cosine: Tensor) -> Tensor:
+    """||a - b|| from ||a||, ||b|| and the cosine, which is NaN where one of them is zero."""
+    squared = (first - second).square() + 2 * first * second * (1 - cosine.nan_to_num(0.0))
+    return squared.clamp(min=0.0).sqrt()
+
+
+def _distance(weak: Inputs, strong: Inputs) -> Tensor:
+    """||s - w|| over all floating tensors of a sample, [B]."""
+    total: Any = 0.0
+    floating = False
+    for a, b in zip(leaves(weak), leaves(strong), strict=True):
+        if a.is_floating_point():
+            floating = True
+            total = total + (b - a).flatten(1).square().sum(1) if a.dim() > 1 else total + (b - a).square()
+        elif not torch.equal(a, b):
+            raise InputTypeError("`weak` and `strong` differ in an integer tensor, where there is no distance.")
+    if not floating:
+        raise InputTypeError("`weak` has no floating tensor, so its views have no distance: pass embeddings.")
+    distance: Tensor = total.sqrt()
+    return distance
+
+
+def _between(weak: Inputs, strong: Inputs, part: float) -> Inputs:
+    mixed: Inputs = map_leaves(lambda a, b: torch.lerp(a, b, part) if a.is_floating_point() else a, weak, strong)
+    return mixed

@@ -1,0 +1,152 @@
+"""The mean loss of one batch as a function of the weights, around those that the model has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradconsist.batch import check_inputs, leaves, take
+from gradconsist.default_loss import cross_entropy
+from gradconsist.errors import ConfigError, NonFiniteError
+from gradconsist.forward import PerSampleForward
+from gradconsist.graph import check_second_derivative
+from gradconsist.guards import check_model, check_one_device
+from gradconsist.isolation import one_comparison
+from gradconsist.normalization import BatchNormCalls, BatchNormPolicy
+from gradconsist.probes import Probed, probe_model
+from gradconsist.scope import autocast_region, our_rules
+from gradconsist.selection import Encoder, compared_parameters
+from gradconsist.types import Inputs, LossFunction
+from gradconsist.validation import Pairs, check_choice, check_count, check_target
+
+
+class Landscape:
+    """L(w) = 1/B * sum over samples of loss_fn(model(x; w), t), with its derivatives at w and near it.
+
+    w is one flat vector [P] of the parameters that were selected. BatchNorm's statistics are constants, taken at the
+    model's own weights, and dropout is off: the function whose per-sample gradients L_g compares. In eval mode those
+    are the running statistics, and L is the loss of the network as it is deployed.
+
+    Args:
+        forward: the model under these rules.
+        names: the selected parameters, in order.
+        batch: inputs, targets and device.
+        chunk: samples at a time.
+    """
+
+    def __init__(self, forward: PerSampleForward, names: list[str], batch: Pairs, chunk: int) -> None:
+        own = dict(forward.model.named_parameters())
+        self._forward, self._batch, self._chunk = forward, batch, chunk
+        self._own = {name: own[name] for name in names}
+        self._checked = False
+        wide = torch.float32
+        for parameter in self._own.values():
+            wide = torch.promote_types(wide, parameter.dtype)
+        self.weights = torch.cat([parameter.detach().reshape(-1).to(wide) for parameter in self._own.values()])
+
+    def value(self, weights: Tensor) -> float:
+        """L at `weights` [P].
+
+        Raises:
+            NonFiniteError: it is NaN or infinite.
+        """
+        with torch.no_grad():
+            value = sum(float(part) for part in self._parts(weights))
+        if not value - value == 0:
+            raise NonFiniteError(
+                f"the mean loss is {value}: check `inputs` and the parameters of `model`, or use a smaller `rho`."
+            )
+        return value
+
+    def gradient(self, weights: Tensor) -> Tensor:
+        """dL/dw at `weights`, [P]."""
+        total = torch.zeros_like(weights)
+        with torch.enable_grad():
+            at = weights.detach().clone().requires_grad_()
+            for part in self._parts(at):
+                total += torch.autograd.grad(part, at)[0]
+        return total
+
+    def hessian_product(self, vector: Tensor) -> Tensor:
+        """H v at the model's own weights, [P]: the derivative of ⟨dL/dw, v⟩."""
+        total = torch.zeros_like(vector)
+        with torch.enable_grad():
+            at = self.weights.clone().requires_grad_()
+            for part in self._parts(at):
+                # Not a plain 1: below one without a graph, `once_differentiable` cuts the derivative without a word.
+                one = 1.0 + 0.0 * at[:1].sum()
+                (gradient,) = torch.autograd.grad(part, at, one.to(part.dtype), create_graph=True)
+                slope = (gradient * vector).sum()
+                if not self._checked:
+                    check_second_derivative(slope, [at], fused=False)
+                    self._checked = True
+                found = torch.autograd.grad(slope, at, allow_unused=True)[0]
+                total += torch.zeros_like(vector) if found is None else found
+        return total
+
+    def _parts(self, weights: Tensor) -> Iterator[Tensor]:
+        """L as a sum over chunks."""
+        pieces = weights.split([parameter.numel() for parameter in self._own.values()])
+        replaced = {
+            name: piece.view(parameter.shape).to(parameter.dtype)
+            for (name, parameter), piece in zip(self._own.items(), pieces, strict=True)
+        }
+        size = len(self._batch)
+        for start in range(0, size, self._chunk):
+            rows = slice(start, start + self._chunk)
+            losses = self._forward.losses(take(self._batch.weak, rows), self._batch.target[rows], replaced)
+            yield losses.sum() / size
+
+
+@contextmanager
+def landscape(
+    model: nn.Module,
+    inputs: Any,
+    target: Any,
+    *,
+    parameters: Encoder,
+    loss_fn: LossFunction | None,
+    batchnorm: BatchNormPolicy,
+    chunk_size: int | None,
+) -> Iterator[Landscape]:
+    """The landscape of a checked batch, for the time of the block, in which the model is under our rules.
+
+    Args:
+        model: the user's model.
+        inputs: a tensor, or a dict, tuple or list of tensors, batch first.
+        target: class indices [B] or probabilities [B, C]; anything for a `loss_fn` of one's own.
+        parameters: which of the trainable ones are moved, as `encoder` of the loss.
+        loss_fn: as for the loss.
+        batchnorm: "auto", "batch" or "running".
+        chunk_size: samples at a time; None is all.
+
+    Yields:
+        The landscape.
+    """
+    check_model(model)
+    check_choice("batchnorm", batchnorm, ("auto", "batch", "running"))
+    if chunk_size is not None:
+        check_count("chunk_size", chunk_size)
+    if loss_fn is not None and not callable(loss_fn):
+        raise ConfigError(f"`loss_fn` is {loss_fn!r}: pass a function (output, target) -> [B], or None.")
+    names = list(compared_parameters(model, parameters))
+    pairs = _checked(model, check_inputs("inputs", inputs), target, loss_fn)
+    forward = PerSampleForward(
+        model, loss_fn or cross_entropy, BatchNormCalls(batchnorm), autocast=autocast_region(pairs.device)
+    )
+    with one_comparison(), torch.inference_mode(False), our_rules(model, pairs.device):
+        with torch.no_grad():
+            forward.output(pairs.weak, record=True)
+        probe_model(forward, pairs, torch.arange(len(pairs), device=pairs.device), Probed())
+        yield Landscape(forward, names, pairs, chunk_size or len(pairs))
+
+
+def _checked(model: nn.Module, inputs: Inputs, target: Any, loss_fn: LossFunction | None) -> Pairs:
+    size = len(leaves(inputs)[0])
+    target = check_target(target, size, loss_fn is None)
+    device = check_one_device(model, {"inputs": leaves(inputs)[0], "target": target})
+    return Pairs(inputs, inputs, target, torch.ones(size, device=device), device)

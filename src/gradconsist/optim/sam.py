@@ -1,0 +1,272 @@
+"""`SAM`: the gradient of a step is taken where the loss is about worst in a ball around the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gradconsist.errors import ConfigError, StateError
+from gradconsist.validation import check_choice, check_number
+
+
+class SAM(Optimizer):
+    """Sharpness-aware minimisation (SAM) around another optimizer.
+
+    With g the gradient at the weights w, over all parameters as one flat vector, a step is
+
+        e = rho * g / ||g||                                   (adaptive: e = rho * w^2 g / || |w| g ||)
+        w <- base step from w by the gradient at w + e
+
+    The weights are kept and put back bitwise, so a step costs a copy of them, beside two forwards and backwards. Where
+    the gradient is zero or not finite, e is 0 and the step is the base optimizer's own.
+
+    ``step(closure)`` does all of it. Loops that need their own order call the parts:
+
+        loss(...).backward();  sam.first_step();  loss(...).backward();  sam.second_step();  sam.zero_grad()
+
+    **GradScaler.** e does not depend on the gradient's scale, so the first pass needs no ``unscale_``. The scaler must
+    step the base optimizer, with the weights put back before, because it may skip the step:
+
+        scaler.scale(loss(...)).backward();  sam.first_step()
+        scaler.scale(loss(...)).backward();  sam.restore();  scaler.step(sam.base);  scaler.update()
+
+    **Several processes.** Under DDP as it is, both passes average gradients and all processes perturb alike: one large
+    batch. With the first pass under ``ddp.no_sync()`` each perturbs by its own gradient (the paper's m-sharpness), at
+    half of the communication; the weights stay equal, because the second gradient is averaged.
+
+    **BatchNorm.** The second forward would update running statistics once more, at weights that are never kept:
+    `model` prevents that in ``step(closure)``, and `kept_running_statistics` in a loop of one's own.
+
+    Learning-rate schedulers are attached to `base`, whose parameter groups these are.
+
+    Args:
+        base: any optimizer but one that needs a closure of its own (LBFGS).
+        rho: radius of the ball, at least 0; a group of `base` may hold its own under the key ``"rho"``.
+        adaptive: scale each coordinate by its weight (ASAM); a group may hold its own under ``"adaptive"``.
+        model: whose running statistics the second forward of ``step(closure)`` leaves as they are.
+
+    Attributes:
+        base: the optimizer that takes the steps.
+
+    Raises:
+        ConfigError: an argument has no such value.
+
+    Source: Foret, Kleiner, Mobahi and Neyshabur, "Sharpness-Aware Minimization for Efficiently Improving
+    Generalization", ICLR 2021, algorithm 1; adaptive: Kwon, Kim, Park and Choi, "ASAM", ICML 2021, eq. (6) without the
+    stabiliser eta.
+    """
+
+    def __init__(
+        self, base: Optimizer, *, rho: float = 0.05, adaptive: bool = False, model: nn.Module | None = None
+    ) -> None:
+        if not isinstance(base, Optimizer) or isinstance(base, SAM | torch.optim.LBFGS):
+            raise ConfigError(
+                f"`base` is {base!r}: pass an optimizer that takes a step from a gradient, such as"
+                " torch.optim.SGD(model.parameters(), lr=0.1)."
+            )
+        check_number("rho", rho, least=0.0)
+        check_choice("adaptive", adaptive, (True, False))
+        if model is not None and not isinstance(model, nn.Module):
+            raise ConfigError(f"`model` is a {type(model).__name__}: pass the module, or None.")
+        self.base = base
+        self.model = model
+        self._before: dict[Tensor, Tensor] = {}
+        super().__init__(base.param_groups, {**base.defaults, "rho": rho, "adaptive": adaptive})
+        self._share()
+
+    def _share(self) -> None:
+        """Groups and state are the base optimizer's own, and not copies."""
+        self.param_groups = self.base.param_groups
+        self.state = self.base.state
+        for group in self.param_groups:
+            check_number("rho", group["rho"], least=0.0)
+
+    @property
+    def perturbed(self) -> bool:
+        """Whether the weights are those of the second pass."""
+        return bool(self._before)
+
+    @torch.no_grad()
+    def first_step(self, *, zero_grad: bool = True) -> Tensor:
+        """Moves the weights by e.
+
+        Args:
+            zero_grad: forget the gradients, which the second pass forms anew.
+
+        Returns:
+            ||g|| (adaptive: || |w| g ||), as a scalar tensor.
+
+        Raises:
+            ConfigError: the weights are moved already.
+        """
+        if self.perturbed:
+            raise ConfigError("`first_step` was called twice: call `second_step()` or `restore()` in between.")
+        scaled = [
+            (parameter, group, _ascent(parameter, group["adaptive"]))
+            for group in self.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        norm = _norm([length for _, _, (_, length) in scaled])
+        if float(norm) > 0 and bool(torch.isfinite(norm)):
+            for parameter, group, (direction, _) in scaled:
+                self._before[parameter] = parameter.detach().clone()
+                # Divided in float32 at least: a half-precision norm may have overflowed where this has not.
+                move = direction * (group["rho"] / norm.to(direction.device))
+                parameter.add_(move.to(parameter.dtype))
+        if zero_grad:
+            self.zero_grad()
+        return norm
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts the weights back, bitwise; nothing happens where they are not moved."""
+        for parameter, value in self._before.items():
+            parameter.copy_(value)
+        self._before = {}
+
+    def second_step(self) -> None:
+        """Puts the weights back and takes the base optimizer's step by the gradient that is there now."""
+        self.restore()
+        self.base.step()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One whole step.
+
+        Args:
+            closure: clears the gradients, computes the loss, calls backward and returns the loss; it is called twice.
+
+        Returns:
+            What the first call returned: the loss at the weights themselves.
+
+        Raises:
+            ConfigError: there is no closure.
+        """
+        if closure is None:
+            raise ConfigError(
+                "`SAM.step` needs a closure, because it evaluates the loss twice: pass one, or call `first_step` and"
+                " `second_step` (with a GradScaler: `restore`, then `scaler.step(sam.base)`)."
+            )
+        with torch.enable_grad():
+            loss = closure()
+        self.first_step()
+        try:
+            with torch.enable_grad(), nullcontext() if self.model is None else kept_running_statistics(self.model):
+                closure()
+        except BaseException:
+            self.restore()
+            raise
+        self.second_step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's, whose groups hold `rho` and `adaptive` too.
+
+        Raises:
+            StateError: between the two passes, where the weights are not those to be kept.
+        """
+        if self.perturbed:
+            raise StateError("the weights are perturbed: call `second_step()` or `restore()` before `state_dict()`.")
+        return self.base.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continues where `state_dict` was taken.
+
+        Args:
+            state_dict: what `state_dict` returned, from a SAM around the same kind of optimizer.
+
+        Raises:
+            StateError: it is that of another optimizer.
+        """
+        groups = state_dict.get("param_groups", []) if isinstance(state_dict, Mapping) else []
+        if not groups or not all({"rho", "adaptive"} <= set(group) for group in groups):
+            raise StateError(
+                "`state_dict` has groups without 'rho' and 'adaptive': pass what `SAM.state_dict` returned."
+            )
+        self.restore()
+        self.base.load_state_dict(dict(state_dict))
+        self._share()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group to the base optimizer, with its own `rho` and `adaptive` or the first ones.
+
+        Args:
+            param_group: as for the base optimizer.
+        """
+        for key in ("rho", "adaptive"):
+            param_group.setdefault(key, self.defaults[key])
+        if any(param_group is group for group in self.base.param_groups):  # torch's constructor hands back the base's
+            self.param_groups.append(param_group)
+        else:
+            self.base.add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"base": self.base, "model": self.model, "_before": self._before, "defaults": self.defaults}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "param_groups": state["base"].param_groups, "state": state["base"].state})
+
+    def __repr__(self) -> str:
+        return f"SAM({self.base!r})"
+
+
+def _ascent(parameter: Tensor, adaptive: bool) -> tuple[Tensor, Tensor]:
+    """The direction of e for one parameter, and the norm that its length is measured by; in float32 at least."""
+    gradient: Any = parameter.grad
+    if gradient.is_sparse:
+        gradient = gradient.coalesce().to_dense()
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    gradient = gradient.to(wide)
+    if not adaptive:
+        return gradient, torch.linalg.vector_norm(gradient)
+    size = parameter.detach().abs().to(wide)
+    return size.square() * gradient, torch.linalg.vector_norm(size * gradient)
+
+
+def _norm(lengths: list[Tensor]) -> Tensor:
+    """The norm of a vector from those of its parts, on the first one's device."""
+    if not lengths:
+        return torch.zeros(())
+    wide = torch.float64 if any(length.dtype == torch.float64 for length in lengths) else torch.float32
+    return torch.linalg.vector_norm(torch.stack([length.to(lengths[0].device, wide) for length in lengths]))
+
+
+@contextmanager
+def kept_running_statistics(model: nn.Module) -> Iterator[None]:
+    """Forwards inside leave the running statistics of `model`'s BatchNorm and InstanceNorm layers as they are.
+
+    They normalise as their modes say, and update copies. The backward may come inside or after.
+
+    Args:
+        model: any module; what is wrapped by DDP too.
+
+    Yields:
+        None.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(3)
+        >>> with kept_running_statistics(norm):
+        ...     y = norm(torch.randn(8, 3))
+        >>> norm.running_mean
+        tensor([0., 0., 0.])
+    """
+    own = [
+        (module, name, buffer)
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase)
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        # Copies in their places, not a write back: what autograd has saved must not change before the backward.
+        for module, name, buffer in own:
+            module._buffers[name] = buffer.clone()
+        yield
+    finally:
+        for module, name, buffer in own:
+            module._buffers[name] = buffer

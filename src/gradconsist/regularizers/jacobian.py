@@ -1,0 +1,235 @@
+"""`JacobianPenalty`: an output that changes little with the input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gradconsist.batch import check_inputs, leaves, map_leaves
+from gradconsist.default_loss import find_logits
+from gradconsist.errors import (
+    ConfigError,
+    GradModeError,
+    InputTypeError,
+    LossContractError,
+    NonFiniteError,
+    StateError,
+)
+from gradconsist.forward import PerSampleForward
+from gradconsist.graph import check_second_derivative
+from gradconsist.guards import check_model, check_one_device
+from gradconsist.isolation import one_comparison, uncompiled
+from gradconsist.normalization import BatchNormCalls, BatchNormPolicy
+from gradconsist.probes import Probed, probe_model
+from gradconsist.scope import autocast_region, our_rules
+from gradconsist.selection import trainable_parameters
+from gradconsist.types import Inputs
+from gradconsist.validation import Pairs, check_choice, check_count, check_weight
+
+
+class JacobianPenalty:
+    """L_J = 1/B * sum over samples x of weight(x) * ||dz/dx||_F^2, differentiable in the model's parameters.
+
+    z(x) [K] is what `output_fn` takes from the model's output: the logits by default. Exactly, it is a sum over the K
+    rows; by random projections on unit vectors v, drawn anew for every sample and call,
+
+        ||dz/dx||_F^2 = K * E ||d⟨v, z⟩/dx||^2,    v uniform on the sphere of R^K
+
+    so `projections` backward passes stand for K. The estimate and its gradient are unbiased; the variance of one falls
+    as 1/projections, and is 0 for K = 1.
+
+    BatchNorm's statistics are constants and dropout is off, as in `GradientConsistencyLoss`; the model's buffers,
+    modes, ``.grad`` and the random state stay untouched. Of inputs that are dicts or tuples, x is all floating tensors.
+    Time is that of a forward and, for each projection, of a backward that is differentiated again; memory that of their
+    graph over the whole batch.
+
+    Args:
+        model: any module from a batch to logits (or to an object with ``logits``).
+        projections: random projections a sample, or None for the exact sum over all K outputs.
+        output_fn: ``model output -> [B, ...]``, whose entries are the z of each sample; None is the logits.
+        batchnorm: "auto" gives a BatchNorm in train mode the statistics of this call's inputs and one in eval mode its
+            running ones; "batch" and "running" force one of them.
+        seed: of the projections' own generator.
+
+    Raises:
+        ConfigError: an option has no such value.
+        UnsupportedModuleError: the model contains a module for which the result would not be exact.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Linear(4, 3)
+        >>> penalty = JacobianPenalty(model, projections=None)
+        >>> loss = penalty(torch.randn(8, 4))
+        >>> torch.allclose(loss, model.weight.square().sum())
+        True
+        >>> loss.backward()
+
+    Source: Hoffman, Roberts and Yaida, "Robust Learning with Jacobian Regularization", 2019 (arXiv:1908.02729), eq. (3)
+    without its factor 1/2, and algorithm 1.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        projections: int | None = 1,
+        output_fn: Callable[[Any], Tensor] | None = None,
+        batchnorm: Literal["auto", "batch", "running"] = "auto",
+        seed: int = 0,
+    ) -> None:
+        check_model(model)
+        if projections is not None:
+            check_count("projections", projections)
+        if output_fn is not None and (not callable(output_fn) or isinstance(output_fn, type)):
+            raise ConfigError(f"`output_fn` is {output_fn!r}: pass a function from the model's output, or None.")
+        check_choice("batchnorm", batchnorm, ("auto", "batch", "running"))
+        check_count("seed", seed, least=0)
+        trainable_parameters(model)
+        self.model = model
+        self.projections = projections
+        self.output_fn = output_fn
+        self.batchnorm: BatchNormPolicy = batchnorm
+        self._generator = torch.Generator().manual_seed(seed)
+        self._probed = Probed()
+
+    @uncompiled
+    def __call__(
+        self, inputs: Inputs, weight: Tensor | None = None, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """L_J of a batch.
+
+        Args:
+            inputs: a tensor, or a dict, tuple or list of tensors, batch first; at least one of a floating type.
+            weight: [B], non-negative, real or boolean; None is 1. The mean runs over all B.
+            generator: source of the projections; None is the penalty's own.
+
+        Returns:
+            Scalar, in float32 at least.
+
+        Raises:
+            GradModeError: no graph can be built here: under ``no_grad``, inside a transform or a comparison.
+            InputTypeError: no input tensor has a derivative.
+            LossContractError: the output is no tensor with one row a sample.
+            NonFiniteError: the Jacobian has NaN or infinite entries.
+            RuntimeError: an error of the user's own model, as it was.
+        """
+        if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            raise GradModeError("JacobianPenalty was called where no graph can be built (no_grad): call it outside.")
+        check_model(self.model)
+        inputs = self._differentiable(check_inputs("inputs", inputs))
+        size = len(leaves(inputs)[0])
+        target = leaves(inputs)[0].new_zeros(size, dtype=torch.long)
+        weight = check_weight(weight, target, fused=False)
+        device = check_one_device(self.model, {"inputs": leaves(inputs)[0], "weight": weight})
+        forward = PerSampleForward(
+            self.model, self._sum_of_outputs, BatchNormCalls(self.batchnorm), autocast=autocast_region(device)
+        )
+        pairs = Pairs(inputs, inputs, target, weight, device)
+        source = generator or self._generator  # which may be the global one, that nothing below may draw from
+        own = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=source, device=source.device)))
+        with one_comparison(), our_rules(self.model, device):
+            with torch.no_grad():
+                forward.output(inputs, record=True)
+            probe_model(forward, pairs, torch.arange(size, device=device), self._probed)
+            return self._penalty(forward, pairs, own)
+
+    def _differentiable(self, inputs: Inputs) -> Inputs:
+        """The same inputs, floating ones with a derivative: a graph that they have is kept."""
+        if not any(leaf.is_floating_point() for leaf in leaves(inputs)):
+            raise InputTypeError(
+                "`inputs` has no floating tensor, so there is nothing to differentiate for: pass embeddings and not"
+                " token ids, and images as floats, normalised as in training."
+            )
+
+        def ready(leaf: Tensor) -> Tensor:
+            if not leaf.is_floating_point():
+                return leaf
+            return leaf.view_as(leaf) if leaf.requires_grad else leaf.detach().clone().requires_grad_()
+
+        converted: Inputs = map_leaves(ready, inputs)
+        return converted
+
+    def _penalty(self, forward: PerSampleForward, pairs: Pairs, generator: torch.Generator) -> Tensor:
+        rows = self._outputs(forward.output(pairs.weak), len(pairs))  # [B, K]
+        x = [leaf for leaf in leaves(pairs.weak) if leaf.requires_grad]
+        size, width = rows.shape
+        total = rows.new_zeros(size)
+        directions = self._directions(rows, generator)
+        for v in directions:
+            # A constant v would hide functions without a second derivative: where nothing that comes from above has a
+            # graph, torch's `once_differentiable` cuts it without a word.
+            v.requires_grad_()
+            # Of one sample's output for its own input: under our rules no sample depends on another.
+            found = torch.autograd.grad((rows * v).sum(), x, create_graph=True, allow_unused=True)
+            wide = [part.flatten(1).to(rows.dtype).square().sum(1) for part in found if part is not None]
+            total = total + torch.stack(wide).sum(0) if wide else total
+        scale = 1.0 if self.projections is None else width / self.projections
+        loss = (pairs.weight * total).sum() * (scale / size)
+        if not bool(torch.isfinite(loss)):
+            raise NonFiniteError(
+                "the Jacobian penalty is NaN or infinite: `inputs` or the model has such entries, or the output jumps."
+                " Skip the step; if it comes again, lower the learning rate or compute in a wider dtype."
+            )
+        fact = Probed.fact("derivative of the Jacobian", self.model)
+        if loss.requires_grad and fact not in self._probed.passed:
+            check_second_derivative(loss, list(trainable_parameters(self.model).values()), fused=False)
+            self._probed.passed.add(fact)
+        return loss
+
+    def _directions(self, rows: Tensor, generator: torch.Generator) -> list[Tensor]:
+        """Unit vectors, each [B, K] or [K]: all of the standard basis, or random ones."""
+        size, width = rows.shape
+        if self.projections is None:
+            return list(torch.eye(width, dtype=rows.dtype, device=rows.device).unbind())
+        drawn = torch.randn(self.projections, size, width, generator=generator)
+        drawn = drawn.to(rows.device, rows.dtype)
+        return list(drawn / torch.linalg.vector_norm(drawn, dim=-1, keepdim=True))
+
+    def _outputs(self, output: Any, size: int) -> Tensor:
+        """Z of every sample, [B, K], in float32 at least."""
+        found = find_logits(output) if self.output_fn is None else self.output_fn(output)
+        if not isinstance(found, Tensor) or not found.is_floating_point() or found.shape[:1] != (size,):
+            what = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(output).__name__
+            raise LossContractError(
+                f"the model's output is {what}, expected a floating tensor with {size} rows or an object with"
+                " `logits`: give `output_fn`, a function from the output to such a tensor."
+            )
+        return found.reshape(size, -1).to(torch.promote_types(found.dtype, torch.float32))
+
+    def _sum_of_outputs(self, output: Any, target: Tensor) -> Tensor:
+        """What stands in for a loss where the model is tried: whether samples are independent, and the graph whole."""
+        return self._outputs(output, len(target)).sum(1)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The state of the projections' generator."""
+        return {"generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continues where `state_dict` was taken.
+
+        Args:
+            state: what `state_dict` returned.
+
+        Raises:
+            StateError: it is something else.
+        """
+        try:
+            self._generator.set_state(state["generator"].cpu())
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise StateError(f"`state` is not that of a JacobianPenalty ({error}): pass its own state_dict.") from error
+
+    def __repr__(self) -> str:
+        options = f"projections={self.projections!r}, batchnorm={self.batchnorm!r}"
+        return f"JacobianPenalty({type(self.model).__name__}, {options})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Generators cannot be copied or pickled in every supported torch.
+        return vars(self) | {"_generator": self._generator.get_state()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._generator = torch.Generator()
+        self._generator.set_state(state["_generator"])

@@ -1,0 +1,226 @@
+"""JacobianPenalty against explicit Jacobians, and its random projections against their expectation."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gradconsist.errors import (
+    ConfigError,
+    GradModeError,
+    InputShapeError,
+    InputTypeError,
+    InputValueError,
+    LossContractError,
+    NonFiniteError,
+    StateError,
+    UnsupportedModuleError,
+)
+from gradconsist.regularizers import JacobianPenalty
+from support import compare
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 3)).double()
+
+
+def cnn() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Softplus(), nn.Flatten(), nn.Linear(3 * 4, 3)
+    ).double()
+
+
+SHAPES = {mlp: (5, 4), cnn: (5, 1, 4, 4)}
+
+
+def affine(layer: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> Callable[[Tensor], Tensor]:
+    wide = lambda v: v.view(1, -1, 1, 1)  # noqa: E731
+    return lambda y: (y - wide(mean)) / wide(variance + layer.eps).sqrt() * wide(layer.weight) + wide(layer.bias)
+
+
+def by_definition(model: nn.Module, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """1/B sum of weight ||dz/dx||^2 from whole Jacobians of single samples; BatchNorm written out."""
+    model = copy.deepcopy(model)
+    for layer in model.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.p = 0.0
+        if isinstance(layer, nn.BatchNorm2d):
+            with torch.no_grad():
+                seen = model[0](x)
+            mean, variance = seen.mean((0, 2, 3)), seen.var((0, 2, 3), unbiased=False)
+            if not layer.training:
+                mean, variance = layer.running_mean.clone(), layer.running_var.clone()
+            layer.forward = affine(layer, mean, variance)
+    total = torch.zeros((), dtype=torch.float64)
+    for i, factor in enumerate(weight):
+        jacobian = torch.autograd.functional.jacobian(
+            lambda one: model(one.unsqueeze(0)).squeeze(0), x[i], create_graph=True
+        )
+        total = total + factor * jacobian.square().sum()
+    loss = total / len(x)
+    return loss.detach(), torch.cat([part.reshape(-1) for part in _gradients(loss, model)])
+
+
+def _gradients(loss: Tensor, model: nn.Module) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("build", [mlp, cnn])
+def test_the_exact_sum(build: Callable[[], nn.Module], training: bool) -> None:
+    model = build().train(training)
+    before = copy.deepcopy(model.state_dict())
+    x, weight = torch.randn(SHAPES[build], dtype=torch.float64), torch.tensor([1.0, 0.0, 0.5, 2.0, 1.0]).double()
+    loss, gradient = by_definition(model, x, weight)
+    state = torch.get_rng_state()
+    found = JacobianPenalty(model, projections=None)(x, weight)
+    assert torch.equal(state, torch.get_rng_state())
+    torch.testing.assert_close(found.detach(), loss, rtol=1e-10, atol=0.0)
+    assert compare.relative(compare.gradient_of(found, model), gradient) <= 1e-8
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert x.grad is None
+    assert not x.requires_grad
+
+
+def test_projections_are_unbiased_in_value_and_gradient() -> None:
+    """Means of 1,000 draws lie within 4 standard errors of the exact sum; more projections have less variance."""
+    model = mlp()
+    x, weight = torch.randn(5, 4, dtype=torch.float64), torch.ones(5, dtype=torch.float64)
+    loss, gradient = by_definition(model, x, weight)
+    v = torch.randn(len(gradient), dtype=torch.float64)  # one direction of the gradient
+
+    def draws(projections: int, count: int) -> Tensor:
+        penalty = JacobianPenalty(model, projections=projections)
+        rows = []
+        for _ in range(count):
+            found = penalty(x)
+            rows.append(torch.stack([found.detach(), compare.gradient_of(found, model) @ v]))
+        return torch.stack(rows)
+
+    one, four = draws(1, 1000), draws(4, 250)
+    exact = torch.stack([loss, gradient @ v])
+    for sample in (one, four):
+        assert bool(((sample.mean(0) - exact).abs() <= 4 * sample.std(0) / len(sample) ** 0.5).all())
+    assert 2.5 <= float((one.var(0) / four.var(0))[0]) <= 6.0
+
+
+def test_one_output_needs_one_projection() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    exact = JacobianPenalty(model, projections=None)(x)
+    torch.testing.assert_close(JacobianPenalty(model)(x), exact, rtol=1e-10, atol=0.0)
+
+
+def test_the_seed_decides_and_the_state_continues() -> None:
+    model, x = mlp(), torch.randn(5, 4, dtype=torch.float64)
+    first, second = JacobianPenalty(model, seed=3), JacobianPenalty(model, seed=3)
+    values = [float(first(x).detach()) for _ in range(3)]
+    assert float(second(x).detach()) == values[0]
+    state = second.state_dict()
+    assert [float(second(x).detach()) for _ in range(2)] == values[1:]
+    second.load_state_dict(state)
+    assert float(copy.deepcopy(second)(x).detach()) == values[1]
+    assert float(second(x).detach()) == values[1]
+    given = [float(first(x, generator=torch.Generator().manual_seed(5)).detach()) for _ in range(2)]
+    assert given[0] == given[1] != values[0]
+    torch.manual_seed(0)
+    assert float(first(x, generator=torch.default_generator).detach()) > 0
+
+
+def test_inputs_of_several_tensors_and_another_output() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 3), nn.Embedding(5, 3)
+
+        def forward(self, image: Tensor, token: Tensor) -> dict[str, Tensor]:
+            z = torch.tanh(self.a(image) + self.b(token))
+            return {"logits": z, "features": 2 * z}
+
+    torch.manual_seed(0)
+    model = Two()
+    inputs = {"image": torch.randn(5, 4), "token": torch.arange(5)}
+    logits = JacobianPenalty(model, projections=None)(inputs)
+    features = JacobianPenalty(model, projections=None, output_fn=lambda output: output["features"])(inputs)
+    torch.testing.assert_close(features, 4 * logits)
+    with pytest.raises(InputTypeError, match="`inputs` has no floating tensor"):
+        JacobianPenalty(model)({"image": torch.arange(5), "token": torch.arange(5)})
+
+
+class Mixing(nn.Module):
+    """Each sample sees its neighbours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(torch.tanh(x - x.mean(0)))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"projections": 0}, ConfigError, "`projections` is 0"),
+        ({"projections": 1.5}, ConfigError, "`projections` is 1.5"),
+        ({"output_fn": 3}, ConfigError, "`output_fn` is 3"),
+        ({"batchnorm": "observed"}, ConfigError, "`batchnorm` is 'observed'"),
+        ({"seed": -1}, ConfigError, "`seed` is -1"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        JacobianPenalty(mlp(), **options)
+
+
+def test_bad_calls() -> None:
+    model, x = mlp().float(), torch.randn(5, 4)
+    penalty = JacobianPenalty(model)
+    with pytest.raises(InputTypeError, match=r"`inputs\[0\]` is a int"):
+        penalty([1, 2])
+    with pytest.raises(InputShapeError, match="`weight` has shape"):
+        penalty(x, torch.ones(4))
+    with pytest.raises(InputValueError, match="`weight` has the negative entry"):
+        penalty(x, -torch.ones(5))
+    with pytest.raises(NonFiniteError, match="the Jacobian penalty is NaN or infinite"):
+        penalty(x * torch.nan)
+    with torch.no_grad(), pytest.raises(GradModeError, match="JacobianPenalty was called where no graph"):
+        penalty(x)
+    with pytest.raises(LossContractError, match="expected a floating tensor with"):
+        JacobianPenalty(model, output_fn=lambda z: z.sum())(x)
+    with pytest.raises(UnsupportedModuleError, match="changes with the other samples of the batch"):
+        JacobianPenalty(Mixing())(x)
+    with pytest.raises(StateError, match="not that of a JacobianPenalty"):
+        penalty.load_state_dict({"seed": torch.zeros(1)})
+
+
+def test_a_function_without_a_second_derivative_is_refused() -> None:
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x.square()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, upstream: Tensor) -> Tensor:
+            return 2 * upstream * ctx.saved_tensors[0]
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return Once.apply(self.linear(x))
+
+    with pytest.raises(UnsupportedModuleError, match="second derivative"):
+        JacobianPenalty(Model())(torch.randn(5, 4))
