@@ -135,4 +135,5 @@ def randaugment_policy(images: Pixels, draws: Draws) -> Pixels:
 POLICIES: dict[str, Callable[[Pixels, Draws], Pixels]] = {
     "randaugment": randaugment_policy,
     "fixmatch": fixmatch_policy,
+    "weak": lambda views, draws: views,  # a second weak view, by draws of its own
 }

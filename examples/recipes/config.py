@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from recipes.defaults import method_defaults
 from recipes.errors import OptionError, ResumeError
 from recipes.models import parse_arch
 
@@ -53,19 +54,35 @@ class Config:
         int | None, Help(help="folder: resize and centre-crop every image to this side. None: they must be equal.")
     ] = None
 
-    method: Annotated[str, Help(help="fixmatch, or supervised (labeled images only).")] = "fixmatch"
-    threshold: Annotated[float, Help(help="Confidence above which a pseudo-label counts.")] = 0.95
-    unlabeled_weight: Annotated[float, Help(help="mu: weight of the unsupervised loss.")] = 1.0
-    unlabeled_ramp: Annotated[int, Help(help="Steps in which mu rises linearly from 0; 0 for none.")] = 5000
+    method: Annotated[
+        str, Help(help="A name in gradconsist.methods in lower case, or supervised (labeled images only).")
+    ] = "fixmatch"
+    threshold: Annotated[
+        float | None, Help(help="Confidence above which a pseudo-label counts. None: the method's.")
+    ] = None
+    temperature: Annotated[float | None, Help(help="Of the sharpening (mixmatch, uda). None: the method's.")] = None
+    method_decay: Annotated[
+        float | None,
+        Help(help="Decay of the method's own averages (teacher, statistics). None: the method's."),
+    ] = None
+    unlabeled_weight: Annotated[float | None, Help(help="mu: weight of the unsupervised loss. None: the method's.")] = (
+        None
+    )
+    unlabeled_ramp: Annotated[
+        int | None, Help(help="Steps in which mu rises from 0; 0 for none. None: the method's, else the preset's.")
+    ] = None
     brier_weight: Annotated[float, Help(help="Weight of ||softmax - onehot||^2 on the labeled images.")] = 0.0
     joint_forward: Annotated[
-        bool,
-        Help(help="One forward of labeled, weak and strong images (the reference); off: cheaper separate forwards."),
-    ] = True
+        bool | None,
+        Help(help="One forward of labeled, weak and strong images; False: separate forwards. None: the method's."),
+    ] = None
     strong: Annotated[
-        Literal["randaugment", "fixmatch"],
-        Help(help="Strong view: torchvision's RandAugment(2, 10), or the FixMatch reference's with Cutout."),
-    ] = "randaugment"
+        Literal["randaugment", "fixmatch", "weak"] | None,
+        Help(
+            help="Strong view: torchvision's RandAugment(2, 10), the FixMatch reference's with Cutout, or a second "
+            "weak view. None: the method's, else the preset's."
+        ),
+    ] = None
 
     ggcr_weight: Annotated[float, Help(help="lambda: weight of the gradient consistency; 0 is the plain method.")] = 0.1
     ggcr_warmup: Annotated[int, Help(help="Steps before the term is added.")] = 1000
@@ -98,7 +115,9 @@ class Config:
     ] = None
     steps: Annotated[int, Help(help="Optimizer steps of the whole run.")] = 2**20
     batch_size: Annotated[int, Help(help="Labeled images per step.")] = 64
-    unlabeled_ratio: Annotated[int, Help(help="Unlabeled images per labeled one.")] = 7
+    unlabeled_ratio: Annotated[
+        int | None, Help(help="Unlabeled images per labeled one. None: the method's, else the preset's.")
+    ] = None
     lr: Annotated[float, Help(help="Initial learning rate; decays as cos(7 pi k / 16 K).")] = 0.03
     optimizer: Annotated[
         Literal["sgd", "sam"], Help(help="SGD with Nesterov momentum 0.9, or sharpness-aware minimisation around it.")
@@ -128,11 +147,10 @@ class Config:
 
 PRESETS: dict[Preset, dict[str, Any]] = {
     "paper": {},
-    "fixmatch": {"unlabeled_ramp": 0, "ggcr_weight": 0.0, "strong": "fixmatch"},
+    "fixmatch": {"ggcr_weight": 0.0},
     "demo": {
-        "dataset": "digits", "labels": 40, "strong": "fixmatch", "arch": "wrn-10-1", "steps": 400, "batch_size": 20,
-        "unlabeled_ratio": 3, "unlabeled_ramp": 100, "ggcr_warmup": 100, "ggcr_max_pairs": 16, "ggcr_every": 2,
-        "ema": 0.99, "eval_every": 20, "checkpoint_every": 100, "log_every": 20,
+        "dataset": "digits", "labels": 40, "arch": "wrn-10-1", "steps": 400, "batch_size": 20, "ggcr_warmup": 100,
+        "ggcr_max_pairs": 16, "ggcr_every": 2, "ema": 0.99, "eval_every": 20, "checkpoint_every": 100, "log_every": 20,
     },
 }  # fmt: skip
 
@@ -162,7 +180,8 @@ def resolve(config: Config) -> Config:
         OptionError: Naming the option, what was found and what to write instead.
     """
     _check(config)
-    settled: dict[str, Any] = {}
+    defaults = method_defaults(config.method, config.preset, config.steps)
+    settled = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     if config.weight_decay is None:
         settled["weight_decay"] = 1e-3 if config.dataset == "cifar100" else 5e-4
     if config.bn_momentum is None:
@@ -246,15 +265,17 @@ def _check(config: Config) -> None:
     positive("labels", "image_size", "steps", "batch_size", "unlabeled_ratio", "lr", "bn_momentum")
     positive("jacobian_projections", "sam_rho")
     positive("ggcr_every", "ggcr_max_pairs", "eval_every", "checkpoint_every", "log_every")
-    positive("stop_after_steps", "stop_after_minutes")
+    positive("temperature", "stop_after_steps", "stop_after_minutes")
     not_negative("seed", "workers", "unlabeled_weight", "unlabeled_ramp", "brier_weight", "weight_decay")
     not_negative("jacobian_weight", "ggcr_weight", "ggcr_warmup", "ggcr_ramp")
     if config.seed >= 2**63:
         raise OptionError(f"--seed must be below 2^63; found {config.seed}.")
     if not 0 <= config.ema < 1:
         raise OptionError(f"--ema is a decay in [0, 1), for example 0.999; found {config.ema}.")
-    if not 0 <= config.threshold <= 1:
+    if config.threshold is not None and not 0 <= config.threshold <= 1:
         raise OptionError(f"--threshold is a probability in [0, 1]; found {config.threshold}.")
+    if config.method_decay is not None and not 0 <= config.method_decay < 1:
+        raise OptionError(f"--method-decay is a decay in [0, 1), for example 0.999; found {config.method_decay}.")
     if config.bn_momentum is not None and config.bn_momentum > 1:
         raise OptionError(f"--bn-momentum is in (0, 1] (weight of the new statistics); found {config.bn_momentum}.")
     if config.image_size is not None and config.dataset != "folder":

@@ -56,8 +56,9 @@ class StepDataset(Dataset[StepImages]):
     def __init__(self, images: Images, split: Split, config: Config) -> None:
         self.x, self.y, self.flip = images.train_x, images.train_y, images.flip
         self.labeled = split.labeled
-        self.seed, self.batch, self.strong = config.seed, config.batch_size, config.strong
-        self.unlabeled_batch = 0 if config.method == "supervised" else config.batch_size * config.unlabeled_ratio
+        self.seed, self.batch, self.strong = config.seed, config.batch_size, str(config.strong)
+        supervised = config.method == "supervised"
+        self.unlabeled_batch = 0 if supervised else config.batch_size * int(config.unlabeled_ratio or 0)
         self.labeled_order = EndlessOrder(config.seed, Stream.LABELED_ORDER, len(split.labeled))
         self.unlabeled_order = EndlessOrder(config.seed, Stream.UNLABELED_ORDER, len(images.train_y))
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
 from torch import nn
 
+import gradconsist.methods
 from gradconsist import GGCRWrapper, GradientConsistencyLoss, SSLBatch, StepOutput
-from gradconsist.methods import FixMatch
 from gradconsist.regularizers import GradientNormPenalty, JacobianPenalty
 from recipes.config import Config
 from recipes.errors import OptionError
@@ -33,42 +34,55 @@ class Supervised(nn.Module):
         return StepOutput(loss, None, {"loss_supervised": loss.detach()})
 
 
-def _fixmatch(model: nn.Module, config: Config) -> nn.Module:
-    return FixMatch(
-        model,
-        threshold=config.threshold,
-        unlabeled_weight=config.unlabeled_weight,
-        unlabeled_ramp_steps=config.unlabeled_ramp,
-        brier_weight=config.brier_weight,
-        joint=config.joint_forward,
-    )
+METHODS: dict[str, type[nn.Module]] = {
+    **{name.lower(): getattr(gradconsist.methods, name) for name in gradconsist.methods.__all__},
+    "supervised": Supervised,
+}
 
-
-METHODS: dict[str, Callable[[nn.Module, Config], nn.Module]] = {
-    "fixmatch": _fixmatch,
-    "supervised": lambda model, config: Supervised(model),
+# Which option is which argument of a method, for the methods that have it.
+ARGUMENTS = {
+    "threshold": "threshold",
+    "temperature": "temperature",
+    "method_decay": "ema_decay",
+    "unlabeled_weight": "unlabeled_weight",
+    "unlabeled_ramp": "unlabeled_ramp_steps",
+    "brier_weight": "brier_weight",
+    "joint_forward": "joint",
 }
 
 
-def check_method(name: str) -> None:
-    """Refuse a method that does not exist.
+def check_method(config: Config) -> None:
+    """Refuse a method that does not exist, and options that the method does not have.
+
+    The supervised baseline alone ignores the options of methods, so that one command line serves both.
 
     Args:
-        name: `--method`.
+        config: Resolved options.
 
     Raises:
-        OptionError: Listing the methods that exist.
+        OptionError: Listing the methods that exist, or naming the option.
     """
-    if name not in METHODS:
-        raise OptionError(f"--method {name!r} is unknown: choose from {', '.join(sorted(METHODS))}.")
+    if config.method not in METHODS:
+        raise OptionError(f"--method {config.method!r} is unknown: choose from {', '.join(sorted(METHODS))}.")
+    if config.method == "supervised":
+        return
+    taken = inspect.signature(METHODS[config.method]).parameters
+    for option, argument in ARGUMENTS.items():
+        value = getattr(config, option)
+        given = value > 0 if option == "brier_weight" else value is not None
+        if given and argument not in taken:
+            raise OptionError(
+                f"--{option.replace('_', '-')} {value}: {config.method} has no such option; leave it out."
+            )
 
 
-def build_method(model: WideResNet, config: Config) -> nn.Module:
+def build_method(model: WideResNet, config: Config, samples: int | None = None) -> nn.Module:
     """Build the method, with GGCR and the Jacobian penalty around it where their weights are above 0.
 
     Args:
         model: The network.
         config: Resolved options.
+        samples: Number of training images, for the methods that remember each of them.
 
     Returns:
         A module from an `SSLBatch` to a `StepOutput`; with both weights 0 it is the plain method itself.
@@ -76,8 +90,12 @@ def build_method(model: WideResNet, config: Config) -> nn.Module:
     Raises:
         OptionError: Where the method or `--ggcr-encoder` names nothing.
     """
-    check_method(config.method)
-    method = _with_ggcr(METHODS[config.method](model, config), model, config)
+    check_method(config)
+    known: dict[str, Any] = {"samples": samples, "classes": model.head.out_features}
+    known |= {argument: getattr(config, option) for option, argument in ARGUMENTS.items()}
+    taken = inspect.signature(METHODS[config.method]).parameters
+    method = METHODS[config.method](model, **{name: value for name, value in known.items() if name in taken})
+    method = _with_ggcr(method, model, config)
     if config.jacobian_weight == 0:
         return method
     penalty = JacobianPenalty(model, projections=config.jacobian_projections, seed=config.seed)

@@ -33,6 +33,7 @@ class Trainer:
         config: Resolved options.
         classes: Number of classes K.
         to_model: Normalisation and device.
+        samples: Number of training images.
 
     Attributes:
         step: Steps done.
@@ -40,13 +41,13 @@ class Trainer:
         evaluations: Test accuracies so far.
     """
 
-    def __init__(self, config: Config, classes: int, to_model: ToModel) -> None:
+    def __init__(self, config: Config, classes: int, to_model: ToModel, samples: int) -> None:
         self.config, self.to_model, device = config, to_model, to_model.device
         torch.manual_seed(config.seed)
         self.model = build_model(config.arch, classes, momentum=float(config.bn_momentum or 0.001)).to(device)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
-        self.method = build_method(self.model, config).to(device).train()
+        self.method = build_method(self.model, config, samples).to(device).train()
         sgd = build_optimizer(self.model, lr=config.lr, weight_decay=float(config.weight_decay or 0.0))
         self.sam = SAM(sgd, rho=config.sam_rho) if config.optimizer == "sam" else None
         self.optimizer = self.sam or sgd

@@ -37,7 +37,7 @@ def run(config: Config) -> int:
         The process's exit status: 0, or 128 + the signal that stopped it.
     """
     config = resolve(config)
-    methods.check_method(config.method)
+    methods.check_method(config)
     device = _device(config.device)
     folder = Path(str(config.output))
     known = check_run(config, device)
@@ -49,7 +49,7 @@ def run(config: Config) -> int:
     split = draw_split(images, config.labels, config.seed)
     mean, deviation = images.channel_statistics()
     to_model = ToModel(mean, deviation, device, channels_last=config.channels_last)
-    trainer = Trainer(config, len(images.classes), to_model)
+    trainer = Trainer(config, len(images.classes), to_model, len(images.train_y))
     # Only now is everything known to fit: a refused start leaves no run directory behind.
     if not known:
         create_run(config, device)

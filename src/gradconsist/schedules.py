@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 
 def linear_ramp(step: int, steps: int) -> float:
     """min(1, step / steps): 0 at step 0, 1 from `steps` on; always 1 for ``steps=0``.
@@ -25,3 +27,12 @@ def warmup_then_ramp(step: int, weight: float, warmup_steps: int, ramp_steps: in
     if step < warmup_steps:
         return 0.0
     return weight * linear_ramp(step - warmup_steps + 1, ramp_steps)
+
+
+def sigmoid_ramp(step: int, steps: int) -> float:
+    """exp(-5 (1 - t)^2) with t = min(1, step / steps): slow at first, 1 from `steps` on; always 1 for ``steps=0``.
+
+    >>> [round(sigmoid_ramp(step, 4), 4) for step in (0, 2, 4, 9)]
+    [0.0067, 0.2865, 1.0, 1.0]
+    """
+    return math.exp(-5 * (1 - linear_ramp(step, steps)) ** 2)

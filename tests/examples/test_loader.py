@@ -52,6 +52,16 @@ def test_labeled_images_come_from_the_labeled_split_with_their_labels(random_ima
     assert torch.equal(step.weak[:, 0, 0, 0].long(), step.indices)
 
 
+def test_the_strong_view_may_be_a_second_weak_one(random_images: Images, tiny: MakeConfig) -> None:
+    random_images.train_x[:] = torch.arange(60, dtype=torch.uint8)[:, None, None, None]  # a crop changes nothing
+    step = dataset_of(random_images, tiny(strong="weak"))[0]
+    assert torch.equal(step.weak, step.strong)
+    noise = torch.Generator().manual_seed(1)
+    random_images.train_x[:] = torch.randint(256, random_images.train_x.shape, generator=noise, dtype=torch.uint8)
+    step = dataset_of(random_images, tiny(strong="weak"))[0]
+    assert not torch.equal(step.weak, step.strong)  # by draws of its own
+
+
 def test_views_of_a_step_belong_together(random_images: Images, tiny: MakeConfig) -> None:
     dataset = dataset_of(random_images, tiny(strong="fixmatch", batch_size=4, unlabeled_ratio=3))
     step = dataset[2]

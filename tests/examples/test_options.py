@@ -9,6 +9,9 @@ from urllib.error import URLError
 import pytest
 import torchvision.datasets
 
+import gradconsist.methods
+import recipes.defaults
+import recipes.methods
 from gradconsist.errors import GradConsistError
 from recipes.cli import parse_config
 from recipes.config import PRESETS, Config, preset_config, resolve
@@ -29,11 +32,12 @@ def test_defaults_are_those_of_the_contract() -> None:
     assert (config.labels, config.method, config.seed, config.device) == (40, "fixmatch", 0, "auto")
     assert (config.ggcr_weight, config.ggcr_warmup, config.ggcr_every, config.ggcr_max_pairs) == (0.1, 1000, 1, None)
     assert (config.ggcr_engine, config.ggcr_projection, config.ggcr_gate) == ("auto", None, "method")
-    assert (config.ggcr_encoder, config.unlabeled_ramp, config.strong) == ("encoder", 5000, "randaugment")
-    assert (config.steps, config.batch_size, config.unlabeled_ratio) == (2**20, 64, 7)
+    assert (config.ggcr_encoder, config.steps, config.batch_size) == ("encoder", 2**20, 64)
     assert (config.arch, config.amp, config.ema, config.lr, config.resume) == ("wrn-28-2", "off", 0.999, 0.03, "auto")
     settled = resolve(config)
     assert (settled.weight_decay, settled.bn_momentum, settled.ema_warmup) == (5e-4, 0.001, False)
+    assert (settled.unlabeled_ramp, settled.strong, settled.unlabeled_ratio) == (5000, "randaugment", 7)
+    assert (settled.threshold, settled.unlabeled_weight, settled.joint_forward) == (0.95, 1.0, True)
     assert settled.output == "runs/cifar10-40-fixmatch+ggcr-wrn-28-2-seed0"
     assert resolve(parse("--dataset", "cifar100", "--labels", "400")).weight_decay == 1e-3
 
@@ -53,8 +57,32 @@ def test_explicit_options_win_over_the_preset(preset: str) -> None:
     assert parse(f"--preset={preset}") == preset_config(preset)  # type: ignore[arg-type]
 
 
+def test_a_method_brings_its_own_defaults() -> None:
+    """Those of its paper or reference; a ramp of 40 % of the run, MixMatch's of 16,384 steps at most."""
+    for method, expected in {
+        "mixmatch": {"temperature": 0.5, "unlabeled_weight": 100.0, "unlabeled_ramp": 16384, "strong": "weak"},
+        "meanteacher": {"method_decay": 0.99, "unlabeled_weight": 50.0, "unlabeled_ratio": 1, "unlabeled_ramp": 419430},
+        "uda": {"threshold": 0.8, "temperature": 0.4, "unlabeled_ramp": 5000, "strong": "randaugment"},
+        "freematch": {"threshold": None, "method_decay": 0.999, "unlabeled_ratio": 7},
+        "pimodel": {"unlabeled_weight": 10.0, "strong": "weak"},
+        "pseudolabel": {"threshold": 0.95, "unlabeled_ratio": 1, "strong": "randaugment"},
+    }.items():
+        settled = resolve(parse("--method", method))
+        assert {name: getattr(settled, name) for name in expected} == expected
+    short = resolve(parse("--method", "mixmatch", "--steps", "1000", "--preset", "demo"))
+    assert (short.unlabeled_ramp, short.unlabeled_ratio) == (400, 1)
+    given = resolve(parse("--method", "uda", "--threshold", "0.7", "--strong", "weak", "--unlabeled-ratio", "2"))
+    assert (given.threshold, given.strong, given.unlabeled_ratio) == (0.7, "weak", 2)
+
+
+def test_every_method_of_the_library_is_one_of_the_trainer() -> None:
+    names = {name.lower() for name in gradconsist.methods.__all__} | {"supervised"}
+    assert names == set(recipes.methods.METHODS) == set(recipes.defaults.METHODS)
+    assert set(recipes.defaults.PRESETS) == set(PRESETS)
+
+
 def test_the_fixmatch_preset_is_the_reference_recipe() -> None:
-    config = parse("--preset", "fixmatch")
+    config = resolve(parse("--preset", "fixmatch"))
     assert (config.unlabeled_ramp, config.ggcr_weight, config.strong) == (0, 0.0, "fixmatch")
 
 
@@ -96,7 +124,14 @@ def test_help_shows_the_defaults_of_the_preset(capsys: pytest.CaptureFixture[str
         ({"image_size": 32}, "--image-size is for --dataset folder; --dataset digits has a size of its own"),
         ({"arch": "wrn-12-1"}, "--arch 'wrn-12-1': the depth must be 10, 16"),
         ({"ggcr_projection": "gaussian"}, "--ggcr-projection gaussian: random projections are not part .*max-pairs"),
-        ({"method": "mixmatch"}, "--method 'mixmatch' is unknown: choose from fixmatch, supervised"),
+        ({"method": "mixmach"}, "--method 'mixmach' is unknown: choose from fixmatch, flexmatch, .*mixmatch, .*uda"),
+        ({"method": "mixmatch"}, "--threshold 0.12: mixmatch has no such option; leave it out"),
+        ({"method": "flexmatch", "brier_weight": 0.5}, "--brier-weight 0.5: flexmatch has no such option"),
+        ({"method": "uda", "method_decay": 0.9}, "--method-decay 0.9: uda has no such option"),
+        ({"temperature": 0.4}, "--temperature 0.4: fixmatch has no such option"),
+        ({"temperature": 0.0}, "--temperature must be above 0; found 0.0"),
+        ({"method_decay": 1.0}, r"--method-decay is a decay in \[0, 1\), for example 0.999; found 1.0"),
+        ({"method": "pseudolabel", "joint_forward": True}, "--joint-forward True: pseudolabel has no such option"),
         ({"device": "warp"}, "--device 'warp' is not usable here .*try cpu"),
         ({"ggcr_encoder": "backbone"}, "--ggcr-encoder 'backbone' is a prefix of no parameter: write encoder, all"),
         ({"labels": 33}, "--labels 33 cannot be balanced over 10 classes"),

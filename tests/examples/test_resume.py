@@ -16,11 +16,14 @@ import pytest
 import torch
 
 import recipes.training
-from recipes.checkpoint import load_latest
-from recipes.config import Config
+from recipes.checkpoint import load_latest, save_checkpoint
+from recipes.config import Config, resolve
+from recipes.datasets import load_images
 from recipes.errors import CheckpointError, NonFiniteLossError, ResumeError
 from recipes.files import read_json, write_json
+from recipes.loader import StepDataset, ToModel
 from recipes.runlog import MetricsFile
+from recipes.split import draw_split
 from recipes.trainer import Trainer
 from recipes.training import main, run
 
@@ -116,6 +119,36 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(
     monkeypatch.undo()
     assert run(tiny("cut")) == 0
     assert differing(whole, tiny("cut").output) == []
+
+
+@pytest.mark.parametrize("method", ["flexmatch", "mixmatch", "meanteacher", "temporalensembling", "softmatch"])
+def test_the_state_of_a_method_is_in_the_checkpoint(tiny: MakeConfig, tmp_path: Path, method: str) -> None:
+    config = resolve(tiny(method=method, threshold=None, steps=6, unlabeled_ramp=3, ggcr_warmup=4))
+    images = load_images(config)
+    dataset = StepDataset(images, draw_split(images, config.labels, config.seed), config)
+
+    def trainer() -> Trainer:
+        to_model = ToModel(*images.channel_statistics(), torch.device("cpu"), channels_last=False)
+        return Trainer(config, 10, to_model, len(images.train_y))
+
+    whole = trainer()
+    for step in range(6):
+        whole.train_step(dataset[step])
+    first = trainer()
+    for step in range(3):
+        first.train_step(dataset[step])
+    save_checkpoint(tmp_path, 3, first.state_dict())
+    second = trainer()
+    second.load_state_dict(load_latest(tmp_path) or {})
+    for step in range(3, 6):
+        second.train_step(dataset[step])
+    one, two = dict(leaves(whole.state_dict())), dict(leaves(second.state_dict()))
+    assert one.keys() == two.keys()
+    assert [key for key in one if not same(one[key], two[key])] == []
+
+
+def same(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(a == b)
 
 
 @pytest.mark.parametrize("part", ["method", "average", "optimizer", "meter", "evaluations", "step"])
@@ -296,9 +329,9 @@ def test_a_disk_that_fails_in_mid_run_is_one_line_and_loses_nothing(
 def test_a_gradient_that_is_not_finite_stops_the_run(tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     built = recipes.trainer.build_method
 
-    def with_bad_gradient(model: Any, config: Config) -> Any:
+    def with_bad_gradient(model: Any, config: Config, samples: int) -> Any:
         model.head.weight.register_hook(lambda gradient: gradient * float("inf"))
-        return built(model, config)
+        return built(model, config, samples)
 
     monkeypatch.setattr(recipes.trainer, "build_method", with_bad_gradient)
     with pytest.raises(NonFiniteLossError, match=r"step 0: the gradient of head.weight is not finite"):

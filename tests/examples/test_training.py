@@ -19,10 +19,11 @@ from recipes.config import Config, resolve
 from recipes.datasets import load_images
 from recipes.ema import AveragedModel
 from recipes.loader import StepDataset, ToModel
-from recipes.methods import build_method
+from recipes.methods import METHODS, build_method
 from recipes.models import build_model
 from recipes.schedule import build_optimizer, set_learning_rate
 from recipes.split import draw_split
+from recipes.trainer import Trainer
 from recipes.training import run
 
 MakeConfig = Callable[..., Config]
@@ -122,6 +123,24 @@ def test_supervised_uses_no_unlabeled_image_and_no_term(tiny: MakeConfig) -> Non
     out = method(SSLBatch(x, y, x[:0], x[:0]))
     assert out.pair is None
     assert out.loss.item() == pytest.approx(F.cross_entropy(model(x), y).item())
+
+
+def test_every_method_trains(tiny: MakeConfig) -> None:
+    """Three steps with the term from the second on: finite, and another model than without the term."""
+    images = load_images(resolve(tiny()))
+    to_model = ToModel(*images.channel_statistics(), torch.device("cpu"), channels_last=False)
+    for method in METHODS:
+        parameters = []
+        for weight in (0.0, 0.5):
+            changes = {"ggcr_weight": weight, "ggcr_warmup": 1, "ggcr_every": 1, "ggcr_gate": "all"}
+            config = resolve(tiny(method=method, threshold=None, unlabeled_ramp=1, **changes))
+            dataset = StepDataset(images, draw_split(images, config.labels, config.seed), config)
+            trainer = Trainer(config, 10, to_model, len(images.train_y))
+            for step in range(3):
+                trainer.train_step(dataset[step])
+            parameters.append(dict(trainer.model.named_parameters()))
+            assert all(torch.isfinite(value).all() for value in parameters[-1].values())
+        assert same_tensors(*parameters) == (method == "supervised")
 
 
 @pytest.mark.parametrize("changes", [{"amp": "bf16"}, {"channels_last": True}, {"joint_forward": False}, {"ema": 0.0}])

@@ -7,7 +7,7 @@ survives is a hole in the suite; one that no longer applies is mended here toget
 (tests/core/test_seeded_bugs.py says which).
 """
 
-from mutants import adapters, batchnorm, ghost, layers, quantity, regular, reports, state, training
+from mutants import adapters, batchnorm, ghost, layers, methods, quantity, regular, reports, state, training
 from mutants.bug import Bug, StaleError
 
 BUGS: list[Bug] = [
@@ -17,6 +17,7 @@ BUGS: list[Bug] = [
     *layers.BUGS,
     *state.BUGS,
     *training.BUGS,
+    *methods.BUGS,
     *reports.BUGS,
     *adapters.BUGS,
     *regular.BUGS,

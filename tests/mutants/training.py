@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from mutants.bug import Bug
 
-WRAPPER, SCHEDULES, FIXMATCH = "wrapper.py", "schedules.py", "methods/fixmatch.py"
+WRAPPER, SCHEDULES = "wrapper.py", "schedules.py"
+FIXMATCH, METHOD = "methods/fixmatch.py", "methods/base.py"
 RESUME = "test_wrapper.py::test_a_resumed_run_continues_bitwise test_wrapper.py"
 EVERY = "test_wrapper.py::test_the_weight_of_each_step test_wrapper.py::test_every_kth_step_times_k"
 PSEUDO_CODE = "methods/test_fixmatch.py"
@@ -145,8 +146,8 @@ BUGS = [
         "weak and strong logits exchanged",
         "p = softmax f(weak)",
         PSEUDO_CODE,
-        FIXMATCH, "labeled, weak, strong = _wide(self.model(torch.cat([batch.x, batch.weak, batch.strong])))",
-        "labeled, strong, weak = _wide(self.model(torch.cat([batch.x, batch.weak, batch.strong])))",
+        METHOD, "labeled, weak, strong = wide(model(torch.cat([batch.x, batch.weak, batch.strong])))",
+        "labeled, strong, weak = wide(model(torch.cat([batch.x, batch.weak, batch.strong])))",
     ),
     Bug(
         "the pair without its mask",
@@ -172,12 +173,12 @@ BUGS = [
         "confidence in half precision",
         "probabilities and losses are in float32 at least",
         PSEUDO_CODE,
-        FIXMATCH, "return logits.to(torch.promote_types(logits.dtype, torch.float32))", "return logits",
+        METHOD, "return logits.to(torch.promote_types(logits.dtype, torch.float32))", "return logits",
     ),
     Bug(
         "FixMatch's ramp starts anew after a resume",
         "a resumed run continues bitwise",
         PSEUDO_CODE,
-        FIXMATCH, 'self.step = int(state["step"])', "self.step = 0",
+        METHOD, 'self.step = int(state["step"])', "self.step = 0",
     ),
 ]  # fmt: skip

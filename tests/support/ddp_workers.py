@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gradconsist import GGCRWrapper, GradientConsistencyLoss, StepOutput, ViewPair
 from gradconsist.errors import NonFiniteError, UnsupportedModuleError
 
-from . import ddp
+from . import ddp, methods
 from .oracle import Judge
 
 
@@ -155,3 +155,8 @@ def judge_bias_model(spec: ddp.Spec) -> dict[str, Tensor]:
     model = wrapper.method.model
     verdict = Judge(model, whole.weak, whole.strong, target, weight, compared=compared, loss_fn=linear_loss).verdict()
     return {f"method.model.{name}": g for name, g in verdict.gradient.items()}
+
+
+def methods_state(rank: int, world: int, name: str, sizes: tuple[int, ...], steps: int) -> dict[str, Any]:
+    """A semi-supervised method under DDP: gradients of each step averaged by it, and the state at the end."""
+    return methods.distributed_run(name, rank, sizes, steps)

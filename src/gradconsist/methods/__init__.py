@@ -14,5 +14,25 @@ may compare, with the pseudo-labels and the mask that it used itself.
 """
 
 from gradconsist.methods.fixmatch import FixMatch
+from gradconsist.methods.flexmatch import FlexMatch
+from gradconsist.methods.freematch import FreeMatch
+from gradconsist.methods.meanteacher import MeanTeacher
+from gradconsist.methods.mixmatch import MixMatch
+from gradconsist.methods.pimodel import PiModel
+from gradconsist.methods.pseudolabel import PseudoLabel
+from gradconsist.methods.softmatch import SoftMatch
+from gradconsist.methods.temporalensembling import TemporalEnsembling
+from gradconsist.methods.uda import UDA
 
-__all__ = ["FixMatch"]
+__all__ = [
+    "UDA",
+    "FixMatch",
+    "FlexMatch",
+    "FreeMatch",
+    "MeanTeacher",
+    "MixMatch",
+    "PiModel",
+    "PseudoLabel",
+    "SoftMatch",
+    "TemporalEnsembling",
+]

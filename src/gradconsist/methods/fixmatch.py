@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from gradconsist.errors import InputShapeError, InputTypeError
-from gradconsist.schedules import linear_ramp
+from gradconsist.methods.base import Method, check_batch, view_logits
 from gradconsist.types import SSLBatch, StepOutput, ViewPair
-from gradconsist.validation import check_choice, check_count, check_number
+from gradconsist.validation import check_choice, check_number
 
 
-class FixMatch(nn.Module):
+class FixMatch(Method):
     """L = L_s + mu(t) * L_u, with one hard pseudo-label per unlabeled image.
 
         L_s = 1/B_l sum CE(y, f(x)) + brier_weight * 1/B_l sum ||softmax f(x) - onehot(y)||^2
@@ -53,19 +49,13 @@ class FixMatch(nn.Module):
         brier_weight: float = 0.0,
         joint: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(model, unlabeled_weight=unlabeled_weight, unlabeled_ramp_steps=unlabeled_ramp_steps)
         check_number("threshold", threshold, least=0.0, most=1.0)
-        check_number("unlabeled_weight", unlabeled_weight, least=0.0)
-        check_count("unlabeled_ramp_steps", unlabeled_ramp_steps, least=0)
         check_number("brier_weight", brier_weight, least=0.0)
         check_choice("joint", joint, (True, False))
-        self.model = model
         self.threshold = threshold
-        self.unlabeled_weight = unlabeled_weight
-        self.unlabeled_ramp_steps = unlabeled_ramp_steps
         self.brier_weight = brier_weight
         self.joint = joint
-        self.step = 0
 
     def forward(self, batch: SSLBatch) -> StepOutput:
         """The loss of one step.
@@ -81,14 +71,8 @@ class FixMatch(nn.Module):
             InputTypeError: `batch` is something else.
             InputShapeError: its parts differ in length where they must not.
         """
-        if not isinstance(batch, SSLBatch):
-            raise InputTypeError(f"`batch` is a {type(batch).__name__}: pass SSLBatch(x, y, weak, strong).")
-        if len(batch.x) != len(batch.y) or len(batch.weak) != len(batch.strong):
-            raise InputShapeError(
-                f"`batch` has {len(batch.x)} labeled inputs x, {len(batch.y)} labels y, {len(batch.weak)} weak and"
-                f" {len(batch.strong)} strong views: x and y, weak and strong belong together row by row."
-            )
-        labeled, weak, strong = self._logits(batch)
+        check_batch(batch)
+        labeled, weak, strong = view_logits(self.model, batch, joint=self.joint)
         confidence, target = weak.softmax(1).max(1)
         mask = (confidence >= self.threshold).to(strong.dtype)
         supervised = F.cross_entropy(labeled, batch.y)
@@ -96,36 +80,5 @@ class FixMatch(nn.Module):
             onehot = F.one_hot(batch.y, labeled.shape[1])
             supervised = supervised + self.brier_weight * (labeled.softmax(1) - onehot).square().sum(1).mean()
         unsupervised = (mask * F.cross_entropy(strong, target, reduction="none")).mean()
-        mu = self.unlabeled_weight * linear_ramp(self.step, self.unlabeled_ramp_steps)
-        if self.training:
-            self.step += 1
-        logs: dict[str, float | Tensor] = {
-            "loss_supervised": supervised.detach(),
-            "loss_unsupervised": unsupervised.detach(),
-            "mask_rate": mask.mean(),
-            "unlabeled_weight": mu,
-        }
-        return StepOutput(supervised + mu * unsupervised, ViewPair(batch.weak, batch.strong, target, mask), logs)
-
-    def _logits(self, batch: SSLBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits of labeled, weak (without graph) and strong inputs, in float32 at least."""
-        n, m = batch.x.shape[0], batch.weak.shape[0]
-        if self.joint:
-            labeled, weak, strong = _wide(self.model(torch.cat([batch.x, batch.weak, batch.strong]))).split([n, m, m])
-            return labeled, weak.detach(), strong
-        with torch.no_grad():
-            weak = _wide(self.model(batch.weak))
-        labeled, strong = _wide(self.model(torch.cat([batch.x, batch.strong]))).split([n, m])
-        return labeled, weak, strong
-
-    def get_extra_state(self) -> dict[str, int]:
-        """The step counter, as part of ``state_dict()``."""
-        return {"step": self.step}
-
-    def set_extra_state(self, state: Any) -> None:
-        """Restores the step counter; called by ``load_state_dict``."""
-        self.step = int(state["step"])
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        pair = ViewPair(batch.weak, batch.strong, target, mask)
+        return self._finish(supervised, unsupervised, pair, mask_rate=mask.mean())

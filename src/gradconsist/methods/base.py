@@ -1,0 +1,195 @@
+"""What the methods share: checks of a batch, logits, the step counter with its ramp, and state.
+
+Index letters: n labeled and m unlabeled inputs of a step, N unlabeled inputs in all, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradconsist.errors import ConfigError, InputShapeError, InputTypeError, InputValueError, StateError
+from gradconsist.schedules import linear_ramp
+from gradconsist.types import SSLBatch, StepOutput, ViewPair
+from gradconsist.validation import check_count, check_number
+
+
+class Method(nn.Module):
+    """L = L_s + mu(t) * L_u around a model, with a counter of the steps in train mode.
+
+    Args:
+        model: any module from inputs to logits [B, C].
+        unlabeled_weight: mu after its ramp.
+        unlabeled_ramp_steps: steps of this method in train mode over which mu grows from 0; 0 is none.
+
+    Attributes:
+        step: calls in train mode so far; part of ``state_dict()``.
+
+    Raises:
+        ConfigError: an option is out of range.
+    """
+
+    _ramp: Callable[[int, int], float] = staticmethod(linear_ramp)
+
+    def __init__(self, model: nn.Module, *, unlabeled_weight: float, unlabeled_ramp_steps: int) -> None:
+        super().__init__()
+        check_number("unlabeled_weight", unlabeled_weight, least=0.0)
+        check_count("unlabeled_ramp_steps", unlabeled_ramp_steps, least=0)
+        self.model = model
+        self.unlabeled_weight = unlabeled_weight
+        self.unlabeled_ramp_steps = unlabeled_ramp_steps
+        self.step = 0
+
+    def ramp(self) -> float:
+        """The share of `unlabeled_weight` that the coming step has."""
+        return self._ramp(self.step, self.unlabeled_ramp_steps)
+
+    def _finish(self, supervised: Tensor, unsupervised: Tensor, pair: ViewPair, **logs: float | Tensor) -> StepOutput:
+        """The step's loss and logs; counts the step."""
+        mu = self.unlabeled_weight * self.ramp()
+        if self.training:
+            self.step += 1
+        shown = {"loss_supervised": supervised.detach(), "loss_unsupervised": unsupervised.detach()}
+        return StepOutput(supervised + mu * unsupervised, pair, {**shown, **logs, "unlabeled_weight": mu})
+
+    def _remember(self, name: str, value: Tensor) -> None:
+        """Registers state on the model's device; floating point in the model's precision, in float32 at least."""
+        like = next((p for p in self.model.parameters() if p.is_floating_point()), torch.empty(0))
+        dtype = torch.promote_types(like.dtype, torch.float32) if value.is_floating_point() else value.dtype
+        self.register_buffer(name, value.to(device=like.device, dtype=dtype))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Method:
+        # `.half()` and its like may narrow the model but not the state: a slow average stands still in 16 bits.
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and torch.promote_types(new.dtype, torch.float32) != new.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The step counter, as part of ``state_dict()``."""
+        return {"step": self.step}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Restores the step counter; called by ``load_state_dict``.
+
+        Args:
+            state: what `get_extra_state` returned.
+
+        Raises:
+            StateError: it is something else.
+        """
+        if not isinstance(state, Mapping) or not isinstance(state.get("step"), int):
+            raise StateError(f"`state_dict` holds {state!r:.80} for {type(self).__name__}: load the method's own.")
+        self.step = int(state["step"])
+
+
+def check_batch(batch: SSLBatch) -> None:
+    """A batch must be an `SSLBatch` whose parts belong together row by row.
+
+    Args:
+        batch: what a method was called with.
+
+    Raises:
+        InputTypeError: it is something else, or a part is no tensor.
+        InputShapeError: its parts differ in length where they must not.
+    """
+    if not isinstance(batch, SSLBatch):
+        raise InputTypeError(f"`batch` is a {type(batch).__name__}: pass SSLBatch(x, y, weak, strong).")
+    for name in ("x", "y", "weak", "strong"):
+        part = getattr(batch, name)
+        if not isinstance(part, Tensor):
+            raise InputTypeError(
+                f"`batch.{name}` is a {type(part).__name__}: pass a tensor; a method that trains on one view needs"
+                " `strong` for the pair that gradient consistency compares."
+            )
+    if len(batch.x) != len(batch.y) or len(batch.weak) != len(batch.strong):
+        raise InputShapeError(
+            f"`batch` has {len(batch.x)} labeled inputs x, {len(batch.y)} labels y, {len(batch.weak)} weak and"
+            f" {len(batch.strong)} strong views: x and y, weak and strong belong together row by row."
+        )
+
+
+def check_index(batch: SSLBatch, samples: int) -> Tensor:
+    """The batch's `index`, which a method with a memory of N samples needs.
+
+    Args:
+        batch: a checked batch.
+        samples: N.
+
+    Returns:
+        Positions [m] in range(N), int64.
+
+    Raises:
+        InputTypeError: there is none, or it does not hold integers.
+        InputShapeError: it has not one entry for each unlabeled input.
+        InputValueError: an entry is outside range(N).
+    """
+    index = batch.index
+    if not isinstance(index, Tensor) or index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+        found = str(index.dtype) if isinstance(index, Tensor) else type(index).__name__
+        raise InputTypeError(
+            f"`batch.index` is {found}: this method remembers each unlabeled sample; pass its position in the data"
+            " set as integers, SSLBatch(x, y, weak, strong, index)."
+        )
+    if index.shape != batch.weak.shape[:1]:
+        raise InputShapeError(
+            f"`batch.index` has shape {tuple(index.shape)}, expected ({len(batch.weak)},): one entry for each view."
+        )
+    if len(index) and (int(index.min()) < 0 or int(index.max()) >= samples):
+        raise InputValueError(
+            f"`batch.index` goes from {int(index.min())} to {int(index.max())}, outside range({samples}): give"
+            " `samples` the size of the unlabeled data set."
+        )
+    return index.long()
+
+
+def check_classes(logits: Tensor, classes: int) -> None:
+    """The model must have as many classes as the method's state.
+
+    Args:
+        logits: [B, C].
+        classes: of the method.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    if logits.shape[1] != classes:
+        raise ConfigError(f"`classes` is {classes}, but the model gives {logits.shape[1]} logits: make them equal.")
+
+
+def wide(logits: Tensor) -> Tensor:
+    """Logits in float32 at least: in bfloat16 the steps near 0.95 are 0.004 wide and a mask would flip."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def view_logits(model: nn.Module, batch: SSLBatch, *, joint: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of labeled, weak (without graph) and strong inputs, in float32 at least.
+
+    Args:
+        model: from inputs to logits.
+        batch: a checked batch.
+        joint: one forward of everything; otherwise one of labeled and strong inputs, after one without a graph of the
+            weak ones.
+
+    Returns:
+        [n, C], [m, C] and [m, C].
+    """
+    n, m = batch.x.shape[0], batch.weak.shape[0]
+    if joint:
+        labeled, weak, strong = wide(model(torch.cat([batch.x, batch.weak, batch.strong]))).split([n, m, m])
+        return labeled, weak.detach(), strong
+    with torch.no_grad():
+        weak = wide(model(batch.weak))
+    labeled, strong = wide(model(torch.cat([batch.x, batch.strong]))).split([n, m])
+    return labeled, weak, strong
+
+
+def sharpen(probabilities: Tensor, temperature: float) -> Tensor:
+    """p^(1/T) over its sum, row by row; in logarithms, so that small T does not underflow."""
+    return (probabilities.log() / temperature).softmax(1)

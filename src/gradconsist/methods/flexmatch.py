@@ -1,0 +1,125 @@
+"""FlexMatch: FixMatch whose threshold is lower for classes that are still learned badly."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradconsist.methods.base import Method, check_batch, check_index, view_logits
+from gradconsist.methods.processes import gather, last_rows
+from gradconsist.types import SSLBatch, StepOutput, ViewPair
+from gradconsist.validation import check_choice, check_count, check_number
+
+
+class FlexMatch(Method):
+    """FixMatch with one threshold a class, by how many unlabeled samples the class has won so far.
+
+        selected[i] = the label that sample i had when max p was last >= threshold; -1 before
+        sigma(c) = number of samples with selected[i] = c
+        beta(c) = sigma(c) / max(max sigma, N - sum sigma)             (without the warm-up: sigma(c) / max sigma)
+        T(c) = threshold * beta(c) / (2 - beta(c))
+        p = softmax f(weak), without gradient;  target = argmax p;  mask = 1[max p >= T(target)]
+        L_u = 1/m sum mask * CE(target, f(strong));  L = CE(y, f(x)) + mu(t) * L_u
+
+    `selected` is updated after the mask is taken, and by the fixed threshold, not by T. At the start every beta is 0,
+    so every threshold is 0 and every pseudo-label counts: the paper's choice, which `unlabeled_ramp_steps` can soften.
+
+    One deviation from the reference code, which leaves beta as it was while one value of `selected` fills all of N:
+    here the formula holds then, too. In several processes `selected` is that of all of them.
+
+    Args:
+        model: any module from inputs to logits [B, C].
+        samples: N, the number of unlabeled samples; ``batch.index`` holds positions in range(N).
+        threshold: confidence from which on a sample is selected, and the largest T(c).
+        unlabeled_weight: mu.
+        unlabeled_ramp_steps: steps in train mode over which mu grows linearly from 0; 0 is none.
+        threshold_warmup: whether samples without a selected label count in the denominator of beta.
+        joint: one forward of labeled, weak and strong inputs, as in `FixMatch`.
+
+    Attributes:
+        step: calls in train mode so far.
+        selected: [N] int64. Both are part of ``state_dict()``.
+
+    Raises:
+        ConfigError: an option is out of range.
+
+    Source: Zhang et al., FlexMatch (2021), algorithm 1, and the authors' code in TorchSSL.
+    """
+
+    selected: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        samples: int,
+        threshold: float = 0.95,
+        unlabeled_weight: float = 1.0,
+        unlabeled_ramp_steps: int = 0,
+        threshold_warmup: bool = True,
+        joint: bool = True,
+    ) -> None:
+        super().__init__(model, unlabeled_weight=unlabeled_weight, unlabeled_ramp_steps=unlabeled_ramp_steps)
+        check_count("samples", samples)
+        check_number("threshold", threshold, least=0.0, most=1.0)
+        check_choice("threshold_warmup", threshold_warmup, (True, False))
+        check_choice("joint", joint, (True, False))
+        self.samples = samples
+        self.threshold = threshold
+        self.threshold_warmup = threshold_warmup
+        self.joint = joint
+        self._remember("selected", torch.full((samples,), -1))
+
+    def thresholds(self, classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """T(c) of the coming step.
+
+        Args:
+            classes: C.
+            dtype: of the result.
+
+        Returns:
+            [C].
+        """
+        sigma = torch.bincount(self.selected[self.selected >= 0], minlength=classes).to(dtype)
+        largest = sigma.max()
+        if self.threshold_warmup:
+            largest = torch.maximum(largest, self.samples - sigma.sum())
+        beta = sigma / largest.clamp(min=1.0)  # largest is 0 only where sigma is
+        return self.threshold * beta / (2 - beta)
+
+    def forward(self, batch: SSLBatch) -> StepOutput:
+        """The loss of one step.
+
+        Args:
+            batch: labeled inputs and labels, weak and strong views, and the `index` of the unlabeled samples.
+
+        Returns:
+            Loss, the pair (weak, strong, pseudo-labels, mask), and as logs loss_supervised, loss_unsupervised,
+            mask_rate, threshold_mean and unlabeled_weight.
+
+        Raises:
+            InputTypeError: `batch` is something else, or has no index.
+            InputShapeError: its parts differ in length where they must not.
+            InputValueError: an index is outside range(N).
+        """
+        check_batch(batch)
+        index = check_index(batch, self.samples)
+        labeled, weak, strong = view_logits(self.model, batch, joint=self.joint)
+        confidence, target = weak.softmax(1).max(1)
+        thresholds = self.thresholds(weak.shape[1], weak.dtype)
+        mask = (confidence >= thresholds[target]).to(strong.dtype)
+        supervised = F.cross_entropy(labeled, batch.y)
+        unsupervised = (mask * F.cross_entropy(strong, target, reduction="none")).mean()
+        if self.training:
+            self._select(index, torch.where(confidence >= self.threshold, target, -1))
+        pair = ViewPair(batch.weak, batch.strong, target, mask)
+        logs = {"mask_rate": mask.mean(), "threshold_mean": thresholds.mean()}
+        return self._finish(supervised, unsupervised, pair, **logs)
+
+    def _select(self, index: Tensor, label: Tensor) -> None:
+        """Notes the labels of selected samples; -1 leaves a sample as it is."""
+        index, label = gather(index), gather(label)
+        index, label = index[label >= 0], label[label >= 0]
+        entries, rows = last_rows(index)
+        self.selected[entries] = label[rows]

@@ -1,0 +1,154 @@
+"""FreeMatch: thresholds that follow the model's own confidence, and a fairness loss."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradconsist.errors import ConfigError
+from gradconsist.methods.base import Method, check_batch, check_classes, view_logits
+from gradconsist.methods.processes import gather, world
+from gradconsist.types import SSLBatch, StepOutput, ViewPair
+from gradconsist.validation import check_choice, check_count, check_number
+
+
+class FreeMatch(Method):
+    """FixMatch with self-adaptive thresholds and self-adaptive fairness.
+
+        p = softmax f(weak), without gradient;  target = argmax p;  q = softmax f(strong)
+        tau <- d tau + (1 - d) mean max p;   p~ <- d p~ + (1 - d) mean p;   h~ <- d h~ + (1 - d) hist(target)
+        T(c) = tau * p~(c) / max p~;   mask = 1[max p >= T(target)]
+        L_u = 1/m sum mask * CE(target, f(strong))
+        L_f = sum_c a(c) log(b(c) + 1e-12);   a = norm(p~ / h~);   b = norm(mean q / hist(argmax q)) where mask is 1
+        L = CE(y, f(x)) + mu(t) * L_u + fairness_weight * L_f
+
+    with hist the relative frequencies of classes, norm(v) = v / sum v, and a division by a frequency of 0 giving 0.
+    All three averages start at 1 / C and are updated *before* the mask is taken. L_f is the negative cross-entropy of a
+    and b, so it is at most 0, and training *raises* that cross-entropy; without a masked sample it is 0. In several
+    processes the averages, and mean q and its histogram, are those of all of them.
+
+    Args:
+        model: any module from inputs to logits [B, C].
+        classes: C.
+        unlabeled_weight: mu.
+        unlabeled_ramp_steps: steps in train mode over which mu grows linearly from 0; 0 is none.
+        ema_decay: d.
+        fairness_weight: of L_f.
+        threshold_range: T(c) is clamped to it, as the paper does on SVHN with (0.9, 0.95); None for no clamp.
+        joint: one forward of labeled, weak and strong inputs, as in `FixMatch`.
+
+    Attributes:
+        step: calls in train mode so far.
+        confidence: tau.
+        probability: p~ [C].
+        histogram: h~ [C]. All four are part of ``state_dict()``.
+
+    Raises:
+        ConfigError: an option is out of range.
+
+    Source: Wang et al., FreeMatch (2023), algorithm 1, and the authors' code in USB.
+    """
+
+    confidence: Tensor
+    probability: Tensor
+    histogram: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        classes: int,
+        unlabeled_weight: float = 1.0,
+        unlabeled_ramp_steps: int = 0,
+        ema_decay: float = 0.999,
+        fairness_weight: float = 0.001,
+        threshold_range: tuple[float, float] | None = None,
+        joint: bool = True,
+    ) -> None:
+        super().__init__(model, unlabeled_weight=unlabeled_weight, unlabeled_ramp_steps=unlabeled_ramp_steps)
+        check_count("classes", classes)
+        check_number("ema_decay", ema_decay, least=0.0, most=1.0)
+        check_number("fairness_weight", fairness_weight, least=0.0)
+        check_choice("joint", joint, (True, False))
+        if threshold_range is not None and not 0 <= threshold_range[0] <= threshold_range[1] <= 1:
+            raise ConfigError(f"`threshold_range` is {threshold_range!r}: give (low, high) with 0 <= low <= high <= 1.")
+        self.classes = classes
+        self.ema_decay = ema_decay
+        self.fairness_weight = fairness_weight
+        self.threshold_range = threshold_range
+        self.joint = joint
+        self._remember("confidence", torch.tensor(1 / classes, dtype=torch.float64))
+        self._remember("probability", torch.full((classes,), 1 / classes, dtype=torch.float64))
+        self._remember("histogram", torch.full((classes,), 1 / classes, dtype=torch.float64))
+
+    def thresholds(self) -> Tensor:
+        """T(c) by the present averages: [C]."""
+        thresholds = self.confidence * self.probability / self.probability.max()
+        return thresholds if self.threshold_range is None else thresholds.clamp(*self.threshold_range)
+
+    def forward(self, batch: SSLBatch) -> StepOutput:
+        """The loss of one step.
+
+        Args:
+            batch: labeled inputs and labels, weak and strong views.
+
+        Returns:
+            Loss, the pair (weak, strong, pseudo-labels, mask), and as logs loss_supervised, loss_unsupervised,
+            loss_fairness, mask_rate, threshold_mean and unlabeled_weight.
+
+        Raises:
+            InputTypeError: `batch` is something else.
+            InputShapeError: its parts differ in length where they must not.
+            ConfigError: the model has not `classes` classes.
+        """
+        check_batch(batch)
+        labeled, weak, strong = view_logits(self.model, batch, joint=self.joint)
+        check_classes(weak, self.classes)
+        probability = weak.softmax(1)
+        if self.training:
+            self._update(gather(probability))
+        confidence, target = probability.max(1)
+        thresholds = self.thresholds()
+        mask = (confidence >= thresholds[target]).to(strong.dtype)
+        supervised = F.cross_entropy(labeled, batch.y)
+        unsupervised = (mask * F.cross_entropy(strong, target, reduction="none")).mean()
+        fairness = self._fairness(strong.softmax(1)[mask > 0])
+        pair = ViewPair(batch.weak, batch.strong, target, mask)
+        logs = {"mask_rate": mask.mean(), "threshold_mean": thresholds.mean(), "loss_fairness": fairness.detach()}
+        out = self._finish(supervised, unsupervised, pair, **logs)
+        return out._replace(loss=out.loss + self.fairness_weight * fairness)
+
+    def _update(self, probability: Tensor) -> None:
+        def average(old: Tensor, new: Tensor) -> Tensor:
+            return self.ema_decay * old + (1 - self.ema_decay) * new.to(old.dtype)
+
+        confidence, target = probability.max(1)
+        self.confidence = average(self.confidence, confidence.mean())
+        self.probability = average(self.probability, probability.mean(0))
+        self.histogram = average(self.histogram, _frequencies(target, self.histogram))
+
+    def _fairness(self, q: Tensor) -> Tensor:
+        """L_f of the masked strong probabilities [k, C]."""
+        everywhere = gather(q) if self.training else q.detach()
+        if len(everywhere) == 0:
+            return q.sum()  # zero, with a graph
+        processes = world() if self.training else 1
+        # All samples enter the mean, of which this process can differentiate its own. The gradients of the processes
+        # are averaged afterwards, so its own count W times.
+        own = q.sum(0)
+        mean = (everywhere.sum(0) + processes * (own - own.detach())) / len(everywhere)
+        a = _normalised(self.probability, self.histogram)
+        b = _normalised(mean, _frequencies(everywhere.argmax(1), self.histogram))
+        return (a.to(b.dtype) * (b + 1e-12).log()).sum()
+
+
+def _frequencies(labels: Tensor, like: Tensor) -> Tensor:
+    return torch.bincount(labels, minlength=len(like)).to(like.dtype) / len(labels)
+
+
+def _normalised(value: Tensor, frequency: Tensor) -> Tensor:
+    """norm(value / frequency), where a frequency of 0 gives 0."""
+    known = frequency > 0
+    quotient = torch.where(known, value / torch.where(known, frequency, 1).to(value.dtype), 0)
+    return quotient / quotient.sum()

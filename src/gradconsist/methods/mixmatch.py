@@ -1,0 +1,168 @@
+"""MixMatch: guessed labels, sharpened, then everything mixed with everything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradconsist.errors import InputTypeError, StateError
+from gradconsist.methods.base import Method, check_batch, sharpen, wide
+from gradconsist.types import SSLBatch, StepOutput, ViewPair
+from gradconsist.validation import check_choice, check_number
+
+
+class MixMatch(Method):
+    """Label guessing, sharpening and MixUp over labeled and unlabeled inputs together.
+
+        q = sharpen((softmax f(weak) + softmax f(strong)) / 2), without gradient;  sharpen(p) ~ p^(1 / temperature)
+        W = [x, weak, strong] with targets [onehot(y), q, q], n + 2 m rows;  W_s its rows in random order
+        W' = l W + (1 - l) W_s, inputs and targets alike;  l = max(b, 1 - b), b ~ Beta(alpha, alpha) for each row
+        L_s = 1/n sum CE(target', f(x'));   L_u = 1/(2 m C) sum ||softmax f(u') - target'||^2
+        L = L_s + mu(t) * L_u
+
+    As l is at least 1/2, row i of W' counts as labeled where row i of W is. The paper has two weak views; give `strong`
+    as the second one for its setting.
+
+    BatchNorm, as in the reference code: labels are guessed in train mode, view by view, without a trace in the running
+    statistics. The rows of W' are forwarded in three batches that each hold every third row of x', of weak' and of
+    strong' (the reference's interleaving, which needs n = m), and only the first enters the running statistics.
+    ``joint=True`` is one forward of all rows instead, which does.
+
+    The pair is (weak, strong) before mixing, with target q and weight 1.
+
+    Args:
+        model: any module from inputs to logits [B, C]; inputs are floating point, to be mixed.
+        unlabeled_weight: mu after its ramp; 100 on CIFAR-10, 150 on CIFAR-100 in later comparisons.
+        unlabeled_ramp_steps: steps in train mode over which mu grows linearly from 0; 0 is none.
+        temperature: of the sharpening.
+        alpha: of the Beta distribution; 0 mixes nothing. The paper has 0.75, USB 0.5.
+        joint: see above.
+
+    Attributes:
+        step: calls in train mode so far; part of ``state_dict()``, with the state of the generator that draws l and the
+            order. It is seeded from torch's initial seed, and draws nothing from the global generator.
+
+    Raises:
+        ConfigError: an option is out of range.
+
+    Source: Berthelot et al., MixMatch (2019), algorithm 1, and the authors' code.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        unlabeled_weight: float = 100.0,
+        unlabeled_ramp_steps: int = 16384,
+        temperature: float = 0.5,
+        alpha: float = 0.75,
+        joint: bool = False,
+    ) -> None:
+        super().__init__(model, unlabeled_weight=unlabeled_weight, unlabeled_ramp_steps=unlabeled_ramp_steps)
+        check_number("temperature", temperature, least=1e-3)
+        check_number("alpha", alpha, least=0.0)
+        check_choice("joint", joint, (True, False))
+        self.temperature = temperature
+        self.alpha = alpha
+        self.joint = joint
+        # The state and not the generator, so that the method can be copied and pickled.
+        self._random = torch.Generator().manual_seed(torch.initial_seed() % 2**63).get_state()
+
+    def forward(self, batch: SSLBatch) -> StepOutput:
+        """The loss of one step.
+
+        Args:
+            batch: labeled inputs and labels, and two views of the unlabeled ones.
+
+        Returns:
+            Loss, the pair (weak, strong, sharpened guess, 1), and as logs loss_supervised, loss_unsupervised and
+            unlabeled_weight.
+
+        Raises:
+            InputTypeError: `batch` is something else, or its inputs are not floating point.
+            InputShapeError: its parts differ in length where they must not.
+        """
+        check_batch(batch)
+        if not all(part.is_floating_point() for part in (batch.x, batch.weak, batch.strong)):
+            raise InputTypeError("`batch` holds inputs that are not floating point: MixUp cannot mix them.")
+        views = batch.weak, batch.strong
+        with torch.no_grad(), unrecorded(self.model):
+            one, two = (wide(self.model(view)).softmax(1) for view in views)
+        guess = sharpen((one + two) / 2, self.temperature)
+        onehot = F.one_hot(batch.y, guess.shape[1]).to(guess.dtype)
+        n = len(batch.x)
+        inputs, targets = self._mixed(torch.cat([batch.x, *views]), torch.cat([onehot, guess, guess]))
+        logits = wide(self.model(inputs)) if self.joint else self._interleaved(inputs, n)
+        supervised = F.cross_entropy(logits[:n], targets[:n])
+        unsupervised = (logits[n:].softmax(1) - targets[n:]).square().mean()
+        pair = ViewPair(*views, guess, guess.new_ones(len(guess)))
+        return self._finish(supervised, unsupervised, pair)
+
+    def _mixed(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """W' of W."""
+        generator = torch.Generator()
+        generator.set_state(self._random)
+        rows = len(inputs)
+        order = torch.randperm(rows, generator=generator).to(inputs.device)
+        share = torch.ones(rows, dtype=torch.float64)
+        if self.alpha > 0:  # b = g / (g + g') with g, g' from Gamma(alpha): torch's own Beta takes no generator
+            one, two = torch._standard_gamma(share.new_full((2, rows), self.alpha), generator=generator)
+            share = one / (one + two)
+        share = torch.maximum(share, 1 - share)
+        if self.training:
+            self._random = generator.get_state()
+
+        def mix(value: Tensor) -> Tensor:
+            weight = share.to(device=value.device, dtype=value.dtype).view(-1, *[1] * (value.dim() - 1))
+            return weight * value + (1 - weight) * value[order]
+
+        return mix(inputs), mix(targets)
+
+    def _interleaved(self, inputs: Tensor, n: int) -> Tensor:
+        """Logits of all rows by three forwards of every third row of each source."""
+        sources = torch.arange(len(inputs), device=inputs.device).split([n, *[(len(inputs) - n) // 2] * 2])
+        parts = [part for k in range(3) if len(part := torch.cat([source[k::3] for source in sources]))]
+        logits = [wide(self.model(inputs[parts[0]]))]
+        with unrecorded(self.model):
+            logits += [wide(self.model(inputs[part])) for part in parts[1:]]
+        return torch.cat(logits)[torch.cat(parts).argsort()]
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The step counter and the generator's state, as part of ``state_dict()``."""
+        return super().get_extra_state() | {"generator": self._random}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Restores counter and generator; called by ``load_state_dict``.
+
+        Args:
+            state: what `get_extra_state` returned.
+
+        Raises:
+            StateError: it is something else.
+        """
+        super().set_extra_state(state)
+        if not isinstance(state, Mapping) or not isinstance(state.get("generator"), Tensor):
+            raise StateError("`state_dict` holds no generator for MixMatch: load the method's own.")
+        self._random = state["generator"].cpu()
+
+
+@contextmanager
+def unrecorded(model: nn.Module) -> Iterator[None]:
+    """BatchNorm layers in train mode normalise by the batch as ever, but leave their running statistics alone."""
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and module.track_running_stats
+    ]
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True

@@ -1,0 +1,59 @@
+"""Statistics over all processes of a job; in one process each function is the identity.
+
+Only calls in train mode may gather: evaluation often runs on one rank alone, which would wait for the others forever.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, distributed
+
+
+def world() -> int:
+    """W, the number of processes of the default group; 1 where there is none."""
+    if not distributed.is_available() or not distributed.is_initialized():
+        return 1
+    return distributed.get_world_size()
+
+
+def gather(rows: Tensor) -> Tensor:
+    """The rows of all processes, in the order of their ranks and without graph.
+
+    Args:
+        rows: [k, ...]; k may differ from process to process.
+
+    Returns:
+        [sum of k, ...], the same on every process.
+    """
+    rows = rows.detach()
+    if world() == 1:
+        return rows
+    sizes = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(world())]
+    distributed.all_gather(sizes, torch.tensor([len(rows)], device=rows.device))
+    counts = [int(size) for size in sizes]
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    distributed.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def total(value: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, without graph."""
+    value = value.detach()
+    return value if world() == 1 else gather(value[None]).sum(0)
+
+
+def last_rows(index: Tensor) -> tuple[Tensor, Tensor]:
+    """Where an index repeats an entry, the last one counts: ``memory[index] = value`` alone leaves that open.
+
+    Args:
+        index: [k].
+
+    Returns:
+        The distinct entries [j], and for each the last position in `index` [j].
+    """
+    entries, place = torch.unique(index, return_inverse=True)
+    positions = torch.arange(len(index), device=index.device)
+    first = torch.zeros_like(entries)
+    return entries, first.scatter_reduce(0, place, positions, "amax", include_self=True)

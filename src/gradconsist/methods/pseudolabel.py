@@ -1,0 +1,74 @@
+"""Pseudo-labels on one view: self-training within each step."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gradconsist.methods.base import Method, check_batch, wide
+from gradconsist.types import SSLBatch, StepOutput, ViewPair
+from gradconsist.validation import check_number
+
+
+class PseudoLabel(Method):
+    """Self-training: the confident predictions of a step are its targets.
+
+        z = f(weak);  p = softmax z, as a constant;  target = argmax p;  mask = 1[max p >= threshold]
+        L_u = 1/m sum mask * CE(target, z);  L = CE(y, f(x)) + mu(t) * L_u
+
+    Target and prediction come from the same logits of one view, in one forward of labeled and weak inputs together.
+    The method does not use `strong`: it goes into the pair, for gradient consistency alone. Labels are renewed in every
+    step, where self-training in rounds would keep them for an epoch or longer. The paper takes every pseudo-label
+    (threshold 0) and lets mu grow; the threshold is the later practice, of TorchSSL and USB.
+
+    Args:
+        model: any module from inputs to logits [B, C].
+        threshold: confidence from which on a pseudo-label counts.
+        unlabeled_weight: mu.
+        unlabeled_ramp_steps: steps in train mode over which mu grows linearly from 0; 0 is none. TorchSSL takes 40 % of
+            the run.
+
+    Attributes:
+        step: calls in train mode so far; part of ``state_dict()``.
+
+    Raises:
+        ConfigError: an option is out of range.
+
+    Source: Lee, Pseudo-Label (2013); TorchSSL's code.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        threshold: float = 0.95,
+        unlabeled_weight: float = 1.0,
+        unlabeled_ramp_steps: int = 0,
+    ) -> None:
+        super().__init__(model, unlabeled_weight=unlabeled_weight, unlabeled_ramp_steps=unlabeled_ramp_steps)
+        check_number("threshold", threshold, least=0.0, most=1.0)
+        self.threshold = threshold
+
+    def forward(self, batch: SSLBatch) -> StepOutput:
+        """The loss of one step.
+
+        Args:
+            batch: labeled inputs and labels, weak views, and strong ones for the pair.
+
+        Returns:
+            Loss, the pair (weak, strong, pseudo-labels, mask), and as logs loss_supervised, loss_unsupervised,
+            mask_rate and unlabeled_weight.
+
+        Raises:
+            InputTypeError: `batch` is something else, or has no strong views.
+            InputShapeError: its parts differ in length where they must not.
+        """
+        check_batch(batch)
+        labeled, weak = wide(self.model(torch.cat([batch.x, batch.weak]))).split([len(batch.x), len(batch.weak)])
+        confidence, target = weak.detach().softmax(1).max(1)
+        mask = (confidence >= self.threshold).to(weak.dtype)
+        supervised = F.cross_entropy(labeled, batch.y)
+        unsupervised = (mask * F.cross_entropy(weak, target, reduction="none")).mean()
+        pair = ViewPair(batch.weak, batch.strong, target, mask)
+        return self._finish(supervised, unsupervised, pair, mask_rate=mask.mean())

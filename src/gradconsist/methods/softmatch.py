@@ -1,0 +1,129 @@
+"""SoftMatch: every pseudo-label counts, by a Gaussian of its confidence."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradconsist.methods.base import Method, check_batch, check_classes, view_logits
+from gradconsist.methods.processes import gather
+from gradconsist.types import SSLBatch, StepOutput, ViewPair
+from gradconsist.validation import check_choice, check_count, check_number
+
+
+class SoftMatch(Method):
+    """FixMatch with a soft weight for each sample instead of a mask.
+
+        p = softmax f(weak), without gradient;  target = argmax p
+        p~ <- d p~ + (1 - d) mean p;   p' = norm(p * (1/C + 1e-6) / (p~ + 1e-6))        (uniform alignment)
+        mean <- d mean + (1 - d) mean max p';   variance <- d variance + (1 - d) var max p'
+        w = exp(-min(0, max p' - mean)^2 / (2 variance / width^2))
+        L_u = 1/m sum w * CE(target, f(strong));   L = CE(y, f(x)) + mu(t) * L_u
+
+    The alignment decides the weight only: the pseudo-label is that of p. All averages are updated before the weights
+    are taken. The variance of a step is the unbiased one (a step of one sample leaves it as it is); mean starts at
+    1 / C, variance at 1, and p~ at the first step's mean, as in the authors' code. In several processes the averages
+    are those of all of them.
+
+    Args:
+        model: any module from inputs to logits [B, C].
+        classes: C.
+        unlabeled_weight: mu.
+        unlabeled_ramp_steps: steps in train mode over which mu grows linearly from 0; 0 is none.
+        ema_decay: d.
+        width: n of the paper; a confidence one standard deviation below the mean has w = exp(-width^2 / 2).
+        align: whether p' is aligned; False takes p itself.
+        joint: one forward of labeled, weak and strong inputs, as in `FixMatch`.
+
+    Attributes:
+        step: calls in train mode so far.
+        probability: p~ [C].
+        mean: of the confidences.
+        variance: of the confidences. All four are part of ``state_dict()``.
+
+    Raises:
+        ConfigError: an option is out of range.
+
+    Source: Chen et al., SoftMatch (2023), and the authors' code in USB.
+    """
+
+    probability: Tensor
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        classes: int,
+        unlabeled_weight: float = 1.0,
+        unlabeled_ramp_steps: int = 0,
+        ema_decay: float = 0.999,
+        width: float = 2.0,
+        align: bool = True,
+        joint: bool = True,
+    ) -> None:
+        super().__init__(model, unlabeled_weight=unlabeled_weight, unlabeled_ramp_steps=unlabeled_ramp_steps)
+        check_count("classes", classes)
+        check_number("ema_decay", ema_decay, least=0.0, most=1.0)
+        check_number("width", width, least=0.0)
+        check_choice("align", align, (True, False))
+        check_choice("joint", joint, (True, False))
+        self.classes = classes
+        self.ema_decay = ema_decay
+        self.width = width
+        self.align = align
+        self.joint = joint
+        self._remember("probability", torch.full((classes,), 1 / classes, dtype=torch.float64))
+        self._remember("mean", torch.tensor(1 / classes, dtype=torch.float64))
+        self._remember("variance", torch.tensor(1.0))
+
+    def forward(self, batch: SSLBatch) -> StepOutput:
+        """The loss of one step.
+
+        Args:
+            batch: labeled inputs and labels, weak and strong views.
+
+        Returns:
+            Loss, the pair (weak, strong, pseudo-labels, weights in [0, 1]), and as logs loss_supervised,
+            loss_unsupervised, mask_rate (the mean weight), confidence_mean and unlabeled_weight.
+
+        Raises:
+            InputTypeError: `batch` is something else.
+            InputShapeError: its parts differ in length where they must not.
+            ConfigError: the model has not `classes` classes.
+        """
+        check_batch(batch)
+        labeled, weak, strong = view_logits(self.model, batch, joint=self.joint)
+        check_classes(weak, self.classes)
+        probability = weak.softmax(1)
+        target = probability.argmax(1)
+        if self.training:
+            self._update(gather(probability))
+        below = (self._aligned(probability).amax(1) - self.mean).clamp(max=0.0)
+        # A variance of 0 makes this a mask: w is 1 at the mean and above, and 0 below.
+        variance = self.variance.clamp(min=torch.finfo(self.variance.dtype).tiny)
+        weight = (-(self.width * below).square() / (2 * variance)).exp().to(strong.dtype)
+        supervised = F.cross_entropy(labeled, batch.y)
+        unsupervised = (weight * F.cross_entropy(strong, target, reduction="none")).mean()
+        pair = ViewPair(batch.weak, batch.strong, target, weight)
+        logs = {"mask_rate": weight.mean(), "confidence_mean": self.mean.clone()}
+        return self._finish(supervised, unsupervised, pair, **logs)
+
+    def _update(self, probability: Tensor) -> None:
+        def average(old: Tensor, new: Tensor, decay: float = self.ema_decay) -> Tensor:
+            return decay * old + (1 - decay) * new.to(old.dtype)
+
+        first = self.step == 0
+        self.probability = average(self.probability, probability.mean(0), 0.0 if first else self.ema_decay)
+        confidence = self._aligned(probability).amax(1)
+        self.mean = average(self.mean, confidence.mean())
+        if len(confidence) > 1:
+            self.variance = average(self.variance, confidence.var())
+
+    def _aligned(self, probability: Tensor) -> Tensor:
+        if not self.align:
+            return probability
+        aligned = probability * (1 / self.classes + 1e-6) / (self.probability.to(probability.dtype) + 1e-6)
+        return aligned / aligned.sum(1, keepdim=True)

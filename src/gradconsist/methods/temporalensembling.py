@@ -1,0 +1,120 @@
+"""Temporal Ensembling: a prediction agrees with the average of the sample's earlier ones."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradconsist.methods.base import Method, check_batch, check_classes, check_index, wide
+from gradconsist.methods.processes import gather
+from gradconsist.schedules import sigmoid_ramp
+from gradconsist.types import SSLBatch, StepOutput, ViewPair
+from gradconsist.validation import check_count, check_number
+
+
+class TemporalEnsembling(Method):
+    """Squared difference to an average of each sample's own earlier predictions.
+
+        z = softmax f(weak);  target = Z[i] / (1 - a^v[i]), v[i] the earlier visits of sample i
+        L_u = 1/(m C) sum 1[v[i] > 0] ||z - target||^2;  L = CE(y, f(x)) + mu(t) * L_u
+        afterwards  Z[i] <- a Z[i] + (1 - a) z;  v[i] <- v[i] + 1
+
+    mu(t) = unlabeled_weight * exp(-5 (1 - s)^2), s the share of the ramp that is over.
+
+    The paper renews all of Z at an epoch's end. Where each sample comes once an epoch, this is the same, as a row of Z
+    is read only when its sample comes again, and needs no epochs: loaders that drop a rest, or mix the end of an epoch
+    with the beginning of the next, are served, too. A first visit has weight 0 as the paper's first epoch has, whose
+    targets are 0. A sample that a batch (or several processes together) holds several times counts as one visit with
+    the mean of its z. In several processes Z is that of all of them.
+
+    There is one forward of labeled and weak inputs. The method does not use `strong`: it goes into the pair, for
+    gradient consistency alone. The pair's target is the ensemble's; its weight is 0 at a first visit (whose target is
+    uniform, to be a distribution), else the share of unlabeled_weight that the ramp has reached. The paper compares
+    labeled inputs, too: here L_u is over the unlabeled ones, of which the labeled are usually a part.
+
+    Args:
+        model: any module from inputs to logits [B, C].
+        samples: N, the number of unlabeled samples; ``batch.index`` holds positions in range(N).
+        classes: C.
+        unlabeled_weight: mu after its ramp. The paper's 30 is to be multiplied by the share of labeled samples, which
+            the caller knows.
+        unlabeled_ramp_steps: steps in train mode of the ramp; 0 is none.
+        ema_decay: a.
+
+    Attributes:
+        step: calls in train mode so far.
+        ensemble: Z [N, C].
+        visits: v [N], int64. All three are part of ``state_dict()``.
+
+    Raises:
+        ConfigError: an option is out of range.
+
+    Source: Laine and Aila, Temporal Ensembling (2017), algorithm 2.
+    """
+
+    ensemble: Tensor
+    visits: Tensor
+    _ramp = staticmethod(sigmoid_ramp)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        samples: int,
+        classes: int,
+        unlabeled_weight: float = 30.0,
+        unlabeled_ramp_steps: int = 0,
+        ema_decay: float = 0.6,
+    ) -> None:
+        super().__init__(model, unlabeled_weight=unlabeled_weight, unlabeled_ramp_steps=unlabeled_ramp_steps)
+        check_count("samples", samples)
+        check_count("classes", classes)
+        check_number("ema_decay", ema_decay, least=0.0, most=0.9999)
+        self.samples = samples
+        self.classes = classes
+        self.ema_decay = ema_decay
+        self._remember("ensemble", torch.zeros(samples, classes))
+        self._remember("visits", torch.zeros(samples, dtype=torch.int64))
+
+    def forward(self, batch: SSLBatch) -> StepOutput:
+        """The loss of one step.
+
+        Args:
+            batch: labeled inputs and labels, weak views, strong ones for the pair, and the `index` of the unlabeled
+                samples.
+
+        Returns:
+            Loss, the pair (weak, strong, ensemble's probabilities, weights), and as logs loss_supervised,
+            loss_unsupervised, mask_rate (the share of samples that have been seen before) and unlabeled_weight.
+
+        Raises:
+            InputTypeError: `batch` is something else, or has no strong views or no index.
+            InputShapeError: its parts differ in length where they must not.
+            InputValueError: an index is outside range(N).
+            ConfigError: the model has not `classes` classes.
+        """
+        check_batch(batch)
+        index = check_index(batch, self.samples)
+        labeled, weak = wide(self.model(torch.cat([batch.x, batch.weak]))).split([len(batch.x), len(batch.weak)])
+        check_classes(weak, self.classes)
+        z = weak.softmax(1)
+        visits = self.visits[index]
+        known = (visits > 0).to(z.dtype)
+        target = self._targets(index, visits).to(z.dtype)
+        unsupervised = (known[:, None] * (z - target).square()).mean()
+        if self.training:
+            self._visit(gather(index), gather(z))
+        pair = ViewPair(batch.weak, batch.strong, target, known * self.ramp())
+        return self._finish(F.cross_entropy(labeled, batch.y), unsupervised, pair, mask_rate=known.mean())
+
+    def _targets(self, index: Tensor, visits: Tensor) -> Tensor:
+        """Z / (1 - a^v) of the samples; uniform where v is 0."""
+        correction = 1 - self.ema_decay ** visits.clamp(min=1).to(self.ensemble.dtype)
+        return torch.where(visits[:, None] > 0, self.ensemble[index] / correction[:, None], 1 / self.classes)
+
+    def _visit(self, index: Tensor, z: Tensor) -> None:
+        rows, place, times = torch.unique(index, return_inverse=True, return_counts=True)
+        sums = self.ensemble.new_zeros(len(rows), self.classes).index_add(0, place, z.to(self.ensemble.dtype))
+        self.ensemble[rows] = self.ema_decay * self.ensemble[rows] + (1 - self.ema_decay) * sums / times[:, None]
+        self.visits[rows] += 1

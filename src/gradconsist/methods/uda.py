@@ -1,0 +1,118 @@
+"""UDA: consistency with a sharpened soft target."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradconsist.errors import ConfigError
+from gradconsist.methods.base import Method, check_batch, view_logits
+from gradconsist.methods.processes import total, world
+from gradconsist.types import SSLBatch, StepOutput, ViewPair
+from gradconsist.validation import check_choice, check_count, check_number
+
+Annealing = Literal["linear", "log", "exp"]
+
+
+class UDA(Method):
+    """L = L_s + mu(t) * L_u with a soft, sharpened pseudo-label.
+
+        p = softmax f(weak), without gradient;  mask = 1[max p >= threshold]
+        target = softmax(f(weak) / temperature)
+        L_u = 1/m sum mask * KL(target || softmax f(strong))
+        L_s = sum keep * CE(y, f(x)) / max(1, sum keep);  keep = 1[p(y) <= eta(t)] with `annealing`, else 1
+
+    The mask looks at p before sharpening. Training signal annealing (TSA) leaves out labeled samples that the model
+    already knows too well, as long as few unlabeled ones have been seen:
+    eta(t) = a(t) (1 - 1/C) + 1/C with a = t / T ("linear"), 1 - exp(-5 t / T) ("log") or exp(5 (t / T - 1)) ("exp"),
+    and nothing is left out from t = T on. L_s divides by the samples kept, as the authors' code does (USB's divides
+    by all); in several processes by those that all of them kept.
+
+    Args:
+        model: any module from inputs to logits [B, C].
+        threshold: confidence from which on an unlabeled sample counts.
+        temperature: of the sharpening; 1 leaves p as it is.
+        unlabeled_weight: mu.
+        unlabeled_ramp_steps: steps in train mode over which mu grows linearly from 0; 0 is none.
+        annealing: TSA's schedule; None for none.
+        annealing_steps: T; with `annealing` only.
+        joint: one forward of labeled, weak and strong inputs, as in `FixMatch`.
+
+    Attributes:
+        step: calls in train mode so far; part of ``state_dict()``.
+
+    Raises:
+        ConfigError: an option is out of range, or only one of `annealing` and `annealing_steps` is given.
+
+    Source: Xie et al., Unsupervised Data Augmentation (2020), and the authors' code.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        threshold: float = 0.8,
+        temperature: float = 0.4,
+        unlabeled_weight: float = 1.0,
+        unlabeled_ramp_steps: int = 0,
+        annealing: Annealing | None = None,
+        annealing_steps: int = 0,
+        joint: bool = True,
+    ) -> None:
+        super().__init__(model, unlabeled_weight=unlabeled_weight, unlabeled_ramp_steps=unlabeled_ramp_steps)
+        check_number("threshold", threshold, least=0.0, most=1.0)
+        check_number("temperature", temperature, least=1e-3)
+        check_choice("annealing", annealing, (None, "linear", "log", "exp"))
+        check_count("annealing_steps", annealing_steps, least=0)
+        check_choice("joint", joint, (True, False))
+        if (annealing is None) != (annealing_steps == 0):
+            raise ConfigError(
+                f"`annealing` is {annealing!r} and `annealing_steps` {annealing_steps}: give both, or neither."
+            )
+        self.threshold = threshold
+        self.temperature = temperature
+        self.annealing = annealing
+        self.annealing_steps = annealing_steps
+        self.joint = joint
+
+    def forward(self, batch: SSLBatch) -> StepOutput:
+        """The loss of one step.
+
+        Args:
+            batch: labeled inputs and labels, weak and strong views.
+
+        Returns:
+            Loss, the pair (weak, strong, sharpened target, mask), and as logs loss_supervised, loss_unsupervised,
+            mask_rate, labeled_rate (the share of labeled samples that TSA kept) and unlabeled_weight.
+
+        Raises:
+            InputTypeError: `batch` is something else.
+            InputShapeError: its parts differ in length where they must not.
+        """
+        check_batch(batch)
+        labeled, weak, strong = view_logits(self.model, batch, joint=self.joint)
+        mask = (weak.softmax(1).amax(1) >= self.threshold).to(strong.dtype)
+        target = (weak / self.temperature).softmax(1)
+        supervised, kept = self._supervised(labeled, batch.y)
+        divergence = F.kl_div(strong.log_softmax(1), target, reduction="none").sum(1)
+        pair = ViewPair(batch.weak, batch.strong, target, mask)
+        logs = {"mask_rate": mask.mean(), "labeled_rate": kept}
+        return self._finish(supervised, (mask * divergence).mean(), pair, **logs)
+
+    def _supervised(self, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """L_s, and the share of the samples that it keeps."""
+        losses = F.cross_entropy(logits, y, reduction="none")
+        if self.annealing is None or self.step >= self.annealing_steps:
+            return losses.mean(), torch.ones((), device=losses.device)
+        share = self.step / self.annealing_steps
+        signal = {"linear": share, "log": 1 - math.exp(-5 * share), "exp": math.exp(5 * (share - 1))}[self.annealing]
+        eta = signal * (1 - 1 / logits.shape[1]) + 1 / logits.shape[1]
+        keep = ((-losses.detach()).exp() <= eta).to(losses.dtype)
+        # The mean of the processes' losses is the sum over all of them by the number kept by all of them.
+        count = total(keep.sum()) if self.training else keep.sum()
+        processes = world() if self.training else 1
+        return processes * (keep * losses).sum() / count.clamp(min=1), keep.mean()

@@ -1,0 +1,200 @@
+"""What holds for every method: the contract of a step, its state, bad batches, and its place in the wrapper."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import gradconsist.methods
+from gradconsist import GGCRWrapper, GradientConsistencyLoss, SSLBatch, StepOutput
+from gradconsist.errors import InputShapeError, InputTypeError, InputValueError, StateError
+from support import methods as m
+from support import training
+
+DATA = m.data(8)
+NAMES = sorted(m.METHODS)
+INDEXED = ["flexmatch", "temporalensembling"]
+PRIVATE = {"meanteacher": {"teacher"}}
+
+
+def build(name: str, *, dropout: float = 0.0) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)  # MixMatch takes its seed from here
+        return m.METHODS[name](m.network(dropout=dropout)).train()
+
+
+def run(step: Any, batches: list[SSLBatch], optimizer: torch.optim.Optimizer) -> list[str]:
+    losses = []
+    for batch in batches:
+        optimizer.zero_grad(set_to_none=True)
+        loss = step(batch).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()).hex())
+    return losses
+
+
+def sgd(module: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+
+
+def test_all_methods_are_here() -> None:
+    assert sorted(name.lower() for name in gradconsist.methods.__all__) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step(name: str) -> None:
+    method, batch = build(name), DATA[0]
+    out = method(batch)
+    assert isinstance(out, StepOutput)
+    assert out.loss.dim() == 0
+    assert out.pair.weak is batch.weak
+    assert out.pair.strong is batch.strong
+    assert out.pair.weight.shape == (9,)
+    assert float(out.pair.weight.min()) >= 0
+    assert float(out.pair.weight.max()) <= 1
+    assert not out.pair.target.requires_grad
+    assert not out.pair.weight.requires_grad
+    logs = {key: float(value) for key, value in out.logs.items()}
+    assert {"loss_supervised", "loss_unsupervised", "unlabeled_weight"} <= logs.keys()
+    assert not any(getattr(value, "requires_grad", False) for value in out.logs.values())
+    total = logs["loss_supervised"] + logs["unlabeled_weight"] * logs["loss_unsupervised"]
+    assert float(out.loss.detach()) == pytest.approx(total + 0.3 * logs.get("loss_fairness", 0.0), abs=1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_the_model_learns(name: str) -> None:
+    method = build(name)
+    before = copy.deepcopy(method.state_dict())
+    run(method, DATA[:3], sgd(method))
+    assert all(parameter.grad is not None for parameter in method.model.parameters())
+    own = {id(parameter) for parameter in method.model.parameters()}
+    assert own == {id(parameter) for parameter in method.parameters() if parameter.requires_grad}
+    assert all(parameter.grad is None for parameter in method.parameters() if not parameter.requires_grad)
+    after = method.state_dict()
+    assert not torch.equal(before["model.0.weight"], after["model.0.weight"])
+    assert method.step == 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_continues_bitwise_from_a_file(name: str) -> None:
+    whole = build(name, dropout=0.2)
+    torch.manual_seed(1)
+    expected = run(whole, DATA, torch.optim.SGD(whole.parameters(), lr=0.1))
+    first = build(name, dropout=0.2)
+    torch.manual_seed(1)
+    losses = run(first, DATA[:4], torch.optim.SGD(first.parameters(), lr=0.1))
+    file = io.BytesIO()
+    torch.save({"method": first.state_dict(), "random": torch.get_rng_state()}, file)
+    file.seek(0)
+    stored = torch.load(file, weights_only=True)
+    second = m.METHODS[name](m.network(dropout=0.2)).train()
+    second.load_state_dict(stored["method"])
+    torch.set_rng_state(stored["random"])
+    losses += run(second, DATA[4:], torch.optim.SGD(second.parameters(), lr=0.1))
+    assert losses == expected
+    assert m.same_state(second.state_dict(), whole.state_dict())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_eval_mode_changes_no_state(name: str) -> None:
+    method = build(name)
+    run(method, DATA[:3], sgd(method))
+    before = copy.deepcopy(method.state_dict())
+    twice = [float(method.eval()(DATA[3]).loss.detach()) for _ in range(2)]
+    assert twice[0] == twice[1]
+    assert m.same_state(before, method.state_dict())
+    random_before = torch.get_rng_state()
+    method.train()(DATA[3])
+    assert torch.equal(random_before, torch.get_rng_state())  # without dropout nothing is drawn from it
+    assert method.step == 4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_wrapper_adds_a_finite_term_and_parameters_move(name: str) -> None:
+    method = build(name)
+    wrapper = GGCRWrapper(method, GradientConsistencyLoss(method.model), weight=0.5, warmup_steps=0)
+    optimizer = sgd(wrapper)
+    before = copy.deepcopy(method.model.state_dict())
+    compared = 0.0
+    for batch in DATA[:4]:
+        out = wrapper(batch)
+        assert torch.isfinite(out.loss)
+        assert torch.isfinite(out.logs["ggcr_loss"])
+        compared += float(out.logs["ggcr_pairs"])
+        optimizer.zero_grad()
+        out.loss.backward()
+        optimizer.step()
+    assert compared > 0
+    assert all(bool(torch.isfinite(p).all()) for p in method.parameters())
+    assert not torch.equal(before["0.weight"], method.model.state_dict()["0.weight"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weight_0_is_the_bare_method_bitwise(name: str) -> None:
+    bare, inner = build(name, dropout=0.2), build(name, dropout=0.2)
+    wrapper = GGCRWrapper(inner, GradientConsistencyLoss(inner.model), weight=0.0, warmup_steps=0)
+    runs = []
+    for step, model in ((bare, bare.model), (wrapper, inner.model)):
+        torch.manual_seed(2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        runs.append(training.train(lambda batch, step=step: step(batch).loss, model, DATA[:4], optimizer))
+    assert runs[0] == runs[1]
+    assert m.same_state(bare.state_dict(), inner.state_dict())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bad_batches(name: str) -> None:
+    method, batch = build(name), DATA[0]
+    with pytest.raises(InputTypeError, match="`batch` is a Tensor"):
+        method(batch.x)
+    with pytest.raises(InputTypeError, match=r"`batch.strong` is a NoneType: .* for the pair"):
+        method(batch._replace(strong=None))
+    with pytest.raises(InputShapeError, match="4 labeled inputs x, 2 labels y"):
+        method(batch._replace(y=batch.y[:2]))
+    with pytest.raises(InputShapeError, match="9 weak and 2 strong views"):
+        method(batch._replace(strong=batch.strong[:2]))
+    assert method.step == 0
+
+
+@pytest.mark.parametrize("name", INDEXED)
+def test_bad_indices(name: str) -> None:
+    method, batch = build(name), DATA[0]
+    before = copy.deepcopy(method.state_dict())
+    for wrong, error, match in (
+        (None, InputTypeError, "`batch.index` is NoneType: this method remembers each unlabeled sample"),
+        (batch.index.float(), InputTypeError, "`batch.index` is torch.float32"),
+        (batch.index[:2], InputShapeError, r"`batch.index` has shape \(2,\), expected \(9,\)"),
+        (batch.index + m.SAMPLES, InputValueError, r"outside range\(13\): give `samples`"),
+        (batch.index - 99, InputValueError, r"outside range\(13\)"),
+    ):
+        with pytest.raises(error, match=match):
+            method(batch._replace(index=wrong))
+    assert m.same_state(before, method.state_dict())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_foreign_state_is_refused(name: str) -> None:
+    with pytest.raises(StateError, match="load the method's own"):
+        build(name).set_extra_state({"steps": 3})
+
+
+@pytest.mark.parametrize("name", ["freematch", "softmatch", "temporalensembling", "flexmatch"])
+def test_half_precision_narrows_the_model_and_not_the_state(name: str) -> None:
+    method = m.METHODS[name](m.network().float()).bfloat16()
+    states = [value for key, value in method.named_buffers() if not key.startswith("model.")]
+    assert states
+    assert all(value.dtype in (torch.float32, torch.int64) for value in states)
+    assert next(method.model.parameters()).dtype == torch.bfloat16
+    batch = DATA[0]
+    out = method(SSLBatch(batch.x.bfloat16(), batch.y, batch.weak.bfloat16(), batch.strong.bfloat16(), batch.index))
+    assert out.loss.dtype == torch.float32
+    assert all(
+        value.dtype in (torch.float64,) for k, value in method.double().named_buffers()
+        if not k.startswith("model.") and value.is_floating_point()
+    )  # fmt: skip
