@@ -28,6 +28,7 @@ from gradconsist.normalization import (
     needs_statistics,
 )
 from gradconsist.probes import Probed, probe_model
+from gradconsist.projection import Projector
 from gradconsist.randomness import preserved_randomness
 from gradconsist.recall import Recalled, take_statistics
 from gradconsist.similarity import GradProducts, cosine, degenerate_pairs
@@ -61,6 +62,7 @@ class Comparison:
         fused: whether the gradient is formed inside.
         generator: source of randomness.
         probed: what earlier calls found out about the model; added to.
+        projection: matrices of this call, or None.
     """
 
     model: nn.Module
@@ -79,6 +81,7 @@ class Comparison:
     fused: bool
     generator: torch.Generator
     probed: Probed
+    projection: Projector | None = None
 
 
 @dataclass(frozen=True)
@@ -151,11 +154,7 @@ class _Run:
     """The state of one call."""
 
     def __init__(
-        self,
-        options: Comparison,
-        pairs: Pairs,
-        selection: _Selection,
-        autocast: tuple[str, torch.dtype] | None,
+        self, options: Comparison, pairs: Pairs, selection: _Selection, autocast: tuple[str, torch.dtype] | None
     ) -> None:
         self.options = options
         self.pairs = pairs
@@ -220,6 +219,7 @@ class _Run:
             random=self.options.dropout,
             model=self.options.model,
             recalled=self.recalled,
+            projection=self.options.projection,
         )
         with suppress(_EngineChangedError):
             return self._sum(problem)
