@@ -9,7 +9,7 @@ from torch import nn
 
 from gradconsist import GGCRWrapper, GradientConsistencyLoss, SSLBatch, StepOutput
 from gradconsist.methods import FixMatch
-from recipes.config import Config
+from recipes.config import Config, projection
 from recipes.errors import OptionError
 from recipes.models import WideResNet
 
@@ -83,6 +83,7 @@ def build_method(model: WideResNet, config: Config) -> nn.Module:
         encoder=_compared(model, config.ggcr_encoder),
         engine=config.ggcr_engine,
         max_pairs=config.ggcr_max_pairs,
+        projection=projection(config),
     )
     return GGCRWrapper(
         method,
