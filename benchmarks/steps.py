@@ -35,12 +35,14 @@ class Variant:
         options: of the loss.
         joint: one forward for all of FixMatch's inputs.
         compared: "encoder", "last block" (of the encoder) or "head".
+        share: of the pairs, as `max_pairs`.
     """
 
     kind: str
     options: Mapping[str, Any] = field(default_factory=dict)
     joint: bool = False
     compared: str = "encoder"
+    share: float | None = None
 
 
 def _ghost(chunk: int | None) -> Variant:
@@ -82,12 +84,12 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-# The exact term and what is given up for less time or memory, for frontier.py; `max_pairs` is for 56 pairs.
+# The exact term and what is given up for less time or memory, for frontier.py.
 FRONTIER: dict[str, Variant] = {
     "exact": Variant("loss"),
-    "max_pairs=8": Variant("loss", {"max_pairs": 8}),
-    "max_pairs=16": Variant("loss", {"max_pairs": 16}),
-    "max_pairs=28": Variant("loss", {"max_pairs": 28}),
+    "max_pairs, 1/7 of all": Variant("loss", share=1 / 7),
+    "max_pairs, 2/7 of all": Variant("loss", share=2 / 7),
+    "max_pairs, 1/2 of all": Variant("loss", share=1 / 2),
     "stop_gradient='weak'": Variant("loss", {"stop_gradient": "weak"}),
     "stop_gradient='strong'": Variant("loss", {"stop_gradient": "strong"}),
     "encoder: last block": Variant("loss", compared="last block"),
@@ -132,6 +134,8 @@ class Step:
         self.model, self.batch = model, batch
         self.method = FixMatch(model, threshold=0.0, joint=self.variant.joint)
         options = dict(self.variant.options)
+        if self.variant.share is not None:
+            options["max_pairs"] = max(1, round(self.variant.share * len(batch.weak)))
         self.term: Any = None
         self.refusal: RefusedError | ImportError | None = None
         if self.variant.kind in ("loss", "wrapper"):
