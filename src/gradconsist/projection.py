@@ -38,8 +38,8 @@ class RandomProjection:
 
     **What it does not give.** The cosine is a ratio of products, and biased: for a dense P of k rows,
     E[cos] = cos - cos (1 - cos²) / (2k) + O(1/k²), as for a correlation coefficient of k numbers, with a standard
-    deviation of (1 - cos²) / sqrt(k). So are L_g and its gradient, at the same order. `max_pairs` and the wrapper's
-    `every` have no such bias.
+    deviation of about (1 - cos²) / sqrt(k). So are L_g and its gradient, at the same order. `max_pairs` and the
+    wrapper's `every` have no such bias. The norms of the record, and what `min_norm` bounds, are those of the sketches.
 
     The kinds differ in P and in cost:
 
@@ -121,7 +121,7 @@ class RandomProjection:
         for shape in map(torch.Size, shapes):
             size = shape.numel()
             if projector.flat:
-                parts.append(projector.columns(start, start + size, cpu).double().T)
+                parts.append(projector.columns(start, start + size, cpu).T)
             elif projector.shrinks(shape):
                 parts.append(torch.kron(*projector.factors(shape, start, torch.float64, cpu)))
             else:
@@ -212,13 +212,14 @@ class Projector:
         return self._factors[key]
 
     def columns(self, start: int, stop: int, device: torch.device) -> Tensor:
-        """Columns start, ..., stop - 1 of a flat kind's P, transposed: [stop - start, k]."""
+        """Columns start, ..., stop - 1 of a flat kind's P, transposed: float64 [stop - start, k]."""
         if self.kind == "gaussian":
             return normals(self.key, start, stop, self.dim, device) / math.sqrt(self.dim)
         if self.kind == "rademacher":
             return signs(self.key, start, stop, self.dim, device).double() / math.sqrt(self.dim)
         bucket, sign = buckets(self.key, start, stop, self.dim, device)
-        return torch.zeros(stop - start, self.dim, device=device).scatter_(1, bucket[:, None], sign[:, None].float())
+        zeros = torch.zeros(stop - start, self.dim, dtype=torch.float64, device=device)
+        return zeros.scatter_(1, bucket[:, None], sign[:, None].double())
 
     def blocks(self, start: int, size: int) -> list[tuple[int, int]]:
         """Bounds of blocks of columns, relative to `start`, that are drawn at a time."""

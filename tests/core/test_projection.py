@@ -51,6 +51,16 @@ def test_the_variance_of_flat_kinds_is_the_documented_one(kind: Any, fourth: flo
     assert float(torch.stack(values).var()) == pytest.approx(float(expected), rel=0.15)
 
 
+def test_the_cosine_has_the_documented_bias_and_deviation() -> None:
+    """Every two columns of a long P are a draw of their own."""
+    k, cos = 8, 0.6
+    p = RandomProjection(k, "gaussian", seed=3).matrix([(80_000,)]).view(k, -1, 2)
+    a, b = p[..., 0], cos * p[..., 0] + (1 - cos**2) ** 0.5 * p[..., 1]
+    values = (a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0))
+    assert float(values.mean()) - cos == pytest.approx(-cos * (1 - cos**2) / (2 * k), rel=0.2)
+    assert float(values.std()) == pytest.approx((1 - cos**2) / k**0.5, rel=0.15)
+
+
 def test_the_variance_of_the_kronecker_kind_is_within_the_documented_bound() -> None:
     """For rank one and for high rank, which the bound tells apart."""
     generator = torch.Generator().manual_seed(2)

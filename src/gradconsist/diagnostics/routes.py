@@ -95,7 +95,8 @@ def check(
     A route is a rule with the form that is chosen for it ("linear, gram form"), "per-sample gradient" where there is no
     rule and the gradient of each sample is formed (exact, and fine for small parameters; a large one costs its size
     times the samples of a chunk: `gradconsist.engines.register_rule` is the remedy), the engine that stands in, or why
-    the parameter is not compared. Nothing of the model changes.
+    the parameter is not compared. With a projection it says what is projected: "factors" before the gradient is formed,
+    or the "gradient" after it. Nothing of the model changes.
 
     Args:
         model: the user's model.
