@@ -2,8 +2,8 @@
 
     python benchmarks/make_pages.py
 
-docs/evidence.md, docs/matrix.md and docs/scorecard.md are written whole; README.md and docs/guides/usb.md between their
-markers. tests/docs holds them against the files.
+docs/evidence.md, docs/matrix.md, docs/scorecard.md and docs/guides/cost.md are written whole; README.md and
+docs/guides/usb.md between their markers. tests/docs holds them against the files.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+from cost_page import cost_page
 from matrix_page import matrix_page, summary_table
 from scorecard_page import scorecard
 from usb_page import with_table
@@ -27,6 +28,7 @@ def main() -> None:
     (ROOT / "docs" / "evidence.md").write_text(evidence(), encoding="utf-8")
     (ROOT / "docs" / "matrix.md").write_text(matrix(), encoding="utf-8")
     (ROOT / "docs" / "scorecard.md").write_text(scorecard(), encoding="utf-8")
+    (ROOT / "docs" / "guides" / "cost.md").write_text(cost(), encoding="utf-8")
     readme = ROOT / "README.md"
     readme.write_text(with_cost(readme.read_text(encoding="utf-8")), encoding="utf-8")
     guide = ROOT / "docs" / "guides" / "usb.md"
@@ -137,6 +139,13 @@ def matrix() -> str:
     """The page of the matrix."""
     result = _result("matrix")
     return matrix_page(result, _command(result))
+
+
+def cost() -> str:
+    """The page of what can be traded."""
+    result = _result("frontier")
+    default = next(row for row in _result("step_cost")["rows"] if row["variant"] == "default")
+    return cost_page(result, default["ratio_median"], _made(result), _table)
 
 
 def cost_table(result: dict[str, Any]) -> str:

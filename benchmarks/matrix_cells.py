@@ -20,7 +20,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from gradconsist import GradientConsistencyLoss
+from gradconsist import GradientConsistencyLoss, RandomProjection
 from gradconsist.engines import Engine, GhostEngine
 from gradconsist.errors import GradConsistError
 from support import compare
@@ -37,7 +37,9 @@ ENGINES: dict[str, Callable[[], str | Engine]] = {
     "ghost": lambda: "ghost",
     "ghost, gradient form": lambda: GhostEngine(form="gradient"),
     "ghost, gram form": lambda: GhostEngine(form="gram"),
+    "ghost, projected": lambda: "ghost",
 }
+PROJECTIONS = {"ghost, projected": RandomProjection(2)}  # by engine; all others compare whole gradients
 QUANTITIES = ("cosine", "loss", "gradient", "norms", "inputs")
 
 
@@ -103,7 +105,7 @@ def settings(engine: str, precision: Precision, *, whole: bool, quick: bool) -> 
         return [(False, 2, True)]
     if quick or whole:
         return [(True, 1, False), (False, 2, True)]
-    if "form" in engine:  # forms differ in the products of layers only
+    if "," in engine:  # forms and projections differ in the products of layers only
         return [(True, 1, False), (False, None, True)]
     return [(True, 1, False), (True, None, False), (False, 3, True), (False, None, False)]
 
@@ -140,20 +142,22 @@ class References:
         """A fresh model with its views."""
         return self.case.problem(dtype=dtype, pairs=self.pairs)
 
-    def _exact(self, dtype: torch.dtype) -> Verdict:
+    def _exact(self, dtype: torch.dtype, projection: RandomProjection | None = None) -> Verdict:
+        problem = self.problem(dtype)
+        options = {"sketch": _sketch(problem, projection)}
         try:
-            return self.problem(dtype).judge(inputs=True).verdict()
+            return problem.judge(inputs=True, **options).verdict()
         except RuntimeError:  # a forward that writes into its input
-            return self.problem(dtype).judge().verdict()
+            return self.problem(dtype).judge(**options).verdict()
 
-    def _same(self, name: str, draw: int) -> dict[str, float] | str:
+    def _same(self, name: str, draw: int, projection: RandomProjection | None = None) -> dict[str, float] | str:
         """Errors of the oracle in the precision `name`, or what torch said.
 
         Draws after the first are of the same problem with parameters and inputs changed by a rounding error: where a
         model has a kink that close (a ReLU at almost 0), all of them together show how far its derivative jumps.
         """
         precision = PRECISIONS[name]
-        problem, exact = self.problem(precision.dtype), self.exact(precision.dtype)
+        problem, exact = self.problem(precision.dtype), self.exact(precision.dtype, projection)
         if draw:
             generator = torch.Generator().manual_seed(draw)
             tensors = [*problem.model.parameters(), *(x for view in problem.views[:2] for x in tree_leaves(view))]
@@ -164,13 +168,35 @@ class References:
         scale = _FLOAT16_SCALE if precision.autocast == torch.float16 else 1.0
         try:
             judge = problem.judge(
-                dtype=precision.dtype, autocast=precision.autocast, scale=scale, inputs=bool(exact.inputs)
-            )
+                dtype=precision.dtype, autocast=precision.autocast, scale=scale, inputs=bool(exact.inputs),
+                sketch=_sketch(problem, projection),
+            )  # fmt: skip
             same = judge.verdict()
         except RuntimeError as error:
             return _said(error)
         found = _errors(same, exact)
         return {key: math.inf if math.isnan(value) else value for key, value in found.items()}
+
+
+def _sketch(problem: Problem, projection: RandomProjection | None) -> Callable[[Tensor], Tensor] | None:
+    """What becomes of a per-sample gradient [P]: L G R^T of each weight that is projected, one behind the other."""
+    if projection is None:
+        return None
+    projector, encoder = projection.projector(), problem.case.encoder or (lambda _: True)
+    shapes = [p.shape for name, p in problem.model.named_parameters() if p.requires_grad and encoder(name)]
+
+    def sketch(gradient: Tensor) -> Tensor:
+        parts, start = [], 0
+        for shape in shapes:
+            part = gradient[start : start + shape.numel()]
+            if projector.shrinks(shape):
+                left, right = projector.factors(shape, start, gradient.dtype, gradient.device)
+                part = (left @ part.reshape(shape[0], -1) @ right.T).flatten()
+            parts.append(part)
+            start += shape.numel()
+        return torch.cat(parts)
+
+    return sketch
 
 
 def _errors(found: Verdict, exact: Verdict) -> dict[str, float]:
@@ -203,6 +229,7 @@ def _call(problem: Problem, engine: str, precision: Precision, setting: Setting)
         encoder=case.encoder,
         loss_fn=case.loss_fn,
         engine=ENGINES[engine](),
+        projection=PROJECTIONS.get(engine),
         fused=fused,
         chunk_size=chunk_size,  # type: ignore[arg-type]
     )
@@ -237,27 +264,27 @@ def measure(references: References, engine: str, name: str, *, quick: bool = Fal
     Returns:
         The cell; a refusal that was not expected, an expected one that did not come, and any other error are "wrong".
     """
-    precision = PRECISIONS[name]
+    precision, projection = PRECISIONS[name], PROJECTIONS.get(engine)
     calls = settings(engine, precision, whole=references.case.name in WHOLE_CASES, quick=quick)
     cell = Cell("pass", len(calls))
     reasons: list[str] = []
     for fused, chunk_size, with_inputs in calls:
-        with_inputs = with_inputs and (refused or bool(references.exact(precision.dtype).inputs))
+        with_inputs = with_inputs and (refused or bool(references.exact(precision.dtype, projection).inputs))
         try:
             problem = references.problem(precision.dtype)
             found = _call(problem, engine, precision, (fused, chunk_size, with_inputs))
         except GradConsistError as error:
             reasons.append(_said(error))
         except RuntimeError as error:
-            if precision.autocast is not None and isinstance(references.same(name, 0), str):
+            if precision.autocast is not None and isinstance(references.same(name, 0, projection), str):
                 return Cell("refused", len(calls), reason=_said(error) + " (the model's own, without the library too)")
             return Cell("wrong", len(calls), reason="raised " + _said(error))
         else:
             if refused:
                 return Cell("wrong", len(calls), reason="not refused, though the row says so")
-            _keep_worst(cell.errors, _errors(found, references.exact(precision.dtype)))
+            _keep_worst(cell.errors, _errors(found, references.exact(precision.dtype, projection)))
     if not reasons:
-        return _judged(cell, references, name)
+        return _judged(cell, references, name, projection)
     if len(reasons) < len(calls):
         return Cell("wrong", len(calls), cell.errors, reason="refused in some settings only: " + reasons[0])
     if not refused:
@@ -265,7 +292,7 @@ def measure(references: References, engine: str, name: str, *, quick: bool = Fal
     return Cell("refused", len(calls), reason=reasons[0])
 
 
-def _judged(cell: Cell, references: References, name: str) -> Cell:
+def _judged(cell: Cell, references: References, name: str, projection: RandomProjection | None) -> Cell:
     precision = PRECISIONS[name]
     inside = all(error <= precision.bound(key) for key, error in cell.errors.items())
     if inside and precision.autocast is None:
@@ -275,7 +302,7 @@ def _judged(cell: Cell, references: References, name: str) -> Cell:
         return cell
     allowance = lambda key: precision.allowance(key, cell.own.get(key, 0.0))  # noqa: E731
     for draw in range(DRAWS):
-        same = references.same(name, draw)
+        same = references.same(name, draw, projection)
         if isinstance(same, str):
             cell.verdict, cell.reason = "pass" if inside else "wrong", "the oracle raised " + same
             return cell

@@ -199,6 +199,50 @@ def profile(result: Row, plt: Any) -> Any:
     return figure
 
 
+def frontier(result: Row, plt: Any) -> Any:
+    """What is lost against time and against memory, and the Kronecker kind's error against its rank; a line a model."""
+    models = list(dict.fromkeys(row["model"] for row in result["rows"]))
+    figure, axes = plt.subplots(
+        len(models), 3, figsize=(13, 4.2 * len(models)), squeeze=False, layout="constrained",
+        gridspec_kw={"width_ratios": [1.3, 1.3, 1]},
+    )  # fmt: skip
+    for line, model in zip(axes, models, strict=True):
+        rows = [row for row in result["rows"] if row["model"] == model and row.get("angle_of_mean") is not None]
+        for ax, cost, what in zip(line, ("ratio_median", "peak_ratio"), ("step", "peak"), strict=False):
+            for row in (row for row in rows if row.get(cost) is not None):
+                tint = THEIRS if "k=" in row["variant"].removeprefix("every=") else OURS
+                ax.plot(row[cost], row["angle_of_mean"], "o", color=tint)
+                label = row["variant"].removeprefix("encoder: ").removesuffix(" of all")
+                ax.annotate(label, (row[cost], row["angle_of_mean"]), (4, 3), textcoords="offset points", fontsize=7)
+            ax.set_xlabel(f"times the {what} of FixMatch", fontsize=8)
+            ax.set_ylabel("degrees off the exact gradient, mean of the batches", fontsize=8)
+            ax.margins(x=0.2, y=0.1)
+            ax.set_title(f"{model}: gradient against {'time' if what == 'step' else 'memory'}", fontsize=9)
+            _plain(ax)
+        _ranks(line[2], [row for row in result["ranks"] if row["model"] == model])
+    used = result["setting"]
+    figure.suptitle(f"{used['labeled']} labeled + {used['pairs']} pairs, {used['rounds']} batches", fontsize=10)
+    return figure
+
+
+def _ranks(ax: Any, rows: Sequence[Row]) -> None:
+    dims = [row["dim"] for row in rows]
+    marks = {"norm_error": ("o-", THEIRS, "squared norm"), "norm_bound": (":", PLAIN, "its bound, from theory"),
+             "cosine_error": ("s-", OURS, "cosine")}  # fmt: skip
+    for key, (mark, tint, label) in marks.items():
+        ax.plot(dims, [row[key] for row in rows], mark, color=tint, label=label, markersize=4)
+    ax.plot(dims, [rows[0]["norm_error"] * (dims[0] / dim) ** 0.5 for dim in dims], "--", color=PLAIN, linewidth=0.8,
+            label="1 / sqrt(k)")  # fmt: skip
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.set_xticks(dims, [str(dim) for dim in dims], fontsize=8)
+    ax.set_xlabel("k, kronecker", fontsize=8)
+    ax.set_ylabel("rms error", fontsize=8)
+    ax.set_title("error against rank", fontsize=9)
+    ax.legend(fontsize=7, frameon=False)
+    _plain(ax)
+
+
 def _plain(ax: Any) -> None:
     ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(axis="x", labelsize=8)
@@ -211,6 +255,7 @@ PLOTS: dict[str, Callable[[Row, Any], Any]] = {
     "kernels": kernels,
     "scaling": scaling,
     "profile": profile,
+    "frontier": frontier,
 }
 
 

@@ -16,7 +16,7 @@ from models import has_batchnorm, spec
 from peers import BackpackTerm, RefusedError
 from torch import Tensor, nn
 
-from gradconsist import GGCRWrapper, GradientConsistencyLoss, SSLBatch, ViewPair
+from gradconsist import GGCRWrapper, GradientConsistencyLoss, RandomProjection, SSLBatch, ViewPair
 from gradconsist.engines import GhostEngine
 from gradconsist.methods import FixMatch
 from gradconsist.observation import StatisticsObserver
@@ -34,11 +34,15 @@ class Variant:
         kind: "plain", "loss" (`GradientConsistencyLoss` added), "wrapper" (`GGCRWrapper`) or "backpack".
         options: of the loss.
         joint: one forward for all of FixMatch's inputs.
+        compared: "encoder", "last block" (of the encoder) or "head".
+        share: of the pairs, as `max_pairs`.
     """
 
     kind: str
     options: Mapping[str, Any] = field(default_factory=dict)
     joint: bool = False
+    compared: str = "encoder"
+    share: float | None = None
 
 
 def _ghost(chunk: int | None) -> Variant:
@@ -47,6 +51,10 @@ def _ghost(chunk: int | None) -> Variant:
 
 def _vmap(chunk: int | str | None) -> Variant:
     return Variant("loss", {"engine": "vmap", "chunk_size": chunk})
+
+
+def _projected(dim: int, kind: Any) -> Variant:
+    return Variant("loss", {"projection": RandomProjection(dim, kind, resample_every=1)})
 
 
 VARIANTS: dict[str, Variant] = {
@@ -77,10 +85,36 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
+# The exact term and what is given up for less time or memory, for frontier.py.
+FRONTIER: dict[str, Variant] = {
+    "exact": Variant("loss"),
+    "max_pairs, 1/7 of all": Variant("loss", share=1 / 7),
+    "max_pairs, 2/7 of all": Variant("loss", share=2 / 7),
+    "max_pairs, 1/2 of all": Variant("loss", share=1 / 2),
+    "stop_gradient='weak'": Variant("loss", {"stop_gradient": "weak"}),
+    "stop_gradient='strong'": Variant("loss", {"stop_gradient": "strong"}),
+    "encoder: last block": Variant("loss", compared="last block"),
+    "encoder: head": Variant("loss", compared="head"),
+    "kronecker, k=4": _projected(4, "kronecker"),
+    "kronecker, k=8": _projected(8, "kronecker"),
+    "kronecker, k=16": _projected(16, "kronecker"),
+    "kronecker, k=32": _projected(32, "kronecker"),
+    "sparse, k=256": _projected(256, "sparse"),
+}
+
+
 def applies(name: str, model: nn.Module) -> bool:
     """Whether a variant says anything new about a model: observed statistics need a BatchNorm."""
-    variant = VARIANTS[name]
+    variant = (VARIANTS | FRONTIER)[name]
     return has_batchnorm(model) or not (variant.joint or variant.kind == "wrapper")
+
+
+def compared(model: Any, which: str) -> nn.Module:
+    """The module that a variant compares."""
+    if which != "last block":
+        module: nn.Module = getattr(model, which)
+        return module
+    return [module for module in model.modules() if type(module).__name__.endswith("Block")][-1]
 
 
 def make_batch(
@@ -98,14 +132,16 @@ class Step:
     """One variant on one model and batch; calling it is one step without the optimizer."""
 
     def __init__(self, name: str, model: Any, batch: SSLBatch) -> None:
-        self.variant = VARIANTS[name]
+        self.variant = (VARIANTS | FRONTIER)[name]
         self.model, self.batch = model, batch
         self.method = FixMatch(model, threshold=0.0, joint=self.variant.joint)
         options = dict(self.variant.options)
+        if self.variant.share is not None:
+            options["max_pairs"] = max(1, round(self.variant.share * len(batch.weak)))
         self.term: Any = None
         self.refusal: RefusedError | ImportError | None = None
         if self.variant.kind in ("loss", "wrapper"):
-            self.term = GradientConsistencyLoss(model, encoder=model.encoder, **options)
+            self.term = GradientConsistencyLoss(model, encoder=compared(model, self.variant.compared), **options)
         if self.variant.kind == "backpack":
             try:
                 self.term = BackpackTerm(model, **options)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from gradconsist import RandomProjection
 from recipes.defaults import method_defaults
 from recipes.errors import OptionError, ResumeError
 from recipes.models import parse_arch
@@ -90,7 +91,10 @@ class Config:
     ggcr_every: Annotated[int, Help(help="Add the term every k-th step, times k.")] = 1
     ggcr_max_pairs: Annotated[int | None, Help(help="Compare at most this many random pairs of a step.")] = None
     ggcr_engine: Annotated[str, Help(help="auto, ghost, vmap or loop.")] = "auto"
-    ggcr_projection: Annotated[str | None, Help(help="Random projection of the gradients; None: exact.")] = None
+    ggcr_projection: Annotated[
+        str | None,
+        Help(help="Compare random projections, as KIND:DIM (kronecker:16); kinds as in RandomProjection. None: exact."),
+    ] = None
     ggcr_gate: Annotated[Literal["method", "all"], Help(help="Pairs that count: the confident ones, or all.")] = (
         "method"
     )
@@ -249,6 +253,29 @@ def check_same_run(stored: dict[str, Any], config: Config) -> None:
         )
 
 
+def projection(config: Config) -> RandomProjection | None:
+    """The projection that `--ggcr-projection` names, its matrices drawn from `--seed` and anew in every step.
+
+    Args:
+        config: Options.
+
+    Returns:
+        It, or None.
+
+    Raises:
+        OptionError: The option is not of the form KIND:DIM, or there is no such projection.
+    """
+    if config.ggcr_projection is None:
+        return None
+    kind, _, dim = config.ggcr_projection.partition(":")
+    try:
+        return RandomProjection(int(dim), kind, seed=config.seed, resample_every=1)  # type: ignore[arg-type]
+    except ValueError as error:  # also of `int`
+        raise OptionError(
+            f"--ggcr-projection {config.ggcr_projection!r}: write KIND:DIM, for example kronecker:16 ({error})."
+        ) from error
+
+
 def _check(config: Config) -> None:
     def positive(*names: str) -> None:
         for name in names:
@@ -280,9 +307,5 @@ def _check(config: Config) -> None:
         raise OptionError(f"--bn-momentum is in (0, 1] (weight of the new statistics); found {config.bn_momentum}.")
     if config.image_size is not None and config.dataset != "folder":
         raise OptionError(f"--image-size is for --dataset folder; --dataset {config.dataset} has a size of its own.")
-    if config.ggcr_projection is not None:
-        raise OptionError(
-            f"--ggcr-projection {config.ggcr_projection}: random projections are not part of this version; "
-            "--ggcr-max-pairs and --ggcr-every are the unbiased ways to compare less."
-        )
+    projection(config)
     parse_arch(config.arch)

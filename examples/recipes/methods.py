@@ -12,7 +12,7 @@ from torch import nn
 import gradconsist.methods
 from gradconsist import GGCRWrapper, GradientConsistencyLoss, SSLBatch, StepOutput
 from gradconsist.regularizers import GradientNormPenalty, JacobianPenalty
-from recipes.config import Config
+from recipes.config import Config, projection
 from recipes.errors import OptionError
 from recipes.models import WideResNet
 
@@ -139,6 +139,7 @@ def _with_ggcr(method: nn.Module, model: WideResNet, config: Config) -> nn.Modul
         encoder=_compared(model, config.ggcr_encoder),
         engine=config.ggcr_engine,
         max_pairs=config.ggcr_max_pairs,
+        projection=projection(config),
     )
     return GGCRWrapper(
         method,

@@ -15,6 +15,7 @@ to any semi-supervised method.
 """
 
 from gradconsist.loss import GradientConsistencyLoss
+from gradconsist.projection import RandomProjection
 from gradconsist.types import ConsistencyRecord, SSLBatch, StepOutput, ViewPair
 from gradconsist.wrapper import GGCRWrapper
 
@@ -24,6 +25,7 @@ __all__ = [
     "ConsistencyRecord",
     "GGCRWrapper",
     "GradientConsistencyLoss",
+    "RandomProjection",
     "SSLBatch",
     "StepOutput",
     "ViewPair",

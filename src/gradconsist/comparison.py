@@ -28,6 +28,7 @@ from gradconsist.normalization import (
     needs_statistics,
 )
 from gradconsist.probes import Probed, probe_model
+from gradconsist.projection import Projector
 from gradconsist.recall import Recalled, take_statistics
 from gradconsist.scope import autocast_region, our_rules
 from gradconsist.similarity import Criterion, GradProducts, cosine, degenerate_pairs
@@ -64,6 +65,7 @@ class Comparison:
         fused: whether the gradient is formed inside.
         generator: source of randomness.
         probed: what earlier calls found out about the model; added to.
+        projection: matrices of this call, or None.
     """
 
     model: nn.Module
@@ -83,6 +85,7 @@ class Comparison:
     fused: bool
     generator: torch.Generator
     probed: Probed
+    projection: Projector | None = None
 
 
 @dataclass(frozen=True)
@@ -206,6 +209,7 @@ class _Run:
             random=self.options.dropout,
             model=self.options.model,
             recalled=self.recalled,
+            projection=self.options.projection,
         )
         with suppress(_EngineChangedError):
             return self._sum(problem)

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from gradconsist.comparison import Comparison, compare
 from gradconsist.default_loss import cross_entropy
-from gradconsist.engines import ENGINES, Engine
+from gradconsist.engines import Engine, make_engine
 from gradconsist.errors import ConfigError, GradModeError, StateError
 from gradconsist.guards import check_model
 from gradconsist.isolation import one_comparison, uncompiled
 from gradconsist.normalization import BatchNormPolicy, Constants
 from gradconsist.probes import Probed
+from gradconsist.projection import RandomProjection
 from gradconsist.selection import Encoder, compared_parameters, trainable_parameters
 from gradconsist.similarity import Criterion, Disagreement
 from gradconsist.types import ConsistencyRecord, Inputs, LossFunction
@@ -45,7 +46,8 @@ class GradientConsistencyLoss:
         loss_fn: ``(model output, target) -> [B]``; None is cross-entropy for class indices [B] and probabilities [B,
             C].
         engine: "auto", "ghost", "loop", "vmap", or an object with `gradconsist.engines.Engine`'s method.
-        projection: must be None; random projections are not part of this version.
+        projection: None for the exact products, or a `RandomProjection`: products of sketches, unbiased, and a cosine
+            that is not.
         batchnorm: "auto" gives a BatchNorm in train mode the joint statistics of this call's weak and strong inputs
             (all pairs, those of weight 0 included) and one in eval mode its running statistics; "batch" and "running"
             force one of them; "observed" takes those of the method's own forward of each view, at no forward here,
@@ -94,7 +96,7 @@ class GradientConsistencyLoss:
         encoder: Encoder = None,
         loss_fn: LossFunction | None = None,
         engine: str | Engine = "auto",
-        projection: None = None,
+        projection: RandomProjection | None = None,
         batchnorm: BatchNormPolicy = "auto",
         dropout: Literal["off", "on"] = "off",
         chunk_size: int | Literal["auto"] | None = "auto",
@@ -105,11 +107,8 @@ class GradientConsistencyLoss:
         fused: bool = True,
     ) -> None:
         check_model(model)
-        if projection is not None:
-            raise ConfigError(
-                "`projection` must be None: random projections are not part of this version. `max_pairs` is the"
-                " unbiased way to spend less."
-            )
+        if projection is not None and not isinstance(projection, RandomProjection):
+            raise ConfigError(f"`projection` is {projection!r}: pass RandomProjection(dim, kind, seed=...), or None.")
         if loss_fn is not None and (not callable(loss_fn) or isinstance(loss_fn, type)):
             raise ConfigError(f"`loss_fn` is {loss_fn!r}: pass a function (output, target) -> [B], or None.")
         check_choice("batchnorm", batchnorm, ("auto", "batch", "running", "observed"))
@@ -131,7 +130,8 @@ class GradientConsistencyLoss:
         self.model = model
         self.encoder = encoder
         self.loss_fn: LossFunction = cross_entropy if loss_fn is None else loss_fn
-        self.engine = make_engine(engine)
+        self.engine = make_engine(engine, projection)
+        self.projection = projection
         self.batchnorm: BatchNormPolicy = batchnorm
         self.dropout = dropout
         self.chunk_size = chunk_size
@@ -144,6 +144,7 @@ class GradientConsistencyLoss:
         # Reading the seed does not draw from the global generator; drawing from our own does not either.
         self._generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
         self._probed = Probed()
+        self._calls = 0  # that a projection has served
 
     def __call__(
         self,
@@ -210,6 +211,7 @@ class GradientConsistencyLoss:
         with one_comparison():
             pairs = self._check(weak, strong, target, weight, fused=self.fused)
             loss, self.last = compare(self._comparison(generator, statistics, measure=False), pairs)
+            self._calls += 1
         return loss
 
     @uncompiled
@@ -248,8 +250,12 @@ class GradientConsistencyLoss:
         return self.last
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The state of the loss's own generator, which `max_pairs` and ``dropout="on"`` draw from."""
-        return {"generator": self._generator.get_state()}
+        """The state of the loss's own generator, which `max_pairs` and ``dropout="on"`` draw from.
+
+        With a projection also the number of calls, which tells its matrices.
+        """
+        state = {"generator": self._generator.get_state()}
+        return state if self.projection is None else state | {"calls": torch.tensor(self._calls)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continues where `state_dict` was taken.
@@ -260,17 +266,26 @@ class GradientConsistencyLoss:
         Raises:
             StateError: it is something else.
         """
-        known = isinstance(state, Mapping) and set(state) == {"generator"}
-        if not known or not isinstance(state["generator"], Tensor):
+        expected = {"generator"} if self.projection is None else {"generator", "calls"}
+        known = isinstance(state, Mapping) and set(state) == expected
+        if not known or not all(isinstance(part, Tensor) for part in state.values()):
             found = sorted(state) if isinstance(state, Mapping) else type(state).__name__
-            raise StateError(f"`state` holds {found}, expected {{'generator': Tensor}}: pass this class's state_dict.")
+            form = ", ".join(f"{name!r}: Tensor" for name in sorted(expected, reverse=True))
+            raise StateError(f"`state` holds {found}, expected {{{form}}}: pass this class's state_dict.")
+        calls = state.get("calls", torch.tensor(0))
+        if calls.dtype != torch.int64 or calls.numel() != 1 or int(calls) < 0:
+            raise StateError(f"`state['calls']` is {calls}, expected a number of calls: pass this class's state_dict.")
         try:
             self._generator.set_state(state["generator"].cpu())
         except (RuntimeError, TypeError) as error:
             raise StateError(f"`state['generator']` is not the state of a torch.Generator: {error}") from error
+        self._calls = int(calls)
 
     def __repr__(self) -> str:
-        names = ["batchnorm", "dropout", "chunk_size", "max_pairs", "stop_gradient", "min_norm", "reduction", "fused"]
+        names = (
+            "projection", "batchnorm", "dropout", "chunk_size", "max_pairs", "stop_gradient", "min_norm", "reduction",
+            "fused",
+        )  # fmt: skip
         options = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
         return f"{type(self).__name__}({type(self.model).__name__}, engine={self.engine!r}, {options})"
 
@@ -314,26 +329,5 @@ class GradientConsistencyLoss:
             fused=self.fused and not measure,
             generator=generator or self._generator,
             probed=self._probed,
+            projection=None if self.projection is None else self.projection.projector(self._calls),
         )
-
-
-def make_engine(engine: str | Engine) -> Engine:
-    """The engine behind a name, or `engine` itself.
-
-    Args:
-        engine: a key of `ENGINES`, or an object with `products`.
-
-    Returns:
-        An engine.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    if isinstance(engine, str):
-        check_choice("engine", engine, ENGINES)
-        return ENGINES[engine]()
-    if isinstance(engine, type) or not callable(getattr(engine, "products", None)):
-        raise ConfigError(
-            f"`engine` is {engine!r}: pass one of {sorted(ENGINES)}, or an engine object such as VmapEngine()."
-        )
-    return engine

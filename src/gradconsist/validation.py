@@ -31,14 +31,15 @@ def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
     raise ConfigError(f"`{name}` is {value!r}: choose one of {', '.join(repr(option) for option in options)}.{hint}")
 
 
-def check_count(name: str, value: object, least: int = 1) -> None:
-    """`value` must be an int (and no bool) of at least `least`.
+def check_count(name: str, value: object, least: int = 1, most: float = math.inf) -> None:
+    """`value` must be an int (and no bool) of at least `least` and at most `most`.
 
     Raises:
         ConfigError: it is not.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"`{name}` is {value!r}: give an int of at least {least}.")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        upper = f" and at most {most}" if math.isfinite(most) else ""
+        raise ConfigError(f"`{name}` is {value!r}: give an int of at least {least}{upper}.")
 
 
 def check_number(name: str, value: object, least: float, most: float = math.inf) -> None:

@@ -449,9 +449,9 @@ TABLE: list[Bad | Refused | Handled | Elsewhere] = [
     Refused(56, "a chunk of 2.5", ConfigError, "`chunk_size` is 2.5: give an int", lambda p: _loss(p, chunk_size=2.5)),
     Refused(
         57,
-        "a projection (none in this version, whatever its size)",
+        "a projection that is a number",
         ConfigError,
-        "`projection` must be None.*`max_pairs`",
+        r"`projection` is 0: pass RandomProjection\(dim",
         lambda p: _loss(p, projection=0),
     ),
     Refused(58, "an unknown engine", ConfigError, "'lop': choose.*mean 'loop'", lambda p: _loss(p, engine="lop")),

@@ -28,6 +28,11 @@ def test_the_scorecard_is_fresh(make_pages: ModuleType) -> None:
     assert page == make_pages.scorecard(), "run: python benchmarks/make_pages.py"
 
 
+def test_the_page_of_costs_is_fresh(make_pages: ModuleType) -> None:
+    page = (ROOT / "docs" / "guides" / "cost.md").read_text(encoding="utf-8")
+    assert page == make_pages.cost(), "run: python benchmarks/make_pages.py"
+
+
 def test_nothing_in_the_matrix_is_wrong(make_pages: ModuleType) -> None:
     result = make_pages._result("matrix")
     assert len(result["cells"]) >= 60

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import recipes.training
-from gradconsist import SSLBatch
+from gradconsist import RandomProjection, SSLBatch
 from gradconsist.methods import FixMatch
 from recipes.checkpoint import load_latest
 from recipes.config import Config, resolve
@@ -110,6 +110,13 @@ def test_ggcr_encoder_decides_what_is_compared(tiny: MakeConfig, option: str, pr
         gradients = torch.autograd.grad(F.cross_entropy(model(x[n : n + 1]), y[n : n + 1]), chosen)
         expected = torch.cat([gradient.flatten() for gradient in gradients]).norm()
         assert got[n].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_ggcr_projection_names_kind_and_dim(tiny: MakeConfig) -> None:
+    model = build_model("wrn-10-1", 10, momentum=0.1)
+    consistency = build_method(model, resolve(tiny(ggcr_projection="kronecker:4", seed=7))).consistency
+    assert consistency.projection == RandomProjection(4, "kronecker", seed=7, resample_every=1)
+    assert build_method(model, resolve(tiny())).consistency.projection is None
 
 
 def test_supervised_uses_no_unlabeled_image_and_no_term(tiny: MakeConfig) -> None:

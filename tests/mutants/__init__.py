@@ -7,7 +7,7 @@ survives is a hole in the suite; one that no longer applies is mended here toget
 (tests/core/test_seeded_bugs.py says which).
 """
 
-from mutants import adapters, batchnorm, ghost, layers, methods, quantity, regular, reports, state, training
+from mutants import adapters, batchnorm, ghost, layers, methods, projection, quantity, regular, reports, state, training
 from mutants.bug import Bug, StaleError
 
 BUGS: list[Bug] = [
@@ -15,6 +15,7 @@ BUGS: list[Bug] = [
     *batchnorm.BUGS,
     *ghost.BUGS,
     *layers.BUGS,
+    *projection.BUGS,
     *state.BUGS,
     *training.BUGS,
     *methods.BUGS,

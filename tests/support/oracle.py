@@ -149,6 +149,7 @@ class Judge:
     `observed_strong` is given, its forward supplies those of the strong views.
     `scale` multiplies the loss and divides the gradients, so that those of float16 do not underflow.
     `inputs` asks for the derivative for floating inputs as well.
+    `sketch` is what every per-sample gradient [P] is replaced by: a projection, written out.
     """
 
     def __init__(
@@ -172,6 +173,7 @@ class Judge:
         observed_strong: Tree = None,
         scale: float = 1.0,
         inputs: bool = False,
+        sketch: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         cast = lambda x: x.detach().to(dtype) if x.is_floating_point() else x.detach()  # noqa: E731
         self.model = copy.deepcopy(model).to(dtype)
@@ -180,7 +182,7 @@ class Judge:
         self.weight = torch.ones(self.size).double() if weight is None else weight.detach().double()
         self.loss_fn = loss_fn or cross_entropy
         self.stop_gradient, self.min_norm, self.reduction = stop_gradient, min_norm, reduction
-        self.autocast, self.scale = autocast, scale
+        self.autocast, self.scale, self.sketch = autocast, scale, sketch
         leaves = [*tree_leaves(self.weak), *tree_leaves(self.strong)]
         self.inputs = [x.requires_grad_() for x in leaves if x.is_floating_point()] if inputs else []
         self.trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
@@ -230,7 +232,8 @@ class Judge:
             loss.sum() * self.scale, self.compared, create_graph=True, allow_unused=True, materialize_grads=True
         )
         wide = torch.float64 if loss.dtype == torch.float64 else torch.float32
-        return torch.cat([g.reshape(-1).to(wide) for g in parts]) / self.scale
+        gradient = torch.cat([g.reshape(-1).to(wide) for g in parts]) / self.scale
+        return gradient if self.sketch is None else self.sketch(gradient)
 
     def pairs(self) -> tuple[list[Tensor | None], Tensor, Tensor, Tensor]:
         """Cosine of every pair (None where degenerate), both norms, and the degenerate pairs."""

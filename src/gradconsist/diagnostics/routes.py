@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gradconsist.engines import AutoEngine, Engine, GhostEngine
+from gradconsist.engines import AutoEngine, Engine, GhostEngine, make_engine
 from gradconsist.engines.base import Problem
 from gradconsist.errors import GradConsistError
-from gradconsist.loss import GradientConsistencyLoss, make_engine
+from gradconsist.loss import GradientConsistencyLoss
 from gradconsist.normalization import BatchNormPolicy
+from gradconsist.projection import RandomProjection
 from gradconsist.selection import Encoder, compared_parameters
 from gradconsist.similarity import GradProducts
 from gradconsist.types import Inputs, LossFunction
@@ -48,6 +49,7 @@ class CheckReport:
         engine: the engine that ran.
         fallback: why it is not the one that ran first; None if it is.
         refusal: the message of the refusal, with its remedy; None if the model is taken.
+        projection: what is compared in place of the gradients; None for these themselves.
     """
 
     rows: list[CheckRow]
@@ -55,6 +57,7 @@ class CheckReport:
     engine: str = ""
     fallback: str | None = None
     refusal: str | None = None
+    projection: RandomProjection | None = None
 
     @property
     def ok(self) -> bool:
@@ -62,7 +65,8 @@ class CheckReport:
         return self.refusal is None
 
     def __str__(self) -> str:
-        lines = [f"REFUSED: {self.refusal}"] if self.refusal else [f"exact, by {self.engine}"]
+        how = "exact" if self.projection is None else f"inner products unbiased by {self.projection}"
+        lines = [f"REFUSED: {self.refusal}"] if self.refusal else [f"{how}, by {self.engine}"]
         if self.fallback:
             lines.append(f"instead of the fast engine, because: {self.fallback}")
         columns = [("parameter", "in", "entries", "compared by")]
@@ -84,13 +88,15 @@ def check(
     loss_fn: LossFunction | None = None,
     engine: str | Engine = "auto",
     batchnorm: BatchNormPolicy = "auto",
+    projection: RandomProjection | None = None,
 ) -> CheckReport:
     """Tells how the loss will treat each parameter of `model`, by evaluating it and its gradient on two pairs.
 
     A route is a rule with the form that is chosen for it ("linear, gram form"), "per-sample gradient" where there is no
     rule and the gradient of each sample is formed (exact, and fine for small parameters; a large one costs its size
     times the samples of a chunk: `gradconsist.engines.register_rule` is the remedy), the engine that stands in, or why
-    the parameter is not compared. Nothing of the model changes.
+    the parameter is not compared. With a projection it says what is projected: "factors" before the gradient is formed,
+    or the "gradient" after it. Nothing of the model changes.
 
     Args:
         model: the user's model.
@@ -101,6 +107,7 @@ def check(
         loss_fn: as for the loss.
         engine: as for the loss.
         batchnorm: as for the loss, but not "observed".
+        projection: as for the loss.
 
     Returns:
         The report; ``print(report)`` shows it as a table.
@@ -123,13 +130,16 @@ def check(
     """
     witness = _Witness(make_engine(engine))
     try:
-        loss = GradientConsistencyLoss(model, encoder=encoder, loss_fn=loss_fn, engine=witness, batchnorm=batchnorm)
+        loss = GradientConsistencyLoss(
+            model, encoder=encoder, loss_fn=loss_fn, engine=witness, batchnorm=batchnorm, projection=projection
+        )
         weight = target.new_zeros(len(target), dtype=next(model.parameters()).dtype)
         weight[:2] = 1
         loss(weak, strong, target, weight)
         compared = set(compared_parameters(model, encoder))
     except GradConsistError as error:
-        return CheckReport(_rows(model, {}, set(), "refused"), refusal=str(error), fallback=witness.reason)
+        rows = _rows(model, {}, set(), "refused")
+        return CheckReport(rows, refusal=str(error), fallback=witness.reason, projection=projection)
     running = witness.running()
     notes = _notes(model, batchnorm)
     if isinstance(running, GhostEngine):
@@ -137,7 +147,8 @@ def check(
             path: f"runs sample by sample, since torch refused it in one batch: {why}"
             for path, why in running.looped(model).items()
         }
-    return CheckReport(_rows(model, witness.routes, compared, repr(running)), notes, repr(running), witness.reason)
+    rows = _rows(model, witness.routes, compared, repr(running))
+    return CheckReport(rows, notes, repr(running), witness.reason, projection=projection)
 
 
 class _Witness:
@@ -145,6 +156,7 @@ class _Witness:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self.projects = getattr(engine, "projects", False)
         self.routes: dict[str, str] = {}
         self.reason: str | None = None
         if hasattr(engine, "fall_back"):

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from gradconsist.batch import check_inputs, take
 from gradconsist.diagnostics.peaks import kept_by, peak_of, seconds_of
-from gradconsist.engines import Engine
+from gradconsist.engines import Engine, make_engine
 from gradconsist.engines.base import Problem
 from gradconsist.errors import GradConsistError, InputValueError
-from gradconsist.loss import GradientConsistencyLoss, make_engine
+from gradconsist.loss import GradientConsistencyLoss
 from gradconsist.selection import Encoder, trainable_parameters
 from gradconsist.similarity import GradProducts
 from gradconsist.types import LossFunction, ViewPair

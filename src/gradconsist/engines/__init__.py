@@ -16,7 +16,10 @@ from gradconsist.engines.base import Engine, Problem
 from gradconsist.engines.ghost import GhostEngine, register_rule, unregister_rule
 from gradconsist.engines.loop import LoopEngine
 from gradconsist.engines.vmap import VmapEngine
+from gradconsist.errors import ConfigError
+from gradconsist.projection import RandomProjection
 from gradconsist.similarity import GradProducts
+from gradconsist.validation import check_choice
 
 ENGINES: dict[str, Callable[[], Engine]] = {
     "auto": AutoEngine,
@@ -25,6 +28,35 @@ ENGINES: dict[str, Callable[[], Engine]] = {
     "vmap": VmapEngine,
 }
 """Engines by the name that the argument `engine` takes."""
+
+
+def make_engine(engine: str | Engine, projection: RandomProjection | None = None) -> Engine:
+    """The engine behind a name, or `engine` itself.
+
+    Args:
+        engine: a key of `ENGINES`, or an object with `products`.
+        projection: what it will be asked to follow.
+
+    Returns:
+        An engine.
+
+    Raises:
+        ConfigError: it is neither, or it does not say that it follows projections.
+    """
+    if isinstance(engine, str):
+        check_choice("engine", engine, ENGINES)
+        return ENGINES[engine]()
+    if isinstance(engine, type) or not callable(getattr(engine, "products", None)):
+        raise ConfigError(
+            f"`engine` is {engine!r}: pass one of {sorted(ENGINES)}, or an engine object such as VmapEngine()."
+        )
+    if projection is not None and not getattr(engine, "projects", False):
+        raise ConfigError(
+            f"`projection` needs an engine that follows it, and {engine!r} does not say so: pass `engine='auto'`, or"
+            " compare `problem.projection.sketches(gradients)` in its `products` and set its attribute `projects`."
+        )
+    return engine
+
 
 __all__ = [
     "ENGINES",

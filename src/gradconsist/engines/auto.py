@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 from gradconsist.engines.base import Problem
 from gradconsist.engines.ghost import GhostEngine
@@ -19,6 +20,8 @@ class AutoEngine:
 
     The change is told once, as a warning of the logger "gradconsist", because it costs time.
     """
+
+    projects: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self.engine: GhostEngine | LoopEngine = GhostEngine()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gradconsist.batch import take
 from gradconsist.errors import UnsupportedModuleError
+from gradconsist.projection import Projector
 from gradconsist.recall import Recalled
 from gradconsist.similarity import GradProducts
 from gradconsist.types import Inputs
@@ -60,6 +61,7 @@ class Problem:
         random: whether the forward may draw random numbers.
         model: whose modules run, for engines with rules for modules; None if unknown.
         recalled: what convolutions returned for these inputs in an earlier forward; None if unknown.
+        projection: whose sketches of the gradients are to be compared; None for the gradients themselves.
     """
 
     losses: Losses
@@ -72,6 +74,7 @@ class Problem:
     random: bool = False
     model: nn.Module | None = None
     recalled: Recalled | None = None
+    projection: Projector | None = None
 
     def take(self, index: Tensor) -> Problem:
         """The same problem for the pairs `index`."""
@@ -89,7 +92,9 @@ class Engine(Protocol):
 
     It may also have ``preferred_chunk(problem) -> int``, the number of pairs at a time that `chunk_size="auto"` takes
     (without it, all pairs go at once), ``fall_back(error)``, a context manager in which a chunk that failed is tried
-    once more, and ``recall_bytes``, how much of an earlier forward it would like to be told (`Problem.recalled`).
+    once more, ``recall_bytes``, how much of an earlier forward it would like to be told (`Problem.recalled`), and
+    ``projects = True``, which says that `products` follows `Problem.projection`: the products are then those of
+    ``problem.projection.sketches(gradients)``. Without it a projection is refused.
     """
 
     def products(self, problem: Problem) -> GradProducts:

@@ -6,6 +6,7 @@ Slow, and plain enough to be believed. It runs whatever torch can differentiate 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ class LoopEngine:
     which with chunks of one pair and the fused backward is one.
     """
 
+    projects: ClassVar[bool] = True
+
     def products(self, problem: Problem) -> GradProducts:
         """See `Engine.products`."""
         rows = []
@@ -34,6 +37,8 @@ class LoopEngine:
             target = problem.target[one]
             weak = _gradient(problem, take(problem.weak, one), target, WEAK, problem.graph_weak)
             strong = _gradient(problem, take(problem.strong, one), target, STRONG, problem.graph_strong)
+            if problem.projection is not None:
+                weak, strong = (problem.projection.sketches([g.unsqueeze(0) for g in view]) for view in (weak, strong))
             rows.append(torch.stack([inner(weak, weak), inner(strong, strong), inner(weak, strong)]))
         return GradProducts(*torch.stack(rows).unbind(1))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakSet
 
 import torch
@@ -37,6 +37,7 @@ class VmapEngine:
     torch; the loop engine takes those models.
     """
 
+    projects: ClassVar[bool] = True
     _looked_at: WeakSet[nn.Module] = field(default_factory=WeakSet, init=False, repr=False, compare=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -59,6 +60,8 @@ class VmapEngine:
         check_batched([*weak, *strong])
         if graph and model is not None:
             self._looked_at.add(model)
+        if problem.projection is not None:
+            weak, strong = problem.projection.sketches(weak), problem.projection.sketches(strong)
         return GradProducts(inner(weak, weak, keep=1), inner(strong, strong, keep=1), inner(weak, strong, keep=1))
 
     def preferred_chunk(self, problem: Problem) -> int:

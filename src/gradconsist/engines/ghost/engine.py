@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,6 +17,7 @@ from gradconsist.engines.ghost.gram import pair_gram
 from gradconsist.engines.ghost.layers import culprit
 from gradconsist.engines.ghost.rules import FORMS, Form, LinearWeight, Rule, chosen, joined, products
 from gradconsist.engines.ghost.seen import Seen, rebuilt, see
+from gradconsist.engines.ghost.sketch import route, sketches
 from gradconsist.engines.loop import refused_by_vmap
 from gradconsist.errors import GradConsistError
 from gradconsist.normalization import STRONG, WEAK
@@ -74,6 +75,7 @@ class GhostEngine:
             "gradient" where positions cancel so far that accuracy would suffer.
     """
 
+    projects: ClassVar[bool] = True
     form: Form = "auto"
     recall_bytes: int = field(default=2**28, repr=False)
     _measured: dict[Hashable, str] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -124,12 +126,10 @@ class GhostEngine:
         if problem.graph_weak == problem.graph_strong and _stackable(problem.weak, problem.strong):
             seen = self._see_both(problem)
             with torch.set_grad_enabled(problem.graph_weak):
-                return _total(problem, [self._gram(name, seen) for name in problem.parameters])
+                return _total(problem, self._grams(problem, seen))
         weak, strong = (self._see_one(problem, view) for view in (WEAK, STRONG))
         with torch.set_grad_enabled(problem.graph_weak or problem.graph_strong):
-            return _total(
-                problem, [self._gram_of_two(name, weak, strong, len(problem.target)) for name in problem.parameters]
-            )
+            return _total(problem, self._grams_of_two(problem, weak, strong))
 
     def _see_both(self, problem: Problem) -> Seen:
         """Both views as one batch."""
@@ -159,7 +159,11 @@ class GhostEngine:
         """
         together = _stackable(problem.weak, problem.strong)
         seen = self._see_both(problem) if together else self._see_one(replace(problem, graph_weak=False), WEAK)
-        return {name: self._route(name, seen, paired=together) for name in problem.parameters}
+        exact = _exact(problem)
+        return {
+            name: self._route(name, seen, paired=together) if name in exact else route(name, seen, problem.projection)
+            for name in problem.parameters
+        }
 
     def _route(self, name: str, seen: Seen, *, paired: bool) -> str:
         uses, rest = seen.of(name), ["per-sample gradient"] if name in seen.rows else []
@@ -179,7 +183,13 @@ class GhostEngine:
         kind = next(iter(problem.parameters.values())).device.type
         limit = _CHUNK_BYTES.get(kind, _CHUNK_BYTES["cpu"])
         tensors = [*problem.parameters.values(), *leaves(problem.weak)]
-        key = (problem.graph_weak, problem.graph_strong, *((tensor.shape[1:], tensor.dtype) for tensor in tensors))
+        sketched = problem.projection and (problem.projection.kind, problem.projection.dim)
+        key = (
+            problem.graph_weak,
+            problem.graph_strong,
+            sketched,
+            *((tensor.shape[1:], tensor.dtype) for tensor in tensors),
+        )
         kept = self._known(problem).kept
         if key not in kept:
             try:
@@ -206,6 +216,19 @@ class GhostEngine:
             self.products(one)
         return sum(kept.values())
 
+    def _grams(self, problem: Problem, seen: Seen) -> list[Tensor | None]:
+        """M of every parameter, or of its sketch, from samples that come interleaved."""
+        found = [] if problem.projection is None else sketches(seen, problem.parameters, problem.projection).values()
+        return [*map(pair_gram, found), *(self._gram(name, seen) for name in _exact(problem))]
+
+    def _grams_of_two(self, problem: Problem, weak: Seen, strong: Seen) -> list[Tensor | None]:
+        """The same from views that were seen one by one."""
+        grams = [self._gram_of_two(name, weak, strong, len(problem.target)) for name in _exact(problem)]
+        if problem.projection is not None:
+            mine, other = (sketches(seen, problem.parameters, problem.projection) for seen in (weak, strong))
+            grams += [_gram_of_rows(mine.get(name), other.get(name)) for name in {**mine, **other}]
+        return grams
+
     def _gram(self, name: str, seen: Seen) -> Tensor | None:
         """M of one parameter, from samples that come interleaved."""
         single = _single(name, seen)
@@ -223,12 +246,24 @@ class GhostEngine:
             if a.rule == b.rule and d_weak.shape == d_strong.shape and _shape(a.input) == _shape(b.input):
                 x = None if a.input is None or b.input is None else _pairwise(a.input, b.input)
                 return products(a.rule, x, _pairwise(d_weak, d_strong).flatten(0, 1), self.form, self._measured)
-        g_weak, g_strong = weak.gradient(name), strong.gradient(name)
-        given = g_strong if g_weak is None else g_weak
-        if given is None:
-            return None
-        zeros = torch.zeros_like(given)
-        return pair_gram(_pairwise(zeros if g_weak is None else g_weak, zeros if g_strong is None else g_strong))
+        return _gram_of_rows(weak.gradient(name), strong.gradient(name))
+
+
+def _exact(problem: Problem) -> list[str]:
+    """The parameters whose gradients are compared as they are."""
+    projection = problem.projection
+    if projection is None:
+        return list(problem.parameters)
+    return [name for name, p in problem.parameters.items() if not (projection.flat or projection.shrinks(p.shape))]
+
+
+def _gram_of_rows(weak: Tensor | None, strong: Tensor | None) -> Tensor | None:
+    """M of gradients or sketches [n, ...]; None is zero."""
+    given = strong if weak is None else weak
+    if given is None:
+        return None
+    zeros = torch.zeros_like(given)
+    return pair_gram(_pairwise(zeros if weak is None else weak, zeros if strong is None else strong))
 
 
 def _single(name: str, seen: Seen) -> tuple[Rule, Tensor | None, Tensor] | None:

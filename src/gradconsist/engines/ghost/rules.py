@@ -193,7 +193,7 @@ class EmbeddingWeight:
 
     def gradients(self, x: Tensor | None, d: Tensor) -> Tensor:
         """See `Rule`."""
-        ids, d = self._positions(x, d)
+        ids, d = self.positions(x, d)
         samples = ids.shape[0]
         start = torch.arange(samples, device=ids.device).unsqueeze(1) * self.shape[0]
         rows = d.new_zeros(samples * self.shape[0], self.shape[1])
@@ -201,7 +201,7 @@ class EmbeddingWeight:
 
     def gram(self, x: Tensor | None, d: Tensor) -> Tensor | None:
         """Sum over pairs of positions with the same id of ⟨d_t, d_t'⟩."""
-        ids, d = self._positions(x, d)
+        ids, d = self.positions(x, d)
         samples, positions = ids.shape
         both = ids.reshape(samples // 2, 2 * positions)
         same = both.unsqueeze(1) == both.unsqueeze(2)
@@ -217,11 +217,12 @@ class EmbeddingWeight:
 
     def costs(self, x: Tensor | None, d: Tensor) -> tuple[float, float]:
         """See `Rule`."""
-        ids, d = self._positions(x, d)
+        ids, d = self.positions(x, d)
         positions = ids.shape[1]
         return _PASS * 6.0 * math.prod(self.shape), 12.0 * positions**2 * (d.shape[2] + _PASS)
 
-    def _positions(self, x: Tensor | None, d: Tensor) -> tuple[Tensor, Tensor]:
+    def positions(self, x: Tensor | None, d: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids [N, T] and output gradients [N, T, features], zero at the padding index, in float32 at least."""
         x = _given(x)
         ids = x.reshape(x.shape[0], -1)
         d = d.reshape(*ids.shape, -1)
