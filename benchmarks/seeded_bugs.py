@@ -140,7 +140,9 @@ def _in_child(copy: Path, tests: list[str], said: Path, stop: bool) -> int:
     ours = ("gradconsist", "mutants", "support", "environment")
     for name in [name for name in sys.modules if name.split(".")[0] in ours]:
         del sys.modules[name]
-    sys.path[:] = [str(copy / "src"), *(path for path in sys.path if not path.startswith(str(ROOT)))]
+    # Not this tree's sources; packages of an environment that lies in it stay.
+    others = (path for path in sys.path if not path.startswith(str(ROOT)) or path.startswith(sys.prefix))
+    sys.path[:] = [str(copy / "src"), *others]
     witness = Witness()
     options = ["-q", "-p", "no:cacheprovider", "--assert=plain", "--rootdir", str(copy), *(["-x"] if stop else [])]
     status = int(pytest.main([*options, *tests], plugins=[witness]))

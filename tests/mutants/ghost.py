@@ -18,15 +18,15 @@ BUGS = [
         "strong view detached in the loop",
         "both views' gradients keep their graph",
         "test_loss.py::test_reductions[mean-fused-loop]",
-        "engines/loop.py", "problem.target[one], problem.graph_strong)", "problem.target[one], False)",
+        "engines/loop.py", "STRONG, problem.graph_strong)", "STRONG, False)",
     ),
     Bug(
         "strong view detached under vmap",
         "both views' gradients keep their graph",
         "test_loss.py::test_reductions[mean-fused-vmap]",
         "engines/vmap.py",
-        "_gradients(problem, problem.strong, problem.graph_strong)",
-        "_gradients(problem, problem.strong, False)",
+        "_gradients(problem, problem.strong, STRONG, problem.graph_strong)",
+        "_gradients(problem, problem.strong, STRONG, False)",
     ),
     Bug(
         "strong norm detached",
