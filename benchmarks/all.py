@@ -24,6 +24,7 @@ PROGRAMS = {
     "kernels": "kernels.py",
     "scaling": "scaling.py",
     "profile": "profile_step.py",
+    "flatness": "flatness.py",
 }
 
 

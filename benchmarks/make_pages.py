@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+from flatness_page import flatness_section
 from matrix_page import matrix_page, summary_table
 from scorecard_page import scorecard
 
@@ -115,6 +116,10 @@ While the runs trained, their pseudo-labels were about equally good: the network
 holds BatchNorm's statistics constant, so it may move the channel means that BatchNorm removes in train mode; the
 running statistics lag, and the averaged model's copied ones fit it worst.
 [What to do](guides/batchnorm-and-dropout.md).
+
+## Flatness
+
+{flatness_section(_result("flatness"), _made(_result("flatness")))}
 
 ## The demo: digits, 40 labels
 
