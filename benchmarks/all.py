@@ -25,6 +25,7 @@ PROGRAMS = {
     "scaling": "scaling.py",
     "profile": "profile_step.py",
     "frontier": "frontier.py",
+    "flatness": "flatness.py",
 }
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from cost_page import cost_page
+from flatness_page import flatness_section
 from matrix_page import matrix_page, summary_table
 from scorecard_page import scorecard
 from usb_page import with_table
@@ -120,6 +121,10 @@ While the runs trained, their pseudo-labels were about equally good: the network
 holds BatchNorm's statistics constant, so it may move the channel means that BatchNorm removes in train mode; the
 running statistics lag, and the averaged model's copied ones fit it worst.
 [What to do](guides/batchnorm-and-dropout.md).
+
+## Flatness
+
+{flatness_section(_result("flatness"), _made(_result("flatness")))}
 
 ## The demo: digits, 40 labels
 
