@@ -1,6 +1,6 @@
 """An algorithm of semilearn (USB) on scikit-learn's digits, with gradient consistency attached.
 
-    pip install gradconsist "semilearn==0.3.2" "torch<2.13"
+    pip install 'gradconsist[usb]'
     python examples/usb_fixmatch.py
     python examples/usb_fixmatch.py --algorithm softmatch --steps 2000
 
