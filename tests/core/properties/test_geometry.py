@@ -1,6 +1,6 @@
 """Laws of the cosine: views exchanged, scaled, reflected, identical; bases rotated; layers added up.
 
-P3, P4, P5, P6, P7, P11, P12 of the test plan. P13, random projections, is for when there are some.
+P3, P4, P5, P6, P7, P11, P12 of the test plan.
 """
 
 from __future__ import annotations
