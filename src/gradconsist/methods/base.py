@@ -146,7 +146,7 @@ def check_index(batch: SSLBatch, samples: int) -> Tensor:
             f"`batch.index` goes from {int(index.min())} to {int(index.max())}, outside range({samples}): give"
             " `samples` the size of the unlabeled data set."
         )
-    return index.long()
+    return index.long().to(batch.weak.device)
 
 
 def check_classes(logits: Tensor, classes: int) -> None:
