@@ -23,8 +23,10 @@ class PiModel(Method):
     too; a batch has one view of those, so L_u is over the unlabeled ones, of which the labeled are usually a part. For
     the paper's setting `strong` is a second weak view.
 
-    The pair's target is the constant mean of p1 and p2; its weight is the share of unlabeled_weight that the ramp has
-    reached.
+    The pair's target is the class that both passes together find most likely, argmax (p1 + p2). Their mean itself would
+    make the residuals p1 - p2 and p2 - p1 exactly opposite, so that close views had cosine -1 and the term drove them
+    apart; p1 alone would make the weak view's gradient zero. The weight is the share of unlabeled_weight that the ramp
+    has reached.
 
     Args:
         model: any module from inputs to logits [B, C].
@@ -63,7 +65,7 @@ class PiModel(Method):
             batch: labeled inputs and labels, and two views of the unlabeled ones.
 
         Returns:
-            Loss, the pair (weak, strong, mean probabilities, ramp), and as logs loss_supervised, loss_unsupervised and
+            Loss, the pair (weak, strong, common class, ramp), and as logs loss_supervised, loss_unsupervised and
             unlabeled_weight.
 
         Raises:
@@ -78,6 +80,6 @@ class PiModel(Method):
             labeled, first = wide(self.model(torch.cat([batch.x, batch.weak]))).split([n, m])
             views = [first, wide(self.model(batch.strong))]
         one, two = (view.softmax(1) for view in views)
-        target = ((one + two) / 2).detach()
-        pair = ViewPair(batch.weak, batch.strong, target, target.new_full((m,), self.ramp()))
+        target = (one + two).detach().argmax(1)
+        pair = ViewPair(batch.weak, batch.strong, target, one.new_full((m,), self.ramp()))
         return self._finish(F.cross_entropy(labeled, batch.y), (one - two).square().mean(), pair)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradconsist import SSLBatch
+from gradconsist import GradientConsistencyLoss, SSLBatch
 from gradconsist.errors import ConfigError
 from gradconsist.methods import MeanTeacher, PiModel, TemporalEnsembling
 from support import compare
@@ -107,9 +107,20 @@ def test_the_pi_model_against_the_pseudo_code(joint: bool) -> None:
         expected = m.mean(m.cross_entropy(x, batch.y)) + 7 * ramp(step, 3) * squared(one, two)
         out = method(batch)
         assert float(out.loss.detach()) == pytest.approx(expected, abs=1e-10)
-        assert out.pair.target.tolist() == [pytest.approx(row.tolist(), abs=1e-12) for row in (one + two) / 2]
+        assert out.pair.target.tolist() == [int(row.argmax()) for row in one + two]
         assert out.pair.weight.tolist() == pytest.approx([ramp(step, 3)] * 9)
-        assert not out.pair.target.requires_grad
+        assert not out.pair.weight.requires_grad
+
+
+def test_close_views_of_the_pi_model_have_gradients_that_agree() -> None:
+    """With the mean of both passes as target the two residuals are opposite, and close views would be driven apart."""
+    model, batch = m.network(), DATA[0]
+    batch = batch._replace(strong=batch.weak + 1e-3 * torch.randn_like(batch.weak))
+    pair = PiModel(model)(batch).pair
+    record = GradientConsistencyLoss(model).measure(pair.weak, pair.strong, pair.target)
+    assert float(record.cosine.min()) > 0.99
+    mean = (model(pair.weak).softmax(1) + model(pair.strong).softmax(1)).detach() / 2
+    assert float(GradientConsistencyLoss(model).measure(pair.weak, pair.strong, mean).cosine.max()) < -0.9
 
 
 def test_the_pi_model_has_gradients_through_both_passes() -> None:
