@@ -60,15 +60,15 @@ products, and a second backward through all of that. Everything below spends les
 A step with the term over the step without it, and its peak memory likewise; the error of the cosines against the exact
 ones; and the angle in degrees between the term's gradient and the exact term's: of one step (mean and deviation over
 the batches), and of the mean over all {used["rounds"]} batches. "Length" is the norm of the gradient over the exact
-one's. {used["labeled"]} labeled inputs and {used["pairs"]} pairs, weights as initialised, strong views with noise. A
-gradient that is only noisy comes closer with every batch that is averaged, one that is biased stays where it is.
+one's. Labeled inputs a step: {used["labeled"]}; pairs: {used["pairs"]}; weights as initialised, strong views with
+noise. A gradient that is only noisy comes closer with every batch that is averaged, one that is biased stays where it
+is.
 
 {settings}
 
-{made}
+{made} {result.get("note", "")}
 
-Read it with care: these are random weights and random inputs, where all cosines are high. What the angle means for
-training, no angle tells. The time of `every` is that of one exact step in k; its angle compares the steps that it takes
+Read it with care: these are random weights and random inputs. What the angle means for training, no angle tells. The time of `every` is that of one exact step in k; its angle compares the steps that it takes
 with all of them.
 
 ## Random projections
