@@ -68,8 +68,8 @@ is.
 
 {made} {result.get("note", "")}
 
-Read it with care: these are random weights and random inputs. What the angle means for training, no angle tells. The time of `every` is that of one exact step in k; its angle compares the steps that it takes
-with all of them.
+Read it with care: these are random weights and random inputs. What the angle means for training, no angle tells. The
+time of `every` is that of one exact step in k; its angle compares the steps that it takes with all of them.
 
 ## Random projections
 
@@ -119,8 +119,9 @@ comes on top of forming it. They are there for studies of what a projection does
 
 E[PᵀP] = I makes the squared norms and inner products right on average; the variance falls like 1/k. The table has the
 gradients of {used["samples"]} pairs, {used["draws"]} draws of the matrices, and the bound of
-[`RandomProjection`](../api/index.md) on the error of a squared norm, computed from the same gradients. The cosine, a
-ratio, errs less, because numerator and denominator err together; and it has a bias of order 1/k.
+[`RandomProjection`](../api/index.md) on the expected error of a squared norm, computed from the same gradients, around
+which so few draws scatter. The cosine, a ratio, errs less, because numerator and denominator err together; and it has a
+bias of order 1/k.
 
 {ranks}
 
