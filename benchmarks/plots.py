@@ -212,8 +212,9 @@ def frontier(result: Row, plt: Any) -> Any:
             ax.set_title(f"{model}: gradient against {'time' if what == 'step' else 'memory'}", fontsize=9)
             shown = [row for row in rows if row.get(cost) is not None]
             if not shown:
-                ax.text(0.5, 0.5, "not measured", ha="center", fontsize=8)
+                ax.text(0.5, 0.5, "not measured", ha="center", fontsize=8, transform=ax.transAxes)
                 ax.set_axis_off()
+                continue
             for row in shown:
                 tint = THEIRS if "k=" in row["variant"].removeprefix("every=") else OURS
                 ax.plot(row[cost], row["angle_of_mean"], "o", color=tint)
