@@ -60,16 +60,16 @@ products, and a second backward through all of that. Everything below spends les
 A step with the term over the step without it, and its peak memory likewise; the error of the cosines against the exact
 ones; and the angle in degrees between the term's gradient and the exact term's: of one step (mean and deviation over
 the batches), and of the mean over all {used["rounds"]} batches. "Length" is the norm of the gradient over the exact
-one's. {used["labeled"]} labeled inputs and {used["pairs"]} pairs, weights as initialised, strong views with noise. A
-gradient that is only noisy comes closer with every batch that is averaged, one that is biased stays where it is.
+one's. Labeled inputs a step: {used["labeled"]}; pairs: {used["pairs"]}; weights as initialised, strong views with
+noise. A gradient that is only noisy comes closer with every batch that is averaged, one that is biased stays where it
+is.
 
 {settings}
 
-{made}
+{made} {result.get("note", "")}
 
-Read it with care: these are random weights and random inputs, where all cosines are high. What the angle means for
-training, no angle tells. The time of `every` is that of one exact step in k; its angle compares the steps that it takes
-with all of them.
+Read it with care: these are random weights and random inputs. What the angle means for training, no angle tells. The
+time of `every` is that of one exact step in k; its angle compares the steps that it takes with all of them.
 
 ## Random projections
 
@@ -81,8 +81,13 @@ from gradconsist import GradientConsistencyLoss, RandomProjection, diagnostics
 
 torch.manual_seed(0)
 model = nn.Sequential(
-    nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.ReLU(),
-    nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(512, 10),
+    nn.Conv2d(3, 16, 3, padding=1),
+    nn.ReLU(),
+    nn.Conv2d(16, 32, 3, stride=2),
+    nn.ReLU(),
+    nn.AdaptiveAvgPool2d(4),
+    nn.Flatten(),
+    nn.Linear(512, 10),
 )
 weak = torch.randn(8, 3, 16, 16)
 strong = weak + 0.5 * torch.randn_like(weak)
@@ -119,8 +124,9 @@ comes on top of forming it. They are there for studies of what a projection does
 
 E[PᵀP] = I makes the squared norms and inner products right on average; the variance falls like 1/k. The table has the
 gradients of {used["samples"]} pairs, {used["draws"]} draws of the matrices, and the bound of
-[`RandomProjection`](../api/index.md) on the error of a squared norm, computed from the same gradients. The cosine, a
-ratio, errs less, because numerator and denominator err together; and it has a bias of order 1/k.
+[`RandomProjection`](../api/index.md) on the expected error of a squared norm, computed from the same gradients, around
+which so few draws scatter. The cosine, a ratio, errs less, because numerator and denominator err together; and it has a
+bias of order 1/k.
 
 {ranks}
 

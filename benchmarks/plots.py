@@ -209,7 +209,13 @@ def frontier(result: Row, plt: Any) -> Any:
     for line, model in zip(axes, models, strict=True):
         rows = [row for row in result["rows"] if row["model"] == model and row.get("angle_of_mean") is not None]
         for ax, cost, what in zip(line, ("ratio_median", "peak_ratio"), ("step", "peak"), strict=False):
-            for row in (row for row in rows if row.get(cost) is not None):
+            ax.set_title(f"{model}: gradient against {'time' if what == 'step' else 'memory'}", fontsize=9)
+            shown = [row for row in rows if row.get(cost) is not None]
+            if not shown:
+                ax.text(0.5, 0.5, "not measured", ha="center", fontsize=8, transform=ax.transAxes)
+                ax.set_axis_off()
+                continue
+            for row in shown:
                 tint = THEIRS if "k=" in row["variant"].removeprefix("every=") else OURS
                 ax.plot(row[cost], row["angle_of_mean"], "o", color=tint)
                 label = row["variant"].removeprefix("encoder: ").removesuffix(" of all")
@@ -217,7 +223,6 @@ def frontier(result: Row, plt: Any) -> Any:
             ax.set_xlabel(f"times the {what} of FixMatch", fontsize=8)
             ax.set_ylabel("degrees off the exact gradient, mean of the batches", fontsize=8)
             ax.margins(x=0.2, y=0.1)
-            ax.set_title(f"{model}: gradient against {'time' if what == 'step' else 'memory'}", fontsize=9)
             _plain(ax)
         _ranks(line[2], [row for row in result["ranks"] if row["model"] == model])
     used = result["setting"]
