@@ -36,11 +36,13 @@ class Statistics(NamedTuple):
         mean: over the batch and all positions.
         variance: likewise.
         rows: leading size of the input that they were taken of; 0 if unknown.
+        samples: of the forward that they were taken in; 0 if unknown.
     """
 
     mean: Tensor
     variance: Tensor
     rows: int = 0
+    samples: int = 0
 
 
 Constants: TypeAlias = "list[Statistics] | tuple[list[Statistics], list[Statistics]]"
@@ -167,8 +169,8 @@ class BatchNormCalls:
         """Stands in for `torch.nn.functional.batch_norm`, whose signature it has; buffers are not written."""
         del momentum
         statistics = self._statistics(input, running_mean, running_var, training)
-        # One sample with as many rows as the whole batch had: these are not the batch's.
-        if self._samples == 1 and statistics.rows == len(input):
+        # Another number of samples and as many rows: these do not belong to samples.
+        if self._samples != statistics.samples and statistics.rows == len(input):
             channels = input.to(torch.promote_types(input.dtype, torch.float32)).transpose(0, 1)
             y = standardized(channels.flatten(1), 1, eps).view(channels.shape).transpose(0, 1)
             return scaled(y, weight, bias, 1).to(input.dtype)
@@ -202,7 +204,7 @@ class BatchNormCalls:
                 )
             return Statistics(running_mean, running_var)
         if self._recording is not None:
-            self._recording.append(batch_statistics(x))
+            self._recording.append(batch_statistics(x)._replace(samples=self._samples))
             return self._recording[-1]
         if self.recorded is None:
             raise StatisticsMissingError
@@ -253,6 +255,10 @@ def _by_view(weak: list[Statistics], strong: list[Statistics]) -> list[Statistic
             f" {len(strong)} with the strong ones, or other channels. Use `batchnorm='auto'`."
         )
     return [
-        Statistics(torch.stack([w.mean, s.mean]), torch.stack([w.variance, s.variance]), w.rows * (w.rows == s.rows))
+        w._replace(
+            mean=torch.stack([w.mean, s.mean]),
+            variance=torch.stack([w.variance, s.variance]),
+            rows=w.rows if w.rows == s.rows else 0,
+        )
         for w, s in zip(weak, strong, strict=True)
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -32,7 +33,7 @@ class _Forward:
 
     def holds(self, view: Inputs) -> bool:
         """Whether the samples of `view` are, in their order and side by side, among the inputs."""
-        parts = leaves(view)
+        parts = [view[name] for name in sorted(view)] if isinstance(view, Mapping) else leaves(view)
         if len(parts) != len(self.inputs):
             return False
         return any(
@@ -70,7 +71,8 @@ class StatisticsObserver(TorchFunctionMode):
             hook.remove()
 
     def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tensors = [leaf.detach() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
+        given = (args, [kwargs[name] for name in sorted(kwargs)])
+        tensors = [leaf.detach() for leaf in tree_leaves(given) if isinstance(leaf, Tensor) and leaf.dim()]
         self._forwards.append(_Forward(tensors))
         self._inside += 1
 
@@ -82,8 +84,10 @@ class StatisticsObserver(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.batch_norm and self._inside and (args[5] if len(args) > 5 else kwargs.get("training", False)):
+            forward = self._forwards[-1]
             with torch.no_grad():
-                self._forwards[-1].statistics.append(batch_statistics(args[0] if args else kwargs["input"]))
+                found = batch_statistics(args[0] if args else kwargs["input"])
+            forward.statistics.append(found._replace(samples=len(forward.inputs[0]) if forward.inputs else 0))
         return func(*args, **kwargs)
 
     def statistics(self, pair: ViewPair) -> Constants:
@@ -99,19 +103,31 @@ class StatisticsObserver(TorchFunctionMode):
             ConfigError: no forward in batch mode, or several of which it is not clear which one was a view's.
         """
         found = [forward for forward in self._forwards if forward.statistics]
-        if len(found) == 1:
-            return found[0].statistics
-        own = []
-        for name, view in (("weak", pair.weak), ("strong", pair.strong)):
-            with_view = [forward for forward in found if forward.holds(view)]
-            if len(with_view) != 1:
-                raise ConfigError(
-                    "`batchnorm='observed'` needs, for each view, one forward in train mode that it goes through in"
-                    f" one piece; of {len(found)} that the method did in this step, {len(with_view)} held the {name}"
-                    " views of its pair. Use `batchnorm='auto'`, or a method that forwards them so (FixMatch)."
-                )
-            own.append(with_view[0])
-        return own[0].statistics if own[0] is own[1] else (own[0].statistics, own[1].statistics)
+        weak, strong = (_statistics_of(name, getattr(pair, name), found) for name in ("weak", "strong"))
+        return weak if weak is strong else (weak, strong)
+
+
+def _statistics_of(name: str, view: Inputs, found: list[_Forward]) -> list[Statistics]:
+    """Those of the forward that the view went through."""
+    own = [forward for forward in found if forward.holds(view)]
+    if not own or not all(_same_statistics(own[0].statistics, other.statistics) for other in own[1:]):
+        raise ConfigError(
+            "`batchnorm='observed'` needs, for each view, one forward of the model in train mode that it goes through"
+            f" in one piece; of {len(found)} that the method did in this step, {len(own)} held the {name} views of its"
+            " pair. Use `batchnorm='auto'`, or a method that forwards them so (FixMatch); calls of the model's parts"
+            " are not seen."
+        )
+    if any(each.samples == 1 < each.rows for each in own[0].statistics):
+        raise ConfigError(
+            "`batchnorm='observed'` met one sample alone in a forward, and a BatchNorm call on more rows than that: it"
+            " cannot be told whether these are the sample's. Use more pairs a step, or `batchnorm='auto'`."
+        )
+    return own[0].statistics
+
+
+def _same_statistics(a: list[Statistics], b: list[Statistics]) -> bool:
+    pairs = list(zip(a, b, strict=False))
+    return len(a) == len(b) and all(_equal(x.mean, y.mean) and _equal(x.variance, y.variance) for x, y in pairs)
 
 
 def _places(whole: Tensor, part: Tensor) -> list[int]:

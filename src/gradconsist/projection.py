@@ -57,7 +57,8 @@ class RandomProjection:
 
     The flat kinds need the per-sample gradient first and add to its cost; they serve to study projections. Only
     "kronecker" can be faster than the exact products: docs/guides/cost.md has the measurements. P is drawn by blocks
-    from a hash of (seed, number of the draw, position), and is the same in every engine, chunk, process and device.
+    from a hash of (seed, number of the draw, position), and is the same in every engine, chunk and device, and in
+    every process that has made as many calls.
 
     Args:
         dim: k, the rows of P, or of each factor. A "kronecker" projection with k >= min(n, m) for every weight is

@@ -626,6 +626,59 @@ def test_a_view_is_found_among_the_forwards_by_its_rows() -> None:
             observer.statistics(ViewPair(view, [second + 1.0, ones], torch.zeros(5)))
 
 
+@pytest.mark.parametrize("seen", ["weak", "strong"])
+def test_a_view_that_was_never_forwarded_has_no_observed_statistics(seen: str) -> None:
+    """As in Mean Teacher, whose student sees the strong views alone, and in pseudo-labelling."""
+
+    class OneView(Views):
+        def forward(self, batch: SSLBatch) -> StepOutput:
+            loss = self.model(torch.cat([batch.x, getattr(batch, seen)])).square().mean()
+            return StepOutput(loss, ViewPair(batch.weak, batch.strong, torch.arange(len(batch.weak)) % 3))
+
+    model = training.network(dropout=0.0)
+    wrapper = GGCRWrapper(OneView(model), GradientConsistencyLoss(model, batchnorm="observed"), warmup_steps=0)
+    other = {"weak": "strong", "strong": "weak"}[seen]
+    with pytest.raises(ConfigError, match=f"of 1 that the method did in this step, 0 held the {other} views"):
+        wrapper(DATA[0])
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
+def test_observed_statistics_of_one_pair(engine: str) -> None:
+    """A forward of as many samples as the engine's own: the statistics are constants all the same."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(18, 3)).double()
+    weak, strong = torch.randn(1, 1, 5, 5).double(), torch.randn(1, 1, 5, 5).double()
+    consistency = GradientConsistencyLoss(model, batchnorm="observed", engine=engine)
+    batch = SSLBatch(weak[:0], torch.zeros(0, dtype=torch.long), weak, strong)
+    out = GGCRWrapper(Views(model), consistency, warmup_steps=0)(batch)
+    verdict = Judge(model, weak, strong, out.pair.target, observed=weak, observed_strong=strong).verdict()
+    assert compare.cosine_error(consistency.last.cosine, verdict.cosine) <= 1e-10
+
+
+class Standardised(nn.Module):
+    """A BatchNorm of samples behind a convolution whose weight is standardised by `F.batch_norm`, as timm does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = F.batch_norm(self.conv.weight.reshape(1, 4, -1), None, None, training=True).view_as(self.conv.weight)
+        return self.norm(F.conv2d(x, weight, self.conv.bias)).mean((2, 3))
+
+
+def test_one_sample_and_rows_that_may_not_be_its_own_are_refused() -> None:
+    class Rows(Standardised):
+        def forward(self, x: Tensor) -> Tensor:
+            weight = F.batch_norm(self.conv.weight.flatten(1), None, None, training=True).view_as(self.conv.weight)
+            return self.norm(F.conv2d(x, weight, self.conv.bias)).mean((2, 3))
+
+    model = Rows()
+    consistency = GradientConsistencyLoss(model, batchnorm="observed")
+    batch = SSLBatch(torch.zeros(0, 1, 5, 5), torch.zeros(0, dtype=torch.long), *torch.randn(2, 1, 1, 5, 5))
+    with pytest.raises(ConfigError, match="met one sample alone in a forward, and a BatchNorm call on more rows"):
+        GGCRWrapper(Views(model), consistency, warmup_steps=0)(batch)
+
+
 class Sum(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -677,15 +730,16 @@ def test_an_engine_that_does_not_tell_the_view_is_refused() -> None:
 class Elsewhere(nn.Module):
     """A method whose own BatchNorm is no part of the compared model, before and after the model's forward."""
 
-    def __init__(self, model: nn.Module, forwards: int = 1) -> None:
+    def __init__(self, model: nn.Module, forwards: int = 1, *, alike: bool = False) -> None:
         super().__init__()
-        self.model, self.norm, self.forwards = model, nn.BatchNorm1d(5), forwards
+        self.model, self.norm, self.forwards, self.alike = model, nn.BatchNorm1d(5), forwards, alike
 
     def forward(self, batch: SSLBatch) -> StepOutput:
         inputs = torch.cat([batch.weak, batch.strong])
         loss = self.norm(inputs).square().mean()
-        for _ in range(self.forwards):
-            loss = loss + self.model(inputs).square().mean() + self.norm(inputs + 1.0).mean()
+        for again in range(self.forwards):
+            seen = torch.cat([batch.x, inputs]) if again and not self.alike else inputs
+            loss = loss + self.model(seen).square().mean() + self.norm(inputs + 1.0).mean()
         return StepOutput(loss, ViewPair(batch.weak, batch.strong, torch.arange(len(batch.weak)) % 3))
 
 
@@ -696,6 +750,15 @@ def test_only_the_compared_model_is_observed() -> None:
     out = GGCRWrapper(method, consistency, warmup_steps=0)(data)
     verdict = Judge(method.model, data.weak, data.strong, out.pair.target).verdict()
     assert float(out.logs["ggcr_loss"]) == pytest.approx(float(verdict.loss), abs=1e-10)
+
+
+def test_forwards_with_the_same_statistics_are_one_to_the_observer() -> None:
+    terms = []
+    for forwards in (1, 2):
+        method = Elsewhere(training.network(dropout=0.0), forwards, alike=True)
+        consistency = GradientConsistencyLoss(method.model, batchnorm="observed")
+        terms.append(GGCRWrapper(method, consistency, warmup_steps=0)(DATA[0]).logs["ggcr_loss"])
+    assert torch.equal(*terms)
 
 
 @pytest.mark.parametrize("forwards", [0, 2])

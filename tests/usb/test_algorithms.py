@@ -187,18 +187,15 @@ def test_another_algorithm_is_refused_by_name_or_gets_its_pairs() -> None:
 
 @pytest.mark.parametrize("use_cat", [True, False])
 def test_observed_statistics(use_cat: bool) -> None:
-    """One forward of all inputs is what `observed` needs, and `use_cat` decides."""
+    """`use_cat` decides whether the views go through one forward with the labeled images, or through one each."""
     algorithm = build("fixmatch", use_cat=use_cat, p_cutoff=0.0)
     attach(algorithm, GradientConsistencyLoss(algorithm.model, batchnorm="observed"), warmup_steps=0)
     batch = batch_of("fixmatch", 0)
-    if not use_cat:
-        with pytest.raises(ConfigError, match="the method did 3"):
-            one_step_on(algorithm, batch)
-        return
     views = batch["x_ulb_w"], batch["x_ulb_s"]
-    joint = torch.cat([batch["x_lb"], *views])
     target, weight = expected(algorithm, batch)
-    verdict = Judge(algorithm.model, *views, target, weight, observed=joint).verdict()
+    joint = {"observed": torch.cat([batch["x_lb"], *views])}
+    apart = {"observed": views[0], "observed_strong": views[1]}
+    verdict = Judge(algorithm.model, *views, target, weight, **(joint if use_cat else apart)).verdict()
     assert one_step_on(algorithm, batch)[1]["train/ggcr_loss"] == pytest.approx(float(verdict.loss), rel=1e-8)
 
 

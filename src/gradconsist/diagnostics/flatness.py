@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gradconsist.diagnostics.landscape import Landscape, landscape
+from gradconsist.errors import NonFiniteError
 from gradconsist.selection import Encoder
 from gradconsist.types import Inputs, LossFunction
 from gradconsist.validation import check_count, check_number
@@ -172,7 +173,8 @@ def top_eigenvalue(
         chunk_size: samples at a time; None is all.
 
     Returns:
-        The report; ``report.converged`` says whether the tolerance was met.
+        The report; ``report.converged`` says whether the tolerance was met. That proves an eigenvalue near the value,
+        not that none is larger: one whose vector the start hardly holds may be missed.
 
     Raises:
         ConfigError: an option has no such value.
@@ -200,6 +202,9 @@ def top_eigenvalue(
     return EigenvalueReport(value, residual, steps + 1, tolerance, vector)
 
 
+_LEAST_STEPS = 10  # products: an eigenvalue that is found at once need not be the largest
+
+
 def _lanczos(here: Landscape, max_steps: int, tolerance: float, generator: torch.Generator) -> tuple[Tensor, int]:
     """The Ritz vector of the largest Ritz value, and the number of products taken."""
     start = torch.randn(here.weights.shape, generator=generator).to(here.weights)
@@ -208,6 +213,10 @@ def _lanczos(here: Landscape, max_steps: int, tolerance: float, generator: torch
     off: list[float] = []
     while True:
         image = here.hessian_product(basis[-1])
+        if not bool(torch.isfinite(image).all()):
+            raise NonFiniteError(
+                "a product with the Hessian is NaN or infinite: `inputs`, the weights or the loss have such entries."
+            )
         diagonal.append(float(image @ basis[-1]))
         for _ in range(2):  # once is not enough in floating point
             for known in basis:
@@ -219,6 +228,7 @@ def _lanczos(here: Landscape, max_steps: int, tolerance: float, generator: torch
         size = float(values.abs().max())
         # |H v - value v| of the Ritz vector is the last off-diagonal entry times its last coefficient.
         done = off[-1] * abs(float(vectors[-1, -1])) <= 0.5 * tolerance * abs(float(values[-1]))
+        done = done and len(basis) >= _LEAST_STEPS
         if done or off[-1] <= 1e-12 * size or len(basis) in (max_steps, len(start)):
             found = torch.zeros_like(start)
             for part, known in zip(vectors[:, -1].tolist(), basis, strict=True):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradconsist.batch import check_inputs, leaves, take
+from gradconsist.batch import check_inputs, concatenate, leaves, take
 from gradconsist.default_loss import cross_entropy
 from gradconsist.errors import ConfigError, NonFiniteError
 from gradconsist.forward import PerSampleForward
@@ -140,7 +140,8 @@ def landscape(
     )
     with one_comparison(), torch.inference_mode(False), our_rules(model, pairs.device):
         with torch.no_grad():
-            forward.output(pairs.weak, record=True)
+            # Twice the batch has the same statistics, and tells calls that normalise samples from others.
+            forward.output(concatenate(pairs.weak, pairs.weak), record=True)
         probe_model(forward, pairs, torch.arange(len(pairs), device=pairs.device), Probed())
         yield Landscape(forward, names, pairs, chunk_size or len(pairs))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -103,7 +104,7 @@ class Trials:
         self.index = (weight != 0).nonzero().squeeze(1)
         if not len(self.index):
             raise InputValueError("no pair of `batch` has a positive weight, so nothing is compared: give one.")
-        self.witness = _Witness(make_engine(engine))
+        self.witness = _Witness(make_engine(copy.deepcopy(engine)))  # which may learn to fall back, here and not there
         self.options: dict[str, Any] = {
             "encoder": encoder, "engine": self.witness, "stop_gradient": constant, "loss_fn": loss_fn,
             "batchnorm": batchnorm,

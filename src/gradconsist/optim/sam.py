@@ -29,7 +29,8 @@ class SAM(Optimizer):
 
         loss(...).backward();  sam.first_step();  loss(...).backward();  sam.second_step();  sam.zero_grad()
 
-    **GradScaler.** e does not depend on the gradient's scale, so the first pass needs no ``unscale_``. The scaler must
+    **GradScaler.** e does not depend on the gradient's scale, so the first pass needs no ``unscale_``. What the scaler
+    is told is ``sam.base``, also for clipping: ``scaler.unscale_(sam.base)``, or it would divide twice. The scaler must
     step the base optimizer, with the weights put back before, because it may skip the step:
 
         scaler.scale(loss(...)).backward();  sam.first_step()
@@ -77,14 +78,28 @@ class SAM(Optimizer):
         self.model = model
         self._before: dict[Tensor, Tensor] = {}
         super().__init__(base.param_groups, {**base.defaults, "rho": rho, "adaptive": adaptive})
-        self._share()
-
-    def _share(self) -> None:
-        """Groups and state are the base optimizer's own, and not copies."""
-        self.param_groups = self.base.param_groups
-        self.state = self.base.state
-        for group in self.param_groups:
+        for group in base.param_groups:
             check_number("rho", group["rho"], least=0.0)
+
+    # Groups and state are the base optimizer's own, whatever it puts in their place.
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Those of `base`."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, _: Any) -> None:
+        pass  # torch's constructor assigns an empty list
+
+    @property
+    def state(self) -> Any:
+        """That of `base`."""
+        return self.base.state
+
+    @state.setter
+    def state(self, _: Any) -> None:
+        pass
 
     @property
     def perturbed(self) -> bool:
@@ -107,7 +122,7 @@ class SAM(Optimizer):
         if self.perturbed:
             raise ConfigError("`first_step` was called twice: call `second_step()` or `restore()` in between.")
         scaled = [
-            (parameter, group, _ascent(parameter, group["adaptive"]))
+            (parameter, group, _ascent(parameter, group.get("adaptive", self.defaults["adaptive"])))
             for group in self.param_groups
             for parameter in group["params"]
             if parameter.grad is not None
@@ -117,7 +132,7 @@ class SAM(Optimizer):
             for parameter, group, (direction, _) in scaled:
                 self._before[parameter] = parameter.detach().clone()
                 # Divided in float32 at least: a half-precision norm may have overflowed where this has not.
-                move = direction * (group["rho"] / norm.to(direction.device))
+                move = direction * (group.get("rho", self.defaults["rho"]) / norm.to(direction.device))
                 parameter.add_(move.to(parameter.dtype))
         if zero_grad:
             self.zero_grad()
@@ -140,6 +155,9 @@ class SAM(Optimizer):
 
         Args:
             closure: clears the gradients, computes the loss, calls backward and returns the loss; it is called twice.
+                A method that counts its calls or remembers something (`GGCRWrapper`, most of `gradconsist.methods`)
+                counts both: with `every=2` the term would be in the first gradient only, which is thrown away. Put such
+                state back before the second call, as examples/recipes/sam.py does.
 
         Returns:
             What the first call returned: the loss at the weights themselves.
@@ -154,8 +172,8 @@ class SAM(Optimizer):
             )
         with torch.enable_grad():
             loss = closure()
-        self.first_step()
         try:
+            self.first_step()
             with torch.enable_grad(), nullcontext() if self.model is None else kept_running_statistics(self.model):
                 closure()
         except BaseException:
@@ -190,7 +208,6 @@ class SAM(Optimizer):
             )
         self.restore()
         self.base.load_state_dict(dict(state_dict))
-        self._share()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the base optimizer, with its own `rho` and `adaptive` or the first ones.
@@ -200,9 +217,7 @@ class SAM(Optimizer):
         """
         for key in ("rho", "adaptive"):
             param_group.setdefault(key, self.defaults[key])
-        if any(param_group is group for group in self.base.param_groups):  # torch's constructor hands back the base's
-            self.param_groups.append(param_group)
-        else:
+        if not any(param_group is group for group in self.base.param_groups):  # as torch does in its constructor
             self.base.add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:

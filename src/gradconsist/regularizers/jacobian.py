@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gradconsist.batch import check_inputs, leaves, map_leaves
+from gradconsist.batch import check_inputs, concatenate, leaves, map_leaves
 from gradconsist.default_loss import find_logits
 from gradconsist.errors import (
     ConfigError,
@@ -17,6 +17,7 @@ from gradconsist.errors import (
     LossContractError,
     NonFiniteError,
     StateError,
+    UnsupportedModuleError,
 )
 from gradconsist.forward import PerSampleForward
 from gradconsist.graph import check_second_derivative
@@ -132,7 +133,8 @@ class JacobianPenalty:
         own = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=source, device=source.device)))
         with one_comparison(), our_rules(self.model, device):
             with torch.no_grad():
-                forward.output(inputs, record=True)
+                # Twice the batch has the same statistics, and tells calls that normalise samples from others.
+                forward.output(concatenate(inputs, inputs), record=True)
             probe_model(forward, pairs, torch.arange(size, device=device), self._probed)
             return self._penalty(forward, pairs, own)
 
@@ -173,8 +175,14 @@ class JacobianPenalty:
                 "the Jacobian penalty is NaN or infinite: `inputs` or the model has such entries, or the output jumps."
                 " Skip the step; if it comes again, lower the learning rate or compute in a wider dtype."
             )
+        if not loss.requires_grad:
+            raise UnsupportedModuleError(
+                "the model's output has no derivative for its inputs that depends on a trainable parameter: something"
+                " on the way cuts the graph (`.detach()`, `.sign()`, rounding, `no_grad`), or all is frozen. There is"
+                " nothing to penalise."
+            )
         fact = Probed.fact("derivative of the Jacobian", self.model)
-        if loss.requires_grad and fact not in self._probed.passed:
+        if fact not in self._probed.passed:
             check_second_derivative(loss, list(trainable_parameters(self.model).values()), fused=False)
             self._probed.passed.add(fact)
         return loss

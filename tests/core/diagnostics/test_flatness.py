@@ -205,3 +205,27 @@ def test_bad_arguments() -> None:
         top_eigenvalue(model, x, y, tolerance=0)
     with pytest.raises(ParameterSelectionError, match="selects none"):
         top_eigenvalue(model, x, y, parameters=lambda name: False)
+
+
+def test_one_large_eigenvalue_among_many_equal_ones_is_found() -> None:
+    """A start that hardly holds its vector looks converged at once, at the wrong eigenvalue."""
+
+    class Quadratic(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(200_000))
+            self.register_buffer("d", torch.ones(200_000).index_fill(0, torch.tensor([7]), 1.5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (0.5 * self.d * self.w.square()).sum() * x.squeeze(1)
+
+    report = top_eigenvalue(Quadratic(), torch.ones(1, 1), torch.zeros(1), loss_fn=lambda output, _: output)
+    assert report.value == pytest.approx(1.5, rel=1e-3)
+
+
+def test_an_eigenvalue_of_nan_is_refused() -> None:
+    model = nn.Linear(3, 2)
+    with torch.no_grad():
+        model.weight[0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match="NaN or infinite"):
+        top_eigenvalue(model, torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))

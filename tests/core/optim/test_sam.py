@@ -269,3 +269,50 @@ def test_a_failure_in_the_second_pass_puts_the_weights_back() -> None:
         sam.step(evaluate)
     assert all(np.array_equal(a, b) for a, b in zip(arrays(model), before, strict=True))
     assert not sam.perturbed
+
+
+def test_the_base_optimizer_may_be_used_directly() -> None:
+    """Its groups and state are SAM's own, also after it has loaded a state or taken a group."""
+    first, second = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    base = torch.optim.SGD([first], lr=0.1)
+    sam = SAM(base, rho=0.05)
+    base.load_state_dict(base.state_dict())
+    base.add_param_group({"params": [second]})
+    assert sam.param_groups is base.param_groups
+    assert sam.state is base.state
+    (first.square().sum() + second.square().sum()).backward()
+    sam.first_step()
+    assert not torch.equal(second, torch.ones(2))
+    sam.second_step()
+    for group in sam.param_groups:
+        group["lr"] = 0.0
+    before = first.detach().clone()
+    first.grad = torch.ones(2)
+    base.step()
+    assert torch.equal(first, before)
+
+
+def test_an_error_while_the_weights_are_moved_puts_them_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))]
+    sam = SAM(torch.optim.SGD(parameters, lr=0.1))
+    moved: list[Tensor] = []
+    real = Tensor.add_
+
+    def fails(self: Tensor, *args: object, **kwargs: object) -> Tensor:
+        if any(self is parameter for parameter in parameters):
+            if moved:
+                raise RuntimeError("planted")
+            moved.append(self)
+        return real(self, *args, **kwargs)
+
+    def closure() -> Tensor:
+        sam.zero_grad()
+        loss = sum(parameter.square().sum() for parameter in parameters)
+        loss.backward()
+        return loss
+
+    monkeypatch.setattr(Tensor, "add_", fails)
+    with pytest.raises(RuntimeError, match="planted"):
+        sam.step(closure)
+    assert not sam.perturbed
+    assert all(torch.equal(parameter, torch.ones(2)) for parameter in parameters)

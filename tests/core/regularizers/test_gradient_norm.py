@@ -21,7 +21,7 @@ def by_definition(p: Problem, weight: Tensor | None = None, **options: object) -
     terms = []
     for i, factor in enumerate(judge.weight):
         squares = []
-        for name, view in (("weak", judge.weak), ("strong", judge.strong)):
+        for view, name in enumerate(("weak", "strong")):
             g = judge._sample_gradient(view, i)
             squares.append((g.detach() if judge.stop_gradient == name else g).square().sum())
         terms.append(factor * (squares[0] + squares[1]) / 2)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradconsist.errors import (
@@ -224,3 +225,54 @@ def test_a_function_without_a_second_derivative_is_refused() -> None:
 
     with pytest.raises(UnsupportedModuleError, match="second derivative"):
         JacobianPenalty(Model())(torch.randn(5, 4))
+
+
+class StandardisedWeight(nn.Module):
+    """A convolution whose weight is standardised, by `F.batch_norm` as timm does it or by the formula."""
+
+    def __init__(self, *, formula: bool) -> None:
+        super().__init__()
+        self.conv, self.norm, self.formula = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), formula
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.conv.weight.reshape(1, 4, -1)
+        if self.formula:
+            rows = (rows - rows.mean(2, keepdim=True)) / (rows.var(2, keepdim=True, correction=0) + 1e-5).sqrt()
+        else:
+            rows = F.batch_norm(rows, None, None, training=True)
+        return self.norm(F.conv2d(x, rows.view_as(self.conv.weight), self.conv.bias)).square().mean((2, 3))
+
+
+def test_weight_standardisation_keeps_its_derivative() -> None:
+    x, gradients = torch.randn(3, 1, 5, 5, dtype=torch.float64), []
+    for formula in (True, False):
+        torch.manual_seed(0)
+        model = StandardisedWeight(formula=formula).double()
+        gradients.append(compare.gradient_of(JacobianPenalty(model)(x), model))
+    assert compare.relative(gradients[1], gradients[0]) <= 1e-8
+
+
+def test_the_statistics_of_one_sample_are_constants() -> None:
+    """(y / x of a BatchNorm with constant statistics) is a fixed scale."""
+    norm = nn.BatchNorm2d(1, affine=False).double()
+    x = torch.randn(1, 1, 3, 3, dtype=torch.float64)
+    expected = 9 / (x.var(correction=0) + norm.eps)
+    conv = nn.Conv2d(1, 1, 1, bias=False).double()
+    with torch.no_grad():
+        conv.weight.fill_(1.0)
+    found = JacobianPenalty(nn.Sequential(conv, norm))(x)
+    assert float(found.detach()) == pytest.approx(float(expected), rel=1e-10)
+
+
+@pytest.mark.parametrize("cut", [Tensor.detach, Tensor.sign])
+def test_an_output_without_a_derivative_for_the_input_is_refused(cut: Callable[[Tensor], Tensor]) -> None:
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(cut(x))
+
+    with pytest.raises(UnsupportedModuleError, match="no derivative for its inputs"):
+        JacobianPenalty(Cut())(torch.randn(4, 3))
