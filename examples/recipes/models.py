@@ -43,9 +43,15 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[B, channels_in, H, W]` to `[B, channels_out, H / stride, W / stride]`."""
-        activated = self.act(self.bn1(x))
-        residual = self.conv2(self.act(self.bn2(self.conv1(activated))))
-        return self.shortcut(activated if self.activate_shortcut else x) + residual
+        h = self.act(self.bn1(x))
+        source = h if self.activate_shortcut else x
+        # Step by step, so that no more than two feature maps beside `source` are alive at a time: without a graph, the
+        # forward that takes BatchNorm's statistics for gradient consistency has them for all pairs at once.
+        h = self.conv1(h)
+        h = self.bn2(h)
+        h = self.act(h)
+        h = self.conv2(h)
+        return h + self.shortcut(source)
 
 
 class WideEncoder(nn.Sequential):
