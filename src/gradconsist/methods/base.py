@@ -168,6 +168,27 @@ def wide(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+def without_graph(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Logits as constants, in float32 at least.
+
+    Autocast keeps the half-precision copies of the weights for the rest of its context, and in torch 2.6 to 2.8 copies
+    made without a graph, too: the next forward would take them, and its weights would have no gradient, without an
+    error (pytorch#112583). So they are dropped here.
+
+    Args:
+        model: from inputs to logits.
+        inputs: [B, ...].
+
+    Returns:
+        [B, C].
+    """
+    with torch.no_grad():
+        logits = wide(model(inputs))
+    if torch.is_autocast_enabled(inputs.device.type):
+        torch.clear_autocast_cache()
+    return logits
+
+
 def view_logits(model: nn.Module, batch: SSLBatch, *, joint: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Logits of labeled, weak (without graph) and strong inputs, in float32 at least.
 
@@ -184,8 +205,7 @@ def view_logits(model: nn.Module, batch: SSLBatch, *, joint: bool) -> tuple[Tens
     if joint:
         labeled, weak, strong = wide(model(torch.cat([batch.x, batch.weak, batch.strong]))).split([n, m, m])
         return labeled, weak.detach(), strong
-    with torch.no_grad():
-        weak = wide(model(batch.weak))
+    weak = without_graph(model, batch.weak)
     labeled, strong = wide(model(torch.cat([batch.x, batch.strong]))).split([n, m])
     return labeled, weak, strong
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gradconsist.methods.base import Method, check_batch, wide
+from gradconsist.methods.base import Method, check_batch, wide, without_graph
 from gradconsist.schedules import sigmoid_ramp
 from gradconsist.types import SSLBatch, StepOutput, ViewPair
 from gradconsist.validation import check_number
@@ -82,15 +82,15 @@ class MeanTeacher(Method):
         """
         check_batch(batch)
         n, m = len(batch.x), len(batch.weak)
-        with torch.no_grad():
-            if self.training:
-                self._update_teacher()
-            target = wide(self.teacher(batch.weak)).softmax(1)
+        if self.training:
+            self._update_teacher()
+        target = without_graph(self.teacher, batch.weak).softmax(1)
         labeled, strong = wide(self.model(torch.cat([batch.x, batch.strong]))).split([n, m])
         unsupervised = (strong.softmax(1) - target).square().mean()
         pair = ViewPair(batch.weak, batch.strong, target, target.new_full((m,), self.ramp()))
         return self._finish(F.cross_entropy(labeled, batch.y), unsupervised, pair)
 
+    @torch.no_grad()
     def _update_teacher(self) -> None:
         decay = min(1 - 1 / (self.step + 1), self.ema_decay)
         for average, parameter in zip(self.teacher.parameters(), self.model.parameters(), strict=True):

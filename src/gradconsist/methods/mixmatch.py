@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradconsist.errors import InputTypeError, StateError
-from gradconsist.methods.base import Method, check_batch, sharpen, wide
+from gradconsist.methods.base import Method, check_batch, sharpen, wide, without_graph
 from gradconsist.types import SSLBatch, StepOutput, ViewPair
 from gradconsist.validation import check_choice, check_number
 
@@ -91,8 +91,8 @@ class MixMatch(Method):
         if not all(part.is_floating_point() for part in (batch.x, batch.weak, batch.strong)):
             raise InputTypeError("`batch` holds inputs that are not floating point: MixUp cannot mix them.")
         views = batch.weak, batch.strong
-        with torch.no_grad(), unrecorded(self.model):
-            one, two = (wide(self.model(view)).softmax(1) for view in views)
+        with unrecorded(self.model):
+            one, two = (without_graph(self.model, view).softmax(1) for view in views)
         guess = sharpen((one + two) / 2, self.temperature)
         onehot = F.one_hot(batch.y, guess.shape[1]).to(guess.dtype)
         n = len(batch.x)
