@@ -33,7 +33,9 @@ class MixMatch(Method):
     strong' (the reference's interleaving, which needs n = m), and only the first enters the running statistics.
     ``joint=True`` is one forward of all rows instead, which does.
 
-    The pair is (weak, strong) before mixing, with target q and weight 1.
+    The pair is (weak, strong) before mixing, with target q and weight 1. From temperature 1 on, where nothing is
+    sharpened, its target is argmax q: the mean of both predictions itself would make their residuals exactly opposite,
+    so that close views had cosine -1 and the term drove them apart. L_u has q in any case.
 
     Args:
         model: any module from inputs to logits [B, C]; inputs are floating point, to be mixed.
@@ -80,12 +82,12 @@ class MixMatch(Method):
             batch: labeled inputs and labels, and two views of the unlabeled ones.
 
         Returns:
-            Loss, the pair (weak, strong, sharpened guess, 1), and as logs loss_supervised, loss_unsupervised and
-            unlabeled_weight.
+            Loss, the pair (weak, strong, sharpened guess or its class, 1), and as logs loss_supervised,
+            loss_unsupervised and unlabeled_weight.
 
         Raises:
             InputTypeError: `batch` is something else, or its inputs are not floating point.
-            InputShapeError: its parts differ in length where they must not.
+            InputShapeError: its parts differ in length where they must not, or are empty.
         """
         check_batch(batch)
         if not all(part.is_floating_point() for part in (batch.x, batch.weak, batch.strong)):
@@ -100,7 +102,8 @@ class MixMatch(Method):
         logits = wide(self.model(inputs)) if self.joint else self._interleaved(inputs, n)
         supervised = F.cross_entropy(logits[:n], targets[:n])
         unsupervised = (logits[n:].softmax(1) - targets[n:]).square().mean()
-        pair = ViewPair(*views, guess, guess.new_ones(len(guess)))
+        target = guess if self.temperature < 1 else guess.argmax(1)
+        pair = ViewPair(*views, target, guess.new_ones(len(guess)))
         return self._finish(supervised, unsupervised, pair)
 
     def _mixed(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
