@@ -27,6 +27,9 @@ class MeanTeacher(Method):
     exact copy, so weights that were loaded into the model after the method was made are the teacher's, too. Averages
     need parameters in float32: use autocast, not a model in 16 bits.
 
+    With gradient accumulation over k batches there are k updates of the teacher, towards the same student, for one of
+    the student: give `ema_decay` as a ** (1 / k), which averages over the same time as a without accumulation.
+
     The authors' code compares labeled inputs, too, and divides the classification loss by the whole batch; a batch has
     one view of labeled inputs, so L_u is over the unlabeled ones, and L_s a mean over the labeled ones. For the paper's
     setting `strong` is a second weak view.
@@ -38,7 +41,7 @@ class MeanTeacher(Method):
         model: the student, any module from inputs to logits [B, C] that can be copied.
         unlabeled_weight: mu after its ramp.
         unlabeled_ramp_steps: steps in train mode of the ramp; 0 is none. TorchSSL takes 40 % of the run.
-        ema_decay: the largest a.
+        ema_decay: the largest a; its k-th root with gradient accumulation over k batches.
 
     Attributes:
         step: calls in train mode so far.
@@ -78,7 +81,7 @@ class MeanTeacher(Method):
 
         Raises:
             InputTypeError: `batch` is something else.
-            InputShapeError: its parts differ in length where they must not.
+            InputShapeError: its parts differ in length where they must not, or are empty.
         """
         check_batch(batch)
         n, m = len(batch.x), len(batch.weak)
