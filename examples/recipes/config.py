@@ -72,7 +72,9 @@ class Config:
     unlabeled_ramp: Annotated[
         int | None, Help(help="Steps in which mu rises from 0; 0 for none. None: the method's, else the preset's.")
     ] = None
-    brier_weight: Annotated[float, Help(help="Weight of ||softmax - onehot||^2 on the labeled images.")] = 0.0
+    brier_weight: Annotated[
+        float, Help(help="fixmatch, supervised: weight of ||softmax - onehot||^2, labeled images.")
+    ] = 0.0
     joint_forward: Annotated[
         bool | None,
         Help(help="One forward of labeled, weak and strong images; False: separate forwards. None: the method's."),
@@ -305,6 +307,12 @@ def _check(config: Config) -> None:
         raise OptionError(f"--method-decay is a decay in [0, 1), for example 0.999; found {config.method_decay}.")
     if config.bn_momentum is not None and config.bn_momentum > 1:
         raise OptionError(f"--bn-momentum is in (0, 1] (weight of the new statistics); found {config.bn_momentum}.")
+    if config.optimizer != "sam" and config.sam_rho != Config.sam_rho:
+        raise OptionError(f"--sam-rho {config.sam_rho}: --optimizer {config.optimizer} has no ball; leave it out.")
+    if config.jacobian_weight == 0 and config.jacobian_projections != Config.jacobian_projections:
+        raise OptionError(
+            f"--jacobian-projections {config.jacobian_projections}: there is no penalty; give --jacobian-weight, too."
+        )
     if config.image_size is not None and config.dataset != "folder":
         raise OptionError(f"--image-size is for --dataset folder; --dataset {config.dataset} has a size of its own.")
     projection(config)

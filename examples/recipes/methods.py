@@ -18,19 +18,24 @@ from recipes.models import WideResNet
 
 
 class Supervised(nn.Module):
-    """Cross-entropy on the labeled images alone: the baseline that every table needs.
+    """Loss of the labeled images alone, as FixMatch has it: the baseline that every table needs.
 
     Args:
         model: From images `[B, 3, H, W]` to logits `[B, K]`.
+        brier_weight: Of the squared error of the probabilities, beside the cross-entropy.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, brier_weight: float = 0.0) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.brier_weight = model, brier_weight
 
     def forward(self, batch: SSLBatch) -> StepOutput:
         """Return the labeled loss; there is no pair of views to compare."""
-        loss = F.cross_entropy(self.model(batch.x).float(), batch.y)
+        logits = self.model(batch.x).float()
+        loss = F.cross_entropy(logits, batch.y)
+        if self.brier_weight > 0:
+            onehot = F.one_hot(batch.y, logits.shape[1])
+            loss = loss + self.brier_weight * (logits.softmax(1) - onehot).square().sum(1).mean()
         return StepOutput(loss, None, {"loss_supervised": loss.detach()})
 
 
@@ -54,7 +59,7 @@ ARGUMENTS = {
 def check_method(config: Config) -> None:
     """Refuse a method that does not exist, and options that the method does not have.
 
-    The supervised baseline alone ignores the options of methods, so that one command line serves both.
+    The supervised baseline alone ignores the options of unlabeled images, so that one command line serves both.
 
     Args:
         config: Resolved options.
@@ -131,8 +136,6 @@ class WithJacobian(nn.Module):
 
 
 def _with_ggcr(method: nn.Module, model: WideResNet, config: Config) -> nn.Module:
-    if config.ggcr_weight == 0:
-        return method
     term = GradientConsistencyLoss if config.ggcr_criterion == "cosine" else GradientNormPenalty
     consistency = term(
         model,
@@ -141,6 +144,8 @@ def _with_ggcr(method: nn.Module, model: WideResNet, config: Config) -> nn.Modul
         max_pairs=config.ggcr_max_pairs,
         projection=projection(config),
     )
+    if config.ggcr_weight == 0:  # after the term is built: its options are checked in any case
+        return method
     return GGCRWrapper(
         method,
         consistency,

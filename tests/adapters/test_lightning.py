@@ -18,7 +18,7 @@ from gradconsist.errors import GradModeError, StateError
 from gradconsist.methods import FixMatch
 from support import training
 from support.compare import relative
-from support.lightning_modules import OPTIONS, THRESHOLD, Module, attached, fit, loop, same
+from support.lightning_modules import OPTIONS, THRESHOLD, Module, attached, fit, loader, loop, same
 from support.oracle import Judge
 
 DATA = [SSLBatch(*batch) for batch in training.batches(20)]
@@ -193,6 +193,23 @@ def test_a_checkpoint_without_the_state_may_start_the_term_anew() -> None:
     module, handle = attached()
     module.strict_loading = False
     module.on_load_checkpoint({})
+    assert handle.step == 0
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
+def test_a_checkpoint_without_the_state_is_refused_for_training_alone(stage: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    trainer = fit(Module("tensor", dropout=0.0), DATA[:2])
+    trainer.save_checkpoint(tmp_path / "bare.ckpt")
+    module, handle = attached(dropout=0.0)
+    run = {name: getattr(trainer, name) for name in ("fit", "validate", "test", "predict")}[stage]
+    if stage == "fit":
+        with pytest.raises(StateError, match="checkpoint holds NoneType"):
+            run(module, loader(DATA[:2]), ckpt_path=tmp_path / "bare.ckpt")
+    else:
+        setattr(module, f"{stage}_step".replace("validate", "validation"), lambda batch, batch_idx: torch.zeros(()))
+        run(module, loader(DATA[:2]), ckpt_path=tmp_path / "bare.ckpt")
+        assert torch.equal(module.model[0].weight, torch.load(tmp_path / "bare.ckpt")["state_dict"]["model.0.weight"])
     assert handle.step == 0
 
 

@@ -7,16 +7,20 @@ from typing import Any
 from urllib.error import URLError
 
 import pytest
+import torch
 import torchvision.datasets
 
 import gradconsist.methods
 import recipes.defaults
 import recipes.methods
+from gradconsist import SSLBatch
 from gradconsist.errors import GradConsistError
 from recipes.cli import parse_config
 from recipes.config import PRESETS, Config, preset_config, resolve
 from recipes.datasets import load_images
 from recipes.errors import DatasetError, OptionError
+from recipes.methods import build_method
+from recipes.models import build_model
 from recipes.training import main, run
 
 MakeConfig = Callable[..., Config]
@@ -86,6 +90,20 @@ def test_the_fixmatch_preset_is_the_reference_recipe() -> None:
     assert (config.unlabeled_ramp, config.ggcr_weight, config.strong) == (0, 0.0, "fixmatch")
 
 
+def test_the_supervised_baseline_has_the_brier_term(tiny: MakeConfig) -> None:
+    """As FixMatch's labeled loss."""
+    draws = torch.Generator().manual_seed(0)
+    images = torch.rand(6, 3, 8, 8, generator=draws)
+    batch = SSLBatch(images[:4], torch.arange(4), images[4:], images[4:])
+    model, losses = build_model("wrn-10-1", 10, momentum=0.1).eval(), []
+    for weight in (0.0, 0.5):
+        config = resolve(tiny(method="supervised", brier_weight=weight))
+        losses.append(float(build_method(model, config)(batch).loss.detach()))
+    p = model(batch.x).softmax(1).tolist()
+    brier = sum((p[i][c] - (c == i)) ** 2 for i in range(4) for c in range(10)) / 4
+    assert losses[1] == pytest.approx(losses[0] + 0.5 * brier, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [("--lrr", "1"), ("--labels", "many"), ("--preset", "best"), ("--dataset", "svhn"), ("--amp", "fp8"), ("stray",)],
@@ -136,6 +154,9 @@ def test_help_shows_the_defaults_of_the_preset(capsys: pytest.CaptureFixture[str
         ({"method": "pseudolabel", "joint_forward": True}, "--joint-forward True: pseudolabel has no such option"),
         ({"device": "warp"}, "--device 'warp' is not usable here .*try cpu"),
         ({"ggcr_encoder": "backbone"}, "--ggcr-encoder 'backbone' is a prefix of no parameter: write encoder, all"),
+        ({"ggcr_encoder": "backbone", "ggcr_weight": 0.0}, "--ggcr-encoder 'backbone' is a prefix of no parameter"),
+        ({"sam_rho": 0.1}, "--sam-rho 0.1: --optimizer sgd has no ball; leave it out"),
+        ({"jacobian_projections": 2}, "--jacobian-projections 2: there is no penalty; give --jacobian-weight, too"),
         ({"labels": 33}, "--labels 33 cannot be balanced over 10 classes"),
     ],
 )
@@ -155,10 +176,11 @@ def test_an_output_that_cannot_be_written_is_refused(tiny: MakeConfig, tmp_path:
         run(tiny(output=str(tmp_path / "file" / "run")))
 
 
+@pytest.mark.parametrize("weight", [0.1, 0.0])
 def test_what_the_library_refuses_is_one_line_and_status_1(
-    tiny: MakeConfig, capsys: pytest.CaptureFixture[str]
+    tiny: MakeConfig, capsys: pytest.CaptureFixture[str], weight: float
 ) -> None:
-    config = tiny(ggcr_engine="warp")
+    config = tiny(ggcr_engine="warp", ggcr_weight=weight)
     with pytest.raises(GradConsistError, match="engine"):
         run(config)
     assert main(config) == 1

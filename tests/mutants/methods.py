@@ -88,7 +88,7 @@ BUGS = [
         "MixMatch's guess recorded in the running statistics",
         "guessing leaves no trace",
         "methods/test_mixmatch.py",
-        MIX, "with torch.no_grad(), unrecorded(self.model):", "with torch.no_grad():",
+        MIX, "with unrecorded(self.model):\n            one, two", "if True:\n            one, two",
     ),
     Bug(
         "MixMatch's generator not in the state",
@@ -106,7 +106,7 @@ BUGS = [
         "the student compared with itself",
         "the target is the teacher's",
         ENSEMBLES,
-        TEACHER, "target = wide(self.teacher(batch.weak))", "target = wide(self.model(batch.weak))",
+        TEACHER, "without_graph(self.teacher, batch.weak)", "without_graph(self.model, batch.weak)",
     ),
     Bug(
         "one pass of the Pi-model held constant",

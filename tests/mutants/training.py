@@ -179,6 +179,6 @@ BUGS = [
         "FixMatch's ramp starts anew after a resume",
         "a resumed run continues bitwise",
         PSEUDO_CODE,
-        METHOD, 'self.step = int(state["step"])', "self.step = 0",
+        METHOD, "self.step = step", "self.step = 0",
     ),
 ]  # fmt: skip

@@ -72,7 +72,9 @@ class UsbHandle:
         options: dict[str, Any],
     ) -> None:
         check_algorithm(algorithm)
-        if isinstance(vars(algorithm).get("train_step"), _Step):
+        own = vars(algorithm)
+        owner = getattr(own.get("get_save_dict"), "__self__", None)  # tells also where `train_step` was wrapped again
+        if isinstance(own.get("train_step"), _Step) or isinstance(owner, UsbHandle):
             raise ConfigError("`algorithm` has a term already: detach() the first handle before attaching another.")
         kind = type(algorithm)
         self._name = next((base.__name__ for base in kind.__mro__ if base.__name__ in READERS), "")
@@ -92,7 +94,6 @@ class UsbHandle:
         self._signature = signature(algorithm.train_step)
         self._output: Any = None
         self._heard = Listener(algorithm)
-        own = vars(algorithm)
         self._kept = {name: own[name] for name in self._originals if name in own}
         self._in_place = _Step(self, self._signature)
         self._installed = {

@@ -142,9 +142,13 @@ def _two_passes(algorithm: Any, heard: Listener) -> tuple[Tensor, Tensor | None]
 
 
 def _guess(algorithm: Any, heard: Listener) -> tuple[Tensor, Tensor | None]:
-    """The sharpened guess of both views before MixUp, which L_u sees only mixed."""
+    """The sharpened guess of both views before MixUp, which L_u sees only mixed; its class where T sharpens nothing.
+
+    The mean of both predictions itself would make their residuals opposite, as in `_two_passes`.
+    """
     first, second = heard.probabilities[:2]
-    return sharpen((first + second) / 2, algorithm.T), None
+    mean = (first + second) / 2
+    return (sharpen(mean, algorithm.T) if algorithm.T < 1 else mean.argmax(dim=-1)), None
 
 
 def sharpen(probabilities: Tensor, temperature: float) -> Tensor:

@@ -55,6 +55,12 @@ class Method(nn.Module):
         shown = {"loss_supervised": supervised.detach(), "loss_unsupervised": unsupervised.detach()}
         return StepOutput(supervised + mu * unsupervised, pair, {**shown, **logs, "unlabeled_weight": mu})
 
+    @staticmethod
+    def _average(old: Tensor, new: Tensor, decay: float) -> Tensor:
+        """The average d old + (1 - d) new; `old` where that is not finite, or one bad step would stay for ever."""
+        updated = decay * old + (1 - decay) * new.to(old.dtype)
+        return torch.where(updated.isfinite().all(), updated, old)  # no `if`: nothing waits for the device
+
     def _remember(self, name: str, value: Tensor) -> None:
         """Registers state on the model's device; floating point in the model's precision, in float32 at least."""
         like = next((p for p in self.model.parameters() if p.is_floating_point()), torch.empty(0))
@@ -67,7 +73,9 @@ class Method(nn.Module):
         super()._apply(fn, recurse)
         for name, old in before.items():
             new = self._buffers[name]
-            if old is not None and new is not None and torch.promote_types(new.dtype, torch.float32) != new.dtype:
+            if old is None or new is None or not old.is_floating_point():
+                continue
+            if torch.promote_types(new.dtype, torch.float32) != new.dtype:
                 self._buffers[name] = old.to(new.device)
         return self
 
@@ -84,9 +92,10 @@ class Method(nn.Module):
         Raises:
             StateError: it is something else.
         """
-        if not isinstance(state, Mapping) or not isinstance(state.get("step"), int):
+        step = state.get("step") if isinstance(state, Mapping) else None
+        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
             raise StateError(f"`state_dict` holds {state!r:.80} for {type(self).__name__}: load the method's own.")
-        self.step = int(state["step"])
+        self.step = step
 
 
 def check_batch(batch: SSLBatch) -> None:
@@ -97,7 +106,7 @@ def check_batch(batch: SSLBatch) -> None:
 
     Raises:
         InputTypeError: it is something else, or a part is no tensor.
-        InputShapeError: its parts differ in length where they must not.
+        InputShapeError: its parts differ in length where they must not, or there is no labeled or no unlabeled input.
     """
     if not isinstance(batch, SSLBatch):
         raise InputTypeError(f"`batch` is a {type(batch).__name__}: pass SSLBatch(x, y, weak, strong).")
@@ -112,6 +121,11 @@ def check_batch(batch: SSLBatch) -> None:
         raise InputShapeError(
             f"`batch` has {len(batch.x)} labeled inputs x, {len(batch.y)} labels y, {len(batch.weak)} weak and"
             f" {len(batch.strong)} strong views: x and y, weak and strong belong together row by row."
+        )
+    if len(batch.x) == 0 or len(batch.weak) == 0:
+        raise InputShapeError(
+            f"`batch` has {len(batch.x)} labeled and {len(batch.weak)} unlabeled inputs, and the mean over none is NaN:"
+            " give at least one of each; drop the loader's last batch where it is empty."
         )
 
 
@@ -168,6 +182,27 @@ def wide(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+def without_graph(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Logits as constants, in float32 at least.
+
+    Autocast keeps the half-precision copies of the weights for the rest of its context, and in torch 2.6 to 2.8 copies
+    made without a graph, too: the next forward would take them, and its weights would have no gradient, without an
+    error (pytorch#112583). So they are dropped here.
+
+    Args:
+        model: from inputs to logits.
+        inputs: [B, ...].
+
+    Returns:
+        [B, C].
+    """
+    with torch.no_grad():
+        logits = wide(model(inputs))
+    if torch.is_autocast_enabled(inputs.device.type):
+        torch.clear_autocast_cache()
+    return logits
+
+
 def view_logits(model: nn.Module, batch: SSLBatch, *, joint: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Logits of labeled, weak (without graph) and strong inputs, in float32 at least.
 
@@ -184,8 +219,7 @@ def view_logits(model: nn.Module, batch: SSLBatch, *, joint: bool) -> tuple[Tens
     if joint:
         labeled, weak, strong = wide(model(torch.cat([batch.x, batch.weak, batch.strong]))).split([n, m, m])
         return labeled, weak.detach(), strong
-    with torch.no_grad():
-        weak = wide(model(batch.weak))
+    weak = without_graph(model, batch.weak)
     labeled, strong = wide(model(torch.cat([batch.x, batch.strong]))).split([n, m])
     return labeled, weak, strong
 

@@ -69,7 +69,7 @@ class FixMatch(Method):
 
         Raises:
             InputTypeError: `batch` is something else.
-            InputShapeError: its parts differ in length where they must not.
+            InputShapeError: its parts differ in length where they must not, or are empty.
         """
         check_batch(batch)
         labeled, weak, strong = view_logits(self.model, batch, joint=self.joint)

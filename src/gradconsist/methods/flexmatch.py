@@ -100,7 +100,7 @@ class FlexMatch(Method):
 
         Raises:
             InputTypeError: `batch` is something else, or has no index.
-            InputShapeError: its parts differ in length where they must not.
+            InputShapeError: its parts differ in length where they must not, or are empty.
             InputValueError: an index is outside range(N).
         """
         check_batch(batch)

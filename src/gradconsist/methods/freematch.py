@@ -26,7 +26,8 @@ class FreeMatch(Method):
     with hist the relative frequencies of classes, norm(v) = v / sum v, and a division by a frequency of 0 giving 0.
     All three averages start at 1 / C and are updated *before* the mask is taken. L_f is the negative cross-entropy of a
     and b, so it is at most 0, and training *raises* that cross-entropy; without a masked sample it is 0. In several
-    processes the averages, and mean q and its histogram, are those of all of them.
+    processes the averages, and mean q and its histogram, are those of all of them. A step whose p is not finite leaves
+    the averages as they are.
 
     Args:
         model: any module from inputs to logits [B, C].
@@ -99,7 +100,7 @@ class FreeMatch(Method):
 
         Raises:
             InputTypeError: `batch` is something else.
-            InputShapeError: its parts differ in length where they must not.
+            InputShapeError: its parts differ in length where they must not, or are empty.
             ConfigError: the model has not `classes` classes.
         """
         check_batch(batch)
@@ -120,13 +121,12 @@ class FreeMatch(Method):
         return out._replace(loss=out.loss + self.fairness_weight * fairness)
 
     def _update(self, probability: Tensor) -> None:
-        def average(old: Tensor, new: Tensor) -> Tensor:
-            return self.ema_decay * old + (1 - self.ema_decay) * new.to(old.dtype)
-
         confidence, target = probability.max(1)
-        self.confidence = average(self.confidence, confidence.mean())
-        self.probability = average(self.probability, probability.mean(0))
-        self.histogram = average(self.histogram, _frequencies(target, self.histogram))
+        # Labels of probabilities that are not finite are finite: the condition has to be said here.
+        frequencies = _frequencies(target, self.histogram).where(probability.isfinite().all(), torch.nan)
+        self.confidence = self._average(self.confidence, confidence.mean(), self.ema_decay)
+        self.probability = self._average(self.probability, probability.mean(0), self.ema_decay)
+        self.histogram = self._average(self.histogram, frequencies, self.ema_decay)
 
     def _fairness(self, q: Tensor) -> Tensor:
         """L_f of the masked strong probabilities [k, C]."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gradconsist.methods.base import Method, check_batch, wide
+from gradconsist.methods.base import Method, check_batch, wide, without_graph
 from gradconsist.schedules import sigmoid_ramp
 from gradconsist.types import SSLBatch, StepOutput, ViewPair
 from gradconsist.validation import check_number
@@ -27,6 +27,9 @@ class MeanTeacher(Method):
     exact copy, so weights that were loaded into the model after the method was made are the teacher's, too. Averages
     need parameters in float32: use autocast, not a model in 16 bits.
 
+    With gradient accumulation over k batches there are k updates of the teacher, towards the same student, for one of
+    the student: give `ema_decay` as a ** (1 / k), which averages over the same time as a without accumulation.
+
     The authors' code compares labeled inputs, too, and divides the classification loss by the whole batch; a batch has
     one view of labeled inputs, so L_u is over the unlabeled ones, and L_s a mean over the labeled ones. For the paper's
     setting `strong` is a second weak view.
@@ -38,7 +41,7 @@ class MeanTeacher(Method):
         model: the student, any module from inputs to logits [B, C] that can be copied.
         unlabeled_weight: mu after its ramp.
         unlabeled_ramp_steps: steps in train mode of the ramp; 0 is none. TorchSSL takes 40 % of the run.
-        ema_decay: the largest a.
+        ema_decay: the largest a; its k-th root with gradient accumulation over k batches.
 
     Attributes:
         step: calls in train mode so far.
@@ -78,19 +81,19 @@ class MeanTeacher(Method):
 
         Raises:
             InputTypeError: `batch` is something else.
-            InputShapeError: its parts differ in length where they must not.
+            InputShapeError: its parts differ in length where they must not, or are empty.
         """
         check_batch(batch)
         n, m = len(batch.x), len(batch.weak)
-        with torch.no_grad():
-            if self.training:
-                self._update_teacher()
-            target = wide(self.teacher(batch.weak)).softmax(1)
+        if self.training:
+            self._update_teacher()
+        target = without_graph(self.teacher, batch.weak).softmax(1)
         labeled, strong = wide(self.model(torch.cat([batch.x, batch.strong]))).split([n, m])
         unsupervised = (strong.softmax(1) - target).square().mean()
         pair = ViewPair(batch.weak, batch.strong, target, target.new_full((m,), self.ramp()))
         return self._finish(F.cross_entropy(labeled, batch.y), unsupervised, pair)
 
+    @torch.no_grad()
     def _update_teacher(self) -> None:
         decay = min(1 - 1 / (self.step + 1), self.ema_decay)
         for average, parameter in zip(self.teacher.parameters(), self.model.parameters(), strict=True):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradconsist.errors import InputTypeError, StateError
-from gradconsist.methods.base import Method, check_batch, sharpen, wide
+from gradconsist.methods.base import Method, check_batch, sharpen, wide, without_graph
 from gradconsist.types import SSLBatch, StepOutput, ViewPair
 from gradconsist.validation import check_choice, check_number
 
@@ -33,7 +33,9 @@ class MixMatch(Method):
     strong' (the reference's interleaving, which needs n = m), and only the first enters the running statistics.
     ``joint=True`` is one forward of all rows instead, which does.
 
-    The pair is (weak, strong) before mixing, with target q and weight 1.
+    The pair is (weak, strong) before mixing, with target q and weight 1. From temperature 1 on, where nothing is
+    sharpened, its target is argmax q: the mean of both predictions itself would make their residuals exactly opposite,
+    so that close views had cosine -1 and the term drove them apart. L_u has q in any case.
 
     Args:
         model: any module from inputs to logits [B, C]; inputs are floating point, to be mixed.
@@ -80,19 +82,19 @@ class MixMatch(Method):
             batch: labeled inputs and labels, and two views of the unlabeled ones.
 
         Returns:
-            Loss, the pair (weak, strong, sharpened guess, 1), and as logs loss_supervised, loss_unsupervised and
-            unlabeled_weight.
+            Loss, the pair (weak, strong, sharpened guess or its class, 1), and as logs loss_supervised,
+            loss_unsupervised and unlabeled_weight.
 
         Raises:
             InputTypeError: `batch` is something else, or its inputs are not floating point.
-            InputShapeError: its parts differ in length where they must not.
+            InputShapeError: its parts differ in length where they must not, or are empty.
         """
         check_batch(batch)
         if not all(part.is_floating_point() for part in (batch.x, batch.weak, batch.strong)):
             raise InputTypeError("`batch` holds inputs that are not floating point: MixUp cannot mix them.")
         views = batch.weak, batch.strong
-        with torch.no_grad(), unrecorded(self.model):
-            one, two = (wide(self.model(view)).softmax(1) for view in views)
+        with unrecorded(self.model):
+            one, two = (without_graph(self.model, view).softmax(1) for view in views)
         guess = sharpen((one + two) / 2, self.temperature)
         onehot = F.one_hot(batch.y, guess.shape[1]).to(guess.dtype)
         n = len(batch.x)
@@ -100,7 +102,8 @@ class MixMatch(Method):
         logits = wide(self.model(inputs)) if self.joint else self._interleaved(inputs, n)
         supervised = F.cross_entropy(logits[:n], targets[:n])
         unsupervised = (logits[n:].softmax(1) - targets[n:]).square().mean()
-        pair = ViewPair(*views, guess, guess.new_ones(len(guess)))
+        target = guess if self.temperature < 1 else guess.argmax(1)
+        pair = ViewPair(*views, target, guess.new_ones(len(guess)))
         return self._finish(supervised, unsupervised, pair)
 
     def _mixed(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -70,7 +70,7 @@ class PiModel(Method):
 
         Raises:
             InputTypeError: `batch` is something else.
-            InputShapeError: its parts differ in length where they must not.
+            InputShapeError: its parts differ in length where they must not, or are empty.
         """
         check_batch(batch)
         n, m = len(batch.x), len(batch.weak)

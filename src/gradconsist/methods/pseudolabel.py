@@ -62,7 +62,7 @@ class PseudoLabel(Method):
 
         Raises:
             InputTypeError: `batch` is something else, or has no strong views.
-            InputShapeError: its parts differ in length where they must not.
+            InputShapeError: its parts differ in length where they must not, or are empty.
         """
         check_batch(batch)
         labeled, weak = wide(self.model(torch.cat([batch.x, batch.weak]))).split([len(batch.x), len(batch.weak)])

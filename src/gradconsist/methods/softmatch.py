@@ -24,7 +24,7 @@ class SoftMatch(Method):
     The alignment decides the weight only: the pseudo-label is that of p. All averages are updated before the weights
     are taken. The variance of a step is the unbiased one (a step of one sample leaves it as it is); mean starts at
     1 / C, variance at 1, and p~ at the first step's mean, as in the authors' code. In several processes the averages
-    are those of all of them.
+    are those of all of them. A step whose p is not finite leaves them as they are.
 
     Args:
         model: any module from inputs to logits [B, C].
@@ -91,7 +91,7 @@ class SoftMatch(Method):
 
         Raises:
             InputTypeError: `batch` is something else.
-            InputShapeError: its parts differ in length where they must not.
+            InputShapeError: its parts differ in length where they must not, or are empty.
             ConfigError: the model has not `classes` classes.
         """
         check_batch(batch)
@@ -112,15 +112,12 @@ class SoftMatch(Method):
         return self._finish(supervised, unsupervised, pair, **logs)
 
     def _update(self, probability: Tensor) -> None:
-        def average(old: Tensor, new: Tensor, decay: float = self.ema_decay) -> Tensor:
-            return decay * old + (1 - decay) * new.to(old.dtype)
-
-        first = self.step == 0
-        self.probability = average(self.probability, probability.mean(0), 0.0 if first else self.ema_decay)
+        decay = 0.0 if self.step == 0 else self.ema_decay
+        self.probability = self._average(self.probability, probability.mean(0), decay)
         confidence = self._aligned(probability).amax(1)
-        self.mean = average(self.mean, confidence.mean())
+        self.mean = self._average(self.mean, confidence.mean(), self.ema_decay)
         if len(confidence) > 1:
-            self.variance = average(self.variance, confidence.var())
+            self.variance = self._average(self.variance, confidence.var(), self.ema_decay)
 
     def _aligned(self, probability: Tensor) -> Tensor:
         if not self.align:

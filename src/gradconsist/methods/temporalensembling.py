@@ -26,7 +26,7 @@ class TemporalEnsembling(Method):
     is read only when its sample comes again, and needs no epochs: loaders that drop a rest, or mix the end of an epoch
     with the beginning of the next, are served, too. A first visit has weight 0 as the paper's first epoch has, whose
     targets are 0. A sample that a batch (or several processes together) holds several times counts as one visit with
-    the mean of its z. In several processes Z is that of all of them.
+    the mean of its z; a z that is not finite counts as none. In several processes Z is that of all of them.
 
     There is one forward of labeled and weak inputs. The method does not use `strong`: it goes into the pair, for
     gradient consistency alone. The pair's target is the ensemble's; its weight is 0 at a first visit (whose target is
@@ -90,7 +90,7 @@ class TemporalEnsembling(Method):
 
         Raises:
             InputTypeError: `batch` is something else, or has no strong views or no index.
-            InputShapeError: its parts differ in length where they must not.
+            InputShapeError: its parts differ in length where they must not, or are empty.
             InputValueError: an index is outside range(N).
             ConfigError: the model has not `classes` classes.
         """
@@ -114,6 +114,8 @@ class TemporalEnsembling(Method):
         return torch.where(visits[:, None] > 0, self.ensemble[index] / correction[:, None], 1 / self.classes)
 
     def _visit(self, index: Tensor, z: Tensor) -> None:
+        finite = z.isfinite().all(1)
+        index, z = index[finite], z[finite]
         rows, place, times = torch.unique(index, return_inverse=True, return_counts=True)
         sums = self.ensemble.new_zeros(len(rows), self.classes).index_add(0, place, z.to(self.ensemble.dtype))
         self.ensemble[rows] = self.ema_decay * self.ensemble[rows] + (1 - self.ema_decay) * sums / times[:, None]

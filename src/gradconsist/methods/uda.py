@@ -91,7 +91,7 @@ class UDA(Method):
 
         Raises:
             InputTypeError: `batch` is something else.
-            InputShapeError: its parts differ in length where they must not.
+            InputShapeError: its parts differ in length where they must not, or are empty.
         """
         check_batch(batch)
         labeled, weak, strong = view_logits(self.model, batch, joint=self.joint)

@@ -60,6 +60,15 @@ class PseudoLabel(Base):
         return {"loss": F.cross_entropy(self.model(x_lb), y_lb) + loss}, {}
 
 
+class MixMatch(Base):
+    T = 0.5
+
+    def train_step(self, x_lb: Tensor, y_lb: Tensor, x_ulb_w: Tensor, x_ulb_s: Tensor) -> Any:
+        one, two = (self.compute_prob(self.model(view).detach()) for view in (x_ulb_w, x_ulb_s))
+        unsupervised = self.consistency_loss(self.model(x_ulb_s), (one + two) / 2, "ce")
+        return {"loss": F.cross_entropy(self.model(x_lb), y_lb) + unsupervised}, {}
+
+
 class MyFixMatch(FixMatch):
     """Known by what it derives from."""
 
@@ -110,6 +119,16 @@ def test_the_loss_gains_the_weighted_term() -> None:
     assert all(isinstance(value, float) for value in logs.values())
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_close_views_of_mixmatch_agree(temperature: float) -> None:
+    """Also where nothing is sharpened, and the mean of both predictions would make their residuals opposite."""
+    algorithm = MixMatch()
+    algorithm.T = temperature
+    attached(algorithm)
+    close = BATCH["x_ulb_w"] + 1e-3 * BATCH["x_ulb_s"]
+    assert algorithm.train_step(**{**BATCH, "x_ulb_s": close})[1]["train/ggcr_cosine"] > 0.99
+
+
 def test_detach_leaves_the_object_as_it_was() -> None:
     algorithm = FixMatch()
     algorithm.get_save_dict = lambda: {"it": 7}  # type: ignore[method-assign]  # the user's own, on the instance
@@ -132,6 +151,10 @@ def test_one_term_at_a_time() -> None:
         attached(algorithm)
     handle.detach()
     attached(algorithm)
+    ours = algorithm.train_step
+    algorithm.train_step = lambda **batch: ours(**batch)  # type: ignore[method-assign]  # the other two are ours still
+    with pytest.raises(ConfigError, match=r"`algorithm` has a term already: detach\(\)"):
+        attached(algorithm)
 
 
 def test_a_wrapper_over_ours_must_go_first() -> None:

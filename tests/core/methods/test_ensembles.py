@@ -70,6 +70,22 @@ def test_mean_teacher_against_the_pseudo_code(decay: float) -> None:
     assert not torch.allclose(method.teacher[1].running_mean, model[1].running_mean, atol=1e-3)
 
 
+def test_the_kth_root_of_the_decay_is_for_accumulation_over_k_batches() -> None:
+    """As the documents say: three calls between two updates of the student move the teacher as one call otherwise."""
+    teachers = []
+    for k in (1, 3):
+        model = m.network()
+        method = MeanTeacher(model, ema_decay=0.9 ** (1 / k))
+        method(DATA[0])  # a copy
+        method.step = 1000  # past min(1 - 1 / (t + 1), .)
+        with torch.no_grad():
+            model[0].weight.add_(1.0)
+        for batch in DATA[:k]:
+            method(batch)
+        teachers.append(method.teacher[0].weight)
+    torch.testing.assert_close(*teachers)
+
+
 def test_the_first_call_copies_weights_that_were_loaded_later() -> None:
     model = m.network()
     method = MeanTeacher(model)

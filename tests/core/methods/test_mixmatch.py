@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradconsist import SSLBatch
+from gradconsist import GradientConsistencyLoss, SSLBatch
 from gradconsist.errors import ConfigError, InputTypeError, StateError
 from gradconsist.methods import MixMatch
 from support import methods as m
@@ -101,6 +101,18 @@ def test_what_enters_the_running_statistics(joint: bool) -> None:
     assert torch.allclose(model[1].running_mean, twin[1].running_mean, atol=1e-14)
     assert torch.allclose(model[1].running_var, twin[1].running_var, atol=1e-14)
     assert model[1].track_running_stats
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_close_views_have_gradients_that_agree_without_sharpening(temperature: float) -> None:
+    """Against the mean of both predictions their residuals are opposite: the term would drive close views apart."""
+    model, batch = m.network(), DATA[0]
+    batch = batch._replace(strong=batch.weak + 1e-3 * torch.randn_like(batch.weak))
+    pair = MixMatch(model, temperature=temperature)(batch).pair
+    (one,), (two,) = (m.arrays(*m.outputs(model, view)) for view in (batch.weak, batch.strong))
+    assert pair.target.tolist() == (m.softmaxes(one) + m.softmaxes(two)).argmax(1).tolist()
+    record = GradientConsistencyLoss(model).measure(pair.weak, pair.strong, pair.target)
+    assert float(record.cosine.min()) > 0.99
 
 
 def test_number_of_forwards() -> None:
