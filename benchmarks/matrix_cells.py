@@ -292,7 +292,7 @@ def measure(references: References, engine: str, name: str, *, quick: bool = Fal
     return Cell("refused", len(calls), reason=reasons[0])
 
 
-def _judged(cell: Cell, references: References, name: str, projection: RandomProjection | None) -> Cell:
+def _judged(cell: Cell, references: References, name: str, projection: RandomProjection | None = None) -> Cell:
     precision = PRECISIONS[name]
     inside = all(error <= precision.bound(key) for key, error in cell.errors.items())
     if inside and precision.autocast is None:

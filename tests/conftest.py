@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core: more threads would only get in each other's way
@@ -19,3 +21,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 def _seeded() -> None:
     """A fixed random state before each test, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _logger_as_it_was() -> Iterator[None]:
+    """The benchmarks that tests run in this process silence the library's logger."""
+    logger = logging.getLogger("gradconsist")
+    level = logger.level
+    yield
+    logger.setLevel(level)

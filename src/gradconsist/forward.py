@@ -6,7 +6,8 @@
 - dropout and other random layers are off, unless asked for;
 - buffers are handed to the model as copies, so that none of the user's can change;
 - operators whose second derivative is missing or wrong in torch are computed by another formula: fused attention,
-  mkldnn and cuDNN recurrent layers, `weight_norm`, `hardsigmoid`, and under vmap LayerNorm and InstanceNorm.
+  mkldnn and cuDNN recurrent layers, `weight_norm`, `hardsigmoid`, norms of zero vectors, and under vmap LayerNorm and
+  InstanceNorm.
 
 Modes, flags and attributes are restored on the way out, whatever happens inside.
 """
@@ -28,6 +29,7 @@ from gradconsist.batch import call, leaves
 from gradconsist.errors import LossContractError, UnsupportedModuleError
 from gradconsist.isolation import as_written
 from gradconsist.normalization import BatchNormCalls, Statistics, affine, scaled, standardized
+from gradconsist.norms import NORMS
 from gradconsist.replacement import call_with
 from gradconsist.types import Inputs, LossFunction
 
@@ -56,6 +58,7 @@ class _ComparisonMode(TorchFunctionMode):
             F.hardsigmoid: _hardsigmoid,
             F.embedding: _embedding,
             F.embedding_bag: _embedding_bag,
+            **NORMS,
         }
         if not dropout:
             self._rules |= dict.fromkeys(_DROPOUTS, lambda input, *args, **kwargs: input)

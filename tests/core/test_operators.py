@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradconsist import GradientConsistencyLoss
+from gradconsist import GradientConsistencyLoss, ViewPair
 from gradconsist.errors import UnsupportedModuleError
 from gradconsist.observation import StatisticsObserver
 from support import compare
@@ -105,7 +105,7 @@ def test_observed_statistics_of_a_parameter_have_a_graph(engine: str) -> None:
     with StatisticsObserver(problem.model) as observer:
         problem.model(tree_cat(problem.weak, problem.strong))
     gc = GradientConsistencyLoss(problem.model, engine=engine, batchnorm="observed")
-    loss = gc.evaluate(*problem.views, statistics=observer.statistics())
+    loss = gc.evaluate(*problem.views, statistics=observer.statistics(ViewPair(*problem.views)))
     gradient = compare.gradient_of(loss, problem.model)
     compare.assert_agrees(gc.last, loss, gradient, judge.verdict(), dtype=torch.float64)
 

@@ -286,3 +286,44 @@ def test_both_derivatives_of_the_cosine_as_a_function_of_two_vectors(scales: tup
     )
     first = torch.autograd.grad(core(*vectors).sum(), vectors)
     assert all(float(gradient[1].abs().max()) == 0.0 for gradient in first)
+
+
+class NormsOfGroups(nn.Module):
+    """Logits from the norms of three groups of features, the last of which is zero: by the norm, or as a constant."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.body, self.head, self.norm = nn.Linear(4, 6), nn.Linear(3, 3), norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = self.body(x).unflatten(1, (3, 2))
+        zero = groups * torch.tensor([1.0, 1.0, 0.0], dtype=x.dtype).view(3, 1)
+        return self.head(self.norm(zero))
+
+
+NORMS = {
+    "Tensor.norm": lambda g: g.norm(dim=2),
+    "Tensor.norm with p": lambda g: g.norm(2, 2, True).squeeze(2),
+    "torch.norm": lambda g: torch.norm(g, dim=2),
+    "vector_norm": lambda g: torch.linalg.vector_norm(g, dim=2),
+    "normalize": lambda g: F.normalize(g, dim=2).sum(2),
+}
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+def test_the_norm_of_a_zero_vector_has_a_second_derivative(norm: Any, engine: str) -> None:
+    """0, as its first one: torch's own is NaN."""
+    outcomes = []
+    for function in (norm, lambda g: torch.cat([norm(g[:, :2]), torch.zeros_like(g[:, 2:, 0])], 1)):
+        torch.manual_seed(0)
+        model = NormsOfGroups(function).double()
+        weak, strong = torch.randn(5, 4).double(), torch.randn(5, 4).double()
+        gc = GradientConsistencyLoss(model, engine=engine)
+        loss = gc(weak, strong, torch.arange(5) % 3)
+        outcomes.append((gc.last.cosine, compare.gradient_of(loss, model)))
+    (cosine, gradient), (expected_cosine, expected) = outcomes
+    assert bool(gradient.isfinite().all())
+    if norm is not NORMS["normalize"]:  # whose derivative at zero is 1 / eps, and not a constant's
+        assert compare.cosine_error(cosine, expected_cosine) <= 1e-10
+        assert compare.relative(gradient, expected) <= 1e-8

@@ -118,7 +118,7 @@ def test_beyond_the_bounds_with_the_oracle_is_counted_apart(matrix: ModuleType) 
     references = matrix.References(case, 3)
     import matrix_cells
 
-    references.same = lambda name, draw: {"gradient": 1e-3, "cosine": 0.0}  # type: ignore[method-assign]
+    references.same = lambda name, draw, projection: {"gradient": 1e-3, "cosine": 0.0}  # type: ignore[method-assign]
 
     def judged(error: float) -> str:
         cell = matrix_cells.Cell("pass", 1, {"gradient": error})
