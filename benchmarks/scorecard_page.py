@@ -41,8 +41,6 @@ the tests' own tables. Everything ran on a CPU.
 - **CUDA**: half precision, TF32, cuDNN's recurrent and attention kernels, out-of-memory halving and `torch.compile`.
   That the flags are set and restored is tested; the kernels never ran.
 - **NCCL**, and processes on more than one machine: what is shown ran with gloo on one.
-- **Projections**: tests hold every kind and engine against the oracle times the same matrices, on 15 models. The matrix
-  program has them as a column, `ghost, projected`, which the result above does not contain yet.
 - **The trainers' recovery** from kills and broken files is not part of this table yet; the trainer's tests hold one
   SIGKILL.
 - **Another thread that trains the same model** during a comparison sees other tensors in the place of its parameters.
