@@ -261,7 +261,7 @@ def methods_table(result: dict[str, Any]) -> str:
         "| method | plain | with GGCR | plain, by seed | with GGCR, by seed | step time with / without |",
         "| --- | ---: | ---: | --- | --- | ---: |",
     ]
-    for name in sorted({row["method"] for row in result["rows"]}, key=lambda name: rows[name]["mean"]):
+    for name in sorted({row["method"] for row in result["rows"]}, key=lambda name: (rows[name]["mean"], name)):
         both = [rows[name], rows.get(f"{name} + GGCR")]
         means = [f"{row['mean']:.3f} ± {row['spread']:.3f}" if row else "" for row in both]
         seeds = [", ".join(f"{value:.3f}" for value in row["accuracies"]) if row else "" for row in both]
