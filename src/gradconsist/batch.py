@@ -33,6 +33,13 @@ def map_leaves(function: Callable[..., Any], *inputs: Any) -> Any:
     return tuple(function(*row) for row in zip(*inputs, strict=True))
 
 
+def rebuilt(template: Inputs, values: Sequence[Tensor]) -> Inputs:
+    """Inputs of the structure of `template` with other tensors."""
+    supply = iter(values)
+    result: Inputs = map_leaves(lambda _: next(supply), template)
+    return result
+
+
 def take(inputs: Inputs, index: Tensor | slice) -> Inputs:
     """The rows `index` of every tensor."""
     taken: Inputs = map_leaves(lambda leaf: leaf[index], inputs)

@@ -237,7 +237,7 @@ class BatchNormCalls:
 
 
 def _by_view(weak: list[Statistics], strong: list[Statistics]) -> list[Statistics]:
-    """Statistics [2, channels] of each call, weak and strong; where both are the same, as one.
+    """Statistics [2, channels] of each call, weak and strong.
 
     Args:
         weak: of the calls of the weak views' forward.

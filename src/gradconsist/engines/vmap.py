@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.overrides import TorchFunctionMode
 
-from gradconsist.batch import leaves, map_leaves, take
+from gradconsist.batch import leaves, rebuilt, take
 from gradconsist.engines.base import Problem, inner
 from gradconsist.engines.loop import refused_by_vmap
 from gradconsist.errors import GradConsistError, UnsupportedModuleError
@@ -106,7 +106,7 @@ def _gradients(problem: Problem, inputs: Inputs, view: int, graph: bool) -> list
 
     def loss(parameters: Mapping[str, Tensor], target: Tensor, *sample: Tensor) -> Tensor:
         batched = [leaf.unsqueeze(0) for leaf in sample]
-        one: Inputs = batched[0] if is_tensor else _rebuild(inputs, batched)
+        one: Inputs = batched[0] if is_tensor else rebuilt(inputs, batched)
         with _RefuseHooks():
             return problem.losses(one, target.unsqueeze(0), parameters, view).squeeze(0)
 
@@ -120,9 +120,3 @@ def _gradients(problem: Problem, inputs: Inputs, view: int, graph: bool) -> list
     with torch.set_grad_enabled(graph):
         gradients = list(per_sample(dict(problem.parameters), problem.target, *columns).values())
     return gradients
-
-
-def _rebuild(template: Inputs, values: list[Tensor]) -> Inputs:
-    supply = iter(values)
-    rebuilt: Inputs = map_leaves(lambda _: next(supply), template)
-    return rebuilt

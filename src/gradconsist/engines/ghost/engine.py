@@ -11,12 +11,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from gradconsist.batch import leaves
+from gradconsist.batch import leaves, rebuilt
 from gradconsist.engines.base import Problem
 from gradconsist.engines.ghost.gram import pair_gram
 from gradconsist.engines.ghost.layers import culprit
 from gradconsist.engines.ghost.rules import FORMS, Form, LinearWeight, Rule, chosen, joined, products
-from gradconsist.engines.ghost.seen import Seen, rebuilt, see
+from gradconsist.engines.ghost.seen import Seen, see
 from gradconsist.engines.ghost.sketch import route, sketches
 from gradconsist.engines.loop import refused_by_vmap
 from gradconsist.errors import GradConsistError

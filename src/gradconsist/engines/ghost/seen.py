@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from gradconsist.batch import leaves, map_leaves
+from gradconsist.batch import leaves, rebuilt
 from gradconsist.engines.base import Problem
 from gradconsist.engines.ghost.capture import Capture
 from gradconsist.engines.ghost.conv import Stage
@@ -118,10 +118,3 @@ def see(
 def _constant(seen: Seen) -> Seen:
     uses = [replace(use, rule=use.rule.constant(), inputs=tuple(x.detach() for x in use.inputs)) for use in seen.uses]
     return Seen(uses, [d.detach() for d in seen.outputs], {name: row.detach() for name, row in seen.rows.items()})
-
-
-def rebuilt(template: Inputs, values: list[Tensor]) -> Inputs:
-    """Inputs of the structure of `template` with other tensors."""
-    supply = iter(values)
-    result: Inputs = map_leaves(lambda _: next(supply), template)
-    return result
