@@ -5,24 +5,26 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from recipes.config import Config, check_same_run, method_label
+from recipes.config import HARMLESS, Config, check_same_run, method_label
 from recipes.errors import OptionError, ResumeError
 from recipes.files import read_json, write_json
 from recipes.runlog import environment
 
 
-def check_run(config: Config, device: torch.device) -> bool:
+def check_run(config: Config, device: torch.device, harmless: frozenset[str] = HARMLESS) -> bool:
     """Look into the run directory, without writing: is it new, or the same run?
 
     Args:
         config: Resolved options.
         device: Where the run computes.
+        harmless: Options that may differ from those of the run.
 
     Returns:
         Whether it holds this run already.
@@ -43,7 +45,7 @@ def check_run(config: Config, device: torch.device) -> bool:
         options: dict[str, Any] = dict(stored["options"])
     except (ValueError, KeyError, TypeError) as error:
         raise ResumeError(f"{path} cannot be read ({error}): restore it, or give another --output.") from error
-    check_same_run(options, config)
+    check_same_run(options, config, harmless)
     _compare_environment(stored.get("environment", {}), environment(device))
     return True
 
@@ -85,11 +87,13 @@ def _compare_environment(before: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
+def exclusive(folder: Path, patience: float = 0.0) -> Iterator[None]:
     """Hold the run directory for this process; the lock goes with the process, however it ends.
 
     Args:
         folder: The run directory.
+        patience: Seconds to wait for another process: loader workers inherit the lock, and outlive a killed trainer
+            by a few seconds.
 
     Yields:
         Nothing.
@@ -103,10 +107,15 @@ def exclusive(folder: Path) -> Iterator[None]:
         yield
         return
     with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ResumeError(
-                f"{folder} is in use by another process: wait for it, stop it, or give another --output."
-            ) from error
+        last = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() >= last:
+                    raise ResumeError(
+                        f"{folder} is in use by another process: wait for it, stop it, or give another --output."
+                    ) from error
+                time.sleep(0.2)
         yield

@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradconsist import SSLBatch, StepOutput
 from gradconsist.errors import NonFiniteError
@@ -23,7 +23,7 @@ from recipes.runlog import Meter, Number
 from recipes.sam import same_step_twice
 from recipes.schedule import build_optimizer, set_learning_rate
 
-_AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Trainer:
@@ -77,7 +77,7 @@ class Trainer:
         self.scaler.update()
         self.average.update(self.model)
         self.step += 1
-        self.meter.add({**out.logs, **_pseudo_label_quality(out, images.truth), "loss": out.loss, "lr": lr})
+        self.meter.add({**out.logs, **pseudo_label_quality(out, images.truth), "loss": out.loss, "lr": lr})
 
     def _gradient(self, batch: SSLBatch) -> StepOutput:
         """The method's loss and, in `.grad`, its scaled gradient."""
@@ -99,14 +99,12 @@ class Trainer:
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.config.amp == "off":
             return contextlib.nullcontext()
-        return torch.autocast(self.to_model.device.type, dtype=_AMP_TYPES[self.config.amp])
+        return torch.autocast(self.to_model.device.type, dtype=AMP_TYPES[self.config.amp])
 
     def _check_gradients(self) -> None:
-        named = [(name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None]
-        norms = torch.stack(torch._foreach_norm([gradient for _, gradient in named]))
-        if not bool(torch.isfinite(norms).all()):
-            first = next(name for (name, _), norm in zip(named, norms.tolist(), strict=True) if not math.isfinite(norm))
-            raise NonFiniteLossError(self._non_finite(f"the gradient of {first} is not finite"))
+        name = non_finite_gradient(self.model)
+        if name is not None:
+            raise NonFiniteLossError(self._non_finite(f"the gradient of {name} is not finite"))
 
     def _non_finite(self, what: str) -> str:
         return (
@@ -157,7 +155,16 @@ class Trainer:
             ) from error
 
 
-def _pseudo_label_quality(out: StepOutput, truth: Tensor) -> dict[str, Number]:
+def non_finite_gradient(model: nn.Module) -> str | None:
+    """The first parameter whose gradient is NaN or infinite, or None."""
+    named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm([gradient for _, gradient in named]))
+    if bool(torch.isfinite(norms).all()):
+        return None
+    return next(name for (name, _), norm in zip(named, norms.tolist(), strict=True) if not math.isfinite(norm))
+
+
+def pseudo_label_quality(out: StepOutput, truth: Tensor) -> dict[str, Number]:
     """How often the pseudo-labels are right, over all pairs and over the confident ones (NaN where there is none)."""
     if out.pair is None:
         return {}

@@ -85,7 +85,7 @@ class _Execution:
         self.saved = trainer.step if state else -1
         self.dataset = StepDataset(images, split, config)
         self.workers = worker_count(config.workers)
-        self.board = _tensorboard(folder, trainer.step) if config.tensorboard else None
+        self.board = tensorboard_writer(folder, trainer.step) if config.tensorboard else None
         self.progress = Progress(config.progress, trainer.step, config.steps)
         self._banner(split)
 
@@ -204,7 +204,8 @@ class _Execution:
         self.progress.say(f"curves: {os.path.join(self.folder, 'curves.png')}")
 
 
-def _tensorboard(folder: Path, step: int) -> Any:
+def tensorboard_writer(folder: Path, step: int) -> Any:
+    """A writer in the run directory that forgets what a killed process wrote after `step`."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
