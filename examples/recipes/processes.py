@@ -36,14 +36,12 @@ class Processes:
     Attributes:
         rank: 0 to world - 1.
         world: W, the number of processes.
-        local_rank: The same among the processes of this machine.
         local_world: Processes on this machine.
         device: Where this process computes.
     """
 
     rank: int
     world: int
-    local_rank: int
     local_world: int
     device: torch.device
 
@@ -110,9 +108,12 @@ class Processes:
             return content
         size = torch.tensor(len(content))
         dist.broadcast(size, 0)
-        data = torch.frombuffer(bytearray(content), dtype=torch.uint8) if self.first else torch.empty(int(size)).byte()
-        if int(size):
-            dist.broadcast(data, 0)
+        if not int(size):  # which frombuffer refuses
+            return b""
+        data = torch.empty(int(size), dtype=torch.uint8)
+        if self.first:
+            data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        dist.broadcast(data, 0)
         return data.numpy().tobytes()
 
     def on_first(self, action: Callable[[], T]) -> T:
@@ -184,20 +185,24 @@ def join(device: str) -> Processes:
     Raises:
         OptionError: The variables of torchrun are incomplete, or the device cannot be used.
     """
-    world, local_world = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        return Processes(0, 1, 1, _device(device, None))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if dist.is_initialized():  # by the caller
+        rank = dist.get_rank()
+        return Processes(rank, world, local_world, _device(device, rank % local_world))
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if world > 1 and missing:
+    if missing:
         raise OptionError(
             f"WORLD_SIZE is {world}, but {', '.join(missing)} is not set: start the processes with torchrun."
         )
-    rank, local_rank = (int(os.environ[name]) if world > 1 else 0 for name in ("RANK", "LOCAL_RANK"))
-    chosen = _device(device, local_rank if world > 1 else None)
-    if world > 1 and not dist.is_initialized():
-        if chosen.type == "cuda":
-            torch.cuda.set_device(chosen)
-        # gloo in any case: flags, states and JSON are on the CPU.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
-    return Processes(rank, world, local_rank, local_world, chosen)
+    rank, chosen = int(os.environ["RANK"]), _device(device, int(os.environ["LOCAL_RANK"]))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    # gloo in any case: flags, states and JSON are on the CPU.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+    return Processes(rank, world, local_world, chosen)
 
 
 def leave() -> None:
@@ -213,7 +218,7 @@ def _device(name: str, local_rank: int | None) -> torch.device:
     try:
         device = torch.device(name)
         if device.type == "cuda" and local_rank is not None:
-            if device.index is not None:
+            if ":" in name:
                 raise OptionError(f"--device {name}: each process takes the device of its own rank; write cuda.")
             device = torch.device("cuda", local_rank)
         torch.empty(0, device=device)
