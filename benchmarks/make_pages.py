@@ -2,8 +2,8 @@
 
     python benchmarks/make_pages.py
 
-docs/evidence.md, docs/matrix.md, docs/scorecard.md and docs/guides/cost.md are written whole; README.md and
-docs/guides/usb.md between their markers. tests/docs holds them against the files.
+docs/evidence.md, docs/matrix.md, docs/scorecard.md and docs/guides/cost.md are written whole; README.md,
+docs/guides/usb.md and docs/guides/imagenet.md between their markers. tests/docs holds them against the files.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 from cost_page import cost_page
 from flatness_page import flatness_section
+from imagenet_page import with_tables
 from matrix_page import matrix_page, summary_table
 from scorecard_page import scorecard
 from usb_page import with_table
@@ -34,6 +35,13 @@ def main() -> None:
     readme.write_text(with_cost(readme.read_text(encoding="utf-8")), encoding="utf-8")
     guide = ROOT / "docs" / "guides" / "usb.md"
     guide.write_text(with_table(guide.read_text(encoding="utf-8"), _result("usb")), encoding="utf-8")
+    guide = ROOT / "docs" / "guides" / "imagenet.md"
+    guide.write_text(imagenet(guide.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def imagenet(page: str) -> str:
+    """The guide on the ImageNet trainer with fresh tables between its markers."""
+    return with_tables(page, _result("imagenet_cost"), _result("imagenet"))
 
 
 def with_cost(readme: str) -> str:

@@ -21,7 +21,7 @@ from recipes.files import read_json, write_json
 from recipes.loader import StepDataset, ToModel, step_batches, worker_count
 from recipes.plotting import draw_curves, read_run
 from recipes.rundir import check_run, create_run, exclusive
-from recipes.runlog import MetricsFile, Progress, append_line, duration
+from recipes.runlog import MetricsFile, Progress, append_line, duration, tensorboard_writer
 from recipes.split import Split, draw_split, store_or_check
 from recipes.stopping import StopRequest
 from recipes.trainer import Trainer
@@ -202,15 +202,6 @@ class _Execution:
             f"median of last 20 evaluations {numbers['median_last_20']:.4f}, best {numbers['best']:.4f}"
         )
         self.progress.say(f"curves: {os.path.join(self.folder, 'curves.png')}")
-
-
-def tensorboard_writer(folder: Path, step: int) -> Any:
-    """A writer in the run directory that forgets what a killed process wrote after `step`."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise OptionError("--tensorboard needs the tensorboard package: pip install tensorboard") from error
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
 
 def main(config: Config) -> int:

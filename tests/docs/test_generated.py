@@ -47,6 +47,11 @@ def test_the_table_of_the_usb_guide_is_fresh(make_pages: ModuleType) -> None:
     assert len(result["rows"]) == 9
 
 
+def test_the_tables_of_the_imagenet_guide_are_fresh(make_pages: ModuleType) -> None:
+    page = (ROOT / "docs" / "guides" / "imagenet.md").read_text(encoding="utf-8")
+    assert page == make_pages.imagenet(page), "run: python benchmarks/make_pages.py"
+
+
 def test_the_cost_table_of_the_readme_is_fresh(make_pages: ModuleType) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme == make_pages.with_cost(readme), "run: python benchmarks/make_pages.py"

@@ -32,10 +32,9 @@ from recipes.loader import ToModel, step_batches
 from recipes.plotting import draw_curves, read_run
 from recipes.processes import OtherProcessError, Processes, join, leave
 from recipes.rundir import check_run, create_run, exclusive
-from recipes.runlog import MetricsFile, Progress, append_line, duration
+from recipes.runlog import MetricsFile, Progress, append_line, duration, tensorboard_writer
 from recipes.split import Split, store_or_check
 from recipes.stopping import StopRequest
-from recipes.training import tensorboard_writer
 
 MEAN, DEVIATION = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet's channels, as torchvision has them
 ORPHANS = 15.0  # seconds that loader workers may hold the lock of a trainer that was killed; they look every 5 s
