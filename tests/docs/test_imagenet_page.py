@@ -28,7 +28,7 @@ def test_the_table_has_the_options_of_its_own() -> None:
     for line in PAGE.read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip("|").split(" | ")]
         if line.startswith("| `--") and len(cells) == 3 and re.fullmatch(r"`--[a-z-]+`", cells[0]):
-            rows[cells[0].strip("`-").replace("-", "_")] = cells[1]
+            rows.setdefault(cells[0].strip("`-").replace("-", "_"), cells[1])
     assert rows == {name: "none" if value is None else f"`{value}`" for name, value in _own().items()}
 
 
