@@ -188,9 +188,9 @@ class ProcessTrainer:
         rank, device = self.processes.rank, self.to_model.device
         known = rank < len(rows["rng"])
         if known:
-            torch.set_rng_state(rows["rng"][rank])
+            torch.set_rng_state(rows["rng"][rank].clone())  # torch crashes on a view
             if device.type == "cuda" and rows["cuda_rng"].numel():
-                torch.cuda.set_rng_state(rows["cuda_rng"][rank], device)
+                torch.cuda.set_rng_state(rows["cuda_rng"][rank].clone(), device)
         if isinstance(self.method, GGCRWrapper):
             mine = rows["pairs"][rank] if known else fresh
             consistency = self.method.consistency
