@@ -95,7 +95,7 @@ class Recalled:
             OtherForwardError: the input is not the one of that call.
         """
         known = self.calls[call]
-        if known is None or known[0].rows.dtype != x.dtype:
+        if known is None or any(each.rows.dtype != x.dtype for each in known):
             return None
         weak, strong = known
         pairs = torch.arange(self.pairs, device=x.device) if self.rows is None else self.rows
