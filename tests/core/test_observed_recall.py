@@ -40,6 +40,13 @@ class Net(nn.Module):
         return self.head(torch.tanh(self.norm[2](self.conv[2](x))).mean((2, 3)))
 
 
+class Short(Net):
+    """The first convolution alone: no later one notices."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.norm[0](self.conv[0](x))).mean((2, 3)))
+
+
 class Method(nn.Module):
     """Weak views alone, strong ones beside the labeled inputs; `middle` comes between the two, `after` at the end."""
 
@@ -127,7 +134,7 @@ TROUBLE: dict[str, Callable[[], Method]] = {
     "weights_between_only": lambda: Method(Net(), middle=_scale, after=_scale_back),
     "replaced": lambda: Method(Net(), after=_replaced),
     "inference_mode": lambda: Method(Net(), weak_mode=torch.inference_mode),
-    "half": lambda: Method(Net(), weak_mode=_no_gradient_and_autocast),
+    "half": lambda: Method(Short(), weak_mode=_no_gradient_and_autocast),
     "dropout": lambda: Method(Net(between=nn.Dropout(0.5))),
     "made_weight": lambda: Method(_normalised()),
 }
