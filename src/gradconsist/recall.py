@@ -118,8 +118,9 @@ def _digest(x: Tensor) -> Tensor:
         torch.stack([torch.cos(1.7 * steps), torch.cos(0.9 * steps + 1.0)])
         for steps in (torch.arange(size, dtype=wide.dtype, device=x.device) for size in wide.shape[1:])
     )
-    # Waves first: with the two columns on the right, a product of matrices takes nine times as long on a CPU.
-    projected = (positions @ wide.flatten(0, 1).T).view(2, *wide.shape[:2])
+    with torch.autocast(x.device.type, enabled=False):
+        # Waves first: with the two columns on the right, a product of matrices takes nine times as long on a CPU.
+        projected = (positions @ wide.flatten(0, 1).T).view(2, *wide.shape[:2])
     return (projected * channels.unsqueeze(1)).sum(2).T
 
 
