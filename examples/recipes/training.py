@@ -51,9 +51,9 @@ def run(config: Config) -> int:
     to_model = ToModel(mean, deviation, device, channels_last=config.channels_last)
     trainer = Trainer(config, len(images.classes), to_model, len(images.train_y))
     # Only now is everything known to fit: a refused start leaves no run directory behind.
-    if not known:
-        create_run(config, device)
     with exclusive(folder):
+        if not known and not check_run(config, device):  # again: another process may have come first
+            create_run(config, device)
         store_or_check(folder / "split.json", split, images.classes)
         return _Execution(folder, images, split, trainer).train()
 

@@ -25,7 +25,7 @@ Make = Callable[..., ImageNetConfig]
 
 @pytest.fixture(scope="module")
 def two() -> Iterator[Processes]:
-    with Processes(2) as ranks:
+    with Processes(2, timeout=240) as ranks:
         yield ranks
 
 

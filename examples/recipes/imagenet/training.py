@@ -37,7 +37,6 @@ from recipes.split import Split, store_or_check
 from recipes.stopping import StopRequest
 
 MEAN, DEVIATION = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet's channels, as torchvision has them
-ORPHANS = 15.0  # seconds that loader workers may hold the lock of a trainer that was killed; they look every 5 s
 
 
 def run(config: ImageNetConfig) -> int:
@@ -53,8 +52,8 @@ def run(config: ImageNetConfig) -> int:
     config = resolve(config, processes.world)
     methods.check_method(config)
     folder = Path(str(config.output))
-    state = processes.on_first(lambda: _look(config, processes))
-    if state == "finished":
+    finished = processes.on_first(lambda: _finished(config, processes))
+    if finished:
         return 0
     photographs = processes.together(lambda: PhotographFolder(Path(config.data_dir)))
     split = processes.together(lambda: choose_labeled(photographs, config))
@@ -67,17 +66,17 @@ def run(config: ImageNetConfig) -> int:
 
         def take() -> None:
             # Only now is everything known to fit: a refused start leaves no run directory behind.
-            if state == "new":
+            stack.enter_context(exclusive(folder))
+            if not check_run(config, processes.device, RUN_HARMLESS):  # again: another run may have come first
                 create_run(config, processes.device)
-            stack.enter_context(exclusive(folder, patience=ORPHANS))
             store_or_check(folder / "split.json", split, photographs.classes)
 
         processes.on_first(take)
         return _Execution(folder, photographs, split, trainer).train()
 
 
-def _look(config: ImageNetConfig, processes: Processes) -> str:
-    """What the run directory holds: `new`, `begun` or `finished`."""
+def _finished(config: ImageNetConfig, processes: Processes) -> bool:
+    """Whether the run directory holds this run, finished; refuses one that holds another."""
     folder = Path(str(config.output))
     if not config.elastic:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # `check_run` tells what is wrong there
@@ -89,11 +88,11 @@ def _look(config: ImageNetConfig, processes: Processes) -> str:
                     "--elastic to go on all the same, or another --output."
                 )
     known = check_run(config, processes.device, RUN_HARMLESS)
-    if (folder / "summary.json").exists():
+    if known and (folder / "summary.json").exists():
         last = read_json(folder / "summary.json")["last"]
         print(f"{folder} is finished: top-1 accuracy {last:.4f}. Give another --output for a new run.")
-        return "finished"
-    return "begun" if known else "new"
+        return True
+    return False
 
 
 def _check_same_files(processes: Processes, split: Split) -> None:
@@ -139,24 +138,20 @@ class _Execution:
 
     def _load(self) -> dict[str, Any] | None:
         """The latest whole checkpoint, which process 0 alone reads: others may not see the run directory."""
-        content = b""
+        state: dict[str, Any] | None = None
 
         def read() -> None:
-            nonlocal content
+            nonlocal state
             remove_leftovers(self.checkpoints)
             state = load_latest(self.checkpoints)
-            if state is not None and self.processes.world > 1:
-                buffer = io.BytesIO()
-                torch.save(state, buffer)
-                content = buffer.getvalue()
-            self._read = state
 
-        self._read: dict[str, Any] | None = None
         self.processes.on_first(read)
-        content = self.processes.bytes_from_first(content)
-        if not self.processes.first and content:
-            self._read = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        state, self._read = self._read, None
+        buffer = io.BytesIO()
+        if state is not None and self.processes.world > 1:
+            torch.save(state, buffer)
+        content = self.processes.bytes_from_first(buffer.getvalue())
+        if content and not self.processes.first:
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         return state
 
     def _banner(self, split: Split) -> None:
