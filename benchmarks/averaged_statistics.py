@@ -1,6 +1,6 @@
 """Which BatchNorm statistics an averaged (EMA) model is evaluated with, and what that is worth under the term.
 
-    python benchmarks/averaged_statistics.py --output benchmarks/results/averaged_statistics.json
+    python benchmarks/averaged_statistics.py --threads 1 --output benchmarks/results/averaged_statistics.json
 
 Runs of benchmarks/methods.py, longer ones. At the end of each the same averaged weights are evaluated with the running
 statistics of the last weights (copied, as the FixMatch reference does), with the average of the running statistics (by
