@@ -9,6 +9,7 @@
 | `methods` | what is trained: supervised only, FixMatch, FixMatch with GGCR |
 | `trainer`, `training`, `stopping`, `evaluation` | a step, the run, its pauses, the test accuracy |
 | `files`, `rundir`, `checkpoint`, `runlog`, `plotting` | atomic files, exact resume, metrics and progress, curves |
+| `processes`, `imagenet` | the processes of a run under torchrun; photographs that are decoded when needed |
 
 Nothing here is needed by `gradconsist` itself, and everything here uses its public API only.
 """

@@ -277,6 +277,24 @@ def test_a_run_leaves_what_the_cifar_trainers_leaves_and_continues_bitwise(photo
         run(dataclasses.replace(whole, image_size=20))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"amp": "bf16", "channels_last": True},
+        {"method": "supervised"},
+        {"method": "flexmatch", "threshold": None},
+        {"method": "meanteacher", "threshold": None, "ggcr_weight": 0.0},
+        {"method": "temporalensembling", "threshold": None, "ggcr_weight": 0.0},
+        {"ggcr_encoder": "conv5", "ggcr_projection": "kronecker:4", "ggcr_chunk_size": 1, "ggcr_warmup": 0},
+    ],
+    ids=["amp", "supervised", "flexmatch", "meanteacher", "temporalensembling", "encoder"],
+)
+def test_methods_and_precisions_take_a_step(photographs: Make, changes: dict[str, Any]) -> None:
+    config = photographs(stop_after_steps=1, **changes)
+    assert run(config) == 0
+    assert final(str(config.output))[".step"] == 1
+
+
 def test_another_split_is_refused(photographs: Make) -> None:
     config = photographs()
     assert run(dataclasses.replace(config, stop_after_steps=1)) == 0
