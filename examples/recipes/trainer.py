@@ -24,6 +24,8 @@ from recipes.sam import same_step_twice
 from recipes.schedule import build_optimizer, set_learning_rate
 
 _AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# GradScaler starts at 2^16 and halves at each overflow. At 1 the loss itself overflows: waiting would train nothing.
+_LEAST_SCALE = 1.0
 
 
 class Trainer:
@@ -74,10 +76,11 @@ class Trainer:
         else:
             out = same_step_twice(self.method, self.sam, lambda: self._gradient(batch))
             self.scaler.step(self.sam.base)  # by the second gradient
-        self.scaler.update()
+        scaling = self._update_scale()
         self.average.update(self.model)
         self.step += 1
-        self.meter.add({**out.logs, **_pseudo_label_quality(out, images.truth), "loss": out.loss, "lr": lr})
+        quality = _pseudo_label_quality(out, images.truth)
+        self.meter.add({**out.logs, **quality, **scaling, "loss": out.loss, "lr": lr})
 
     def _gradient(self, batch: SSLBatch) -> StepOutput:
         """The method's loss and, in `.grad`, its scaled gradient."""
@@ -100,6 +103,17 @@ class Trainer:
         if self.config.amp == "off":
             return contextlib.nullcontext()
         return torch.autocast(self.to_model.device.type, dtype=_AMP_TYPES[self.config.amp])
+
+    def _update_scale(self) -> dict[str, Number]:
+        """Adapt the loss scale of fp16, and say what it was; a step whose gradient overflows halves it and is skipped."""
+        if not self.scaler.is_enabled():
+            return {}
+        scale = self.scaler.get_scale()
+        self.scaler.update()
+        skipped = self.scaler.get_scale() < scale
+        if skipped and scale < _LEAST_SCALE:
+            raise NonFiniteLossError(self._non_finite(f"the gradient is not finite at a loss scale of {scale:g}"))
+        return {"loss_scale": scale, "skipped": float(skipped)}
 
     def _check_gradients(self) -> None:
         named = [(name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None]
