@@ -22,6 +22,7 @@ from recipes.models import build_model
 from recipes.runlog import Meter, Number
 from recipes.sam import same_step_twice
 from recipes.schedule import build_optimizer, set_learning_rate
+from recipes.weights import load_start
 
 _AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # GradScaler starts at 2^16 and halves at each overflow. At 1 the loss itself overflows: waiting would train nothing.
@@ -36,6 +37,7 @@ class Trainer:
         classes: Number of classes K.
         to_model: Normalisation and device.
         samples: Number of training images.
+        start: Weights to start from instead of random ones, as `--init-part` says.
 
     Attributes:
         step: Steps done.
@@ -43,10 +45,14 @@ class Trainer:
         evaluations: Test accuracies so far.
     """
 
-    def __init__(self, config: Config, classes: int, to_model: ToModel, samples: int) -> None:
+    def __init__(
+        self, config: Config, classes: int, to_model: ToModel, samples: int, start: dict[str, Tensor] | None = None
+    ) -> None:
         self.config, self.to_model, device = config, to_model, to_model.device
         torch.manual_seed(config.seed)
         self.model = build_model(config.arch, classes, momentum=float(config.bn_momentum or 0.001)).to(device)
+        if start is not None:
+            load_start(self.model, start, config)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
         self.method = build_method(self.model, config, samples).to(device).train()
