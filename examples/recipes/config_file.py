@@ -5,7 +5,7 @@ JSON, because it is what a run stores, and because Python 3.10 reads no TOML.
 
 from __future__ import annotations
 
-import dataclasses
+import collections
 import difflib
 import json
 import types
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal, Union
 
 from recipes.errors import OptionError
-from recipes.files import read_json
 
 # Where a run was, not what it was: a repetition is a run of its own.
 NOT_REPEATED = frozenset({"output", "config"})
@@ -34,8 +33,8 @@ def read_options(path: Path, kind: type[Any]) -> dict[str, Any]:
         OptionError: Where the file cannot be read, names an option that does not exist, or gives one a wrong value.
     """
     try:
-        found = read_json(path)
-    except (OSError, ValueError) as error:
+        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+    except (OSError, ValueError, RecursionError) as error:
         raise OptionError(
             f"--config {path} cannot be read ({error}): give a JSON object of options, or a run's config.json."
         ) from error
@@ -60,6 +59,14 @@ def read_options(path: Path, kind: type[Any]) -> dict[str, Any]:
     if "config" in options:
         raise OptionError(f"--config {path}: 'config' in a file would be another file; put the options into one.")
     return options
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose names all differ; JSON itself would take the last of two."""
+    for name, count in collections.Counter(name for name, _ in pairs).items():
+        if count > 1:
+            raise ValueError(f"{name!r} is there twice: leave one of them")
+    return dict(pairs)
 
 
 def _choices(kind: Any) -> tuple[Any, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from gradconsist.errors import NonFiniteError
 from gradconsist.optim import SAM
 from recipes.config import Config
 from recipes.ema import AveragedModel
-from recipes.errors import CheckpointError, NonFiniteLossError
+from recipes.errors import CheckpointError, NonFiniteLossError, OptionError
 from recipes.loader import StepImages, ToModel
 from recipes.methods import build_method
 from recipes.models import build_model
@@ -49,6 +50,7 @@ class Trainer:
         self, config: Config, classes: int, to_model: ToModel, samples: int, start: dict[str, Tensor] | None = None
     ) -> None:
         self.config, self.to_model, device = config, to_model, to_model.device
+        _check_half_type(config.amp, device)
         torch.manual_seed(config.seed)
         self.model = build_model(config.arch, classes, momentum=float(config.bn_momentum or 0.001)).to(device)
         if start is not None:
@@ -111,7 +113,7 @@ class Trainer:
         return torch.autocast(self.to_model.device.type, dtype=_AMP_TYPES[self.config.amp])
 
     def _update_scale(self) -> dict[str, Number]:
-        """Adapt the loss scale of fp16, and say what it was; a step whose gradient overflows halves it and is skipped."""
+        """Adapt the loss scale of fp16, and say what it was; an overflow halves it, and its step was skipped."""
         if not self.scaler.is_enabled():
             return {}
         scale = self.scaler.get_scale()
@@ -175,6 +177,25 @@ class Trainer:
                 f"the checkpoint does not fit this run ({type(error).__name__}: {str(error).splitlines()[0]}): "
                 "it was written by another version of the trainer, or for another model. Use another --output."
             ) from error
+
+
+def _check_half_type(amp: str, device: torch.device) -> None:
+    """Refuse a device that cannot compute in the half type: torch may raise, or warn and go on in float32."""
+    if amp == "off":
+        return
+    wanted, why = _AMP_TYPES[amp], "torch goes on in float32"
+    try:
+        kernel = torch.zeros(1, 1, 1, 1, device=device, requires_grad=True)
+        with warnings.catch_warnings(), torch.autocast(device.type, dtype=wanted):
+            warnings.simplefilter("ignore")
+            out = torch.nn.functional.conv2d(torch.zeros(1, 1, 1, 1, device=device), kernel)
+        out.sum().backward()
+        if out.dtype == wanted:
+            return
+    except RuntimeError as error:
+        why = str(error).splitlines()[0]
+    instead = "--amp bf16 or --amp off" if amp == "fp16" else "--amp off"
+    raise OptionError(f"--amp {amp} does not work on {device} with torch {torch.__version__} ({why}): give {instead}.")
 
 
 def _pseudo_label_quality(out: StepOutput, truth: Tensor) -> dict[str, Number]:

@@ -54,8 +54,9 @@ class LoaderWatch:
         else:
             remedy = "all cores are busy, so only more of them or a cheaper --strong help"
         later = " The gradient consistency, which joins later, makes this share smaller." if self.term_later else ""
+        steps = f"steps {WARMUP_STEPS + 1} to {WARMUP_STEPS + JUDGED_STEPS}"
         return (
-            f"note: the data loader is the bottleneck: steps {WARMUP_STEPS + 1} to {WARMUP_STEPS + JUDGED_STEPS} waited "
+            f"note: the data loader is the bottleneck: {steps} waited "
             f"{1000 * waited / JUDGED_STEPS:.1f} ms of {1000 * total / JUDGED_STEPS:.1f} ms each for their images "
             f"({waited / total:.0%}), prepared by {self.workers or 'no'} worker processes: {remedy}.{later}"
         )

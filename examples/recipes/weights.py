@@ -114,7 +114,9 @@ def _averaged_weights(path: Path, content: bytes) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load(content)
     except SafetensorError as error:
-        raise OptionError(f"--init-from {path} is neither a checkpoint (.pt) nor a safetensors file ({error}).") from error
+        raise OptionError(
+            f"--init-from {path} is neither a checkpoint (.pt) nor a safetensors file ({error})."
+        ) from error
 
 
 def load_start(model: nn.Module, weights: dict[str, Tensor], config: Config) -> None:
