@@ -1,10 +1,9 @@
 """How fast images are prepared, stage by stage, against the steps that use them.
 
-    python benchmarks/input_pipeline.py --data-dir cifar10-jpeg --threads 1 --clock cpu \\
-        --output benchmarks/results/input_pipeline.json
+    python benchmarks/input_pipeline.py --data-dir cifar10-jpeg --threads 1 --clock cpu --output FILE.json
 
-One row a stage: how many images (views, once there are views) it makes for a step, seconds, images per second on one core.
-Decoding happens once a run, the rest in every step. `workers`: loader processes that keep up with a step of this length.
+One row a stage: how many images (views, once there are views) it makes for a step, seconds, images per second on one
+core. Decoding happens once a run, the rest in every step. `workers`: loader processes that keep up with such a step.
 """
 
 from __future__ import annotations
