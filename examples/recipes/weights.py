@@ -35,8 +35,8 @@ def export_weights(path: Path, model: nn.Module, about: dict[str, Any]) -> None:
     """
     # Plain memory layout: the format knows no other, and the file does not depend on --channels-last.
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    metadata = {"format": "pt", "about": json.dumps(about)}
-    content = safetensors.torch.save(tensors, metadata)
+    # One key: the library writes several in a random order, and equal runs should leave equal files.
+    content = safetensors.torch.save(tensors, {"about": json.dumps(about)})
     write_atomically(path, lambda file: file.write(content))
 
 

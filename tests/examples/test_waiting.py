@@ -35,7 +35,7 @@ def test_waiting_is_said_once_with_a_remedy() -> None:
 @pytest.mark.parametrize(
     ("workers", "spare", "remedy"),
     [
-        (0, 3, "prepared by no worker processes: give --workers 1 (now 0)"),
+        (0, 3, "prepared by no worker processes: give --workers 2 (now 0)"),
         (3, 5, "give --workers 5 (now 3)"),
         (3, 3, "all cores are busy, so only more of them or a cheaper --strong help"),
         (0, 0, "all cores are busy"),

@@ -56,7 +56,7 @@ def test_a_run_exports_its_averaged_model_and_says_how_to_use_it(source: Path) -
     assert (about["classes"], about["image_size"], about["arch"]) == ([str(k) for k in range(10)], [8, 8], "wrn-10-1")
     assert (about["steps"], about["labels"], about["method"]) == (12, 20, "fixmatch+ggcr")
     stored = header(source / "model.safetensors")
-    assert stored["__metadata__"]["format"] == "pt"
+    assert stored["__metadata__"].keys() == {"about"}
     assert json.loads(stored["__metadata__"]["about"]) == about
     assert stored["head.weight"]["shape"] == [10, 64]
 
