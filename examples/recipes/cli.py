@@ -68,4 +68,4 @@ def _defaults(presets: Mapping[str, Options], preset: str | None, file: str | No
     named = options.get("preset", preset)
     if preset not in (None, named):
         raise OptionError(f"--preset {preset}, but --config {file} has the preset {named}: leave one of them out.")
-    return dataclasses.replace(presets.get(named, first), **options)
+    return dataclasses.replace(presets.get(str(named), first), **options)

@@ -50,39 +50,47 @@ def apart(a: Trainer, b: Trainer) -> float:
 
 # All pairs count, whatever their confidence: a mask that flips by rounding would hide what is compared here.
 EVERY_STEP: dict[str, Any] = {
-    "ggcr_warmup": 0, "ggcr_every": 1, "ggcr_weight": 0.5, "ggcr_gate": "all", "threshold": 0.0, "unlabeled_ramp": 0,
+    "ggcr_warmup": 0, "ggcr_every": 1, "ggcr_weight": 5.0, "ggcr_gate": "all", "threshold": 0.0, "unlabeled_ramp": 0,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("amp", "tolerance"), [("bf16", 0.3), ("fp16", 0.05)])
+@pytest.mark.parametrize(("amp", "tolerance"), [("bf16", 0.3), ("fp16", 0.1)])
 def test_half_precision_trains_as_float32_does_with_the_term(tiny: MakeConfig, amp: str, tolerance: float) -> None:
-    """Three steps: the half type's rounding away from float32's result, and far from training without the term."""
-    reference = trained(tiny(**EVERY_STEP), 3)
-    half = trained(tiny(**EVERY_STEP, amp=amp), 3)
-    without = trained(tiny(**{**EVERY_STEP, "ggcr_weight": 0.0}, amp=amp), 3)
+    """One step (later, rounding flips pseudo-labels): near float32's, and far from a step without the term."""
+    reference = trained(tiny(**EVERY_STEP), 1)
+    half = trained(tiny(**EVERY_STEP, amp=amp), 1)
+    without = trained(tiny(**{**EVERY_STEP, "ggcr_weight": 0.0}, amp=amp), 1)
     assert 0 < apart(reference, half) < tolerance
-    assert apart(reference, without) > 2 * apart(reference, half)
+    assert apart(reference, without) > 2 * tolerance
     assert {parameter.dtype for parameter in half.model.parameters()} == {torch.float32}
+
+
+def leaves(value: Any, path: str = "") -> dict[str, Any]:
+    """Whatever a checkpoint holds, by path; tensors as their bytes."""
+    if isinstance(value, torch.Tensor):
+        return {path: (value.dtype, value.numpy().tobytes())}
+    if not isinstance(value, dict | list):
+        return {path: repr(value)}  # NaN is NaN
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {name: leaf for key, item in items for name, leaf in leaves(item, f"{path}.{key}").items()}
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_half_precision_resumes_bitwise(tiny: MakeConfig, amp: str) -> None:
-    states = []
-    for name, stops in (("whole", [None]), ("cut", [3, None])):
+    found = []
+    for name, stops in (("whole", [None]), ("cut", [2, None])):
+        config = tiny(name, amp=amp, steps=4, eval_every=4, ggcr_warmup=1)
         for stop in stops:
-            assert run(tiny(name, amp=amp, steps=6, stop_after_steps=stop)) == 0
-        state = load_latest(Path(str(tiny(name).output)) / "checkpoints")
-        assert state is not None
-        states.append(state)
-        lines = (Path(str(tiny(name).output)) / "metrics.jsonl").read_text().splitlines()
-    one, two = states
-    for part in ("method", "average", "optimizer", "scaler", "meter", "evaluations", "rng"):
-        assert repr(one[part]) == repr(two[part]), part
-    assert all(
-        torch.equal(one["method"][name], two["method"][name]) for name in one["method"] if name != "_extra_state"
-    )
-    assert bool(one["scaler"]) == (amp == "fp16")
-    assert ("loss_scale" in json.loads(lines[0])) == (amp == "fp16")
+            assert run(dataclasses.replace(config, stop_after_steps=stop)) == 0
+        state = load_latest(Path(str(config.output)) / "checkpoints") or {}
+        lines = (Path(str(config.output)) / "metrics.jsonl").read_text()
+        found.append((leaves({**state, "seconds": None, "options": None}), lines))
+    (whole, lines), (cut, _) = found
+    assert len(whole) > 100
+    assert [name for name in whole.keys() | cut.keys() if whole.get(name) != cut.get(name)] == []
+    assert found[0][1] == found[1][1]
+    scaled = amp == "fp16"
+    assert ("loss_scale" in json.loads(lines.splitlines()[0])) == (".scaler.scale" in whole) == scaled
 
 
 def test_the_loss_scale_halves_at_an_overflow_and_is_in_the_checkpoint(tiny: MakeConfig) -> None:
@@ -125,6 +133,6 @@ def test_a_device_without_the_half_type_is_refused(tiny: MakeConfig, monkeypatch
 
 
 def test_channels_last_is_the_same_training(tiny: MakeConfig) -> None:
-    first, second = (trained(tiny(**EVERY_STEP, channels_last=flag), 3) for flag in (False, True))
+    first, second = (trained(tiny(**EVERY_STEP, channels_last=flag), 2) for flag in (False, True))
     assert second.model.encoder[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert apart(first, second) < 1e-4
