@@ -287,11 +287,10 @@ def _methods_text(result: dict[str, Any]) -> str:
         f" decide split, initial weights, order and augmentation. {setting['steps']} steps of a small convolutional"
         f" network, {setting['labels']} labels, each method's own defaults; the term has weight {setting['weight']}."
         f" {verdict}"
-        " Defaults are those of runs that are thousands of times longer: every unlabeled image is seen about five"
-        " times here. That is little for methods that compare predictions without pseudo-labels (Mean Teacher, the"
-        " Pi-model, Temporal Ensembling), whose weak views of a digit differ by a shift and whose weight rises during"
-        " the first 40 % of the run. Three seeds and 355 test images rank nothing. The largest change by the term is"
-        f" {most}'s, {changes[most]:+.3f} in the mean; the others are below the spread."
+        " Every unlabeled image is seen about five times here, which is little for methods that compare predictions"
+        " without pseudo-labels (Mean Teacher, the Pi-model, Temporal Ensembling) and whose weight rises during the"
+        " first 40 % of the run: the table below has them in a longer one. Three seeds and 355 test images rank nothing."
+        f" The largest change by the term is {most}'s, {changes[most]:+.3f} in the mean."
     )
 
 
