@@ -66,9 +66,9 @@ def _modes(result: dict[str, Any]) -> list[str]:
     return [
         *lines,
         "",
-        "Test accuracy of the averaged (EMA) model on CIFAR-10 (JPEG copy), the first fifth of each class, scaled to 8x8;"
-        f" GC, precision and loss scale in the last {result['runs'][0]['options']['log_every']} steps. One seed, the same"
-        " split, initial weights and order of images: the modes can be seen to train, and not be ranked. Made by:",
+        "Test accuracy of the averaged (EMA) model on CIFAR-10 (JPEG copy), the first fifth of each class, scaled to"
+        f" 8x8; GC, precision and loss scale in the last {options['log_every']} steps. One seed, the"
+        " same split, initial weights and order of images: the modes can be seen to train, and not be ranked. Made by:",
         "",
         "```text",
         result["made_by"],
