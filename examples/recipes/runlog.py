@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -19,8 +20,16 @@ from recipes.errors import CheckpointError
 Number = float | Tensor
 
 
+# Of a number whose name ends so, a step gives one for each image, and the log shows how they are spread.
+SAMPLE = "_sample"
+QUANTILES = {"q10": 0.1, "q50": 0.5, "q90": 0.9}
+
+
 class Meter:
     """Means of named numbers over the steps since the last `flush`; NaN means "not in this step".
+
+    A number named `NAME_sample` is a tensor `[B]`; instead of its mean, `flush` returns `NAME_q10`, `NAME_q50` and
+    `NAME_q90`: quantiles over all images of all those steps together.
 
     Values stay on their device until they are needed, so that a GPU is not waited for in every step.
     """
@@ -35,7 +44,7 @@ class Meter:
 
     def state_dict(self) -> dict[str, list[float]]:
         """All values since the last flush, as floats."""
-        self.values = {name: [float(value) for value in values] for name, values in self.values.items()}
+        self.values = {name: _floats(values) for name, values in self.values.items()}
         return {name: list(values) for name, values in self.values.items()}  # type: ignore[arg-type]
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
@@ -43,13 +52,26 @@ class Meter:
         self.values = {name: list(values) for name, values in state.items()}
 
     def flush(self) -> dict[str, float | None]:
-        """Return the means (None where a number never occurred) and start afresh."""
-        means: dict[str, float | None] = {}
+        """Return the means and quantiles (None where a number never occurred) and start afresh."""
+        numbers: dict[str, float | None] = {}
         for name, values in self.state_dict().items():
             real = [value for value in values if not math.isnan(value)]
-            means[name] = math.fsum(real) / len(real) if real else None
+            if name.endswith(SAMPLE):
+                at = np.quantile(real, list(QUANTILES.values())).tolist() if real else [None] * len(QUANTILES)
+                numbers |= {
+                    f"{name.removesuffix(SAMPLE)}_{key}": value for key, value in zip(QUANTILES, at, strict=True)
+                }
+            else:
+                numbers[name] = math.fsum(real) / len(real) if real else None
         self.values = {}
-        return means
+        return numbers
+
+
+def _floats(values: list[Number]) -> list[float]:
+    floats: list[float] = []
+    for value in values:
+        floats += value.flatten().tolist() if isinstance(value, Tensor) else [value]
+    return floats
 
 
 class MetricsFile:
