@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import gradconsist
 from recipes.errors import CheckpointError
 
 Number = float | Tensor
@@ -184,3 +187,13 @@ def duration(seconds: float) -> str:
 def environment(device: torch.device) -> dict[str, Any]:
     """What bitwise equality depends on, beside the options."""
     return {"torch": torch.__version__, "device": str(device), "threads": torch.get_num_threads()}
+
+
+def software() -> dict[str, str | None]:
+    """Which code started a run; `revision` is None where it does not lie in a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        revision = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        revision = None
+    return {"gradconsist": gradconsist.__version__, "python": platform.python_version(), "revision": revision}
