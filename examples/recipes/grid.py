@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,8 +225,7 @@ def build_grid(
     cells = []
     for seed in range(chosen.seeds if seeds is None else seeds):
         for (column, variant), (config, arguments) in bases.items():
-            name = re.sub(r"[^a-z0-9]+", "-", column.lower()).strip("-")
-            place = str(folder / "cells" / f"{name}-{variant}-seed{seed}")
+            place = str(folder / "cells" / f"{config.dataset}-{config.labels}-{variant}-seed{seed}")
             own = resolve(dataclasses.replace(config, seed=seed, output=place))
             cells.append(Cell(column, variant, own, (*arguments, *_arguments({"seed": seed, "output": place}))))
     return Grid(folder, budget, tuple(tables), tuple(cells), absent)
