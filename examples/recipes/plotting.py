@@ -2,68 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from recipes.errors import DatasetError
-from recipes.files import read_json, write_atomically
+from recipes.files import write_atomically
 from recipes.runlog import duration
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run directory says about itself.
-
-    Attributes:
-        folder: The run directory.
-        label: What was trained, for legends.
-        options: Its options.
-        steps: Steps of each evaluation.
-        accuracies: Test accuracy of each evaluation.
-        summary: `summary.json`, or None while the run is unfinished.
-    """
-
-    folder: Path
-    label: str
-    options: dict[str, Any]
-    steps: list[int]
-    accuracies: list[float]
-    summary: dict[str, Any] | None
-
-
-def read_run(folder: Path) -> Run:
-    """Read a run directory, finished or not.
-
-    Args:
-        folder: The run directory.
-
-    Returns:
-        The run.
-
-    Raises:
-        DatasetError: Where it is not a run directory.
-    """
-    try:
-        config = read_json(folder / "config.json")
-        label, options = str(config["label"]), dict(config["options"])
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in lines]
-        summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DatasetError(
-            f"{folder} is not the directory of a run ({error}): give the --output of a trainer."
-        ) from error
-    evaluations = [record for record in records if record["kind"] == "eval"]
-    return Run(
-        folder,
-        label,
-        options,
-        [record["step"] for record in evaluations],
-        [record["test_accuracy"] for record in evaluations],
-        summary,
-    )
+from recipes.runs import Run
 
 
 def draw_curves(runs: list[Run], path: Path, *, title: str | None = None) -> None:
