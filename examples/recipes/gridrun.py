@@ -45,21 +45,33 @@ class Times:
         append_line(self.path, entry)
 
     def left(self, cell: Cell) -> float:
-        """Seconds that a cell still needs: by cells of its variant, else of its cost, else the budget's first guess."""
+        """Seconds that a cell still needs: by cells of its variant, else with or without the term as it is.
+
+        Else it is the budget's first guess, times what other cells took over theirs.
+        """
         if cell.finished:
             return 0.0
         steps = cell.config.steps - cell.steps_done()
         for alike in (("column", "variant"), ("column", "term")):
             own = {"column": cell.column, "variant": cell.variant, "term": cell.has_term}
-            known = [entry for entry in self.entries if entry["steps"] > 0 and all(entry[k] == own[k] for k in alike)]
+            known = [entry for entry in self.entries if entry["steps"] and all(entry[k] == own[k] for k in alike)]
             if known:
-                return steps * sum(entry["seconds"] for entry in known) / sum(entry["steps"] for entry in known)
-        return steps * BUDGETS[self.grid.budget].seconds_per_step[cell.has_term]
+                return steps * _rate(known)
+        guess = BUDGETS[self.grid.budget].seconds_per_step
+        known = [entry for entry in self.entries if entry["steps"]]
+        guessed = sum(entry["steps"] * guess[entry["term"]] for entry in known)
+        slower = sum(entry["seconds"] for entry in known) / guessed if known else 1.0
+        return steps * guess[cell.has_term] * slower
 
     @property
     def measured(self) -> bool:
         """Whether any cell has run here."""
         return any(entry["steps"] > 0 for entry in self.entries)
+
+
+def _rate(entries: list[dict[str, Any]]) -> float:
+    """Seconds per step."""
+    return sum(entry["seconds"] for entry in entries) / sum(entry["steps"] for entry in entries)
 
 
 def listing(grid: Grid) -> str:

@@ -27,6 +27,7 @@ class Run:
         summary: `summary.json`, or None while the run is unfinished.
         training: The lines of metrics.jsonl that average training steps.
         timing: Steps and the seconds of training behind them, rising.
+        rate: Images per second of training, where it is known.
         split: SHA-256 of the labeled split, where it is known.
         environment: Where it was started: device, versions, revision.
     """
@@ -39,6 +40,7 @@ class Run:
     summary: dict[str, Any] | None
     training: list[dict[str, Any]]
     timing: list[tuple[int, float]]
+    rate: float | None
     split: str | None
     environment: dict[str, Any]
 
@@ -79,6 +81,7 @@ def read_run(folder: Path) -> Run:
         config = read_json(folder / "config.json")
         records = _lines(folder / "metrics.jsonl")
         evaluations = [record for record in records if record["kind"] == "eval" and record["test_accuracy"] is not None]
+        timing = _lines(folder / "timing.jsonl") if (folder / "timing.jsonl").exists() else []
         summary = _optional(folder / "summary.json")
         return Run(
             folder,
@@ -88,7 +91,8 @@ def read_run(folder: Path) -> Run:
             [float(record["test_accuracy"]) for record in evaluations],
             summary or None,
             [{**record, "step": int(record["step"])} for record in records if record["kind"] == "train"],
-            _times(folder / "timing.jsonl"),
+            _times(timing),
+            float(timing[-1]["images_per_second"]) if timing else None,
             _optional(folder / "split.json").get("sha256"),
             {**config.get("environment", {}), **config.get("software", {})},
         )
@@ -107,14 +111,13 @@ def _optional(path: Path) -> dict[str, Any]:
     return dict(read_json(path)) if path.exists() else {}
 
 
-def _times(path: Path) -> list[tuple[int, float]]:
+def _times(lines: list[dict[str, Any]]) -> list[tuple[int, float]]:
     """Step and seconds of each line; steps that a resumed run took again replace the first time."""
     times: list[tuple[int, float]] = []
-    for line in _lines(path) if path.exists() else []:
-        step = int(line["step"])
-        while times and times[-1][0] >= step:
+    for line in lines:
+        while times and times[-1][0] >= int(line["step"]):
             times.pop()
-        times.append((step, float(line["seconds"])))
+        times.append((int(line["step"]), float(line["seconds"])))
     return times
 
 

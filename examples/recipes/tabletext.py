@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from recipes.files import write_atomically, write_json
 from recipes.grid import Grid
+from recipes.runlog import aligned
 from recipes.runs import shown
 from recipes.tables import SHARES, measure
 
@@ -31,13 +31,7 @@ def text(result: dict[str, Any]) -> str:
     """The tables for a terminal."""
     parts = [_head(result)]
     for name, table in result["tables"].items():
-        cells = _cells(table)
-        widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
-        ]
-        lines.insert(1, "  ".join("-" * width for width in widths))
-        parts.append("\n".join([f"\n{name}: {_caption(table)}", "", *lines, *_below(table)]))
+        parts.append("\n".join([f"\n{name}: {_caption(table)}", "", *aligned(_cells(table)), *_below(table)]))
     return "\n".join(parts)
 
 
@@ -66,8 +60,8 @@ def _head(result: dict[str, Any]) -> str:
         options, differs = protocol["options"], protocol["differs"]
         unlabeled = options["batch_size"] * options["unlabeled_ratio"]
         lines.append(
-            f"\n{column}: {options['dataset']} with {options['labels']} labels, {options['arch']}, {options['steps']:,} "
-            f"steps of {options['batch_size']} + {unlabeled} images."
+            f"\n{column}: {options['dataset']} with {options['labels']} labels, {options['arch']}, "
+            f"{options['steps']:,} steps of {options['batch_size']} + {unlabeled} images."
         )
         if differs:
             changes = "; ".join(
@@ -145,10 +139,3 @@ def _difference(numbers: dict[str, Any] | None, *, digits: int = 1) -> str:
 
 def _signed(value: float | None, *, digits: int = 1) -> str:
     return "-" if value is None else f"{value:+.{digits}f}"
-
-
-def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of text as lines with columns of one width, and a rule below the first."""
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
