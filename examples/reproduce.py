@@ -15,7 +15,7 @@ from pathlib import Path
 
 from recipes.claims import CLAIMS
 from recipes.errors import OptionError, TrainerError
-from recipes.grid import BUDGETS, build_grid
+from recipes.grid import BUDGETS, Cell, build_grid
 from recipes.gridrun import listing, run_grid, say
 from recipes.plotting import draw_curves
 from recipes.rundir import exclusive
@@ -69,13 +69,13 @@ def _run(options: argparse.Namespace) -> int:
         print(listing(grid))
         return 0
     grid.claim_grid()
-    reason, failed = None, []
+    reason, failed = None, list[Cell]()
     if not options.only_tables:
         with exclusive(folder):
             reason, failed = run_grid(grid, options.stop_after_minutes)
     result = write_tables(grid, options.metric)
     print(text(result))
-    runs = [read_run(cell.folder) for cell in grid.cells if cell.finished]
+    runs = [read_run(cell.folder) for cell in grid.cells if cell.is_finished()]
     if runs:
         draw_curves(runs, folder / "curves.png")
     say(f"written: {folder / 'tables.json'}, {folder / 'tables.md'}; page of all runs: "

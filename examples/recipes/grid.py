@@ -52,7 +52,10 @@ class Budget:
     one_thread: bool = False
 
 
-_CIFAR = {CIFAR10: {"dataset": "cifar10", "labels": 40}, CIFAR100: {"dataset": "cifar100", "labels": 400}}
+_CIFAR: dict[str, dict[str, Any]] = {
+    CIFAR10: {"dataset": "cifar10", "labels": 40},
+    CIFAR100: {"dataset": "cifar100", "labels": 400},
+}
 
 BUDGETS = {
     "smoke": Budget(
@@ -69,14 +72,15 @@ BUDGETS = {
         {CIFAR10: {"labels": 40}}, (0.07, 0.11), one_thread=True,
     ),
     "small": Budget(
-        "CIFAR, wrn-16-2, 20,000 steps of 32 + 224 images, at most 32 pairs: about a day on a GPU", 3,
+        "CIFAR, wrn-16-2, 20,000 steps of 32 + 224 images, at most 32 pairs", 3,
         {
             "preset": "paper", "arch": "wrn-16-2", "steps": 20_000, "batch_size": 32, "unlabeled_ramp": 1000,
             "ggcr_max_pairs": 32, "eval_every": 500, "checkpoint_every": 500,
         },
+        # From benchmarks/results/step_cost.json as below, for 4 times its images and half its depth.
         _CIFAR, (4.0, 7.0),
     ),
-    # 8 times the 64 images of benchmarks/results/step_cost.json.
+    # 8 times the steps of 64 images in benchmarks/results/step_cost.json.
     "paper": Budget("the paper's own: CIFAR, wrn-28-2, 2^20 steps of 64 + 448 images", 5, {"preset": "paper"},
                     _CIFAR, (17.0, 94.0)),
 }  # fmt: skip
@@ -103,8 +107,7 @@ class Cell:
         """Its run directory."""
         return Path(str(self.config.output))
 
-    @property
-    def finished(self) -> bool:
+    def is_finished(self) -> bool:
         """Whether there is nothing left to do."""
         return (self.folder / "summary.json").exists()
 
@@ -159,7 +162,7 @@ class Grid:
             ResumeError: Where the folder holds another budget or protocol, naming what differs.
         """
         path = self.folder / "grid.json"
-        now = {"format": 1, "budget": self.budget, "protocol": self.protocol()}
+        now: dict[str, Any] = {"format": 1, "budget": self.budget, "protocol": self.protocol()}
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(path, now)
@@ -216,7 +219,7 @@ def build_grid(
         for variant in CLAIMS[table].rows.values()
         if column in columns
     )
-    bases = {}
+    bases: dict[tuple[str, str], tuple[Config, tuple[str, ...]]] = {}
     for column, variant in wanted:
         options = _arguments({**chosen.options, **columns[column]})
         arguments = (*options, *trainer_options, *_arguments(VARIANTS[variant]))
@@ -226,8 +229,8 @@ def build_grid(
     for seed in range(chosen.seeds if seeds is None else seeds):
         for (column, variant), (config, arguments) in bases.items():
             place = str(folder / "cells" / f"{config.dataset}-{config.labels}-{variant}-seed{seed}")
-            own = resolve(dataclasses.replace(config, seed=seed, output=place))
-            cells.append(Cell(column, variant, own, (*arguments, *_arguments({"seed": seed, "output": place}))))
+            settled = resolve(dataclasses.replace(config, seed=seed, output=place))
+            cells.append(Cell(column, variant, settled, (*arguments, *_arguments({"seed": seed, "output": place}))))
     return Grid(folder, budget, tuple(tables), tuple(cells), absent)
 
 

@@ -49,7 +49,7 @@ class Times:
 
         Else it is the budget's first guess, times what other cells took over theirs.
         """
-        if cell.finished:
+        if cell.is_finished():
             return 0.0
         steps = cell.config.steps - cell.steps_done()
         for alike in (("column", "variant"), ("column", "term")):
@@ -80,12 +80,12 @@ def listing(grid: Grid) -> str:
     lines = []
     for cell in grid.cells:
         done = cell.steps_done()
-        state = "finished" if cell.finished else f"at step {done}" if done else "to do"
-        left = "" if cell.finished else f"about {long_duration(times.left(cell))}"
+        state = "finished" if cell.is_finished() else f"at step {done}" if done else "to do"
+        left = "" if cell.is_finished() else f"about {long_duration(times.left(cell))}"
         lines.append(f"{cell.folder.name:<44} {done:>8}/{cell.config.steps}  {state:<16} {left}".rstrip())
     source = "by the cells that ran here" if times.measured else "a first guess, for one core of an x86-64 CPU"
     total = sum(times.left(cell) for cell in grid.cells)
-    finished = sum(cell.finished for cell in grid.cells)
+    finished = sum(cell.is_finished() for cell in grid.cells)
     lines.append(
         f"{len(grid.cells)} cells, {finished} finished; about {long_duration(total)} left ({source}), one after another"
     )
@@ -107,12 +107,13 @@ def run_grid(grid: Grid, minutes: float | None) -> tuple[str | None, list[Cell]]
     Returns:
         Why it stopped before the end, or None; and the cells that failed.
     """
-    times, failed = Times(grid), []
+    times = Times(grid)
+    failed: list[Cell] = []
     (grid.folder / "logs").mkdir(parents=True, exist_ok=True)
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     with _Stop() as stop:
         for number, cell in enumerate(grid.cells, 1):
-            if cell.finished:
+            if cell.is_finished():
                 continue
             if deadline is not None and time.monotonic() >= deadline:
                 return f"--stop-after-minutes {minutes:g}", failed
@@ -125,14 +126,15 @@ def run_grid(grid: Grid, minutes: float | None) -> tuple[str | None, list[Cell]]
             times.add(cell, seconds, max(0, cell.steps_done() - before), status)
             if stop.signal is not None:
                 return signal.Signals(stop.signal).name, failed
-            if cell.finished:
+            if cell.is_finished():
                 say(f"  test accuracy {read_json(cell.folder / 'summary.json')['last']:.4f} after {duration(seconds)}")
             elif status != 0:
                 failed.append(cell)
                 say(f"  failed with status {status}; the grid goes on. The end of {_log(grid, cell)}:")
                 say("\n".join("    " + line for line in _log(grid, cell).read_text().splitlines()[-8:]))
-    unfinished = any(not cell.finished for cell in grid.cells)
-    return (f"--stop-after-minutes {minutes:g}" if unfinished and not failed else None), failed
+    if failed or all(cell.is_finished() for cell in grid.cells):
+        return None, failed
+    return ("the trainer's own budget" if minutes is None else f"--stop-after-minutes {minutes:g}"), failed
 
 
 def say(text: str) -> None:

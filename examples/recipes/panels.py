@@ -39,17 +39,20 @@ class Panel:
         title: What it shows.
         words: How to read line and band.
         series: The curves; those of groups without such numbers are left out.
+        floor: Where the axis of heights begins; None for what the curves need.
     """
 
     key: str
     title: str
     words: str
     series: tuple[Series, ...]
+    floor: float | None = None
 
 
 Curve = Callable[[Run], Mapping[int, float]]
 
 _SEEDS = "Line: mean over seeds. Band: from the lowest to the highest seed."
+_ONE_SEED = "One seed each."
 
 
 def panels(groups: Sequence[Group]) -> list[Panel]:
@@ -80,12 +83,13 @@ def panels(groups: Sequence[Group]) -> list[Panel]:
 
 def accuracy_panel(groups: Sequence[Group]) -> Panel:
     """Test accuracy over the steps."""
-    return _panel("accuracy", "Test accuracy of the averaged model", groups, _accuracy)
+    return _panel("accuracy", "Test accuracy of the averaged model", groups, _accuracy, floor=None)
 
 
-def _panel(key: str, title: str, groups: Sequence[Group], curve: Curve) -> Panel:
+def _panel(key: str, title: str, groups: Sequence[Group], curve: Curve, *, floor: float | None = 0.0) -> Panel:
     drawn = (_over_seeds(group, number, curve) for number, group in enumerate(groups))
-    return Panel(key, title, _SEEDS, tuple(series for series in drawn if series.steps))
+    series = tuple(one for one in drawn if one.steps)
+    return Panel(key, title, _SEEDS if any(one.band for one in series) else _ONE_SEED, series, floor)
 
 
 def _over_seeds(group: Group, colour: int, curve: Curve) -> Series:

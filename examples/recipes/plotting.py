@@ -46,6 +46,8 @@ def draw_panel(panel: Panel, path: Path) -> None:
         axes.plot(series.steps, series.middle, color=f"C{series.colour}", label=series.name, linewidth=1.4)
         if series.band is not None:
             axes.fill_between(series.steps, *series.band, color=f"C{series.colour}", alpha=0.18, linewidth=0)
+    if panel.floor is not None:
+        axes.set_ylim(bottom=panel.floor)
     figure.text(0.01, 0.005, "\n".join(textwrap.wrap(panel.words, 110)), fontsize="x-small", color="0.35")
     figure.get_layout_engine().set(rect=(0, 0.06, 1, 0.94))
     _save(figure, axes, path)

@@ -48,7 +48,7 @@ class Meter:
 
     def state_dict(self) -> dict[str, list[float]]:
         """All values since the last flush, as floats."""
-        self.values = {name: _floats(values) for name, values in self.values.items()}
+        self.values = {name: list[Number](_floats(values)) for name, values in self.values.items()}
         return {name: list(values) for name, values in self.values.items()}  # type: ignore[arg-type]
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:

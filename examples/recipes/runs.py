@@ -121,6 +121,10 @@ def _times(lines: list[dict[str, Any]]) -> list[tuple[int, float]]:
     return times
 
 
+# Options in a group's name; the report's table of differences has them all.
+MOST_TOLD = 3
+
+
 @dataclass(frozen=True)
 class Group:
     """Runs of the same options but the seed.
@@ -177,7 +181,9 @@ def _name(own: tuple[Run, ...], sets: list[tuple[Run, ...]]) -> str:
     options, label = _deciding(own[0]), own[0].label
     others = [_deciding(other[0]) for other in sets if other is not own and other[0].label == label]
     telling = [name for name in options if any(other.get(name) != options[name] for other in others)]
-    return ", ".join([label, *(f"{name} {shown(options[name])}" for name in telling)])
+    words = [f"{name} {shown(options[name])}" for name in telling[:MOST_TOLD]]
+    more = [f"{len(telling) - MOST_TOLD} more"] if len(telling) > MOST_TOLD else []
+    return ", ".join([label, *words, *more])
 
 
 def shown(value: Any) -> str:

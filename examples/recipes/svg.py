@@ -9,7 +9,7 @@ from html import escape
 from recipes.panels import Panel, Series
 
 WIDTH, HEIGHT = 460, 280
-LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 34
+LEFT, RIGHT, TOP, BOTTOM = 52, 20, 10, 34
 COLOURS = 8
 
 
@@ -25,7 +25,9 @@ def svg(panel: Panel) -> str:
     heights = [value for series in panel.series for edge in (series.middle, *(series.band or ())) for value in edge]
     last = max(series.steps[-1] for series in panel.series)
     x_marks = [mark for mark in ticks(0, last) if mark <= last]
-    y_marks = ticks(min(heights), max(heights))
+    # A share that is 0 throughout lies on the axis of a whole picture.
+    lowest, highest = (min(heights), max(heights)) if panel.floor is None else (panel.floor, max(heights) or 1.0)
+    y_marks = ticks(lowest, highest)
     low, high = y_marks[0], y_marks[-1]
 
     def place(step: float, value: float) -> str:

@@ -30,7 +30,7 @@ def measure(grid: Grid, metric: str) -> dict[str, Any]:
     """
     runs: Runs = {}
     for cell in grid.cells:
-        if cell.finished:
+        if cell.is_finished():
             runs.setdefault((cell.column, cell.variant), {})[cell.config.seed] = read_run(cell.folder)
     protocol = {column: _protocol(column, options) for column, options in grid.protocol().items()}
     environments = [run.environment for seeds in runs.values() for run in seeds.values()]
@@ -48,7 +48,7 @@ def measure(grid: Grid, metric: str) -> dict[str, Any]:
         "metric": metric,
         "confidence": CONFIDENCE,
         "cells": len(grid.cells),
-        "finished": sum(cell.finished for cell in grid.cells),
+        "finished": sum(cell.is_finished() for cell in grid.cells),
         "protocol": protocol,
         "environments": [dict(items) for items in dict.fromkeys(tuple(e.items()) for e in environments)],
         "tables": tables,
@@ -101,7 +101,7 @@ def _curve_rows(claim: Claim, runs: Runs) -> list[dict[str, Any]]:
     }
     rows = []
     for row, by_seed in curves.items():
-        differences = {"difference": None, "steps_difference": None}
+        differences: dict[str, dict[str, Any] | None] = {"difference": None, "steps_difference": None}
         if row != claim.reference:
             differences = {
                 name: dataclasses.asdict(found) if found else None
