@@ -15,11 +15,12 @@ from pathlib import Path
 
 from recipes.claims import CLAIMS
 from recipes.errors import OptionError, TrainerError
-from recipes.grid import BUDGETS, Cell, build_grid
+from recipes.grid import BUDGETS, Cell, Grid, build_grid
 from recipes.gridrun import listing, run_grid, say
-from recipes.plotting import draw_curves
+from recipes.panels import accuracy_panel
+from recipes.plotting import draw_panel
 from recipes.rundir import exclusive
-from recipes.runs import read_run
+from recipes.runs import group_runs, read_run
 from recipes.tables import METRICS
 from recipes.tabletext import text, write_tables
 
@@ -56,6 +57,9 @@ def main(arguments: Sequence[str]) -> int:
     except (TrainerError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "exit_code", 1)
+    except KeyboardInterrupt:  # while no cell runs
+        print("interrupted; start the same command again to continue.", file=sys.stderr)
+        return 130
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -75,9 +79,7 @@ def _run(options: argparse.Namespace) -> int:
             reason, failed = run_grid(grid, options.stop_after_minutes)
     result = write_tables(grid, options.metric)
     print(text(result))
-    runs = [read_run(cell.folder) for cell in grid.cells if cell.is_finished()]
-    if runs:
-        draw_curves(runs, folder / "curves.png")
+    _draw(grid, folder / "curves.png")
     say(f"written: {folder / 'tables.json'}, {folder / 'tables.md'}; page of all runs: "
         f"python examples/report.py {folder / 'cells'}/*")  # fmt: skip
     if reason is not None:
@@ -85,6 +87,15 @@ def _run(options: argparse.Namespace) -> int:
     for cell in failed:
         say(f"failed: {cell.folder.name}; see {folder / 'logs' / cell.folder.name}.log")
     return 1 if failed else {"SIGINT": 130, "SIGTERM": 143}.get(str(reason), 0)
+
+
+def _draw(grid: Grid, path: Path) -> None:
+    """The picture beside the table of curves."""
+    claim = CLAIMS["curves"]
+    compared = [cell for cell in grid.cells if cell.variant in claim.rows.values() and cell.column in claim.columns]
+    runs = [read_run(cell.folder) for cell in compared if cell.is_finished()]
+    if "curves" in grid.tables and runs:
+        draw_panel(accuracy_panel(group_runs(runs)), path)
 
 
 if __name__ == "__main__":

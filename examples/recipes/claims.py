@@ -21,6 +21,7 @@ class Claim:
         rows: Row to variant of the grid (a key of `recipes.grid.VARIANTS`).
         accuracy: Row, column to the claimed accuracy in per cent; empty where the paper gives no number.
         text: What the paper says in words.
+        note: What has to be known about its row or columns here.
     """
 
     label: str
@@ -29,6 +30,7 @@ class Claim:
     rows: dict[str, str]
     accuracy: dict[tuple[str, str], float]
     text: str = ""
+    note: str = ""
 
     @property
     def columns(self) -> list[str]:
@@ -57,6 +59,7 @@ CLAIMS = {
             ("GGCR (full)", CIFAR10): 93.2, ("w/o gradient consistency", CIFAR10): 91.8,
             ("w/o warm-up", CIFAR10): 92.1, ("Gradient norm penalty instead", CIFAR10): 92.5,
         },
+        note="The paper gives the gradient norm penalty no weight; here it has GGCR's.",
     ),
     "lambda": Claim(
         "tab:hparams", "Sensitivity to lambda", "0.1",
@@ -69,5 +72,7 @@ CLAIMS = {
     "curves": Claim(
         "fig:curves", "Learning curves", "FixMatch", _COMPARED, {},
         "GGCR converges faster and reaches higher final accuracy.",
+        "The common level is, seed by seed, the lowest accuracy that one of the rows has in the end; steps count to "
+        "the first evaluation at or above it. Columns of per cents are of the run's steps.",
     ),
 }  # fmt: skip

@@ -39,8 +39,9 @@ def measure(grid: Grid, metric: str) -> dict[str, Any]:
         claim = CLAIMS[name]
         rows = _curve_rows(claim, runs) if not claim.accuracy else list(_rows(claim, runs, metric))
         tables[name] = {
-            "label": claim.label, "caption": claim.caption, "reference": claim.reference, "claim": claim.text,
-            "rows": rows, "absent": {c: grid.absent[c] for c in claim.columns if c in grid.absent},
+            "label": claim.label, "caption": claim.caption, "claim": claim.text, "note": claim.note,
+            "reference": claim.reference, "rows": rows,
+            "absent": {column: grid.absent[column] for column in claim.columns if column in grid.absent},
         }  # fmt: skip
     return {
         "format": 1,
@@ -113,9 +114,7 @@ def _curve_rows(claim: Claim, runs: Runs) -> list[dict[str, Any]]:
         rows.append(
             {
                 "row": row, "column": column, "variant": claim.rows[row],
-                "at": [
-                    [share, 100 * spread([_at(run, share) for run in by_seed.values()]).mean] for share in SHARES
-                ] if by_seed else [],
+                "at": [[share, _at(list(by_seed.values()), share)] for share in SHARES],
                 "over_run": dataclasses.asdict(spread(list(height[row].values()))) if by_seed else None,
                 "steps_to_level": dataclasses.asdict(spread(list(reached[row].values()))) if seeds else None,
                 "by_seed": {"over_run": _keys(height[row]), "steps_to_level": _keys(reached[row])},
@@ -129,10 +128,13 @@ def _reached(run: Run, level: float) -> int:
     return next(step for step, value in zip(run.steps, run.accuracies, strict=True) if value >= level)
 
 
-def _at(run: Run, share: float) -> float:
-    """Accuracy of the last evaluation up to a share of the run's steps."""
-    limit = share * run.steps[-1]
-    return [value for step, value in zip(run.steps, run.accuracies, strict=True) if step <= limit][-1]
+def _at(runs: list[Run], share: float) -> float | None:
+    """Mean accuracy in per cent at the last evaluation up to a share of the steps; None where some run has none."""
+    heights = [
+        [value for step, value in zip(run.steps, run.accuracies, strict=True) if step <= share * run.steps[-1]]
+        for run in runs
+    ]
+    return 100 * spread([before[-1] for before in heights]).mean if heights and all(heights) else None
 
 
 def _keys(values: dict[int, float]) -> dict[str, float]:

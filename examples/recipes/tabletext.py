@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 from recipes.files import write_atomically, write_json
@@ -29,10 +30,15 @@ def write_tables(grid: Grid, metric: str) -> dict[str, Any]:
 
 def text(result: dict[str, Any]) -> str:
     """The tables for a terminal."""
-    parts = [_head(result)]
+    parts = [_wrapped(_head(result))]
     for name, table in result["tables"].items():
-        parts.append("\n".join([f"\n{name}: {_caption(table)}", "", *aligned(_cells(table)), *_below(table)]))
+        below = [_wrapped(line) for line in _below(table)]
+        parts.append("\n".join([f"\n{name}: {_caption(table)}", "", *aligned(_cells(table)), *below]))
     return "\n".join(parts)
+
+
+def _wrapped(lines: str) -> str:
+    return "\n".join(textwrap.fill(line, 110, break_on_hyphens=False) for line in lines.split("\n"))
 
 
 def markdown(result: dict[str, Any], *, level: int = 2) -> str:
@@ -86,6 +92,7 @@ def _caption(table: dict[str, Any]) -> str:
 def _below(table: dict[str, Any]) -> list[str]:
     lines = [f"{column} is not run: {reason}." for column, reason in table["absent"].items()]
     lines += [f"The paper claims: “{table['claim']}”"] if table["claim"] else []
+    lines += [table["note"]] if table["note"] else []
     return ["", *lines] if lines else []
 
 
@@ -113,7 +120,7 @@ def _curve_cells(table: dict[str, Any]) -> list[list[str]]:
     at = [f"at {share:.0%}" for share in SHARES]
     cells = [["row", *at, "mean of the curve", f"- {reference}", "steps to the common level", f"- {reference}"]]
     for row in table["rows"]:
-        heights = [f"{value:.1f}" for _, value in row["at"]] or ["-"] * len(SHARES)
+        heights = ["-" if value is None else f"{value:.1f}" for _, value in row["at"]]
         cells.append(
             [row["row"], *heights, _spread(row["over_run"]), _difference(row["difference"]),
              _spread(row["steps_to_level"], digits=0), _difference(row["steps_difference"], digits=0)]
