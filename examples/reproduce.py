@@ -15,14 +15,15 @@ from pathlib import Path
 
 from recipes.claims import CLAIMS
 from recipes.errors import OptionError, TrainerError
+from recipes.files import write_atomically, write_json
 from recipes.grid import BUDGETS, Cell, Grid, build_grid
 from recipes.gridrun import listing, run_grid, say
 from recipes.panels import accuracy_panel
 from recipes.plotting import draw_panel
 from recipes.rundir import exclusive
 from recipes.runs import group_runs, read_run
-from recipes.tables import METRICS
-from recipes.tabletext import text, write_tables
+from recipes.tables import METRICS, measure
+from recipes.tabletext import markdown, text
 
 
 def parser() -> argparse.ArgumentParser:
@@ -77,7 +78,9 @@ def _run(options: argparse.Namespace) -> int:
     if not options.only_tables:
         with exclusive(folder):
             reason, failed = run_grid(grid, options.stop_after_minutes)
-    result = write_tables(grid, options.metric)
+    result = measure(grid, options.metric)
+    write_json(folder / "tables.json", result)
+    write_atomically(folder / "tables.md", lambda file: file.write(markdown(result).encode()))
     print(text(result))
     _draw(grid, folder / "curves.png")
     say(f"written: {folder / 'tables.json'}, {folder / 'tables.md'}; page of all runs: "

@@ -8,8 +8,8 @@ from typing import Any
 
 from recipes.evaluation import PROTOCOL
 from recipes.panels import panels
-from recipes.runlog import duration
-from recipes.runs import Group, Run, shown
+from recipes.runlog import duration, shown
+from recipes.runs import Group, Run
 from recipes.statistics import CONFIDENCE, paired_difference, spread
 from recipes.svg import legend, svg
 
@@ -31,7 +31,7 @@ h1 { font-size: 1.5rem; line-height: 1.25; margin: 0.5rem 0; } h2 { font-size: 1
 h3 { font-size: 1rem; margin: 0 0 0.25rem; } p { margin: 0.25rem 0 0.75rem; max-width: 70ch; }
 h1, td, li, p { overflow-wrap: anywhere; }
 .soft, figcaption { color: var(--soft); font-size: 0.85rem; line-height: 1.4; }
-.panels { display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
+.panels { display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
 figure { margin: 0; min-width: 0; } svg { display: block; width: 100%; height: auto; }
 svg text { font: 13px system-ui, sans-serif; fill: var(--soft); }
 .grid { stroke: var(--rule); fill: none; } .line { fill: none; stroke: var(--c); stroke-width: 2;

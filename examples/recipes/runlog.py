@@ -192,6 +192,13 @@ def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
     return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
 
 
+def shown(value: Any) -> str:
+    """An option's value for people."""
+    if value is None:
+        return "none"
+    return f"{value:g}" if isinstance(value, float) and math.isfinite(value) else str(value)
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """What bitwise equality depends on, beside the options."""
     return {"torch": torch.__version__, "device": str(device), "threads": torch.get_num_threads()}

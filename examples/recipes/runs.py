@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from recipes.config import HARMLESS
 from recipes.errors import DatasetError
 from recipes.evaluation import summarize
 from recipes.files import read_json
+from recipes.runlog import shown
 
 
 @dataclass(frozen=True)
@@ -184,10 +184,3 @@ def _name(own: tuple[Run, ...], sets: list[tuple[Run, ...]]) -> str:
     words = [f"{name} {shown(options[name])}" for name in telling[:MOST_TOLD]]
     more = [f"{len(telling) - MOST_TOLD} more"] if len(telling) > MOST_TOLD else []
     return ", ".join([label, *words, *more])
-
-
-def shown(value: Any) -> str:
-    """An option's value for people."""
-    if value is None:
-        return "none"
-    return f"{value:g}" if isinstance(value, float) and math.isfinite(value) else str(value)

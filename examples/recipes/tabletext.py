@@ -5,27 +5,7 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-from recipes.files import write_atomically, write_json
-from recipes.grid import Grid
-from recipes.runlog import aligned
-from recipes.runs import shown
-from recipes.tables import SHARES, measure
-
-
-def write_tables(grid: Grid, metric: str) -> dict[str, Any]:
-    """Compute the grid's tables and write `tables.json` and `tables.md` into its folder.
-
-    Args:
-        grid: The grid, finished or not.
-        metric: One of `METRICS`.
-
-    Returns:
-        The record that `text` and `markdown` show.
-    """
-    result = measure(grid, metric)
-    write_json(grid.folder / "tables.json", result)
-    write_atomically(grid.folder / "tables.md", lambda file: file.write(markdown(result).encode()))
-    return result
+from recipes.runlog import aligned, shown
 
 
 def text(result: dict[str, Any]) -> str:
@@ -117,7 +97,7 @@ def _cells(table: dict[str, Any]) -> list[list[str]]:
 
 def _curve_cells(table: dict[str, Any]) -> list[list[str]]:
     reference = table["reference"]
-    at = [f"at {share:.0%}" for share in SHARES]
+    at = [f"at {share:.0%}" for share, _ in table["rows"][0]["at"]]
     cells = [["row", *at, "mean of the curve", f"- {reference}", "steps to the common level", f"- {reference}"]]
     for row in table["rows"]:
         heights = ["-" if value is None else f"{value:.1f}" for _, value in row["at"]]

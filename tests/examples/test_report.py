@@ -308,7 +308,8 @@ def look_at(folder: Path, scheme: str) -> dict[str, Any]:
     (folder / "probe.html").write_text(PROBE)
     command = [
         str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-        "--allow-file-access-from-files", f"--blink-settings=preferredColorScheme={int(scheme == 'light')}", "--virtual-time-budget=3000",
+        "--allow-file-access-from-files", "--virtual-time-budget=3000",
+        f"--blink-settings=preferredColorScheme={int(scheme == 'light')}",
         f"--user-data-dir={folder / 'profile'}", "--dump-dom", (folder / "probe.html").as_uri(),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
