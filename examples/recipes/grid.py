@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from recipes.cli import parse_config
 from recipes.config import HARMLESS, Config, preset_config, resolve
 from recipes.errors import OptionError, ResumeError
 from recipes.files import read_json, write_json
+from recipes.runs import json_lines
 
 # What makes each of the paper's rows. Tables share them: a run is made once.
 _TERM = {"method": "fixmatch", "ggcr_weight": 0.1, "ggcr_criterion": "cosine"}
@@ -118,11 +118,9 @@ class Cell:
 
     def steps_done(self) -> int:
         """Steps behind its last complete line of metrics."""
-        try:
-            lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
-        except OSError:
-            return 0
-        return int(json.loads(lines[-2])["step"]) if len(lines) > 1 else 0
+        path = self.folder / "metrics.jsonl"
+        lines = json_lines(path) if path.exists() else []
+        return int(lines[-1]["step"]) if lines else 0
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from typing import Any
 from recipes.files import read_json
 from recipes.grid import BUDGETS, Cell, Grid
 from recipes.runlog import append_line, duration
+from recipes.runs import json_lines
 
 TRAINER = Path(__file__).parents[1] / "fixmatch_cifar.py"
 # How long a cell may take to write its checkpoint after a first Ctrl-C.
@@ -31,9 +31,7 @@ class Times:
 
     def __init__(self, grid: Grid) -> None:
         self.grid, self.path = grid, grid.folder / "journal.jsonl"
-        self.entries: list[dict[str, Any]] = []
-        if self.path.exists():
-            self.entries = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        self.entries = json_lines(self.path) if self.path.exists() else []
 
     def add(self, cell: Cell, seconds: float, steps: int, status: int) -> None:
         """Note one call of the trainer."""

@@ -79,9 +79,9 @@ def read_run(folder: Path) -> Run:
     """
     try:
         config = read_json(folder / "config.json")
-        records = _lines(folder / "metrics.jsonl")
+        records = json_lines(folder / "metrics.jsonl")
         evaluations = [record for record in records if record["kind"] == "eval" and record["test_accuracy"] is not None]
-        timing = _lines(folder / "timing.jsonl") if (folder / "timing.jsonl").exists() else []
+        timing = json_lines(folder / "timing.jsonl") if (folder / "timing.jsonl").exists() else []
         summary = _optional(folder / "summary.json")
         return Run(
             folder,
@@ -102,7 +102,7 @@ def read_run(folder: Path) -> Run:
         ) from error
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def json_lines(path: Path) -> list[dict[str, Any]]:
     """JSON lines; one that is being written, or that a kill cut off, has no end and does not count."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
