@@ -21,8 +21,8 @@ from recipes.gridrun import listing, run_grid, say
 from recipes.panels import accuracy_panel
 from recipes.plotting import draw_panel
 from recipes.rundir import exclusive
-from recipes.runs import group_runs, read_run
-from recipes.tables import METRICS, measure
+from recipes.runs import FINAL, group_runs, read_run
+from recipes.tables import measure
 from recipes.tabletext import markdown, text
 
 
@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--budget", choices=list(BUDGETS), default="demo", help=f"default: demo. {budgets}")
     parser.add_argument("--seeds", type=int, help="runs of each variant, seeds 0, 1, ...; default: the budget's")
     parser.add_argument("--output", type=Path, help="folder of the grid; default: runs/reproduce-BUDGET")
-    parser.add_argument("--metric", choices=METRICS, default="last", help="test accuracy of a run; default: last")
+    parser.add_argument("--metric", choices=FINAL, default="last", help="test accuracy of a run; default: last")
     parser.add_argument("--list", action="store_true", help="show the cells with their states and times, and end")
     parser.add_argument("--only-tables", action="store_true", help="print the tables of what is finished; run nothing")
     parser.add_argument("--stop-after-minutes", type=float, help="stop then, with a checkpoint; repeat to continue")

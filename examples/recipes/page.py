@@ -29,7 +29,7 @@ body { margin: 0 auto; padding: 1rem; max-width: 76rem; background: var(--paper)
   font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0.5rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 0.5rem; }
 h3 { font-size: 1rem; margin: 0 0 0.25rem; } p { margin: 0.25rem 0 0.75rem; max-width: 70ch; }
-h1, td, li, p { overflow-wrap: anywhere; }
+h1, h2, td, li, p { overflow-wrap: anywhere; }
 .soft, figcaption { color: var(--soft); font-size: 0.85rem; line-height: 1.4; }
 .panels { display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
 figure { margin: 0; min-width: 0; } svg { display: block; width: 100%; height: auto; }
@@ -97,7 +97,7 @@ def _group_rows(groups: Sequence[Group]) -> list[list[str]]:
         accuracies = [run.accuracy() for run in group.finished]
         steps = [run.timing[-1][1] / run.timing[-1][0] for run in group.runs if run.timing and run.timing[-1][0]]
         rates = [run.rate for run in group.runs if run.rate is not None]
-        seconds = [float(run.summary["seconds"]) for run in group.finished if run.summary and "seconds" in run.summary]
+        seconds = [run.summary["seconds"] for run in group.finished if run.summary and "seconds" in run.summary]
         seeds = ", ".join(str(run.seed) for run in group.finished) or "none finished"
         rows.append(
             [group.name, seeds, *(_spread([one[kind] for one in accuracies], 4) for kind in KINDS), _spread(steps, 3),

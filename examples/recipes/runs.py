@@ -13,6 +13,9 @@ from recipes.evaluation import summarize
 from recipes.files import read_json
 from recipes.runlog import shown
 
+# The accuracies of a finished run.
+FINAL = ("last", "median_last_20", "best")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -47,7 +50,7 @@ class Run:
     @property
     def seed(self) -> int:
         """Its seed."""
-        return int(self.options.get("seed", 0))
+        return int(self.options["seed"])
 
     @property
     def step(self) -> int:
@@ -57,12 +60,12 @@ class Run:
     def accuracy(self) -> dict[str, float]:
         """`last`, `median_last_20` and `best`; of the evaluations so far, where it is unfinished."""
         if self.summary is not None:
-            return {key: float(self.summary[key]) for key in ("last", "median_last_20", "best")}
+            return {key: self.summary[key] for key in FINAL}
         return summarize(self.accuracies) if self.accuracies else {}
 
     def curve(self, name: str) -> dict[int, float]:
         """Step to a number of its training log, where there is one."""
-        return {record["step"]: float(record[name]) for record in self.training if record.get(name) is not None}
+        return {record["step"]: record[name] for record in self.training if name in record}
 
 
 def read_run(folder: Path) -> Run:
@@ -81,16 +84,20 @@ def read_run(folder: Path) -> Run:
         config = read_json(folder / "config.json")
         records = json_lines(folder / "metrics.jsonl")
         evaluations = [record for record in records if record["kind"] == "eval" and record["test_accuracy"] is not None]
+        training = [record for record in records if record["kind"] == "train"]
         timing = json_lines(folder / "timing.jsonl") if (folder / "timing.jsonl").exists() else []
         summary = _optional(folder / "summary.json")
+        numbers = {key: float(summary[key]) for key in (*FINAL, "seconds") if key in summary}
+        if summary and not set(FINAL) <= set(numbers):
+            raise ValueError(f"summary.json lacks one of {', '.join(FINAL)}")
         return Run(
             folder,
             str(config["label"]),
-            dict(config["options"]),
+            {**config["options"], "seed": int(config["options"].get("seed", 0))},
             [int(record["step"]) for record in evaluations],
             [float(record["test_accuracy"]) for record in evaluations],
-            summary or None,
-            [{**record, "step": int(record["step"])} for record in records if record["kind"] == "train"],
+            {**summary, **numbers} or None,
+            [{**_numbers(record), "step": int(record["step"])} for record in training],
             _times(timing),
             float(timing[-1]["images_per_second"]) if timing else None,
             _optional(folder / "split.json").get("sha256"),
@@ -102,13 +109,32 @@ def read_run(folder: Path) -> Run:
         ) from error
 
 
+def _numbers(record: dict[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in record.items() if isinstance(value, int | float)}
+
+
 def json_lines(path: Path) -> list[dict[str, Any]]:
-    """JSON lines; one that is being written, or that a kill cut off, has no end and does not count."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    """Read JSON lines; one that is being written, or that a kill cut off, has no end and does not count.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The records.
+
+    Raises:
+        ValueError: Where a line is no JSON, or holds NaN or an infinity, which JSON does not have.
+    """
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line, parse_constant=_refuse) for line in lines]
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"it holds {constant}")
 
 
 def _optional(path: Path) -> dict[str, Any]:
-    return dict(read_json(path)) if path.exists() else {}
+    return {**read_json(path)} if path.exists() else {}
 
 
 def _times(lines: list[dict[str, Any]]) -> list[tuple[int, float]]:

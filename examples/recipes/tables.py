@@ -11,7 +11,6 @@ from recipes.grid import Grid, papers_protocol
 from recipes.runs import Run, read_run
 from recipes.statistics import CONFIDENCE, paired_difference, spread
 
-METRICS = ("last", "median_last_20", "best")
 # Of a run's steps, at which the table of curves shows accuracies.
 SHARES = (0.25, 0.5, 0.75, 1.0)
 
@@ -23,7 +22,7 @@ def measure(grid: Grid, metric: str) -> dict[str, Any]:
 
     Args:
         grid: The grid.
-        metric: One of `METRICS`.
+        metric: One of `recipes.runs.FINAL`.
 
     Returns:
         A record of JSON types.

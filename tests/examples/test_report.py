@@ -197,9 +197,35 @@ def test_folders_that_are_no_runs_are_named(tmp_path: Path, capsys: pytest.Captu
     assert report.main([str(run), str(tmp_path / "empty"), "--output", str(tmp_path / "out.html")]) == 1
     assert f"{tmp_path / 'empty'} is not the directory of a run" in capsys.readouterr().err
     assert not (tmp_path / "out.html").exists()
-    (run / "metrics.jsonl").write_text('{"kind": "eval", "step": "<i>", "test_accuracy": 0.5}\n')
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("metrics.jsonl", '{"kind": "eval", "step": "<i>", "test_accuracy": 0.5}\n'),
+        ("metrics.jsonl", '{"kind": "eval", "step": 1, "test_accuracy": NaN}\n'),
+        ("metrics.jsonl", '{"kind": "train", "step": 1, "loss": Infinity}\n'),
+        ("metrics.jsonl", "[1]\n"),
+        ("metrics.jsonl", "\xff\n"),
+        ("timing.jsonl", '{"step": 1, "seconds": null}\n'),
+        ("summary.json", '{"last": 0.5}'),
+        ("summary.json", '{"last": "high", "median_last_20": 0.5, "best": 0.5}'),
+        ("split.json", "[]"),
+        ("config.json", '{"label": "x", "options": {"seed": "y"}}'),
+        ("config.json", '{"label": "x", "options": null}'),
+    ],
+)
+def test_damaged_files_are_no_run(tmp_path: Path, file: str, content: str) -> None:
+    run = write_run(tmp_path / "run")
+    (run / file).write_bytes(content.encode("latin-1"))
     with pytest.raises(DatasetError, match="run is not the directory of a run"):
         read_run(run)
+
+
+def test_numbers_of_the_log_that_are_none_are_left_out(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", training=[{"step": 5, "x": None, "y": "<b>"}, {"step": 10, "x": 2}])
+    assert read_run(run).curve("x") == {10: 2.0}
+    assert read_run(run).curve("y") == {}
 
 
 def test_a_run_counts_once(tmp_path: Path) -> None:
