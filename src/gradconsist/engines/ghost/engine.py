@@ -31,7 +31,7 @@ logger = logging.getLogger("gradconsist")
 
 # What the graph of a chunk may keep, and pairs at most. Fixed numbers and not timings, so that a resumed run adds up in
 # the same order and stays bitwise equal: on CPUs larger chunks gain little (benchmarks/step_cost.py); CUDA: not known.
-_CHUNK_BYTES = {"cpu": 320 * 2**20, "cuda": 2**33}
+_CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2**33}
 _MOST_PAIRS = 256
 
 
@@ -136,11 +136,11 @@ class GhostEngine:
         samples, target = _interleaved(problem.weak, problem.strong), problem.target.repeat_interleave(2, 0)
         view = torch.tensor([WEAK, STRONG], device=target.device).repeat(len(problem.target))
         looped = self._known(problem).looped
-        if problem.recalled is not None and not looped:
+        if problem.recalled is not None and problem.recalled.usable and not looped:
             try:
                 return see(problem, samples, target, view, problem.graph_weak, looped, problem.recalled)
             except OtherForwardError:
-                pass
+                problem.recalled.dismiss()
         return see(problem, samples, target, view, problem.graph_weak, looped)
 
     def _see_one(self, problem: Problem, view: int) -> Seen:
