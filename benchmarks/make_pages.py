@@ -3,7 +3,7 @@
     python benchmarks/make_pages.py
 
 docs/evidence.md, docs/matrix.md, docs/scorecard.md and docs/guides/cost.md are written whole; README.md and
-docs/guides/usb.md and trainer.md between their markers. tests/docs holds them against the files.
+docs/guides/usb.md, trainer.md and reproduce-the-paper.md between their markers. tests/docs holds them against the files.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from cost_page import cost_page
 from flatness_page import flatness_section
 from matrix_page import matrix_page, summary_table
+from reproduce_page import with_paper_tables
 from scorecard_page import scorecard
 from trainer_page import with_tables
 from usb_page import with_table
@@ -38,6 +39,8 @@ def main() -> None:
     guide = ROOT / "docs" / "guides" / "trainer.md"
     page = with_tables(guide.read_text(encoding="utf-8"), _result("input_pipeline"), _result("cifar_amp"))
     guide.write_text(page, encoding="utf-8")
+    guide = ROOT / "docs" / "guides" / "reproduce-the-paper.md"
+    guide.write_text(with_paper_tables(guide.read_text(encoding="utf-8"), _result("reproduce_demo")), encoding="utf-8")
 
 
 def with_cost(readme: str) -> str:

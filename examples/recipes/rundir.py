@@ -14,7 +14,7 @@ import torch
 from recipes.config import Config, check_same_run, method_label
 from recipes.errors import OptionError, ResumeError
 from recipes.files import read_json, write_json
-from recipes.runlog import environment
+from recipes.runlog import environment, software
 
 
 def check_run(config: Config, device: torch.device) -> bool:
@@ -64,6 +64,7 @@ def create_run(config: Config, device: torch.device) -> None:
         "label": method_label(config),
         "options": dataclasses.asdict(config),
         "environment": environment(device),
+        "software": software(),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradconsist import SSLBatch, StepOutput
+from gradconsist import GGCRWrapper, SSLBatch, StepOutput
 from gradconsist.errors import NonFiniteError
 from gradconsist.optim import SAM
 from recipes.config import Config
@@ -89,6 +89,14 @@ class Trainer:
         self.step += 1
         quality = _pseudo_label_quality(out, images.truth)
         self.meter.add({**out.logs, **quality, **scaling, "loss": out.loss, "lr": lr})
+        if "ggcr_cosine" in out.logs:
+            self.meter.add({"ggcr_cosine_sample": self._cosines()})
+
+    def _cosines(self) -> Tensor:
+        """GC of each pair `[B]` of this step; NaN for pairs that were not compared or are degenerate."""
+        wrapper = next(module for module in self.method.modules() if isinstance(module, GGCRWrapper))
+        record = wrapper.consistency.last
+        return torch.empty(0) if record is None else record.cosine
 
     def _gradient(self, batch: SSLBatch) -> StepOutput:
         """The method's loss and, in `.grad`, its scaled gradient."""

@@ -19,9 +19,10 @@ from recipes.errors import OptionError, TrainerError
 from recipes.evaluation import PROTOCOL, evaluate, summarize
 from recipes.files import read_json, write_json
 from recipes.loader import StepDataset, ToModel, spare_cores, step_batches, worker_count
-from recipes.plotting import draw_curves, read_run
+from recipes.plotting import draw_curves
 from recipes.rundir import check_run, create_run, exclusive
 from recipes.runlog import MetricsFile, Progress, append_line, duration
+from recipes.runs import read_run
 from recipes.split import Split, draw_split, store_or_check
 from recipes.stopping import StopRequest
 from recipes.trainer import Trainer

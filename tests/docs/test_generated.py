@@ -59,3 +59,11 @@ def test_the_tables_of_the_trainer_guide_are_fresh(make_pages: ModuleType) -> No
 def test_the_cost_table_of_the_readme_is_fresh(make_pages: ModuleType) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme == make_pages.with_cost(readme), "run: python benchmarks/make_pages.py"
+
+
+def test_the_tables_of_the_guide_on_the_paper_are_fresh(make_pages: ModuleType) -> None:
+    pytest.importorskip("tqdm", reason="the tables are written by the examples")
+    page = (ROOT / "docs" / "guides" / "reproduce-the-paper.md").read_text(encoding="utf-8")
+    result = make_pages._result("reproduce_demo")
+    assert page == make_pages.with_paper_tables(page, result), "run: python benchmarks/make_pages.py"
+    assert set(result["tables"]) == {"main", "ablation", "lambda", "curves"}
