@@ -21,7 +21,7 @@ from recipes.files import read_json, write_json
 from recipes.loader import StepDataset, ToModel, spare_cores, step_batches, worker_count
 from recipes.plotting import draw_curves
 from recipes.rundir import check_run, create_run, exclusive
-from recipes.runlog import MetricsFile, Progress, append_line, duration
+from recipes.runlog import MetricsFile, Progress, append_line, duration, tensorboard_writer
 from recipes.runs import read_run
 from recipes.split import Split, draw_split, store_or_check
 from recipes.stopping import StopRequest
@@ -55,9 +55,9 @@ def run(config: Config) -> int:
     to_model = ToModel(mean, deviation, device, channels_last=config.channels_last)
     trainer = Trainer(config, len(images.classes), to_model, len(images.train_y), start)
     # Only now is everything known to fit: a refused start leaves no run directory behind.
-    if not known:
-        create_run(config, device)
     with exclusive(folder):
+        if not known and not check_run(config, device):  # again: another process may have come first
+            create_run(config, device)
         store_or_check(folder / "split.json", split, images.classes)
         return _Execution(folder, images, split, trainer).train()
 
@@ -91,7 +91,7 @@ class _Execution:
         self.workers = worker_count(config.workers)
         term_later = config.ggcr_weight > 0 and trainer.step < config.ggcr_warmup < config.steps
         self.watch = LoaderWatch(self.workers, spare_cores(), term_later=term_later)
-        self.board = _tensorboard(folder, trainer.step) if config.tensorboard else None
+        self.board = tensorboard_writer(folder, trainer.step) if config.tensorboard else None
         self.progress = Progress(config.progress, trainer.step, config.steps)
         self._banner(split)
 
@@ -239,14 +239,6 @@ class _Execution:
             "seed": config.seed,
             "steps": self.trainer.step,
         }
-
-
-def _tensorboard(folder: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise OptionError("--tensorboard needs the tensorboard package: pip install tensorboard") from error
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
 
 def main(config: Config) -> int:
