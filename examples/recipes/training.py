@@ -15,13 +15,13 @@ from recipes import methods
 from recipes.checkpoint import load_latest, remove_leftovers, save_checkpoint
 from recipes.config import Config, method_label, resolve
 from recipes.datasets import Images, load_images
-from recipes.errors import OptionError, TrainerError
+from recipes.errors import OptionError, ResumeError, TrainerError
 from recipes.evaluation import PROTOCOL, evaluate, summarize
 from recipes.files import read_json, write_json
 from recipes.loader import StepDataset, ToModel, step_batches, worker_count
 from recipes.plotting import draw_curves, read_run
 from recipes.rundir import check_run, create_run, exclusive
-from recipes.runlog import MetricsFile, Progress, append_line, duration
+from recipes.runlog import MetricsFile, Progress, append_line, duration, resumed_lines
 from recipes.split import Split, draw_split, store_or_check
 from recipes.stopping import StopRequest
 from recipes.trainer import Trainer
@@ -41,9 +41,8 @@ def run(config: Config) -> int:
     device = _device(config.device)
     folder = Path(str(config.output))
     known = check_run(config, device)
-    if (folder / "summary.json").exists():
-        last = read_json(folder / "summary.json")["last"]
-        print(f"{folder} is finished: test accuracy {last:.4f}. Give another --output for a new run.")
+    if known and (folder / "summary.json").exists():
+        print(f"{folder} is finished: test accuracy {_last_accuracy(folder):.4f}. Give another --output for a new run.")
         return 0
     images = load_images(config)
     split = draw_split(images, config.labels, config.seed)
@@ -51,11 +50,20 @@ def run(config: Config) -> int:
     to_model = ToModel(mean, deviation, device, channels_last=config.channels_last)
     trainer = Trainer(config, len(images.classes), to_model, len(images.train_y))
     # Only now is everything known to fit: a refused start leaves no run directory behind.
-    if not known:
-        create_run(config, device)
     with exclusive(folder):
+        if not known and not check_run(config, device):  # again: another process may have come first
+            create_run(config, device)
         store_or_check(folder / "split.json", split, images.classes)
         return _Execution(folder, images, split, trainer).train()
+
+
+def _last_accuracy(folder: Path) -> float:
+    try:
+        return float(read_json(folder / "summary.json")["last"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ResumeError(
+            f"{folder / 'summary.json'} cannot be read ({error}): remove it, and the same command writes it anew."
+        ) from error
 
 
 def _device(name: str) -> torch.device:
@@ -81,7 +89,7 @@ class _Execution:
         if state is not None:
             trainer.load_state_dict(state)
         self.seconds = float(state["seconds"]) if state else 0.0  # of training, over all calls
-        self.metrics = MetricsFile(folder / "metrics.jsonl", int(state["metrics_bytes"]) if state else 0)
+        self.metrics = MetricsFile(folder / "metrics.jsonl", *resumed_lines(state))
         self.saved = trainer.step if state else -1
         self.dataset = StepDataset(images, split, config)
         self.workers = worker_count(config.workers)
@@ -175,9 +183,8 @@ class _Execution:
             return
         state = self.trainer.state_dict()
         # The lines must be on the disk before the checkpoint that counts on them.
-        save_checkpoint(
-            self.checkpoints, step, {**state, "metrics_bytes": self.metrics.sync(), "seconds": self.seconds}
-        )
+        lines = {"metrics_bytes": self.metrics.sync(), "metrics_sha256": self.metrics.sha256}
+        save_checkpoint(self.checkpoints, step, {**state, **lines, "seconds": self.seconds})
         self.saved = step
 
     def _finish(self) -> None:

@@ -281,13 +281,18 @@ def test_a_checkpoint_of_another_model_is_refused(tiny: MakeConfig, monkeypatch:
 
 
 def test_two_processes_cannot_share_a_directory(tiny: MakeConfig) -> None:
-    fcntl = pytest.importorskip("fcntl", reason="advisory locks are a POSIX feature")
+    pytest.importorskip("fcntl", reason="advisory locks are a POSIX feature")
     config = tiny("cut")
     run(dataclasses.replace(config, stop_after_steps=1))
-    with open(Path(str(config.output)) / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    hold = f"import fcntl; file = open({str(Path(str(config.output)) / '.lock')!r}, 'w'); fcntl.lockf(file, 2)"
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{hold}; print(flush=True); input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()  # type: ignore[union-attr]
         with pytest.raises(ResumeError, match="is in use by another process"):
             run(config)
+        other.communicate(b"\n")
+    assert run(config) == 0
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_overwrites_nothing(
