@@ -18,11 +18,14 @@ CORE_TORCH := torch==2.13.0
 # stand-ins there. All of it, with the torch that goes with it: pip install '.[usb,test]' into a new environment.
 USB := semilearn==0.3.2 progress ruamel.yaml
 
+# Sums, derivatives and graphs of every module and operator, and what the library replaces or borrows in torch.
+BY_TORCH := exactness operators second_derivatives hazards ghost_hazards precision normalization isolation wrapper layout
+
 # One process a core; each takes from the other's list when its own is done.
 PYTEST := -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 MAKEFLAGS += --no-print-directory
-.PHONY: help demo test test-core test-usb lint format types docs setup setup-core setup-usb clean
+.PHONY: help demo test test-core test-torch test-usb lint format types docs setup setup-core setup-usb clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -37,6 +40,10 @@ test: setup ## all tests
 test-core: setup-core ## tests/core against the installed wheel, with torch 2.13 and nothing else
 	@$(CORE_BIN)/python $(PIP_INSTALL) --force-reinstall --no-deps .
 	@$(CORE_BIN)/python $(PYTEST) tests/core
+
+test-torch: setup-core ## of test-core, what another torch could break: all that .ci/run takes of it
+	@$(CORE_BIN)/python $(PIP_INSTALL) --force-reinstall --no-deps .
+	@$(CORE_BIN)/python $(PYTEST) $(patsubst %,tests/core/test_%.py,$(BY_TORCH))
 
 test-usb: setup-usb ## tests/usb against semilearn 0.3.2, on top of the environment of `make test`
 	@$(USB_BIN)/python -m pytest tests/usb

@@ -7,8 +7,12 @@ likewise (a process a point, benchmarks/point.py), how far its cosines are off, 
 the exact one. Every batch is one round: all settings take one step on it, in an order that rotates, and each step's
 time, cosines and gradient are kept (the gradient of the term is that of the step less that of the plain one). The first
 round warms up, so its times do not count, and its gradients do. Angles are of one step, and of the mean over all
-rounds; a wrapper with `every=k` is derived from the exact steps: it takes one round in k, and its time is that of one
-step in k.
+rounds; a wrapper with `every=k` is derived from the steps without: it takes one round in k, and its time is that of one
+step in k. Settings with `observed` statistics are held against the exact term of those.
+
+Noise is sqrt(mean |e|^2 / mean |g|^2) for the exact gradient g of a batch and e, by how far a setting's is off. One
+step in k, times k, makes sqrt(k n^2 + k - 1) of a noise n: e is then -g in k - 1 steps, and (k - 1) g + k e in one.
+What training lives with anyway is the last row: how far the exact gradient of a batch is off that of all batches.
 
 The second part is about the Kronecker kind alone: the gradients of a few samples, one by one, projected by many draws
 at several ranks. Their squared norm is off by chance, with a variance that the docstring of `RandomProjection` bounds;
@@ -30,7 +34,7 @@ from harness import Row, flat_gradient, heading, parse, parser, setting, show, t
 from memory import with_ratios
 from models import spec
 from point import measure, memory_limit
-from steps import FRONTIER, PLAIN, WEIGHT, Step, make_batch
+from steps import FRONTIER, PLAIN, WEIGHT, Step, applies, make_batch
 from torch import Tensor
 
 from gradconsist import GradientConsistencyLoss, RandomProjection
@@ -38,11 +42,14 @@ from gradconsist.batch import take
 from gradconsist.engines import GradProducts, Problem
 
 EXACT = "exact"
+BATCHES = "exact, of another batch"
 QUICK = (EXACT, "max_pairs, 1/7 of all", "kronecker, k=4", "kronecker, k=16")
 EVERY = (2, 4)
+THINNED = (EXACT, "max_pairs, 1/7 of all", "observed", "observed, max_pairs, 1/7 of all")
 COLUMNS = {
-    "variant": "<24", "ratio_median": "7.2f", "peak_ratio": "10.2f", "cosine_error": "12.4f", "cosine_bias": "12.4f",
+    "variant": "<40", "ratio_median": "7.2f", "peak_ratio": "10.2f", "cosine_error": "12.4f", "cosine_bias": "12.4f",
     "angle_mean": "10.1f", "angle_deviation": "15.1f", "angle_of_mean": "13.1f", "norm_ratio": "10.2f",
+    "noise": "7.2f",
 }  # fmt: skip
 RANK_COLUMNS = {
     "dim": "4d", "norm_error": "10.4f", "norm_bound": "10.4f", "cosine_error": "12.4f", "cosine_bias": "12.4f",
@@ -61,7 +68,6 @@ def main() -> None:
     made.add_argument("--samples", type=int, default=4, help="pairs whose gradients are projected at every rank")
     made.add_argument("--draws", type=int, default=30, help="of the matrices, at every rank")
     options = parse(made, labeled=2, pairs=14, rounds=2, samples=1, draws=5, only=list(QUICK))
-    names = [EXACT, *(name for name in options.only if name != EXACT)]
     # Models of an earlier run are kept, so that each can have a run of its own.
     kept = json.loads(options.output.read_text()) if options.output and options.output.exists() else {}
     rows = [row for row in kept.get("rows", []) if options.ranks or row["model"] not in options.models]
@@ -77,6 +83,7 @@ def main() -> None:
         if options.ranks:
             write(options, used, rows, ranks)
             continue
+        names = [EXACT, *(name for name in options.only if name != EXACT and applies(name, model))]
         mine = settings_rows(model, model_name, names, options)
         write(options, used, [*rows, *mine], ranks)
         if not options.no_memory:
@@ -125,12 +132,18 @@ def settings_rows(model: Any, model_name: str, names: list[str], options: Any) -
         for name in names:
             records[name].gradients[-1] = records[name].gradients[-1].float()
     rows = [_row(model_name, name, records) for name in (PLAIN, *names)]
-    rows += [_every(model_name, k, records) for k in EVERY if k <= options.rounds]
-    return rows
+    by_name = {row["variant"]: row for row in rows}
+    rows += [_every(by_name[name], k, records) for name in THINNED if name in names for k in EVERY]
+    return [*rows, _batches(model_name, records[EXACT].gradients)]
+
+
+def _exact(name: str, records: dict[str, Record]) -> Record:
+    """What a setting is held against."""
+    return records["observed" if name.startswith("observed") and "observed" in records else EXACT]
 
 
 def _row(model_name: str, name: str, records: dict[str, Record]) -> Row:
-    record, plain, exact = records[name], records[PLAIN], records[EXACT]
+    record, plain, exact = records[name], records[PLAIN], _exact(name, records)
     ratios = [mine / other for mine, other in zip(record.seconds[1:], plain.seconds[1:], strict=True)]
     row: Row = {"model": model_name, "variant": name, "reason": None}
     row |= {"seconds_median": statistics.median(record.seconds[1:]), "ratio_median": statistics.median(ratios),
@@ -145,21 +158,42 @@ def _row(model_name: str, name: str, records: dict[str, Record]) -> Row:
         "cosine_error": float(differences.abs().mean()), "cosine_bias": float(differences.mean()),
         "angle_mean": statistics.mean(angles), "angle_deviation": statistics.pstdev(angles),
         "angle_of_mean": angle(_mean(record.gradients), _mean(exact.gradients)),
-        "norm_ratio": statistics.mean(lengths),
+        "norm_ratio": statistics.mean(lengths), "noise": _noise(record.gradients, exact.gradients),
     }  # fmt: skip
 
 
-def _every(model_name: str, k: int, records: dict[str, Record]) -> Row:
-    """One exact step in k: for each of the k places to begin, its mean gradient against that of all steps."""
-    exact = records[EXACT]
-    rounds = len(exact.gradients) // k * k
-    everything = _mean(exact.gradients[:rounds])
-    angles = [angle(_mean(exact.gradients[first:rounds:k]), everything) for first in range(k)]
-    ratio = _row(model_name, EXACT, records)["ratio_median"]
+def _every(row: Row, k: int, records: dict[str, Record]) -> Row:
+    """One step in k, times k: for each of the k places to begin, its mean gradient against that of all steps."""
+    mine, exact = records[row["variant"]].gradients, _exact(row["variant"], records).gradients
+    rounds = len(exact) // k * k
+    angles = [angle(_mean(mine[first:rounds:k]), _mean(exact[:rounds])) for first in range(k)] if rounds else []
     return {
-        "model": model_name, "variant": f"every={k}", "reason": None, "ratio_median": 1 + (ratio - 1) / k,
-        "cosine_error": 0.0, "cosine_bias": 0.0, "angle_of_mean": statistics.mean(angles),
+        "model": row["model"], "variant": f"every={k}" if row["variant"] == EXACT else f"{row['variant']}, every={k}",
+        "reason": None, "ratio_median": 1 + (row["ratio_median"] - 1) / k,
+        "cosine_error": row["cosine_error"], "cosine_bias": row["cosine_bias"],
+        "angle_of_mean": statistics.mean(angles) if angles else None,
+        "noise": math.sqrt(k * row["noise"] ** 2 + k - 1),
     }  # fmt: skip
+
+
+def _batches(model_name: str, gradients: Sequence[Tensor]) -> Row:
+    """How far the exact gradients of single batches are off their mean, as noise of that mean."""
+    if len(gradients) < 2:
+        return {"model": model_name, "variant": BATCHES, "reason": None}
+    count, mean = len(gradients), _mean(gradients)
+    spread = sum(float((g - mean).square().sum()) for g in gradients) / (count - 1)
+    # |mean|^2 has the noise of a mean of `count` in it.
+    true = max(float(mean.square().sum()) - spread / count, 1e-12)
+    angles = [angle(g, mean) for g in gradients]
+    return {
+        "model": model_name, "variant": BATCHES, "reason": None, "noise": math.sqrt(spread / true),
+        "angle_mean": statistics.mean(angles), "angle_deviation": statistics.pstdev(angles),
+    }  # fmt: skip
+
+
+def _noise(gradients: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    off = sum(float((a - b).square().sum()) for a, b in zip(gradients, exact, strict=True))
+    return math.sqrt(off / sum(float(b.square().sum()) for b in exact))
 
 
 def _mean(gradients: Sequence[Tensor]) -> Tensor:
@@ -177,7 +211,9 @@ def add_peaks(rows: list[Row], model_name: str, options: Any) -> None:
     base: Row | None = None
     peaks: dict[str, Row] = {}
     for row in rows:
-        name = EXACT if row["variant"].startswith("every") else row["variant"]
+        if row["variant"] == BATCHES:
+            continue
+        name = row["variant"].partition("every=")[0].rstrip(", ") or EXACT
         if name not in peaks:
             point = {
                 "model": model_name, "variant": name, "labeled": options.labeled, "pairs": options.pairs, "steps": 1,

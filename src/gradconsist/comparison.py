@@ -29,7 +29,7 @@ from gradconsist.normalization import (
 )
 from gradconsist.probes import Probed, probe_model
 from gradconsist.projection import Projector
-from gradconsist.recall import Recalled, take_statistics
+from gradconsist.recall import Recalled, recall_bytes, take_statistics
 from gradconsist.scope import autocast_region, our_rules
 from gradconsist.similarity import Criterion, GradProducts, cosine, degenerate_pairs
 from gradconsist.types import ConsistencyRecord, LossFunction
@@ -56,6 +56,7 @@ class Comparison:
         trainable: what L_g is differentiated for, by name.
         batchnorm: policy.
         statistics: given constants of the BatchNorm calls, of both views or for each; or None.
+        recalled: what convolutions returned in the forwards of these statistics, or None.
         dropout: whether random layers stay on.
         chunk_size: pairs at a time.
         max_pairs: size of the random subset.
@@ -76,6 +77,7 @@ class Comparison:
     trainable: Mapping[str, Tensor]
     batchnorm: BatchNormPolicy
     statistics: Constants | None
+    recalled: Recalled | None
     dropout: bool
     chunk_size: int | str | None
     max_pairs: int | None
@@ -166,7 +168,7 @@ class _Run:
             autocast=autocast,
             loss_scale=self.scale,
         )
-        self.recalled: Recalled | None = None
+        self.recalled = options.recalled
         self.wide = _wide(options)
         count = len(pairs)
         self.cosine = torch.full([count], torch.nan, dtype=self.wide, device=pairs.device)
@@ -192,8 +194,7 @@ class _Run:
         return loss, record
 
     def _take_statistics(self) -> None:
-        # With chance in the forward, the next one is another one.
-        keep = 0 if self.options.dropout else getattr(self.options.engine, "recall_bytes", 0)
+        keep = recall_bytes(self.options.engine, dropout=self.options.dropout)
         self.recalled = take_statistics(self.forward, self.pairs.weak, self.pairs.strong, keep=keep)
 
     def _loss(self) -> Tensor:

@@ -17,6 +17,7 @@ from gradconsist.isolation import one_comparison, uncompiled
 from gradconsist.normalization import BatchNormPolicy, Constants
 from gradconsist.probes import Probed
 from gradconsist.projection import RandomProjection
+from gradconsist.recall import Recalled
 from gradconsist.selection import Encoder, compared_parameters, trainable_parameters
 from gradconsist.similarity import Criterion, Disagreement
 from gradconsist.types import ConsistencyRecord, Inputs, LossFunction
@@ -184,6 +185,7 @@ class GradientConsistencyLoss:
         *,
         generator: torch.Generator | None = None,
         statistics: Constants | None = None,
+        recalled: Recalled | None = None,
     ) -> Tensor:
         """`__call__` with given BatchNorm statistics, one entry for each BatchNorm call of a forward.
 
@@ -195,6 +197,7 @@ class GradientConsistencyLoss:
             generator: as in `__call__`.
             statistics: constants for the BatchNorm calls in batch mode, instead of this call's own: a list, or a tuple
                 of two for the weak and the strong views.
+            recalled: what convolutions returned in the forwards that these were taken in; None computes it again.
 
         Returns:
             As `__call__`.
@@ -210,7 +213,7 @@ class GradientConsistencyLoss:
             )
         with one_comparison():
             pairs = self._check(weak, strong, target, weight, fused=self.fused)
-            loss, self.last = compare(self._comparison(generator, statistics, measure=False), pairs)
+            loss, self.last = compare(self._comparison(generator, statistics, recalled), pairs)
             self._calls += 1
         return loss
 
@@ -304,7 +307,12 @@ class GradientConsistencyLoss:
         return check_pairs(self.model, weak, strong, target, weight, default_loss=default, fused=fused)
 
     def _comparison(
-        self, generator: torch.Generator | None, statistics: Constants | None, *, measure: bool
+        self,
+        generator: torch.Generator | None,
+        statistics: Constants | None,
+        recalled: Recalled | None = None,
+        *,
+        measure: bool = False,
     ) -> Comparison:
         if self.batchnorm == "observed" and statistics is None:
             raise ConfigError(
@@ -320,6 +328,7 @@ class GradientConsistencyLoss:
             trainable=trainable_parameters(self.model),
             batchnorm=self.batchnorm,
             statistics=statistics,
+            recalled=recalled,
             dropout=self.dropout == "on",
             chunk_size=self.chunk_size,
             max_pairs=self.max_pairs,

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from gradconsist.errors import ConfigError, LossContractError, StateError
 from gradconsist.loss import GradientConsistencyLoss
-from gradconsist.observation import StatisticsObserver
+from gradconsist.observation import Observer
+from gradconsist.recall import recall_bytes
 from gradconsist.schedules import warmup_then_ramp
 from gradconsist.selection import trainable_parameters
 from gradconsist.types import StepOutput, ViewPair
@@ -128,7 +129,8 @@ class GGCRWrapper(nn.Module):
         """
         weight = self.current_weight()
         observe = weight > 0 and self.consistency.batchnorm == "observed"
-        observer = StatisticsObserver(self.consistency.model) if observe else nullcontext()
+        keep = recall_bytes(self.consistency.engine, dropout=self.consistency.dropout == "on")
+        observer = Observer(self.consistency.model, keep=keep) if observe else nullcontext()
         with observer:
             output = self.method(*args, **kwargs)
         base = as_step_output(output)
@@ -136,9 +138,9 @@ class GGCRWrapper(nn.Module):
         if pair is None:
             result = base._replace(logs={**base.logs, "ggcr_weight": 0.0})
         else:
-            statistics = observer.statistics(pair) if isinstance(observer, StatisticsObserver) else None
+            observed = observer.observed(pair)._asdict() if isinstance(observer, Observer) else {}
             gate = pair.weight if self.gate == "method" else None
-            term = self.consistency.evaluate(pair.weak, pair.strong, pair.target, gate, statistics=statistics)
+            term = self.consistency.evaluate(pair.weak, pair.strong, pair.target, gate, **observed)
             logs = {**base.logs, "ggcr_weight": weight, **self._logs(term)}
             result = StepOutput(base.loss + weight * term, pair, logs)
         if self.training:  # last, so that a step that failed is not counted

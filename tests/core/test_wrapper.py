@@ -19,7 +19,7 @@ from gradconsist import GGCRWrapper, GradientConsistencyLoss, SSLBatch, StepOutp
 from gradconsist.engines import GradProducts, LoopEngine, Problem
 from gradconsist.errors import ConfigError, GradConsistError, StateError, UnsupportedModuleError
 from gradconsist.methods import FixMatch
-from gradconsist.observation import StatisticsObserver
+from gradconsist.observation import Observer
 from support import compare, state, training
 from support.oracle import Judge
 
@@ -615,15 +615,17 @@ def test_a_view_is_found_among_the_forwards_by_its_rows() -> None:
     model = Sum()
     first, second = torch.randn(5, 3), torch.randn(4, 3)
     first[1, 0] = torch.nan
-    with StatisticsObserver(model) as observer:
+    with Observer(model) as observer:
         model(torch.cat([second, first]), b=torch.zeros(9, 3))
         model(second + 1.0, b=torch.ones(4, 3))
     zeros, ones = torch.zeros(5, 3), torch.ones(4, 3)
-    weak, strong = observer.statistics(ViewPair({"a": first, "b": zeros}, [second + 1.0, ones], torch.zeros(5)))
+    weak, strong = observer.observed(
+        ViewPair({"a": first, "b": zeros}, [second + 1.0, ones], torch.zeros(5))
+    ).statistics
     assert (weak[0].rows, strong[0].rows) == (9, 4)
     for view in ({"a": first.flip(0), "b": zeros}, {"a": first, "b": zeros + 1.0}, first):
         with pytest.raises(ConfigError, match="of 2 that the method did in this step, 0 held the weak views"):
-            observer.statistics(ViewPair(view, [second + 1.0, ones], torch.zeros(5)))
+            observer.observed(ViewPair(view, [second + 1.0, ones], torch.zeros(5)))
 
 
 @pytest.mark.parametrize("seen", ["weak", "strong"])

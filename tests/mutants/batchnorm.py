@@ -5,6 +5,7 @@ from __future__ import annotations
 from mutants.bug import Bug
 
 NORM, FORWARD, RECALL, COMPARISON = "normalization.py", "forward.py", "recall.py", "comparison.py"
+OBSERVATION = "observation.py"
 JOINT = "test_normalization.py::test_statistics_are_joint_over_both_views_and_all_chunks test_normalization.py"
 RECALLED = "test_ghost_hazards.py::test_outputs_of_the_statistics_forward_are_those_of_the_layer test_ghost_hazards.py"
 RANDOM = 'randomness="different" if problem.random'
@@ -252,17 +253,17 @@ BUGS = [
         "an output is recalled for the input that it came from, or not at all",
         "test_ghost_hazards.py::test_outputs_of_the_statistics_forward_are_those_of_the_layer",
         RECALL,
-        "if len(rows) != len(x) or bool(((digest - known.digest[rows]).abs() > bound).any()):",
-        "if len(rows) != len(x):",
+        "if len(before) != len(x) or bool(((digest - before).abs() > bound).any()):",
+        "if len(before) != len(x):",
     ),
     Bug(
         "recall of the other view's rows",
         "an output is recalled for the input that it came from, or not at all",
         "test_ghost.py::test_every_model_is_exact_in_every_form[wrn_slice-gram]",
         RECALL,
-        "if len(rows) != len(x) or bool(((digest - known.digest[rows]).abs() > bound).any()):",
-        "if len(rows) != len(x):",
-        RECALL, "torch.stack([rows, rows + self.pairs], 1)", "torch.stack([rows + self.pairs, rows], 1)",
+        "if len(before) != len(x) or bool(((digest - before).abs() > bound).any()):",
+        "if len(before) != len(x):",
+        RECALL, "[pairs + self.first[0], pairs + self.first[1]]", "[pairs + self.first[1], pairs + self.first[0]]",
     ),
     Bug(
         "recall of the first rows in every chunk",
@@ -271,21 +272,45 @@ BUGS = [
         " test_ghost.py::test_every_model_is_exact_in_every_form[wrn_slice-gram]"
         " test_ghost.py::test_every_model_is_exact_in_every_form[wrn_slice-gradient]",
         RECALL,
-        "if len(rows) != len(x) or bool(((digest - known.digest[rows]).abs() > bound).any()):",
-        "if len(rows) != len(x):",
+        "if len(before) != len(x) or bool(((digest - before).abs() > bound).any()):",
+        "if len(before) != len(x):",
         RECALL, "rows=index if self.rows is None", "rows=torch.arange(len(index)) if self.rows is None",
     ),
     Bug(
         "recall of an output that was overwritten",
         "what is recalled is what the convolution returned",
         RECALLED,
-        RECALL, "call if call is not None and call.output._version == call.version else None for", "call for",
+        RECALL, "return self.rows._version == self.version", "return True",
     ),
     Bug(
         "recall of an output with its bias",
         "the bias is added once",
         "test_ghost_hazards.py::test_outputs_of_the_statistics_forward_are_those_of_the_layer[with_bias-auto]",
         RECALL, 'if bias is not None or padding == "same" or', 'if padding == "same" or',
+    ),
+    Bug(
+        "observed recall with weights that changed since",
+        "an output is recalled while its weight is what it was",
+        "test_observed_recall.py::test_other_forwards_change_nothing[None-weights_after]",
+        OBSERVATION, "same and all(before.equal(weight) for", "same and all(True for",
+    ),
+    Bug(
+        "observed recall with weights that changed in between",
+        "an output is recalled while its weight is what it was",
+        "test_observed_recall.py::test_other_forwards_change_nothing[None-weights_between_only]",
+        OBSERVATION, "return self._before[id(weight)][1].equal(weight)", "return True",
+    ),
+    Bug(
+        "observed recall after a parameter was replaced",
+        "an output is recalled while its weight is the model's",
+        "test_observed_recall.py::test_other_forwards_change_nothing[None-replaced]",
+        OBSERVATION, "all(now[name] is p for name, p in self._parameters.items())", "True",
+    ),
+    Bug(
+        "observed recall of another precision",
+        "an output is recalled in the dtype that is computed in",
+        "test_observed_recall.py::test_other_forwards_change_nothing[None-half]",
+        RECALL, "if known is None or any(each.rows.dtype != x.dtype for each in known):", "if known is None:",
     ),
     Bug(
         "float16: pairs of large gradients left out",

@@ -136,11 +136,11 @@ class GhostEngine:
         samples, target = _interleaved(problem.weak, problem.strong), problem.target.repeat_interleave(2, 0)
         view = torch.tensor([WEAK, STRONG], device=target.device).repeat(len(problem.target))
         looped = self._known(problem).looped
-        if problem.recalled is not None and not looped:
+        if problem.recalled is not None and problem.recalled.usable and not looped:
             try:
                 return see(problem, samples, target, view, problem.graph_weak, looped, problem.recalled)
             except OtherForwardError:
-                pass
+                problem.recalled.dismiss()
         return see(problem, samples, target, view, problem.graph_weak, looped)
 
     def _see_one(self, problem: Problem, view: int) -> Seen:
