@@ -1,6 +1,7 @@
 """SIGKILL at moments nobody chose: is the resumed run, bit for bit, the uninterrupted one? Linux.
 
     python benchmarks/kills.py                      # all parts; continues where it was stopped
+                                                    # several may run at a time, each adding its runs
     python benchmarks/kills.py --only random save   # some parts
     python benchmarks/kills.py --quick              # a few kills of each part, nothing written
 
@@ -23,6 +24,7 @@ The exit status is 1 if a run differs, a resume fails or a forgotten item is not
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -49,9 +51,10 @@ COMMON = (
     "--preset demo --labels 20 --batch-size 4 --unlabeled-ratio 2 --steps 16 --unlabeled-ramp 6 --ggcr-warmup 2"
     " --ggcr-max-pairs 2 --ggcr-every 2 --eval-every 8 --checkpoint-every 5 --log-every 4 --progress lines"
 )
+SHORT = "supervised, 5 steps"
 # Saves at 5, 10, 15 and 16: at 15 the meter is not empty. MixMatch draws from torch's global generator.
 VARIANTS = {
-    "supervised, 5 steps": "--method supervised --steps 5 --checkpoint-every 2 --eval-every 5 --log-every 2 --workers 0",
+    SHORT: "--method supervised --steps 5 --checkpoint-every 2 --eval-every 5 --log-every 2 --workers 0",
     "fixmatch": "--threshold 0.12 --workers 0",
     "fixmatch, fp16, a worker": "--threshold 0.12 --amp fp16 --workers 1",
     "flexmatch, SAM": "--method flexmatch --threshold 0.12 --optimizer sam --workers 0",
@@ -59,7 +62,6 @@ VARIANTS = {
 }
 WANTED = {"random": 100, "save": 20, "cold": 6, "torchrun": 20}
 QUICK = {"random": 4, "save": 2, "cold": 1, "torchrun": 1}
-SHORT = "supervised, 5 steps"
 STEP_OF_CONTROL = 9
 
 
@@ -75,10 +77,7 @@ class Bench:
         self.options, self.work, self.numbers = options, work, random.SystemRandom()
         self.wanted = QUICK if options.quick else WANTED
         self.result: dict[str, Any] = {"tree": tree(), "runs": [], "control": []}
-        if options.output.exists() and not options.quick:
-            before = json.loads(options.output.read_text())
-            if before["tree"] == self.result["tree"]:
-                self.result = {key: before[key] for key in self.result}
+        self.join("runs", [])
         self.references: dict[str, tuple[dict[str, str], float]] = {}
 
     def reference(self, name: str, start: Start) -> tuple[dict[str, str], float]:
@@ -102,16 +101,26 @@ class Bench:
         """Compare a finished run with the uninterrupted one, and write it down."""
         now = digests(folder)
         differing = sorted(key for key in now.keys() | whole.keys() if now.get(key) != whole.get(key))
-        self.result["runs"].append({"part": part, "variant": variant, "kills": kills, "differing": differing})
-        print(f"{part:<11}{variant:<26}{len(kills):>3} kills  {'differs: ' + str(differing) if differing else 'equal'}")
-        self.write()
+        verdict = f"differs: {differing}" if differing else "equal"
+        print(f"{part:<11}{variant:<26}{len(kills):>3} kills  {verdict}", flush=True)
+        self.join("runs", [{"part": part, "variant": variant, "kills": kills, "differing": differing}])
         shutil.rmtree(folder.parent)
 
-    def write(self) -> None:
-        """Write what there is so far."""
-        sys.stdout.flush()
-        if not self.options.quick:
-            write_result(self.options.output, {**self.result, "parts": totals(self.result["runs"])})
+    def join(self, key: str, rows: list[dict[str, Any]]) -> None:
+        """Add rows to the results, and to what this and other processes have written of the same sources."""
+        output = self.options.output
+        if self.options.quick:
+            self.result[key] += rows
+            return
+        with open(output.with_suffix(".lock"), "w") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+            before = json.loads(output.read_text()) if output.exists() else {}
+            if before.get("tree") == self.result["tree"]:
+                self.result = {name: before[name] for name in self.result}
+            self.result[key] += rows
+            if rows:
+                write_result(output, {**self.result, "parts": totals(self.result["runs"])})
+        output.with_suffix(".lock").unlink(missing_ok=True)
 
 
 def tree() -> str:
@@ -301,6 +310,8 @@ def dies_at_step(_: Path) -> None:
 
 def control(bench: Bench) -> None:
     """Resume a killed run without one item of its state, each item in turn."""
+    if bench.result["control"]:
+        return
     variant = "mixmatch, fp16"
     whole, _ = bench.reference(f"random {variant}", in_fork(variant))
     killed = bench.folder()
@@ -322,8 +333,7 @@ def control(bench: Bench) -> None:
         found.append({"item": item, "noticed": bool(how), "by": how})
         print(f"control    without {item:<40} {how or 'NOT NOTICED'}", flush=True)
         shutil.rmtree(folder.parent)
-    bench.result["control"] = found
-    bench.write()
+    bench.join("control", found)
 
 
 def main() -> int:
@@ -338,15 +348,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as work:
         bench = Bench(options, Path(work))
         variants = [name for name in VARIANTS if name != SHORT][: 1 if options.quick else None]
-        turn = 0
+        weights = [4 if name == "fixmatch" else 1 for name in variants]
         if "control" in options.only:
             control(bench)
         if "save" in options.only:
             while bench.kills("save") < bench.wanted["save"]:
-                in_a_save(bench, variants[(turn := turn + 1) % len(variants)])
+                in_a_save(bench, bench.numbers.choices(variants, weights)[0])
         if "random" in options.only:
             while bench.kills("random") < bench.wanted["random"]:
-                variant = variants[(turn := turn + 1) % len(variants)]
+                variant = bench.numbers.choices(variants, weights)[0]
                 at_random(bench, "random", variant, in_fork(variant))
         if "operations" in options.only:
             operations(bench)

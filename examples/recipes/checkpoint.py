@@ -138,7 +138,7 @@ def _check_archive(content: bytes) -> None:
 
 
 def _check_sizes(value: Any, most: int) -> None:
-    """Refuse a tensor larger than its file: one of strides 0 is a few bytes there, and all of the memory once copied."""
+    """Refuse a tensor larger than its file: of strides 0, it is a few bytes there and all of the memory once copied."""
     if isinstance(value, torch.Tensor):
         if value.numel() * value.element_size() > most:
             raise ValueError(f"a tensor of shape {tuple(value.shape)} is larger than the file")

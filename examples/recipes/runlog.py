@@ -103,25 +103,27 @@ class MetricsFile:
         self.file.close()
 
 
-def resumed_lines(state: dict[str, Any] | None) -> tuple[int, str | None]:
-    """Bytes of metrics.jsonl that belong to a checkpoint, and their SHA-256.
+def books(state: dict[str, Any] | None) -> tuple[float, int, str | None]:
+    """What a checkpoint says of the run's log.
 
     Args:
         state: The checkpoint, or None for a new run.
 
     Returns:
-        What `MetricsFile` takes after the path.
+        Seconds of training so far; bytes of metrics.jsonl, and their SHA-256.
 
     Raises:
         CheckpointError: Where the checkpoint does not say it.
     """
-    size, digest = (0, None) if state is None else (state.get("metrics_bytes"), state.get("metrics_sha256"))
-    if not (isinstance(size, int) and size >= 0 and isinstance(digest, str | None)):
-        raise CheckpointError(
-            f"the checkpoint does not fit this run (metrics_bytes is {size!r}): it was written by another version of "
-            "the trainer. Use another --output."
-        )
-    return size, digest
+    if state is None:
+        return 0.0, 0, None
+    seconds, size, digest = (state.get(key) for key in ("seconds", "metrics_bytes", "metrics_sha256"))
+    if isinstance(seconds, float) and isinstance(size, int) and size >= 0 and isinstance(digest, str | None):
+        return seconds, size, digest
+    raise CheckpointError(
+        f"the checkpoint does not fit this run (seconds {seconds!r}, metrics_bytes {size!r}, metrics_sha256 "
+        f"{digest!r}): it was written by another version of the trainer. Use another --output."
+    )
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:

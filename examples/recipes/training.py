@@ -21,7 +21,7 @@ from recipes.files import read_json, write_json
 from recipes.loader import StepDataset, ToModel, step_batches, worker_count
 from recipes.plotting import draw_curves, read_run
 from recipes.rundir import check_run, create_run, exclusive
-from recipes.runlog import MetricsFile, Progress, append_line, duration, resumed_lines
+from recipes.runlog import MetricsFile, Progress, append_line, books, duration
 from recipes.split import Split, draw_split, store_or_check
 from recipes.stopping import StopRequest
 from recipes.trainer import Trainer
@@ -88,8 +88,8 @@ class _Execution:
         state = load_latest(self.checkpoints)
         if state is not None:
             trainer.load_state_dict(state)
-        self.seconds = float(state["seconds"]) if state else 0.0  # of training, over all calls
-        self.metrics = MetricsFile(folder / "metrics.jsonl", *resumed_lines(state))
+        self.seconds, *lines = books(state)  # of training, over all calls
+        self.metrics = MetricsFile(folder / "metrics.jsonl", *lines)
         self.saved = trainer.step if state else -1
         self.dataset = StepDataset(images, split, config)
         self.workers = worker_count(config.workers)
