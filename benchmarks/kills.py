@@ -40,7 +40,7 @@ from typing import Any
 
 import torch
 from environment import write_result
-from victims import ROOT, SCRIPT, Victim, digests, forked, launched, remains
+from victims import ROOT, SCRIPT, Victim, before_operations, digests, forked, launched, remains
 
 from recipes.trainer import Trainer
 
@@ -230,26 +230,15 @@ def dies_before(number: int) -> Callable[[Path], object]:
     """
 
     def prepare(folder: Path) -> None:
-        count = 0
+        counter = os.open(folder.parent / "count", os.O_WRONLY | os.O_CREAT)
 
-        def operation(*_: object) -> None:
-            nonlocal count
-            if count == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            count += 1
+        def act(count: int) -> None:
             if number < 0:
                 os.write(counter, b".")
+            elif count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-        def hook(event: str, given: tuple[Any, ...]) -> None:
-            writes = event in ("os.rename", "os.remove", "os.mkdir", "os.truncate")
-            writes = writes or (event == "open" and isinstance(given[2], int) and given[2] & (os.O_WRONLY | os.O_RDWR))
-            if writes and isinstance(given[0], str | os.PathLike) and inside in os.fspath(given[0]):
-                operation()
-
-        counter, inside = os.open(folder.parent / "count", os.O_WRONLY | os.O_CREAT), str(folder)
-        sync = os.fsync
-        os.fsync = lambda *given: (operation(), sync(*given))[1]
-        sys.addaudithook(hook)
+        before_operations(folder, act)
 
     return prepare
 

@@ -100,6 +100,25 @@ def launched(command: Sequence[str], log: Path) -> Victim:
     return Victim(process.pid, process.poll)
 
 
+def before_operations(folder: Path, act: Callable[[int], object]) -> None:
+    """From now on, call `act(n)` before the n-th change of a file, or fsync, of this process below `folder`."""
+    count, inside, sync = 0, str(folder), os.fsync
+
+    def operation() -> None:
+        nonlocal count
+        count += 1
+        act(count - 1)
+
+    def hook(event: str, given: tuple[Any, ...]) -> None:
+        writes = event in ("os.rename", "os.remove", "os.mkdir", "os.truncate")
+        writes = writes or (event == "open" and isinstance(given[2], int) and given[2] & (os.O_WRONLY | os.O_RDWR))
+        if writes and isinstance(given[0], str | os.PathLike) and inside in os.fspath(given[0]):
+            operation()
+
+    os.fsync = lambda *given: (operation(), sync(*given))[1]
+    sys.addaudithook(hook)
+
+
 def remains(folder: Path) -> dict[str, Any]:
     """What a killed process left: the step of the last checkpoint, and what is half done.
 

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import time
 import urllib.request
 from collections.abc import Callable
@@ -155,12 +156,18 @@ def test_a_run_file_that_is_no_file_is_refused(
         run(tiny("begun", method="supervised"))
 
 
-@pytest.fixture
-def begun(tiny: MakeConfig) -> Path:
+@pytest.fixture(scope="module")
+def stopped(tiny_at: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a run that stopped after 6 of 12 steps."""
-    config = tiny("begun", method="supervised", stop_after_steps=6)
+    config = tiny_at(tmp_path_factory.mktemp("stopped") / "run", method="supervised", stop_after_steps=6)
     assert run(config) == 0
     return Path(str(config.output))
+
+
+@pytest.fixture
+def begun(stopped: Path, tmp_path: Path) -> Path:
+    """A copy of it, which the test may damage: the run directory of `tiny("begun", method="supervised")`."""
+    return Path(shutil.copytree(stopped, tmp_path / "begun"))
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"options": []}', '{"options": {}, "environment": 3, "format": 1}'])
