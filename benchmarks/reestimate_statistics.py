@@ -54,7 +54,7 @@ def main() -> None:
             model.eval()
             row = {"label": stored["label"], "weights": weights}
             row["stored"] = evaluate(model, images.test_x, images.test_y, to_model)["test_accuracy"]
-            _take_statistics(model, images.train_x, to_model)
+            take_anew(model, images.train_x, to_model)
             row["anew"] = evaluate(model, images.test_x, images.test_y, to_model)["test_accuracy"]
             print(
                 f"{row['label']:14s} {weights:9s} stored {row['stored']:.4f}   taken anew {row['anew']:.4f}", flush=True
@@ -69,7 +69,7 @@ def _model_of(method: dict[str, Any]) -> dict[str, Tensor]:
     return {key.split("model.", 1)[1]: value for key, value in method.items() if "model." in key}
 
 
-def _take_statistics(model: nn.Module, pixels: Tensor, to_model: ToModel) -> None:
+def take_anew(model: nn.Module, pixels: Tensor, to_model: ToModel) -> None:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.reset_running_stats()

@@ -1,15 +1,21 @@
-"""The averaged model: an exponential moving average of the parameters, with the live model's buffers."""
+"""The averaged model: an exponential moving average of parameters and of BatchNorm's running statistics.
+
+The statistics belong to the weights that they were taken with. Copied instead, as the FixMatch reference does, they are
+those of the last weights: where channel means move, which the gradient consistency lets them do and BatchNorm does not
+notice, an averaged model with them is worth nothing (docs/guides/batchnorm-and-dropout.md).
+"""
 
 from __future__ import annotations
 
 import copy
+from itertools import compress
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class AveragedModel:
-    """`average <- d * average + (1 - d) * model` after every step; buffers (BatchNorm statistics) are copied.
+    """`average <- d * average + (1 - d) * model` after every step; buffers of whole numbers are copied.
 
     The average lives in a module of its own: the trained weights are never swapped in place.
 
@@ -33,10 +39,12 @@ class AveragedModel:
         decay = self.decay
         if self.warmup:
             decay = min(decay, (1 + self.updates) / (10 + self.updates))
-        averaged = [parameter.data for parameter in self.model.parameters()]
-        torch._foreach_lerp_(averaged, [parameter.data for parameter in model.parameters()], 1 - decay)
-        for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
-            mine.copy_(theirs)
+        averaged, live = _tensors(self.model), _tensors(model)
+        real = [tensor.is_floating_point() for tensor in averaged]
+        torch._foreach_lerp_(list(compress(averaged, real)), list(compress(live, real)), 1 - decay)
+        for mine, theirs, averages in zip(averaged, live, real, strict=True):
+            if not averages:
+                mine.copy_(theirs)
         self.updates += 1
 
     def state_dict(self) -> dict[str, object]:
@@ -47,3 +55,7 @@ class AveragedModel:
         """Restore what `state_dict` returned."""
         self.model.load_state_dict(state["model"])  # type: ignore[arg-type]
         self.updates = int(state["updates"])  # type: ignore[call-overload]
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*(parameter.data for parameter in model.parameters()), *model.buffers()]

@@ -31,7 +31,7 @@ logger = logging.getLogger("gradconsist")
 
 # What the graph of a chunk may keep, and pairs at most. Fixed numbers and not timings, so that a resumed run adds up in
 # the same order and stays bitwise equal: on CPUs larger chunks gain little (benchmarks/step_cost.py); CUDA: not known.
-_CHUNK_BYTES = {"cpu": 320 * 2**20, "cuda": 2**33}
+_CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2**33}
 _MOST_PAIRS = 256
 
 
