@@ -21,7 +21,10 @@ sys.path.insert(0, str(ROOT / "examples"))
 from recipes.plotting import draw_curves, read_run, table
 
 PATHS = {"data_dir", "output"}
-TRAINED = ("mask_rate", "confident_accuracy", "ggcr_loss", "ggcr_cosine", "ggcr_degenerate", "ggcr_pairs")
+TRAINED = (
+    "mask_rate", "confident_accuracy", "ggcr_loss", "ggcr_cosine", "ggcr_degenerate", "ggcr_pairs",
+    "loss_scale", "skipped",
+)  # fmt: skip
 
 
 def main() -> None:

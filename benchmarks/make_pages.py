@@ -3,7 +3,7 @@
     python benchmarks/make_pages.py
 
 docs/evidence.md, docs/matrix.md, docs/scorecard.md and docs/guides/cost.md are written whole; README.md and
-docs/guides/usb.md between their markers. tests/docs holds them against the files.
+docs/guides/usb.md and trainer.md between their markers. tests/docs holds them against the files.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from cost_page import cost_page
 from flatness_page import flatness_section
 from matrix_page import matrix_page, summary_table
 from scorecard_page import scorecard
+from trainer_page import with_tables
 from usb_page import with_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +35,9 @@ def main() -> None:
     readme.write_text(with_cost(readme.read_text(encoding="utf-8")), encoding="utf-8")
     guide = ROOT / "docs" / "guides" / "usb.md"
     guide.write_text(with_table(guide.read_text(encoding="utf-8"), _result("usb")), encoding="utf-8")
+    guide = ROOT / "docs" / "guides" / "trainer.md"
+    page = with_tables(guide.read_text(encoding="utf-8"), _result("input_pipeline"), _result("cifar_amp"))
+    guide.write_text(page, encoding="utf-8")
 
 
 def with_cost(readme: str) -> str:

@@ -92,6 +92,22 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
     return None
 
 
+def read_checkpoint(path: Path, content: bytes) -> dict[str, Any]:
+    """Read the bytes of a checkpoint of any run.
+
+    Args:
+        path: Where they are from, for messages.
+        content: The bytes.
+
+    Returns:
+        The state on the CPU.
+
+    Raises:
+        CheckpointError: Where they hold more than tensors and plain values, or no state.
+    """
+    return _load(path, content)
+
+
 def _verified(path: Path, record: Path) -> bytes:
     stated, size = read_json(record), regular_size(path)
     if size != stated["bytes"]:

@@ -146,7 +146,7 @@ class Progress:
         if kind == "auto":
             kind = "bar" if sys.stderr.isatty() else "lines"
         self.kind, self.done, self.total, self.every = kind, done, total, every
-        self.started, self.first, self.said = time.monotonic(), done, time.monotonic()
+        self.said, self.then = time.monotonic(), done  # when the last line was printed, and the steps done by then
         self.shown: dict[str, str] = {}
         self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True) if kind == "bar" else None
 
@@ -168,8 +168,10 @@ class Progress:
         """Print a plain line now, where lines are wanted."""
         if self.kind != "lines":
             return
-        self.said = time.monotonic()
-        rate = (self.done - self.first) / max(self.said - self.started, 1e-9)
+        # At the pace since the last line: steps are longer once the term has joined.
+        now = time.monotonic()
+        rate = (self.done - self.then) / max(now - self.said, 1e-9)
+        self.said, self.then = now, self.done
         left = duration((self.total - self.done) / rate) if rate else "?"
         numbers = "  ".join(f"{key} {value}" for key, value in self.shown.items())
         print(f"step {self.done}/{self.total}  {numbers}  {left} left", file=sys.stderr, flush=True)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from recipes.datasets import Images
 
 try:
-    for package in ("torchvision", "sklearn", "tyro", "tqdm", "matplotlib"):
+    for package in ("torchvision", "sklearn", "tyro", "tqdm", "matplotlib", "safetensors"):
         importlib.import_module(package)
     UNUSABLE = None
 except (ImportError, RuntimeError) as error:  # torchvision beside another torch's build raises a RuntimeError
