@@ -22,6 +22,7 @@ from victims import ROOT
 
 from recipes.checkpoint import load_latest, save_checkpoint
 from recipes.config import HARMLESS, Config, preset_config, resolve
+from recipes.config_file import read_options
 from recipes.datasets import load_images
 from recipes.errors import CheckpointError, ResumeError, TrainerError
 from recipes.loader import ToModel
@@ -30,6 +31,7 @@ from recipes.runlog import MetricsFile, books
 from recipes.split import draw_split, store_or_check
 from recipes.trainer import Trainer
 from recipes.training import main
+from recipes.weights import export_weights, load_model, read_start
 
 sys.path.insert(0, str(ROOT / "tests"))
 from support import forgeries
@@ -242,16 +244,38 @@ def fuzz(work: Path, quick: bool) -> Iterator[Case]:
         trainer.load_state_dict(foreign)
         books(foreign)
 
+    def read_options_file(value: Any) -> None:
+        write("options.json", value)
+        given = {**read_options(run / "options.json", Config), "output": str(run / "new")}
+        resolve(dataclasses.replace(preset_config("demo"), **given))
+
+    def read_weights(content: bytes) -> None:
+        (run / "foreign.safetensors").write_bytes(content)
+        read_start(config(run, init_from=str(run / "foreign.safetensors")))
+
+    def read_model(content: bytes) -> None:
+        (run / "foreign.safetensors").write_bytes(content)
+        load_model(run / "foreign.safetensors")
+
+    def mixed(content: bytes) -> st.SearchStrategy[bytes]:
+        """Any bytes, or these with some put in or put over others."""
+        at, some = st.integers(0, len(content)), st.binary(min_size=1, max_size=64)
+        within = st.tuples(at, some).map(lambda it: content[: it[0]] + it[1] + content[it[0] :])
+        over = st.tuples(at, some).map(lambda it: content[: it[0]] + it[1] + content[it[0] + len(it[1]) :])
+        return st.binary() | within | over
+
     pt = (folder / "step-00000006.pt").read_bytes()
-    cuts = st.tuples(st.integers(0, len(pt)), st.binary(max_size=64)).map(lambda at: pt[: at[0]] + at[1] + pt[at[0] :])
-    over = st.tuples(st.integers(0, len(pt)), st.binary(min_size=1, max_size=64)).map(
-        lambda at: pt[: at[0]] + at[1] + pt[at[0] + len(at[1]) :]
-    )
+    export_weights(run / "model.safetensors", trainer.model, {"format": 1, "arch": settled.arch, "classes": ["a"] * 10})
+    weights = (run / "model.safetensors").read_bytes()
+    header = weights[: 8 + int.from_bytes(weights[:8], "little")]
     readers: list[tuple[str, Callable[[Any], None], st.SearchStrategy[Any], int]] = [
         ("config.json", read_config, changed(canonical) | st.binary(), 2000),
         ("split.json", read_split, changed(json.loads(whole["split.json"])) | st.binary(), 2000),
         ("a checkpoint's record", read_record, changed(record) | st.binary(), 2000),
-        ("a checkpoint whose record vouches for it", read_checkpoint, st.binary() | cuts | over, 1000),
+        ("a checkpoint whose record vouches for it", read_checkpoint, mixed(pt), 1000),
+        ("--config", read_options_file, changed(dataclasses.asdict(config(run))) | st.binary(), 2000),
+        ("--init-from, safetensors", read_weights, mixed(header).map(lambda it: it + weights[len(header) :]), 1000),
+        ("load_model, safetensors", read_model, mixed(header).map(lambda it: it + weights[len(header) :]), 1000),
         ("an item of the state", read_state, st.dictionaries(st.sampled_from(sorted(state)), _VALUES, min_size=1), 500),
     ]
     for name, reader, strategy, examples in readers:

@@ -14,8 +14,9 @@ metrics.jsonl, split.json and summary.json. Parts:
     save        the same, aimed: while a save is seen in the folder, whose fsync and rename take 30 ms more here
     operations  the process kills itself just before its n-th change of a file or fsync, for every n of a whole run
     cold        python examples/fixmatch_cifar.py from its start, imports included
-    torchrun    examples/fixmatch_imagenet.py in two gloo processes: one of them is killed, at random; torchrun ends,
-                or starts both anew
+    processes   examples/fixmatch_imagenet.py in two forks that meet by gloo: one of them is killed, the other must end
+                by itself, and both are started again
+    torchrun    the same program by torchrun --max-restarts 3, which starts both anew when one was killed
     control     one item of the state is forgotten on resuming, each in turn: the comparison must notice
 
 The exit status is 1 if a run differs, a resume fails or a forgotten item is not noticed.
@@ -25,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import hashlib
 import json
 import os
 import random
@@ -34,15 +34,30 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from environment import write_result
-from victims import ROOT, SCRIPT, Victim, before_operations, digests, forked, launched, remains
-
-from recipes.trainer import Trainer
+from kills_control import control
+from PIL import Image
+from victims import (
+    IMAGENET,
+    ROOT,
+    SCRIPT,
+    Launched,
+    Victim,
+    before_operations,
+    digests,
+    forked,
+    launched,
+    remains,
+    totals,
+    tree_digest,
+    two_processes,
+)
 
 RESULT = ROOT / "benchmarks" / "results" / "kills.json"
 Start = Callable[[Path], Victim]
@@ -52,17 +67,22 @@ COMMON = (
     " --ggcr-max-pairs 2 --ggcr-every 2 --eval-every 8 --checkpoint-every 5 --log-every 4 --progress lines"
 )
 SHORT = "supervised, 5 steps"
+CONTROL = "mixmatch, fp16"
 # Saves at 5, 10, 15 and 16: at 15 the meter is not empty. MixMatch draws from torch's global generator.
 VARIANTS = {
     SHORT: "--method supervised --steps 5 --checkpoint-every 2 --eval-every 5 --log-every 2 --workers 0",
     "fixmatch": "--threshold 0.12 --workers 0",
     "fixmatch, fp16, a worker": "--threshold 0.12 --amp fp16 --workers 1",
     "flexmatch, SAM": "--method flexmatch --threshold 0.12 --optimizer sam --workers 0",
-    "mixmatch, fp16": "--method mixmatch --amp fp16 --workers 0",
+    CONTROL: "--method mixmatch --amp fp16 --workers 0",
 }
-WANTED = {"random": 100, "save": 20, "cold": 6, "torchrun": 20}
-QUICK = {"random": 4, "save": 2, "cold": 1, "torchrun": 1}
-STEP_OF_CONTROL = 9
+WANTED = {"random": 100, "save": 20, "cold": 6, "processes": 20, "torchrun": 6}
+QUICK = {"random": 4, "save": 2, "cold": 1, "processes": 1, "torchrun": 1}
+PHOTOGRAPHS = (
+    "--arch shufflenet_v2_x0_5 --image-size 16 --label-fraction 0.34 --batch-size 4 --unlabeled-ratio 1 --threshold 0.2"
+    " --unlabeled-ramp 0 --steps 10 --lr 0.01 --lr-warmup 1 --ggcr-warmup 2 --ggcr-max-pairs 2 --ema 0.9"
+    " --eval-every 5 --checkpoint-every 3 --log-every 2 --workers 0 --progress lines --device cpu"
+)
 
 
 class Bench:
@@ -76,7 +96,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace, work: Path) -> None:
         self.options, self.work, self.numbers = options, work, random.SystemRandom()
         self.wanted = QUICK if options.quick else WANTED
-        self.result: dict[str, Any] = {"tree": tree(), "runs": [], "control": []}
+        self.result: dict[str, Any] = {"tree": tree_digest(), "runs": [], "control": []}
         self.join("runs", [])
         self.references: dict[str, tuple[dict[str, str], float]] = {}
 
@@ -123,33 +143,6 @@ class Bench:
         output.with_suffix(".lock").unlink(missing_ok=True)
 
 
-def tree() -> str:
-    """SHA-256 of the library and the trainers: results of other sources are not continued."""
-    digest = hashlib.sha256()
-    for path in sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "examples").rglob("*.py")]):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def totals(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """By part: kills, runs, runs that are equal, kills inside a save."""
-    rows = []
-    for part in dict.fromkeys(run["part"] for run in runs):
-        mine = [run for run in runs if run["part"] == part]
-        kills = [kill for run in mine for kill in run["kills"]]
-        rows.append(
-            {
-                "part": part,
-                "kills": len(kills),
-                "inside a save": sum(bool(kill["inside"]) for kill in kills),
-                "before the first checkpoint": sum(kill["step"] is None for kill in kills),
-                "runs": len(mine),
-                "equal": sum(not run["differing"] for run in mine),
-            }
-        )
-    return rows
-
-
 def finish(victim: Victim, folder: Path) -> None:
     """Let a run end.
 
@@ -173,16 +166,45 @@ def from_the_start(folder: Path) -> Victim:
     return launched([sys.executable, str(SCRIPT), *options_of("fixmatch", folder)], folder.parent / "log")
 
 
+def photographs(work: Path) -> list[str]:
+    """Options of the ImageNet trainer, with 36 + 15 random JPEGs of three classes to train on."""
+    source, folder = np.random.Generator(np.random.Philox(3)), work / "photographs"
+    for part, count in (("train", 12), ("val", 5)):
+        for label in ("ant", "bee", "cat"):
+            (folder / part / label).mkdir(parents=True, exist_ok=True)
+            for number in range(count):
+                pixels = source.integers(256, size=(20, 24, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / part / label / f"{label}_{number}.JPEG")
+    return [*PHOTOGRAPHS.split(), "--data-dir", str(folder)]
+
+
+def together(bench: Bench, part: str) -> None:
+    """Kill one of two processes, as forks or under torchrun."""
+    options = photographs(bench.work)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+    def start(folder: Path) -> Victim:
+        arguments, log = [*options, "--output", str(folder)], folder.parent / "log"
+        if part == "processes":
+            return two_processes(arguments, log, IMAGENET, bench.numbers)
+        return launched([*launcher, "--max-restarts", "3", str(IMAGENET), *arguments], log, Launched)
+
+    while bench.kills(part) < bench.wanted[part]:
+        at_random(bench, part, "two processes", start)
+
+
 def at_random(bench: Bench, part: str, variant: str, start: Start) -> None:
     """Kill a run again and again at moments uniform in the time of a whole run, until it ends before its kill."""
     whole, seconds = bench.reference(f"{part} {variant}", start)
     folder, kills = bench.folder(), []
     while True:
         victim, delay = start(folder), bench.numbers.uniform(0, seconds)
-        if victim.wait(delay):
+        while not victim.wait(delay):
+            victim.kill()
+            kills.append({"after": round(delay, 3), **remains(folder)})
+            delay = bench.numbers.uniform(seconds / 2, seconds)  # torchrun goes on, with workers that must import first
+        if victim.status == 0:
             break
-        victim.kill()
-        kills.append({"after": round(delay, 3), **remains(folder)})
     finish(victim, folder)
     if kills:
         bench.keep(part, variant, folder, kills, whole)
@@ -264,70 +286,19 @@ def operations(bench: Bench) -> None:
         bench.keep("operations", variant, folder, [left], whole)
 
 
-def forgetting(item: str) -> Callable[[Path], object]:
-    """A preparation of the fork: the trainer resumes all of its state but one item, which stays as at the start."""
+def under_control(bench: Bench) -> list[dict[str, Any]]:
+    """The rows of the control."""
 
-    def prepare(folder: Path) -> None:
-        load = Trainer.load_state_dict
+    def start(folder: Path, prepare: Callable[[Path], object]) -> Victim:
+        return in_fork(CONTROL, prepare)(folder)
 
-        def without(self: Trainer, state: dict[str, Any]) -> None:
-            part, _, inner = item.partition(" ")
-            now = 0 if item == "step" else None
-            if part == "metrics_bytes":  # nothing is cut off
-                state[part] = (folder / "metrics.jsonl").stat().st_size
-            elif part != "nothing":
-                now = now if now is not None else self.state_dict()[part]
-                state[part] = {**state[part], inner: now[inner]} if inner else now
-            load(self, state)
-
-        Trainer.load_state_dict = without  # type: ignore[method-assign]
-
-    return prepare
-
-
-def dies_at_step(_: Path) -> None:
-    """A preparation of the fork: SIGKILL before a step between two checkpoints."""
-    step = Trainer.train_step
-
-    def dying(self: Trainer, images: Any) -> None:
-        if self.step == STEP_OF_CONTROL:
-            os.kill(os.getpid(), signal.SIGKILL)
-        step(self, images)
-
-    Trainer.train_step = dying  # type: ignore[method-assign]
-
-
-def control(bench: Bench) -> None:
-    """Resume a killed run without one item of its state, each item in turn."""
-    if bench.result["control"]:
-        return
-    variant = "mixmatch, fp16"
-    whole, _ = bench.reference(f"random {variant}", in_fork(variant))
-    killed = bench.folder()
-    in_fork(variant, dies_at_step)(killed).wait(600)
-    state = torch.load(killed / "checkpoints" / "step-00000005.pt", weights_only=True)
-    items = [key for key in state if key not in ("options", "seconds", "cuda_rng", "method")]
-    items += [f"method {key}" for key in state["method"] if not key.startswith("method.model.encoder.")]
-    items += ["method method.model.encoder.stem.weight", "average updates", "optimizer state", "scaler scale"]
-    found = []
-    for item in ["nothing", *(items[:2] if bench.options.quick else items)]:
-        folder = bench.folder()
-        shutil.copytree(killed, folder)
-        victim = in_fork(variant, forgetting(item))(folder)
-        victim.wait(600)
-        how = "refused" if victim.status else ""
-        if victim.status == 0:
-            now = digests(folder)
-            how = ", ".join(sorted({key.split(" ")[-1] for key in now | whole if now.get(key) != whole.get(key)}))
-        found.append({"item": item, "noticed": bool(how), "by": how})
-        print(f"control    without {item:<40} {how or 'NOT NOTICED'}", flush=True)
-        shutil.rmtree(folder.parent)
-    bench.join("control", found)
+    whole, _ = bench.reference(f"random {CONTROL}", in_fork(CONTROL))
+    return control(bench.folder, start, whole, bench.options.quick)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("random", "save", "operations", "cold", "torchrun", "control")
+    parts = ("random", "save", "operations", "processes", "torchrun", "cold", "control")
     parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--quick", action="store_true", help="a few kills of each part; nothing is written")
     parser.add_argument("--output", type=Path, default=RESULT)
@@ -338,8 +309,8 @@ def main() -> int:
         bench = Bench(options, Path(work))
         variants = [name for name in VARIANTS if name != SHORT][: 1 if options.quick else None]
         weights = [4 if name == "fixmatch" else 1 for name in variants]
-        if "control" in options.only:
-            control(bench)
+        if "control" in options.only and not bench.result["control"]:
+            bench.join("control", under_control(bench))
         if "save" in options.only:
             while bench.kills("save") < bench.wanted["save"]:
                 in_a_save(bench, bench.numbers.choices(variants, weights)[0])
@@ -349,6 +320,8 @@ def main() -> int:
                 at_random(bench, "random", variant, in_fork(variant))
         if "operations" in options.only:
             operations(bench)
+        for part in {"processes", "torchrun"} & set(options.only):
+            together(bench, part)
         if "cold" in options.only:
             while bench.kills("cold") < bench.wanted["cold"]:
                 at_random(bench, "cold", "fixmatch", from_the_start)

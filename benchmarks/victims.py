@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "fixmatch_cifar.py"
+IMAGENET = ROOT / "examples" / "fixmatch_imagenet.py"
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "src")]
 
 import matplotlib.pyplot  # noqa: F401  # all of this once, here, and not in every fork
@@ -57,13 +60,60 @@ class Victim:
         self.wait(60)
 
 
-def forked(arguments: Sequence[str], log: Path, *, prepare: Callable[[], object] = lambda: None) -> Victim:
-    """`fixmatch_cifar.py` with these arguments in a fork, which spares it the seconds of importing torch.
+class Pair(Victim):
+    """Two processes of one run; a kill takes one of them, and the other ends by itself.
+
+    Args:
+        members: The two.
+        numbers: Decides which.
+    """
+
+    def __init__(self, members: Sequence[Victim], numbers: random.Random) -> None:
+        self.members, self.numbers = members, numbers
+        super().__init__(members[0].pid, self._both)
+
+    def _both(self) -> int | None:
+        ended = [member.ended() for member in self.members]
+        if not all(ended):
+            return None
+        return next((member.status for member in self.members if member.status), 0)
+
+    def kill(self) -> None:
+        """SIGKILL to one, and wait for both.
+
+        Raises:
+            RuntimeError: Where the other one goes on.
+        """
+        self.numbers.choice(self.members).kill()
+        if not self.wait(180, 0.02):
+            for member in self.members:
+                if not member.ended():
+                    member.kill()
+            raise RuntimeError("a process outlived the other one by three minutes")
+
+
+class Launched(Victim):
+    """torchrun; a kill takes one of its workers."""
+
+    def kill(self) -> None:
+        """SIGKILL to a worker, or to torchrun before it has any; it then ends all of them, or starts them anew."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        if children:
+            os.kill(int(random.choice(children)), signal.SIGKILL)
+        else:
+            super().kill()
+
+
+def forked(
+    arguments: Sequence[str], log: Path, *, prepare: Callable[[], object] = lambda: None, script: Path = SCRIPT
+) -> Victim:
+    """A trainer with these arguments in a fork, which spares it the seconds of importing torch.
 
     Args:
         arguments: Its command line.
         log: Where its output goes.
         prepare: Called in the fork before the program starts.
+        script: The trainer.
 
     Returns:
         The process.
@@ -76,9 +126,9 @@ def forked(arguments: Sequence[str], log: Path, *, prepare: Callable[[], object]
         with open(log, "ab", buffering=0) as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        sys.argv = [str(SCRIPT), *arguments]
+        sys.argv = [str(script), *arguments]
         prepare()
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        runpy.run_path(str(script), run_name="__main__")
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 0
     except BaseException:
@@ -92,12 +142,25 @@ def _status(pid: int) -> int | None:
     return os.waitstatus_to_exitcode(status) if done else None
 
 
-def launched(command: Sequence[str], log: Path) -> Victim:
+def two_processes(arguments: Sequence[str], log: Path, script: Path, numbers: random.Random) -> Pair:
+    """Two forks that meet as those of torchrun do, by its variables, with gloo."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+    def as_rank(rank: str) -> Callable[[], None]:
+        return lambda: os.environ.update(world | {"RANK": rank, "LOCAL_RANK": rank, "GLOO_SOCKET_IFNAME": "lo"})
+
+    return Pair([forked(arguments, log, prepare=as_rank(rank), script=script) for rank in "01"], numbers)
+
+
+def launched(command: Sequence[str], log: Path, kind: type[Victim] = Victim) -> Victim:
     """A program from its very start, as a user starts it."""
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "GLOO_SOCKET_IFNAME": "lo"}
     with open(log, "ab") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
-    return Victim(process.pid, process.poll)
+    return kind(process.pid, process.poll)
 
 
 def before_operations(folder: Path, act: Callable[[int], object]) -> None:
@@ -195,3 +258,30 @@ def canonical(value: Any) -> str:
 
 def _sha(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def tree_digest() -> str:
+    """SHA-256 of the library and the trainers: results of other sources are not continued."""
+    digest = hashlib.sha256()
+    for path in sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "examples").rglob("*.py")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def totals(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By part: kills, runs, runs that are equal, kills inside a save."""
+    rows = []
+    for part in dict.fromkeys(run["part"] for run in runs):
+        mine = [run for run in runs if run["part"] == part]
+        kills = [kill for run in mine for kill in run["kills"]]
+        rows.append(
+            {
+                "part": part,
+                "kills": len(kills),
+                "inside a save": sum(bool(kill["inside"]) for kill in kills),
+                "before the first checkpoint": sum(kill["step"] is None for kill in kills),
+                "runs": len(mine),
+                "equal": sum(not run["differing"] for run in mine),
+            }
+        )
+    return rows
