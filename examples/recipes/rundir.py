@@ -18,6 +18,8 @@ from recipes.runlog import environment, software
 
 FORMAT = 1
 
+FORMAT = 1
+
 
 def check_run(config: Config, device: torch.device, harmless: frozenset[str] = HARMLESS) -> bool:
     """Look into the run directory, without writing: is it new, or the same run?
@@ -52,6 +54,26 @@ def check_run(config: Config, device: torch.device, harmless: frozenset[str] = H
     check_same_run(options, config, harmless)
     _compare_environment(before, environment(device))
     return True
+
+
+def last_accuracy(folder: Path) -> float:
+    """The last accuracy of a finished run.
+
+    Args:
+        folder: The run directory.
+
+    Returns:
+        In [0, 1].
+
+    Raises:
+        ResumeError: Where `summary.json` cannot be read.
+    """
+    try:
+        return float(read_json(folder / "summary.json")["last"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ResumeError(
+            f"{folder / 'summary.json'} cannot be read ({error}): remove it, and the same command writes it anew."
+        ) from error
 
 
 def create_run(config: Config, device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -84,21 +85,28 @@ class MetricsFile:
     Args:
         path: The file.
         keep: Bytes that belong to the checkpoint being resumed; what a killed process wrote after it is cut off.
+        sha256: Of these bytes, where the checkpoint knows it.
 
     Raises:
-        CheckpointError: Where the file is shorter than the checkpoint says.
+        CheckpointError: Where the file is shorter than the checkpoint says, or its bytes are others.
     """
 
-    def __init__(self, path: Path, keep: int) -> None:
+    def __init__(self, path: Path, keep: int, sha256: str | None = None) -> None:
         self.path = path
-        size = path.stat().st_size if path.exists() else 0
-        if size < keep:
-            raise CheckpointError(
-                f"{path} has {size} bytes, but the checkpoint was taken when it had {keep}: restore the file, "
-                "or delete the run directory to start again."
-            )
+        kept = path.read_bytes()[:keep] if keep else b""
+        self._digest = hashlib.sha256(kept)
+        found = f"has {len(kept)} bytes, but the checkpoint was taken when it had {keep}" if len(kept) < keep else None
+        if found is None and sha256 not in (None, self.sha256):
+            found = "is not what it was when the checkpoint was taken (another SHA-256)"
+        if found:
+            raise CheckpointError(f"{path} {found}: restore the file, or delete the run directory to start again.")
         self.file = open(path, "ab")  # noqa: SIM115 - open for the whole run
         self.file.truncate(keep)
+
+    @property
+    def sha256(self) -> str:
+        """Of all lines so far."""
+        return self._digest.hexdigest()
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one line."""
@@ -106,7 +114,9 @@ class MetricsFile:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
         }
-        self.file.write((json.dumps(finite, allow_nan=False) + "\n").encode())
+        line = (json.dumps(finite, allow_nan=False) + "\n").encode()
+        self._digest.update(line)
+        self.file.write(line)
         self.file.flush()
 
     def sync(self) -> int:
@@ -117,6 +127,29 @@ class MetricsFile:
     def close(self) -> None:
         """Close the file."""
         self.file.close()
+
+
+def books(state: dict[str, Any] | None) -> tuple[float, int, str | None]:
+    """What a checkpoint says of the run's log.
+
+    Args:
+        state: The checkpoint, or None for a new run.
+
+    Returns:
+        Seconds of training so far; bytes of metrics.jsonl, and their SHA-256.
+
+    Raises:
+        CheckpointError: Where the checkpoint does not say it.
+    """
+    if state is None:
+        return 0.0, 0, None
+    seconds, size, digest = (state.get(key) for key in ("seconds", "metrics_bytes", "metrics_sha256"))
+    if isinstance(seconds, float) and isinstance(size, int) and size >= 0 and isinstance(digest, str | None):
+        return seconds, size, digest
+    raise CheckpointError(
+        f"the checkpoint does not fit this run (seconds {seconds!r}, metrics_bytes {size!r}, metrics_sha256 "
+        f"{digest!r}): it was written by another version of the trainer. Use another --output."
+    )
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:

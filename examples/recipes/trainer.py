@@ -175,12 +175,15 @@ class Trainer:
             self.meter.load_state_dict(state["meter"])
             self.evaluations = [float(value) for value in state["evaluations"]]
             self.step = int(state["step"])
+            if not 0 <= self.step <= self.config.steps:
+                raise ValueError(f"it is of step {self.step} of {self.config.steps}")
             torch.set_rng_state(state["rng"])
             if state["cuda_rng"] is not None and self.to_model.device.type == "cuda":
                 torch.cuda.set_rng_state(state["cuda_rng"], self.to_model.device)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except Exception as error:  # what a foreign state holds can fail in any way where it is used
+            reason = (str(error) or "no reason given").splitlines()[0]
             raise CheckpointError(
-                f"the checkpoint does not fit this run ({type(error).__name__}: {str(error).splitlines()[0]}): "
+                f"the checkpoint does not fit this run ({type(error).__name__}: {reason}): "
                 "it was written by another version of the trainer, or for another model. Use another --output."
             ) from error
 

@@ -17,11 +17,11 @@ from recipes.config import Config, method_label, resolve
 from recipes.datasets import Images, load_images
 from recipes.errors import OptionError, TrainerError
 from recipes.evaluation import PROTOCOL, evaluate, summarize
-from recipes.files import read_json, write_json
+from recipes.files import write_json
 from recipes.loader import StepDataset, ToModel, spare_cores, step_batches, worker_count
 from recipes.plotting import draw_curves
-from recipes.rundir import check_run, create_run, exclusive
-from recipes.runlog import MetricsFile, Progress, append_line, duration, tensorboard_writer
+from recipes.rundir import check_run, create_run, exclusive, last_accuracy
+from recipes.runlog import MetricsFile, Progress, append_line, books, duration, tensorboard_writer
 from recipes.runs import read_run
 from recipes.split import Split, draw_split, store_or_check
 from recipes.stopping import StopRequest
@@ -45,9 +45,8 @@ def run(config: Config) -> int:
     device = _device(config.device)
     folder = Path(str(config.output))
     known = check_run(config, device)
-    if (folder / "summary.json").exists():
-        last = read_json(folder / "summary.json")["last"]
-        print(f"{folder} is finished: test accuracy {last:.4f}. Give another --output for a new run.")
+    if known and (folder / "summary.json").exists():
+        print(f"{folder} is finished: test accuracy {last_accuracy(folder):.4f}. Give another --output for a new run.")
         return 0
     images = load_images(config)
     split = draw_split(images, config.labels, config.seed)
@@ -84,8 +83,8 @@ class _Execution:
         state = load_latest(self.checkpoints)
         if state is not None:
             trainer.load_state_dict(state)
-        self.seconds = float(state["seconds"]) if state else 0.0  # of training, over all calls
-        self.metrics = MetricsFile(folder / "metrics.jsonl", int(state["metrics_bytes"]) if state else 0)
+        self.seconds, size, digest = books(state)  # of training, over all calls
+        self.metrics = MetricsFile(folder / "metrics.jsonl", size, digest)
         self.saved = trainer.step if state else -1
         self.dataset = StepDataset(images, split, config)
         self.workers = worker_count(config.workers)
@@ -193,9 +192,8 @@ class _Execution:
             return
         state = self.trainer.state_dict()
         # The lines must be on the disk before the checkpoint that counts on them.
-        save_checkpoint(
-            self.checkpoints, step, {**state, "metrics_bytes": self.metrics.sync(), "seconds": self.seconds}
-        )
+        lines = {"metrics_bytes": self.metrics.sync(), "metrics_sha256": self.metrics.sha256}
+        save_checkpoint(self.checkpoints, step, {**state, **lines, "seconds": self.seconds})
         self.saved = step
 
     def _finish(self) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from recipes.checkpoint import read_checkpoint
 from recipes.config import Config
 from recipes.errors import CheckpointError, OptionError
-from recipes.files import write_atomically
+from recipes.files import regular_size, write_atomically
 from recipes.models import WideResNet, build_model
 
 _HEAD = "head."
@@ -89,8 +89,9 @@ def read_start(config: Config) -> tuple[Config, dict[str, Tensor] | None]:
         return config, None
     path = Path(config.init_from)
     try:
+        regular_size(path)
         content = path.read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise OptionError(
             f"--init-from {path} cannot be read ({error}): give a run's model.safetensors or checkpoints/step-N.pt."
         ) from error
@@ -108,8 +109,8 @@ def _averaged_weights(path: Path, content: bytes) -> dict[str, Tensor]:
     if path.suffix == ".pt":
         state = read_checkpoint(path, content)
         try:
-            return dict(state["average"]["model"])
-        except (KeyError, TypeError, ValueError) as error:
+            return {str(name): value.detach() for name, value in state["average"]["model"].items()}
+        except (KeyError, TypeError, AttributeError) as error:
             raise OptionError(f"--init-from {path} is no checkpoint of a trainer: it has no averaged model.") from error
     try:
         return safetensors.torch.load(content)
