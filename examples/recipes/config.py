@@ -26,7 +26,7 @@ Help = tyro.conf.arg
 HARMLESS = frozenset(
     {
         "data_dir", "output", "device", "workers", "checkpoint_every", "log_every", "resume", "tensorboard", "progress",
-        "stop_after_steps", "stop_after_minutes", "preset",
+        "stop_after_steps", "stop_after_minutes", "preset", "config", "init_from",
     }
 )  # fmt: skip
 
@@ -39,6 +39,9 @@ class Config:
     """Every option of `fixmatch_cifar.py`, with the defaults of the `paper` preset."""
 
     preset: Annotated[Preset, Help(help="Defaults to start from; options given explicitly win.")] = "paper"
+    config: Annotated[
+        str | None, Help(help="JSON file of options, or the config.json of a run to repeat; options given win.")
+    ] = None
     dataset: Annotated[
         DatasetName,
         Help(help="folder: DATA_DIR/train/CLASS/*.jpg and DATA_DIR/test/CLASS/*.jpg (or val/)."),
@@ -116,6 +119,15 @@ class Config:
     jacobian_projections: Annotated[int, Help(help="Random projections that estimate it.")] = 1
 
     arch: Annotated[str, Help(help="wrn-DEPTH-WIDTH.")] = "wrn-28-2"
+    init_from: Annotated[
+        str | None, Help(help="Start from the averaged weights in this model.safetensors or checkpoint step-N.pt.")
+    ] = None
+    init_part: Annotated[
+        Literal["model", "encoder"], Help(help="What --init-from gives: the whole model, or all but the head.")
+    ] = "model"
+    init_sha256: Annotated[
+        str | None, Help(help="SHA-256 that the file of --init-from must have. None: stored, and checked on resume.")
+    ] = None
     bn_momentum: Annotated[
         float | None, Help(help="BatchNorm momentum (torch's sense). None: 0.001, more in a short run.")
     ] = None

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from recipes.errors import DatasetError
+from recipes.files import regular_size
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff"})
 LabeledImages = tuple[Tensor, Tensor]
@@ -133,9 +134,10 @@ class _Reader:
 
     def _decode(self, path: Path) -> np.ndarray:
         try:
+            regular_size(path)
             with Image.open(path) as opened:
                 image = opened.convert("RGB")
-        except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # a damaged file can fail anywhere in its format's decoder, and with any class
             raise DatasetError(f"{path} cannot be read as an image ({error}): replace or remove it.") from error
         if self.image_size is not None:
             image = _resize_and_crop(image, self.image_size)

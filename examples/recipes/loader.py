@@ -82,10 +82,12 @@ class StepDataset(Dataset[StepImages]):
 
 def worker_count(workers: int | None) -> int:
     """Settle `--workers`: as given, else one per core that the training process leaves over, four at most."""
-    if workers is not None:
-        return workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    return min(4, cores - 1)
+    return min(4, spare_cores()) if workers is None else workers
+
+
+def spare_cores() -> int:
+    """Cores that the training process leaves over, of those that it may run on."""
+    return (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)) - 1
 
 
 def init_worker(_: int) -> None:

@@ -14,7 +14,9 @@ import torch
 from recipes.config import HARMLESS, Config, check_same_run, method_label
 from recipes.errors import OptionError, ResumeError
 from recipes.files import read_json, write_json
-from recipes.runlog import environment
+from recipes.runlog import environment, software
+
+FORMAT = 1
 
 FORMAT = 1
 
@@ -54,6 +56,26 @@ def check_run(config: Config, device: torch.device, harmless: frozenset[str] = H
     return True
 
 
+def last_accuracy(folder: Path) -> float:
+    """The last accuracy of a finished run.
+
+    Args:
+        folder: The run directory.
+
+    Returns:
+        In [0, 1].
+
+    Raises:
+        ResumeError: Where `summary.json` cannot be read.
+    """
+    try:
+        return float(read_json(folder / "summary.json")["last"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ResumeError(
+            f"{folder / 'summary.json'} cannot be read ({error}): remove it, and the same command writes it anew."
+        ) from error
+
+
 def create_run(config: Config, device: torch.device) -> None:
     """Write the `config.json` of a new run.
 
@@ -70,6 +92,7 @@ def create_run(config: Config, device: torch.device) -> None:
         "label": method_label(config),
         "options": dataclasses.asdict(config),
         "environment": environment(device),
+        "software": software(),
     }
     try:
         write_json(folder / "config.json", record)

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import platform
+import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import gradconsist
 from recipes.errors import CheckpointError, OptionError
 
 Number = float | Tensor
 
 
+# Of a number whose name ends so, a step gives one for each image, and the log shows how they are spread.
+SAMPLE = "_sample"
+QUANTILES = {"q10": 0.1, "q50": 0.5, "q90": 0.9}
+
+
 class Meter:
     """Means of named numbers over the steps since the last `flush`; NaN means "not in this step".
+
+    A number named `NAME_sample` is a tensor `[B]`; instead of its mean, `flush` returns `NAME_q10`, `NAME_q50` and
+    `NAME_q90`: quantiles over all images of all those steps together.
 
     Values stay on their device until they are needed, so that a GPU is not waited for in every step.
     """
@@ -35,7 +49,7 @@ class Meter:
 
     def state_dict(self) -> dict[str, list[float]]:
         """All values since the last flush, as floats."""
-        self.values = {name: [float(value) for value in values] for name, values in self.values.items()}
+        self.values = {name: list[Number](_floats(values)) for name, values in self.values.items()}
         return {name: list(values) for name, values in self.values.items()}  # type: ignore[arg-type]
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
@@ -43,13 +57,26 @@ class Meter:
         self.values = {name: list(values) for name, values in state.items()}
 
     def flush(self) -> dict[str, float | None]:
-        """Return the means (None where a number never occurred) and start afresh."""
-        means: dict[str, float | None] = {}
+        """Return the means and quantiles (None where a number never occurred) and start afresh."""
+        numbers: dict[str, float | None] = {}
         for name, values in self.state_dict().items():
             real = [value for value in values if not math.isnan(value)]
-            means[name] = math.fsum(real) / len(real) if real else None
+            if name.endswith(SAMPLE):
+                at = np.quantile(real, list(QUANTILES.values())).tolist() if real else [None] * len(QUANTILES)
+                numbers |= {
+                    f"{name.removesuffix(SAMPLE)}_{key}": value for key, value in zip(QUANTILES, at, strict=True)
+                }
+            else:
+                numbers[name] = math.fsum(real) / len(real) if real else None
         self.values = {}
-        return means
+        return numbers
+
+
+def _floats(values: list[Number]) -> list[float]:
+    floats: list[float] = []
+    for value in values:
+        floats += value.flatten().tolist() if isinstance(value, Tensor) else [value]
+    return floats
 
 
 class MetricsFile:
@@ -58,21 +85,28 @@ class MetricsFile:
     Args:
         path: The file.
         keep: Bytes that belong to the checkpoint being resumed; what a killed process wrote after it is cut off.
+        sha256: Of these bytes, where the checkpoint knows it.
 
     Raises:
-        CheckpointError: Where the file is shorter than the checkpoint says.
+        CheckpointError: Where the file is shorter than the checkpoint says, or its bytes are others.
     """
 
-    def __init__(self, path: Path, keep: int) -> None:
+    def __init__(self, path: Path, keep: int, sha256: str | None = None) -> None:
         self.path = path
-        size = path.stat().st_size if path.exists() else 0
-        if size < keep:
-            raise CheckpointError(
-                f"{path} has {size} bytes, but the checkpoint was taken when it had {keep}: restore the file, "
-                "or delete the run directory to start again."
-            )
+        kept = path.read_bytes()[:keep] if keep else b""
+        self._digest = hashlib.sha256(kept)
+        found = f"has {len(kept)} bytes, but the checkpoint was taken when it had {keep}" if len(kept) < keep else None
+        if found is None and sha256 not in (None, self.sha256):
+            found = "is not what it was when the checkpoint was taken (another SHA-256)"
+        if found:
+            raise CheckpointError(f"{path} {found}: restore the file, or delete the run directory to start again.")
         self.file = open(path, "ab")  # noqa: SIM115 - open for the whole run
         self.file.truncate(keep)
+
+    @property
+    def sha256(self) -> str:
+        """Of all lines so far."""
+        return self._digest.hexdigest()
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one line."""
@@ -80,7 +114,9 @@ class MetricsFile:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
         }
-        self.file.write((json.dumps(finite, allow_nan=False) + "\n").encode())
+        line = (json.dumps(finite, allow_nan=False) + "\n").encode()
+        self._digest.update(line)
+        self.file.write(line)
         self.file.flush()
 
     def sync(self) -> int:
@@ -91,6 +127,29 @@ class MetricsFile:
     def close(self) -> None:
         """Close the file."""
         self.file.close()
+
+
+def books(state: dict[str, Any] | None) -> tuple[float, int, str | None]:
+    """What a checkpoint says of the run's log.
+
+    Args:
+        state: The checkpoint, or None for a new run.
+
+    Returns:
+        Seconds of training so far; bytes of metrics.jsonl, and their SHA-256.
+
+    Raises:
+        CheckpointError: Where the checkpoint does not say it.
+    """
+    if state is None:
+        return 0.0, 0, None
+    seconds, size, digest = (state.get(key) for key in ("seconds", "metrics_bytes", "metrics_sha256"))
+    if isinstance(seconds, float) and isinstance(size, int) and size >= 0 and isinstance(digest, str | None):
+        return seconds, size, digest
+    raise CheckpointError(
+        f"the checkpoint does not fit this run (seconds {seconds!r}, metrics_bytes {size!r}, metrics_sha256 "
+        f"{digest!r}): it was written by another version of the trainer. Use another --output."
+    )
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
@@ -122,7 +181,7 @@ class Progress:
         if kind == "auto":
             kind = "bar" if sys.stderr.isatty() else "lines"
         self.kind, self.done, self.total, self.every = kind, done, total, every
-        self.started, self.first, self.said = time.monotonic(), done, time.monotonic()
+        self.said, self.then = time.monotonic(), done  # when the last line was printed, and the steps done by then
         self.shown: dict[str, str] = {}
         self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True) if kind == "bar" else None
 
@@ -144,8 +203,10 @@ class Progress:
         """Print a plain line now, where lines are wanted."""
         if self.kind != "lines":
             return
-        self.said = time.monotonic()
-        rate = (self.done - self.first) / max(self.said - self.started, 1e-9)
+        # At the pace since the last line: steps are longer once the term has joined.
+        now = time.monotonic()
+        rate = (self.done - self.then) / max(now - self.said, 1e-9)
+        self.said, self.then = now, self.done
         left = duration((self.total - self.done) / rate) if rate else "?"
         numbers = "  ".join(f"{key} {value}" for key, value in self.shown.items())
         print(f"step {self.done}/{self.total}  {numbers}  {left} left", file=sys.stderr, flush=True)
@@ -168,6 +229,30 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of text as lines with columns of one width, and a rule below the first."""
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+
+
+def shown(value: Any) -> str:
+    """An option's value for people."""
+    if value is None:
+        return "none"
+    return f"{value:g}" if isinstance(value, float) and math.isfinite(value) else str(value)
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """What bitwise equality depends on, beside the options."""
     return {"torch": torch.__version__, "device": str(device), "threads": torch.get_num_threads()}
+
+
+def software() -> dict[str, str | None]:
+    """Which code started a run; `revision` is None where it does not lie in a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        revision = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        revision = None
+    return {"gradconsist": gradconsist.__version__, "python": platform.python_version(), "revision": revision}

@@ -124,12 +124,15 @@ def store_or_check(path: Path, split: Split, classes: list[str]) -> None:
         classes: Class names.
 
     Raises:
-        ResumeError: Where the stored split or the data differ.
+        ResumeError: Where the stored split or the data differ, or the file is damaged.
     """
     if not path.exists():
         write_json(path, split.record(classes))
         return
-    stored = read_json(path)
+    try:
+        stored = dict(read_json(path))
+    except (OSError, ValueError, TypeError) as error:
+        raise ResumeError(f"{path} cannot be read ({error}): restore it, or give another --output.") from error
     for key, now, what in (
         ("sha256", split.digest, "labeled split"),
         ("data_sha256", split.data_digest, "data set (pixels or labels)"),

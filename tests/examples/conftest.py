@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from recipes.imagenet.config import ImageNetConfig
 
 try:
-    for package in ("torchvision", "sklearn", "tyro", "tqdm", "matplotlib"):
+    for package in ("torchvision", "sklearn", "tyro", "tqdm", "matplotlib", "safetensors"):
         importlib.import_module(package)
     UNUSABLE = None
 except (ImportError, RuntimeError) as error:  # torchvision beside another torch's build raises a RuntimeError
@@ -27,6 +27,7 @@ except (ImportError, RuntimeError) as error:  # torchvision beside another torch
     collect_ignore_glob = ["test_*.py"]
 
 ROOT = Path(__file__).parents[2]
+DATA = ROOT / ".." / "shared" / "data"
 ARCHIVE = "cifar10-jpeg.tar.xz"
 
 # Seconds, not minutes: 8x8 digits, 4 labeled and 8 unlabeled images a step, everything switched on from step 2.
@@ -141,7 +142,7 @@ def photo_folder(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def real_photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve training and four test photographs of two CIFAR-10 classes, as a folder data set."""
-    folder = Path(os.environ.get("GRADCONSIST_DATA", ROOT / ".." / "shared" / "data"))
+    folder = Path(os.environ.get("GRADCONSIST_DATA", DATA))
     if not (folder / ARCHIVE).is_file():
         pytest.skip(f"no {ARCHIVE} in {folder}: set GRADCONSIST_DATA to the folder that holds it")
     target = tmp_path_factory.mktemp("photographs")
@@ -155,3 +156,13 @@ def real_photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if not any(missing.values()):
                 break
     return target / "cifar10-jpeg"
+
+
+@pytest.fixture(scope="session")
+def paper_source() -> str:
+    """The LaTeX source of the paper, where it lies beside the real images."""
+    data = Path(os.environ.get("GRADCONSIST_DATA", DATA))
+    path = data.parent / "paper" / "main.tex"
+    if not path.is_file():
+        pytest.skip(f"no {path}: the transcribed claims cannot be compared with the paper here")
+    return path.read_text(encoding="utf-8")

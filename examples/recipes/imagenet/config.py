@@ -69,6 +69,9 @@ class ImageNetConfig(Config):
     sam_rho: Suppress[float] = Config.sam_rho
     jacobian_weight: Suppress[float] = 0.0
     jacobian_projections: Suppress[int] = 1
+    init_from: Suppress[None] = None
+    init_part: Suppress[Literal["model"]] = "model"
+    init_sha256: Suppress[None] = None
     # Not an option either: how many processes torchrun started, for the run directory to know.
     processes: Suppress[int] = 1
 

@@ -29,10 +29,11 @@ from recipes.imagenet.labels import choose_labeled
 from recipes.imagenet.networks import build_network
 from recipes.imagenet.trainer import ProcessTrainer
 from recipes.loader import ToModel, step_batches
-from recipes.plotting import draw_curves, read_run
+from recipes.plotting import draw_curves
 from recipes.processes import OtherProcessError, Processes, join, leave
-from recipes.rundir import check_run, create_run, exclusive
-from recipes.runlog import MetricsFile, Progress, append_line, duration, tensorboard_writer
+from recipes.rundir import check_run, create_run, exclusive, last_accuracy
+from recipes.runlog import MetricsFile, Progress, append_line, books, duration, tensorboard_writer
+from recipes.runs import read_run
 from recipes.split import Split, store_or_check
 from recipes.stopping import StopRequest
 
@@ -89,8 +90,7 @@ def _finished(config: ImageNetConfig, processes: Processes) -> bool:
                 )
     known = check_run(config, processes.device, RUN_HARMLESS)
     if known and (folder / "summary.json").exists():
-        last = read_json(folder / "summary.json")["last"]
-        print(f"{folder} is finished: top-1 accuracy {last:.4f}. Give another --output for a new run.")
+        print(f"{folder} is finished: top-1 accuracy {last_accuracy(folder):.4f}. Give another --output for a new run.")
         return True
     return False
 
@@ -119,16 +119,15 @@ class _Execution:
         state = self._load()
         if state is not None:
             processes.together(lambda: trainer.load_state_dict(state))
-        self.seconds = float(state["seconds"]) if state else 0.0  # of training, over all calls
+        self.seconds, size, digest = books(state)  # of training, over all calls
         self.saved = trainer.step if state else -1
         self.dataset = StepPhotographs(photographs.train, split, config, processes)
         self.workers = worker_count(config.workers, processes.local_world)
         self.metrics: MetricsFile | None = None
         self.board = None
-        kept = int(state["metrics_bytes"]) if state else 0
 
         def open_files() -> None:
-            self.metrics = MetricsFile(folder / "metrics.jsonl", kept)
+            self.metrics = MetricsFile(folder / "metrics.jsonl", size, digest)
             if config.tensorboard:
                 self.board = tensorboard_writer(folder, trainer.step)
 
@@ -253,8 +252,9 @@ class _Execution:
 
         def write() -> None:
             # The lines must be on the disk before the checkpoint that counts on them.
-            kept = self.metrics.sync() if self.metrics is not None else 0
-            save_checkpoint(self.checkpoints, step, {**state, "metrics_bytes": kept, "seconds": self.seconds})
+            assert self.metrics is not None  # the first process has it
+            lines = {"metrics_bytes": self.metrics.sync(), "metrics_sha256": self.metrics.sha256}
+            save_checkpoint(self.checkpoints, step, {**state, **lines, "seconds": self.seconds})
 
         self.processes.on_first(write)
         self.saved = step
