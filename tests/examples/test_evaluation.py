@@ -60,9 +60,7 @@ def test_recalls_and_precision_of_the_mask_are_in_metrics_and_tensorboard(tiny: 
     assert {"test_accuracy", "train/mask_rate", "train/confident_accuracy"} <= set(events.Tags()["scalars"])
 
 
-def test_the_time_left_follows_the_pace(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_time_left_follows_the_pace(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Steps take five times as long once the term has joined."""
     clock = [0.0]
     monkeypatch.setattr(recipes.runlog.time, "monotonic", lambda: clock[0])
