@@ -22,7 +22,10 @@ from recipes.plotting import draw_curves, table
 from recipes.runs import read_run
 
 PATHS = {"data_dir", "output"}
-TRAINED = ("mask_rate", "confident_accuracy", "ggcr_loss", "ggcr_cosine", "ggcr_degenerate", "ggcr_pairs")
+TRAINED = (
+    "mask_rate", "confident_accuracy", "ggcr_loss", "ggcr_cosine", "ggcr_degenerate", "ggcr_pairs",
+    "loss_scale", "skipped",
+)  # fmt: skip
 
 
 def main() -> None:

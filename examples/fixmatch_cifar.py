@@ -4,6 +4,8 @@ Examples:
     python fixmatch_cifar.py --preset demo
     python fixmatch_cifar.py --labels 250 --seed 1
     python fixmatch_cifar.py --dataset folder --data-dir photos --labels 250 --arch wrn-10-2 --steps 20000
+    python fixmatch_cifar.py --config runs/first/config.json --seed 2
+    python fixmatch_cifar.py --init-from runs/first/model.safetensors --labels 250
 """
 
 from __future__ import annotations

@@ -116,19 +116,13 @@ def randaugment_policy(images: Pixels, draws: Draws) -> Pixels:
     Returns:
         `[N, H, W, 3]`.
     """
-    from torchvision.transforms import RandAugment
+    from recipes.randaugment import randaugment  # here, for it imports torchvision, which a run may do without
 
-    augment = RandAugment(num_ops=2, magnitude=10)
     out = np.empty_like(images)
-    # RandAugment draws from torch's default CPU generator and takes no other: lend it one state per image.
-    generator = torch.default_generator
-    state = generator.get_state()
-    try:
-        for n, draw in enumerate(draws[:, 0].tolist()):
-            generator.manual_seed(int(draw * 2**53))
-            out[n] = np.asarray(augment(Image.fromarray(images[n])))
-    finally:
-        generator.set_state(state)
+    generator = torch.Generator()
+    for n, draw in enumerate(draws[:, 0].tolist()):
+        generator.manual_seed(int(draw * 2**53))
+        out[n] = np.asarray(randaugment(Image.fromarray(images[n]), generator))
     return out
 
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import io
-import pickle
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from recipes.errors import CheckpointError
-from recipes.files import read_json, write_atomically, write_json
+from recipes.files import read_json, regular_size, write_atomically, write_json
 
 FORMAT = 1
 KEEP = 2
@@ -47,7 +47,9 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
         path.with_suffix(".json").unlink(missing_ok=True)
         write_atomically(path, lambda file: file.write(content))
         write_json(path.with_suffix(".json"), record)
-        for old in sorted(folder.glob("step-*.pt"))[:-KEEP]:
+        # A later one was damaged, and skipped on resuming: it must not count as one of those kept.
+        upto = [other for other in sorted(folder.glob("step-*.pt")) if other.name <= path.name]
+        for old in set(folder.glob("step-*.pt")) - set(upto[-KEEP:]):
             old.with_suffix(".json").unlink(missing_ok=True)
             old.unlink()
     except OSError as error:
@@ -68,7 +70,8 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
         The state on the CPU, or None where there is no checkpoint.
 
     Raises:
-        CheckpointError: Where all checkpoints are damaged, or one holds more than tensors and plain values.
+        CheckpointError: Where all checkpoints are damaged, or the newest whole one is of another format or holds more
+            than tensors and plain values.
     """
     records = sorted(folder.glob("step-*.json"), reverse=True)
     problems = []
@@ -89,35 +92,91 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
     return None
 
 
+def read_checkpoint(path: Path, content: bytes) -> dict[str, Any]:
+    """Read the bytes of a checkpoint of any run.
+
+    Args:
+        path: Where they are from, for messages.
+        content: The bytes.
+
+    Returns:
+        The state on the CPU.
+
+    Raises:
+        CheckpointError: Where they hold more than tensors and plain values, or no state.
+    """
+    return _load(path, content)
+
+
 def _verified(path: Path, record: Path) -> bytes:
-    stated = read_json(record)
-    if stated["format"] != FORMAT:
-        raise ValueError(f"its format is {stated['format']}, this trainer reads {FORMAT}")
+    stated, size = read_json(record), regular_size(path)
+    if size != stated["bytes"]:
+        raise ValueError(f"it has {size} bytes, its record says {stated['bytes']}")
     content = path.read_bytes()
-    if len(content) != stated["bytes"]:
-        raise ValueError(f"it has {len(content)} bytes, its record says {stated['bytes']}")
     if hashlib.sha256(content).hexdigest() != stated["sha256"]:
         raise ValueError("its SHA-256 is not the one in its record")
+    if stated["format"] != FORMAT:  # whole, so not to be passed over for an older one
+        raise CheckpointError(
+            f"{path} has format {stated['format']}, this trainer reads {FORMAT}: continue with the version that wrote "
+            f"it, or remove it and {record.name} to continue from the checkpoint before."
+        )
     return content
 
 
 def _load(path: Path, content: bytes) -> dict[str, Any]:
     try:
+        _check_archive(content)
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        _check_sizes(state, len(content))
+    except Exception as error:  # a forged file can fail anywhere in torch's reader, and with any class
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"{path} is refused: it holds something other than tensors and plain values, or is no checkpoint "
-            f"({str(error).splitlines()[0]}). Nothing in it was executed; remove the file if you do not know it."
+            f"({reason}). Nothing in it was executed; remove the file if you do not know it."
         ) from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, not the state of a run: remove the file.")
     return state
 
 
+def _check_archive(content: bytes) -> None:
+    """Leave to torch only what `torch.save` writes: an archive that is no larger unpacked than packed.
+
+    Its older readers (tar, bare pickle) and compressed members, a few kilobytes that unpack to all of the memory, are
+    not needed.
+    """
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        members = archive.infolist()
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise ValueError("it has compressed members, which torch.save does not write")
+    if sum(member.file_size for member in members) > len(content):
+        raise ValueError("its members are larger than the file")
+
+
+def _check_sizes(value: Any, most: int) -> None:
+    """Refuse a tensor larger than its file: of strides 0, it is a few bytes there and all of the memory once copied."""
+    if isinstance(value, torch.Tensor):
+        if value.numel() * value.element_size() > most:
+            raise ValueError(f"a tensor of shape {tuple(value.shape)} is larger than the file")
+    elif isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            _check_sizes(inner, most)
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files and unrecorded checkpoints that a kill left behind."""
-    for path in folder.glob("*.tmp"):
+    """Remove temporary files and the unrecorded checkpoint that a kill left behind.
+
+    Args:
+        folder: The run's `checkpoints/`; may be absent.
+
+    Raises:
+        CheckpointError: Where more than one checkpoint is without its record: these were lost, and not by a kill.
+    """
+    unrecorded = [path for path in sorted(folder.glob("step-*.pt")) if not path.with_suffix(".json").exists()]
+    if len(unrecorded) > 1:
+        raise CheckpointError(
+            f"{folder} holds checkpoints without their records ({', '.join(path.name for path in unrecorded)}): "
+            "restore the .json files beside them, or remove the checkpoints to continue without them."
+        )
+    for path in [*folder.glob("*.tmp"), *unrecorded]:
         path.unlink()
-    for path in folder.glob("step-*.pt"):
-        if not path.with_suffix(".json").exists():
-            path.unlink()

@@ -26,7 +26,7 @@ Help = tyro.conf.arg
 HARMLESS = frozenset(
     {
         "data_dir", "output", "device", "workers", "checkpoint_every", "log_every", "resume", "tensorboard", "progress",
-        "stop_after_steps", "stop_after_minutes", "preset",
+        "stop_after_steps", "stop_after_minutes", "preset", "config", "init_from",
     }
 )  # fmt: skip
 
@@ -39,6 +39,9 @@ class Config:
     """Every option of `fixmatch_cifar.py`, with the defaults of the `paper` preset."""
 
     preset: Annotated[Preset, Help(help="Defaults to start from; options given explicitly win.")] = "paper"
+    config: Annotated[
+        str | None, Help(help="JSON file of options, or the config.json of a run to repeat; options given win.")
+    ] = None
     dataset: Annotated[
         DatasetName,
         Help(help="folder: DATA_DIR/train/CLASS/*.jpg and DATA_DIR/test/CLASS/*.jpg (or val/)."),
@@ -116,6 +119,15 @@ class Config:
     jacobian_projections: Annotated[int, Help(help="Random projections that estimate it.")] = 1
 
     arch: Annotated[str, Help(help="wrn-DEPTH-WIDTH.")] = "wrn-28-2"
+    init_from: Annotated[
+        str | None, Help(help="Start from the averaged weights in this model.safetensors or checkpoint step-N.pt.")
+    ] = None
+    init_part: Annotated[
+        Literal["model", "encoder"], Help(help="What --init-from gives: the whole model, or all but the head.")
+    ] = "model"
+    init_sha256: Annotated[
+        str | None, Help(help="SHA-256 that the file of --init-from must have. None: stored, and checked on resume.")
+    ] = None
     bn_momentum: Annotated[
         float | None, Help(help="BatchNorm momentum (torch's sense). None: 0.001, more in a short run.")
     ] = None
@@ -185,7 +197,8 @@ def resolve(config: Config) -> Config:
     Raises:
         OptionError: Naming the option, what was found and what to write instead.
     """
-    _check(config)
+    check_options(config)
+    _check_images(config)
     defaults = method_defaults(config.method, config.preset, config.steps)
     settled = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     if config.weight_decay is None:
@@ -230,18 +243,19 @@ def method_label(config: Config) -> str:
     return "+".join(parts)
 
 
-def check_same_run(stored: dict[str, Any], config: Config) -> None:
+def check_same_run(stored: dict[str, Any], config: Config, harmless: frozenset[str] = HARMLESS) -> None:
     """Refuse to continue a run with options that would make it another run.
 
     Args:
         stored: The options in the run directory's `config.json`.
         config: The resolved options of this call.
+        harmless: Options that may differ.
 
     Raises:
         ResumeError: Naming every option that differs, with both values.
     """
     wanted = dataclasses.asdict(config)
-    keys = sorted((stored.keys() | wanted.keys()) - HARMLESS)
+    keys = sorted((stored.keys() | wanted.keys()) - harmless)
     missing = "(absent)"
     different = [
         f"--{key.replace('_', '-')}: {stored.get(key, missing)} there, {wanted.get(key, missing)} now"
@@ -278,7 +292,16 @@ def projection(config: Config) -> RandomProjection | None:
         ) from error
 
 
-def _check(config: Config) -> None:
+def check_options(config: Config) -> None:
+    """Refuse values that no trainer can honour.
+
+    Args:
+        config: The options as given.
+
+    Raises:
+        OptionError: Naming the option, what was found and what to write instead.
+    """
+
     def positive(*names: str) -> None:
         for name in names:
             value = getattr(config, name)
@@ -291,7 +314,7 @@ def _check(config: Config) -> None:
             if value is not None and not (value >= 0 and math.isfinite(value)):
                 raise OptionError(f"--{name.replace('_', '-')} must be 0 or more; found {value}.")
 
-    positive("labels", "image_size", "steps", "batch_size", "unlabeled_ratio", "lr", "bn_momentum")
+    positive("image_size", "steps", "batch_size", "unlabeled_ratio", "lr", "bn_momentum")
     positive("jacobian_projections", "sam_rho")
     positive("ggcr_every", "ggcr_max_pairs", "eval_every", "checkpoint_every", "log_every")
     positive("temperature", "stop_after_steps", "stop_after_minutes")
@@ -313,7 +336,13 @@ def _check(config: Config) -> None:
         raise OptionError(
             f"--jacobian-projections {config.jacobian_projections}: there is no penalty; give --jacobian-weight, too."
         )
+    projection(config)
+
+
+def _check_images(config: Config) -> None:
+    """Refuse what the small images and their networks do not have."""
+    if not config.labels > 0:
+        raise OptionError(f"--labels must be above 0; found {config.labels}.")
     if config.image_size is not None and config.dataset != "folder":
         raise OptionError(f"--image-size is for --dataset folder; --dataset {config.dataset} has a size of its own.")
-    projection(config)
     parse_arch(config.arch)

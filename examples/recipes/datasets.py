@@ -115,11 +115,12 @@ def _torchvision(name: str, folder: Path) -> Images:
         ) from error
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     try:
-        # The archive's checksum is verified by torchvision before anything in it is read.
+        # torchvision unpacks the archive, and unpickles the batches in it, only where its MD5 of them holds.
         train, test = (kind(str(folder), train=part, download=True) for part in (True, False))
     except (OSError, RuntimeError) as error:
+        damaged = f"; {kind.filename} there is not the published file" if (folder / kind.filename).exists() else ""
         raise DatasetError(
-            f"--dataset {name} is neither in --data-dir {folder} nor could it be downloaded ({error}). "
+            f"--dataset {name} is neither in --data-dir {folder}{damaged} nor could it be downloaded ({error}). "
             f"On a machine with network, fetch {kind.url}, put {kind.filename} into {folder}, and start again."
         ) from error
     (train_x, train_y), (test_x, test_y) = (

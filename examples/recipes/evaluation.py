@@ -1,8 +1,9 @@
-"""Test accuracy of a model, in [0, 1]."""
+"""Test accuracy and recalls of a model, in [0, 1]."""
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +16,15 @@ PROTOCOL = "test accuracy of the averaged (EMA) model in [0, 1]; best is chosen 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, pixels: Tensor, labels: Tensor, to_model: ToModel, *, batch: int = 250
+    model: nn.Module,
+    pixels: Tensor,
+    labels: Tensor,
+    to_model: ToModel,
+    *,
+    batch: int = 250,
+    classes: Sequence[str] = (),
 ) -> dict[str, float]:
-    """Accuracy and mean cross-entropy over a set of images.
+    """Accuracy, mean cross-entropy and recalls over a set of images.
 
     Args:
         model: In eval mode.
@@ -25,17 +32,21 @@ def evaluate(
         labels: int64 `[N]`.
         to_model: Normalisation and device.
         batch: Images at a time.
+        classes: Names of the classes whose recall to give.
 
     Returns:
-        `test_accuracy` and `test_loss`.
+        `test_accuracy`, `test_loss`, and `recall/NAME` of each class: the share of its images that are found, NaN
+        where it has none.
     """
-    correct, loss = 0, 0.0
+    loss, predictions = 0.0, []
     for start in range(0, len(labels), batch):
         target = labels[start : start + batch].to(to_model.device)
         logits = model(to_model.images(pixels[start : start + batch])).float()
-        correct += int((logits.argmax(1) == target).sum())
+        predictions.append(logits.argmax(1).cpu())
         loss += float(F.cross_entropy(logits, target, reduction="sum"))
-    return {"test_accuracy": correct / len(labels), "test_loss": loss / len(labels)}
+    right = torch.cat(predictions) == labels
+    recalls = {f"recall/{name}": float(right[labels == k].double().mean()) for k, name in enumerate(classes)}
+    return {"test_accuracy": int(right.sum()) / len(labels), "test_loss": loss / len(labels), **recalls}
 
 
 def summarize(accuracies: list[float]) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -50,5 +51,39 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Read a JSON file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        What it holds.
+
+    Raises:
+        OSError: Where it cannot be read.
+        ValueError: Where it is no regular file, no UTF-8 or no JSON.
+    """
+    regular_size(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def regular_size(path: Path) -> int:
+    """Size of a file in bytes.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its size.
+
+    Raises:
+        OSError: Where it is absent.
+        ValueError: Where it is something that reading could wait for, or never end with: a pipe, a device.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("it is not a regular file")
+    return found.st_size

@@ -11,18 +11,23 @@ from typing import Any
 
 import torch
 
-from recipes.config import Config, check_same_run, method_label
+from recipes.config import HARMLESS, Config, check_same_run, method_label
 from recipes.errors import OptionError, ResumeError
 from recipes.files import read_json, write_json
 from recipes.runlog import environment, software
 
+FORMAT = 1
 
-def check_run(config: Config, device: torch.device) -> bool:
+FORMAT = 1
+
+
+def check_run(config: Config, device: torch.device, harmless: frozenset[str] = HARMLESS) -> bool:
     """Look into the run directory, without writing: is it new, or the same run?
 
     Args:
         config: Resolved options.
         device: Where the run computes.
+        harmless: Options that may differ from those of the run.
 
     Returns:
         Whether it holds this run already.
@@ -41,15 +46,38 @@ def check_run(config: Config, device: torch.device) -> bool:
     try:
         stored = read_json(path)
         options: dict[str, Any] = dict(stored["options"])
-    except (ValueError, KeyError, TypeError) as error:
+        before: dict[str, Any] = dict(stored["environment"])
+        if stored["format"] != FORMAT:
+            raise ValueError(f"its format is {stored['format']!r}, this trainer reads {FORMAT}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ResumeError(f"{path} cannot be read ({error}): restore it, or give another --output.") from error
-    check_same_run(options, config)
-    _compare_environment(stored.get("environment", {}), environment(device))
+    check_same_run(options, config, harmless)
+    _compare_environment(before, environment(device))
     return True
 
 
+def last_accuracy(folder: Path) -> float:
+    """The last accuracy of a finished run.
+
+    Args:
+        folder: The run directory.
+
+    Returns:
+        In [0, 1].
+
+    Raises:
+        ResumeError: Where `summary.json` cannot be read.
+    """
+    try:
+        return float(read_json(folder / "summary.json")["last"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ResumeError(
+            f"{folder / 'summary.json'} cannot be read ({error}): remove it, and the same command writes it anew."
+        ) from error
+
+
 def create_run(config: Config, device: torch.device) -> None:
-    """Create the run directory with its `config.json`.
+    """Write the `config.json` of a new run.
 
     Args:
         config: Resolved options.
@@ -60,19 +88,20 @@ def create_run(config: Config, device: torch.device) -> None:
     """
     folder = Path(str(config.output))
     record = {
-        "format": 1,
+        "format": FORMAT,
         "label": method_label(config),
         "options": dataclasses.asdict(config),
         "environment": environment(device),
         "software": software(),
     }
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", record)
     except OSError as error:
-        raise OptionError(
-            f"--output {folder} cannot be used ({error}): give a folder that you can write to."
-        ) from error
+        raise _unusable(folder, error) from error
+
+
+def _unusable(folder: Path, error: OSError) -> OptionError:
+    return OptionError(f"--output {folder} cannot be used ({error}): give a folder that you can write to.")
 
 
 def _compare_environment(before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -87,7 +116,7 @@ def _compare_environment(before: dict[str, Any], now: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold the run directory for this process; the lock goes with the process, however it ends.
+    """Hold the run directory, created where it is absent, for this process; the lock ends with it, however it ends.
 
     Args:
         folder: The run directory.
@@ -96,17 +125,24 @@ def exclusive(folder: Path) -> Iterator[None]:
         Nothing.
 
     Raises:
+        OptionError: Where the folder cannot be written to.
         ResumeError: Where another process holds it.
     """
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")  # noqa: SIM115 - closed below, after the run
+    except OSError as error:
+        raise _unusable(folder, error) from error
+    try:
         import fcntl
     except ImportError:  # Windows: no advisory locks; two trainers in one directory remain the user's mistake
-        yield
-        return
-    with open(folder / ".lock", "w") as file:
+        fcntl = None  # type: ignore[assignment]
+    with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            # Not flock, which forked data workers inherit: they outlive a killed trainer by seconds, and it with them.
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:  # POSIX allows either
             raise ResumeError(
                 f"{folder} is in use by another process: wait for it, stop it, or give another --output."
             ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import gradconsist
-from recipes.errors import CheckpointError
+from recipes.errors import CheckpointError, OptionError
 
 Number = float | Tensor
 
@@ -84,21 +85,28 @@ class MetricsFile:
     Args:
         path: The file.
         keep: Bytes that belong to the checkpoint being resumed; what a killed process wrote after it is cut off.
+        sha256: Of these bytes, where the checkpoint knows it.
 
     Raises:
-        CheckpointError: Where the file is shorter than the checkpoint says.
+        CheckpointError: Where the file is shorter than the checkpoint says, or its bytes are others.
     """
 
-    def __init__(self, path: Path, keep: int) -> None:
+    def __init__(self, path: Path, keep: int, sha256: str | None = None) -> None:
         self.path = path
-        size = path.stat().st_size if path.exists() else 0
-        if size < keep:
-            raise CheckpointError(
-                f"{path} has {size} bytes, but the checkpoint was taken when it had {keep}: restore the file, "
-                "or delete the run directory to start again."
-            )
+        kept = path.read_bytes()[:keep] if keep else b""
+        self._digest = hashlib.sha256(kept)
+        found = f"has {len(kept)} bytes, but the checkpoint was taken when it had {keep}" if len(kept) < keep else None
+        if found is None and sha256 not in (None, self.sha256):
+            found = "is not what it was when the checkpoint was taken (another SHA-256)"
+        if found:
+            raise CheckpointError(f"{path} {found}: restore the file, or delete the run directory to start again.")
         self.file = open(path, "ab")  # noqa: SIM115 - open for the whole run
         self.file.truncate(keep)
+
+    @property
+    def sha256(self) -> str:
+        """Of all lines so far."""
+        return self._digest.hexdigest()
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one line."""
@@ -106,7 +114,9 @@ class MetricsFile:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
         }
-        self.file.write((json.dumps(finite, allow_nan=False) + "\n").encode())
+        line = (json.dumps(finite, allow_nan=False) + "\n").encode()
+        self._digest.update(line)
+        self.file.write(line)
         self.file.flush()
 
     def sync(self) -> int:
@@ -119,10 +129,42 @@ class MetricsFile:
         self.file.close()
 
 
+def books(state: dict[str, Any] | None) -> tuple[float, int, str | None]:
+    """What a checkpoint says of the run's log.
+
+    Args:
+        state: The checkpoint, or None for a new run.
+
+    Returns:
+        Seconds of training so far; bytes of metrics.jsonl, and their SHA-256.
+
+    Raises:
+        CheckpointError: Where the checkpoint does not say it.
+    """
+    if state is None:
+        return 0.0, 0, None
+    seconds, size, digest = (state.get(key) for key in ("seconds", "metrics_bytes", "metrics_sha256"))
+    if isinstance(seconds, float) and isinstance(size, int) and size >= 0 and isinstance(digest, str | None):
+        return seconds, size, digest
+    raise CheckpointError(
+        f"the checkpoint does not fit this run (seconds {seconds!r}, metrics_bytes {size!r}, metrics_sha256 "
+        f"{digest!r}): it was written by another version of the trainer. Use another --output."
+    )
+
+
 def append_line(path: Path, record: dict[str, Any]) -> None:
     """Append a JSON line to a file that nothing depends on."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
+
+
+def tensorboard_writer(folder: Path, step: int) -> Any:
+    """A writer in the run directory that forgets what a killed process wrote after `step`."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise OptionError("--tensorboard needs the tensorboard package: pip install tensorboard") from error
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
 
 class Progress:
@@ -139,7 +181,7 @@ class Progress:
         if kind == "auto":
             kind = "bar" if sys.stderr.isatty() else "lines"
         self.kind, self.done, self.total, self.every = kind, done, total, every
-        self.started, self.first, self.said = time.monotonic(), done, time.monotonic()
+        self.said, self.then = time.monotonic(), done  # when the last line was printed, and the steps done by then
         self.shown: dict[str, str] = {}
         self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True) if kind == "bar" else None
 
@@ -161,8 +203,10 @@ class Progress:
         """Print a plain line now, where lines are wanted."""
         if self.kind != "lines":
             return
-        self.said = time.monotonic()
-        rate = (self.done - self.first) / max(self.said - self.started, 1e-9)
+        # At the pace since the last line: steps are longer once the term has joined.
+        now = time.monotonic()
+        rate = (self.done - self.then) / max(now - self.said, 1e-9)
+        self.said, self.then = now, self.done
         left = duration((self.total - self.done) / rate) if rate else "?"
         numbers = "  ".join(f"{key} {value}" for key, value in self.shown.items())
         print(f"step {self.done}/{self.total}  {numbers}  {left} left", file=sys.stderr, flush=True)

@@ -5,25 +5,29 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import warnings
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradconsist import GGCRWrapper, SSLBatch, StepOutput
 from gradconsist.errors import NonFiniteError
 from gradconsist.optim import SAM
 from recipes.config import Config
 from recipes.ema import AveragedModel
-from recipes.errors import CheckpointError, NonFiniteLossError
+from recipes.errors import CheckpointError, NonFiniteLossError, OptionError
 from recipes.loader import StepImages, ToModel
 from recipes.methods import build_method
 from recipes.models import build_model
 from recipes.runlog import Meter, Number
 from recipes.sam import same_step_twice
 from recipes.schedule import build_optimizer, set_learning_rate
+from recipes.weights import load_start
 
-_AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# GradScaler starts at 2^16 and halves at each overflow. At 1 the loss itself overflows: waiting would train nothing.
+_LEAST_SCALE = 1.0
 
 
 class Trainer:
@@ -34,6 +38,7 @@ class Trainer:
         classes: Number of classes K.
         to_model: Normalisation and device.
         samples: Number of training images.
+        start: Weights to start from instead of random ones, as `--init-part` says.
 
     Attributes:
         step: Steps done.
@@ -41,10 +46,15 @@ class Trainer:
         evaluations: Test accuracies so far.
     """
 
-    def __init__(self, config: Config, classes: int, to_model: ToModel, samples: int) -> None:
+    def __init__(
+        self, config: Config, classes: int, to_model: ToModel, samples: int, start: dict[str, Tensor] | None = None
+    ) -> None:
         self.config, self.to_model, device = config, to_model, to_model.device
+        _check_half_type(config.amp, device)
         torch.manual_seed(config.seed)
         self.model = build_model(config.arch, classes, momentum=float(config.bn_momentum or 0.001)).to(device)
+        if start is not None:
+            load_start(self.model, start, config)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
         self.method = build_method(self.model, config, samples).to(device).train()
@@ -74,10 +84,11 @@ class Trainer:
         else:
             out = same_step_twice(self.method, self.sam, lambda: self._gradient(batch))
             self.scaler.step(self.sam.base)  # by the second gradient
-        self.scaler.update()
+        scaling = self._update_scale()
         self.average.update(self.model)
         self.step += 1
-        self.meter.add({**out.logs, **_pseudo_label_quality(out, images.truth), "loss": out.loss, "lr": lr})
+        quality = pseudo_label_quality(out, images.truth)
+        self.meter.add({**out.logs, **quality, **scaling, "loss": out.loss, "lr": lr})
         if "ggcr_cosine" in out.logs:
             self.meter.add({"ggcr_cosine_sample": self._cosines()})
 
@@ -107,14 +118,23 @@ class Trainer:
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.config.amp == "off":
             return contextlib.nullcontext()
-        return torch.autocast(self.to_model.device.type, dtype=_AMP_TYPES[self.config.amp])
+        return torch.autocast(self.to_model.device.type, dtype=AMP_TYPES[self.config.amp])
+
+    def _update_scale(self) -> dict[str, Number]:
+        """Adapt the loss scale of fp16, and say what it was; an overflow halves it, and its step was skipped."""
+        if not self.scaler.is_enabled():
+            return {}
+        scale = self.scaler.get_scale()
+        self.scaler.update()
+        skipped = self.scaler.get_scale() < scale
+        if skipped and scale < _LEAST_SCALE:
+            raise NonFiniteLossError(self._non_finite(f"the gradient is not finite at a loss scale of {scale:g}"))
+        return {"loss_scale": scale, "skipped": float(skipped)}
 
     def _check_gradients(self) -> None:
-        named = [(name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None]
-        norms = torch.stack(torch._foreach_norm([gradient for _, gradient in named]))
-        if not bool(torch.isfinite(norms).all()):
-            first = next(name for (name, _), norm in zip(named, norms.tolist(), strict=True) if not math.isfinite(norm))
-            raise NonFiniteLossError(self._non_finite(f"the gradient of {first} is not finite"))
+        name = non_finite_gradient(self.model)
+        if name is not None:
+            raise NonFiniteLossError(self._non_finite(f"the gradient of {name} is not finite"))
 
     def _non_finite(self, what: str) -> str:
         return (
@@ -155,17 +175,48 @@ class Trainer:
             self.meter.load_state_dict(state["meter"])
             self.evaluations = [float(value) for value in state["evaluations"]]
             self.step = int(state["step"])
+            if not 0 <= self.step <= self.config.steps:
+                raise ValueError(f"it is of step {self.step} of {self.config.steps}")
             torch.set_rng_state(state["rng"])
             if state["cuda_rng"] is not None and self.to_model.device.type == "cuda":
                 torch.cuda.set_rng_state(state["cuda_rng"], self.to_model.device)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except Exception as error:  # what a foreign state holds can fail in any way where it is used
+            reason = (str(error) or "no reason given").splitlines()[0]
             raise CheckpointError(
-                f"the checkpoint does not fit this run ({type(error).__name__}: {str(error).splitlines()[0]}): "
+                f"the checkpoint does not fit this run ({type(error).__name__}: {reason}): "
                 "it was written by another version of the trainer, or for another model. Use another --output."
             ) from error
 
 
-def _pseudo_label_quality(out: StepOutput, truth: Tensor) -> dict[str, Number]:
+def _check_half_type(amp: str, device: torch.device) -> None:
+    """Refuse a device that cannot compute in the half type: torch may raise, or warn and go on in float32."""
+    if amp == "off":
+        return
+    wanted, why = AMP_TYPES[amp], "torch goes on in float32"
+    try:
+        kernel = torch.zeros(1, 1, 1, 1, device=device, requires_grad=True)
+        with warnings.catch_warnings(), torch.autocast(device.type, dtype=wanted):
+            warnings.simplefilter("ignore")
+            out = torch.nn.functional.conv2d(torch.zeros(1, 1, 1, 1, device=device), kernel)
+        out.sum().backward()
+        if out.dtype == wanted:
+            return
+    except RuntimeError as error:
+        why = str(error).splitlines()[0]
+    instead = "--amp bf16 or --amp off" if amp == "fp16" else "--amp off"
+    raise OptionError(f"--amp {amp} does not work on {device} with torch {torch.__version__} ({why}): give {instead}.")
+
+
+def non_finite_gradient(model: nn.Module) -> str | None:
+    """The first parameter whose gradient is NaN or infinite, or None."""
+    named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm([gradient for _, gradient in named]))
+    if bool(torch.isfinite(norms).all()):
+        return None
+    return next(name for (name, _), norm in zip(named, norms.tolist(), strict=True) if not math.isfinite(norm))
+
+
+def pseudo_label_quality(out: StepOutput, truth: Tensor) -> dict[str, Number]:
     """How often the pseudo-labels are right, over all pairs and over the confident ones (NaN where there is none)."""
     if out.pair is None:
         return {}

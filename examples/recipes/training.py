@@ -17,15 +17,17 @@ from recipes.config import Config, method_label, resolve
 from recipes.datasets import Images, load_images
 from recipes.errors import OptionError, TrainerError
 from recipes.evaluation import PROTOCOL, evaluate, summarize
-from recipes.files import read_json, write_json
-from recipes.loader import StepDataset, ToModel, step_batches, worker_count
+from recipes.files import write_json
+from recipes.loader import StepDataset, ToModel, spare_cores, step_batches, worker_count
 from recipes.plotting import draw_curves
-from recipes.rundir import check_run, create_run, exclusive
-from recipes.runlog import MetricsFile, Progress, append_line, duration
+from recipes.rundir import check_run, create_run, exclusive, last_accuracy
+from recipes.runlog import MetricsFile, Progress, append_line, books, duration, tensorboard_writer
 from recipes.runs import read_run
 from recipes.split import Split, draw_split, store_or_check
 from recipes.stopping import StopRequest
 from recipes.trainer import Trainer
+from recipes.waiting import LoaderWatch
+from recipes.weights import export_weights, read_start
 
 
 def run(config: Config) -> int:
@@ -39,22 +41,22 @@ def run(config: Config) -> int:
     """
     config = resolve(config)
     methods.check_method(config)
+    config, start = read_start(config)
     device = _device(config.device)
     folder = Path(str(config.output))
     known = check_run(config, device)
-    if (folder / "summary.json").exists():
-        last = read_json(folder / "summary.json")["last"]
-        print(f"{folder} is finished: test accuracy {last:.4f}. Give another --output for a new run.")
+    if known and (folder / "summary.json").exists():
+        print(f"{folder} is finished: test accuracy {last_accuracy(folder):.4f}. Give another --output for a new run.")
         return 0
     images = load_images(config)
     split = draw_split(images, config.labels, config.seed)
     mean, deviation = images.channel_statistics()
     to_model = ToModel(mean, deviation, device, channels_last=config.channels_last)
-    trainer = Trainer(config, len(images.classes), to_model, len(images.train_y))
+    trainer = Trainer(config, len(images.classes), to_model, len(images.train_y), start)
     # Only now is everything known to fit: a refused start leaves no run directory behind.
-    if not known:
-        create_run(config, device)
     with exclusive(folder):
+        if not known and not check_run(config, device):  # again: another process may have come first
+            create_run(config, device)
         store_or_check(folder / "split.json", split, images.classes)
         return _Execution(folder, images, split, trainer).train()
 
@@ -81,12 +83,14 @@ class _Execution:
         state = load_latest(self.checkpoints)
         if state is not None:
             trainer.load_state_dict(state)
-        self.seconds = float(state["seconds"]) if state else 0.0  # of training, over all calls
-        self.metrics = MetricsFile(folder / "metrics.jsonl", int(state["metrics_bytes"]) if state else 0)
+        self.seconds, size, digest = books(state)  # of training, over all calls
+        self.metrics = MetricsFile(folder / "metrics.jsonl", size, digest)
         self.saved = trainer.step if state else -1
         self.dataset = StepDataset(images, split, config)
         self.workers = worker_count(config.workers)
-        self.board = _tensorboard(folder, trainer.step) if config.tensorboard else None
+        term_later = config.ggcr_weight > 0 and trainer.step < config.ggcr_warmup < config.steps
+        self.watch = LoaderWatch(self.workers, spare_cores(), term_later=term_later)
+        self.board = tensorboard_writer(folder, trainer.step) if config.tensorboard else None
         self.progress = Progress(config.progress, trainer.step, config.steps)
         self._banner(split)
 
@@ -114,9 +118,13 @@ class _Execution:
             try:
                 clock = time.monotonic()
                 for batch in batches:
+                    loaded = time.monotonic()
                     trainer.train_step(batch)
                     now = time.monotonic()
                     self.seconds += now - clock
+                    advice = self.watch.add(loaded - clock, now - loaded)
+                    if advice is not None:
+                        self.progress.say(advice)
                     self._after_step()
                     reason = stop.after_step()
                     if reason is not None:
@@ -146,7 +154,10 @@ class _Execution:
             self.progress.show(loss=means.get("loss"), mask=means.get("mask_rate"), images_per_s=rate)
         self.progress.advance()
         if step % config.eval_every == 0 or last:
-            numbers = evaluate(trainer.average.model, self.images.test_x, self.images.test_y, trainer.to_model)
+            images = self.images
+            numbers = evaluate(
+                trainer.average.model, images.test_x, images.test_y, trainer.to_model, classes=images.classes
+            )
             trainer.evaluations.append(numbers["test_accuracy"])
             self._record("eval", dict(numbers))
             self.progress.show(test=numbers["test_accuracy"])
@@ -163,10 +174,15 @@ class _Execution:
                     self.board.add_scalar(name if kind == "eval" else f"train/{name}", value, step)
 
     def _rate(self) -> float:
-        """Images per second of training so far; also one line of timing.jsonl."""
+        """Images per second of training so far; also one line of timing.jsonl, with the share of waiting for images."""
         per_step = self.config.batch_size + self.dataset.unlabeled_batch
         rate = per_step * self.trainer.step / max(self.seconds, 1e-9)
-        line = {"step": self.trainer.step, "seconds": round(self.seconds, 3), "images_per_second": round(rate, 1)}
+        line = {
+            "step": self.trainer.step,
+            "seconds": round(self.seconds, 3),
+            "images_per_second": round(rate, 1),
+            "waiting": round(self.watch.share, 4),
+        }
         append_line(self.folder / "timing.jsonl", line)
         return rate
 
@@ -176,9 +192,8 @@ class _Execution:
             return
         state = self.trainer.state_dict()
         # The lines must be on the disk before the checkpoint that counts on them.
-        save_checkpoint(
-            self.checkpoints, step, {**state, "metrics_bytes": self.metrics.sync(), "seconds": self.seconds}
-        )
+        lines = {"metrics_bytes": self.metrics.sync(), "metrics_sha256": self.metrics.sha256}
+        save_checkpoint(self.checkpoints, step, {**state, **lines, "seconds": self.seconds})
         self.saved = step
 
     def _finish(self) -> None:
@@ -196,21 +211,32 @@ class _Execution:
             **numbers,
             "seconds": round(self.seconds, 1),
         }
+        export_weights(self.folder / "model.safetensors", trainer.average.model, self._about_weights())
         draw_curves([read_run(self.folder)], self.folder / "curves.png")
         write_json(self.folder / "summary.json", summary)  # last: its presence says that the run is finished
         self.progress.say(
             f"finished in {duration(self.seconds)} of training: test accuracy last {numbers['last']:.4f}, "
             f"median of last 20 evaluations {numbers['median_last_20']:.4f}, best {numbers['best']:.4f}"
         )
-        self.progress.say(f"curves: {os.path.join(self.folder, 'curves.png')}")
+        self.progress.say(f"curves: {os.path.join(self.folder, 'curves.png')}, weights: model.safetensors beside it")
 
-
-def _tensorboard(folder: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise OptionError("--tensorboard needs the tensorboard package: pip install tensorboard") from error
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+    def _about_weights(self) -> dict[str, Any]:
+        """What one must know to use the weights."""
+        config, images = self.config, self.images
+        mean, deviation = images.channel_statistics()
+        return {
+            "format": 1,
+            "arch": config.arch,
+            "classes": images.classes,
+            "mean": mean,
+            "std": deviation,
+            "image_size": list(images.train_x.shape[1:3]),
+            "dataset": images.name,
+            "method": method_label(config),
+            "labels": config.labels,
+            "seed": config.seed,
+            "steps": self.trainer.step,
+        }
 
 
 def main(config: Config) -> int:

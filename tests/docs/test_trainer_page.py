@@ -18,7 +18,7 @@ def _rows() -> dict[str, str]:
     for line in PAGE.read_text(encoding="utf-8").splitlines():
         if line.startswith("| `--"):
             names, default, _ = (cell.strip() for cell in line.strip("|").split(" | ", 2))
-            rows |= dict.fromkeys(re.findall(r"`--([a-z-]+)`", names), default)
+            rows |= dict.fromkeys(re.findall(r"`--([a-z0-9-]+)`", names), default)
     return rows
 
 

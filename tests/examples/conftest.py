@@ -16,9 +16,10 @@ import torch
 if TYPE_CHECKING:
     from recipes.config import Config
     from recipes.datasets import Images
+    from recipes.imagenet.config import ImageNetConfig
 
 try:
-    for package in ("torchvision", "sklearn", "tyro", "tqdm", "matplotlib"):
+    for package in ("torchvision", "sklearn", "tyro", "tqdm", "matplotlib", "safetensors"):
         importlib.import_module(package)
     UNUSABLE = None
 except (ImportError, RuntimeError) as error:  # torchvision beside another torch's build raises a RuntimeError
@@ -68,6 +69,42 @@ def tiny_at() -> MakeConfig:
 def tiny(tiny_at: MakeConfig, tmp_path: Path) -> MakeConfig:
     """The same below the test's own folder: `tiny("name", option=value)`."""
     return lambda name="run", **changes: tiny_at(tmp_path / name, **changes)
+
+
+# 16x16 photographs and a network of 0.3 million parameters: four steps, gradient consistency from the second on.
+TINY_PHOTOGRAPHS: dict[str, Any] = {
+    "arch": "shufflenet_v2_x0_5", "image_size": 16, "label_fraction": 0.34, "batch_size": 4, "unlabeled_ratio": 1,
+    "threshold": 0.2, "unlabeled_ramp": 0, "steps": 4, "lr": 0.01, "lr_warmup": 1, "ggcr_warmup": 1, "ema": 0.9,
+    "eval_every": 2, "checkpoint_every": 2, "log_every": 2, "workers": 0, "progress": "none", "device": "cpu",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def photographs_at() -> Callable[..., ImageNetConfig]:
+    """A factory: `photographs_at(folder, name, option=value)` makes JPEGs of three classes, and options."""
+    import numpy as np
+    from PIL import Image
+
+    from recipes.imagenet.config import ImageNetConfig
+
+    def make(folder: Path, name: str = "run", **changes: Any) -> ImageNetConfig:
+        source = np.random.Generator(np.random.Philox(3))
+        for part, count in (("train", 12), ("val", 5)):
+            for label in ("ant", "bee", "cat"):
+                (folder / "photos" / part / label).mkdir(parents=True, exist_ok=True)
+                for number in range(count):
+                    pixels = source.integers(256, size=(20, 24, 3), dtype=np.uint8)
+                    Image.fromarray(pixels).save(folder / "photos" / part / label / f"{label}_{number}.JPEG")
+        places = {"data_dir": str(folder / "photos"), "output": str(folder / name)}
+        return dataclasses.replace(ImageNetConfig(), **{**TINY_PHOTOGRAPHS, **places, **changes})
+
+    return make
+
+
+@pytest.fixture
+def photographs(photographs_at: Callable[..., ImageNetConfig], tmp_path: Path) -> Callable[..., ImageNetConfig]:
+    """The same below the test's own folder: `photographs("name", option=value)`."""
+    return lambda name="run", **changes: photographs_at(tmp_path, name, **changes)
 
 
 @pytest.fixture

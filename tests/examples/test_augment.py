@@ -66,8 +66,10 @@ def test_unknown_policy_is_refused() -> None:
         strong_view(some_images(1), draws(1, STRONG_DRAWS), "cutmix", flip=True)
 
 
-def test_randaugment_is_torchvisions() -> None:
-    images, rows = some_images(4), draws(4, 10)
+@pytest.mark.parametrize("side", [8, 32, 64])
+def test_randaugment_is_torchvisions(side: int) -> None:
+    """On enough images that each of its fourteen operations occurs, with either sign."""
+    images, rows = some_images(150, side), draws(150, 10)
     for image, row, mine in zip(images, rows, randaugment_policy(images, rows), strict=True):
         torch.manual_seed(int(row[0] * 2**53))
         assert np.array_equal(mine, np.asarray(RandAugment(2, 10)(Image.fromarray(image))))

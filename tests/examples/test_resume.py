@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,44 +26,10 @@ from recipes.runlog import MetricsFile
 from recipes.split import draw_split
 from recipes.trainer import Trainer
 from recipes.training import main, run
+from support.runs import differing, final, leaves, option
 
 MakeConfig = Callable[..., Config]
 SCRIPT = Path(recipes.training.__file__).parents[1] / "fixmatch_cifar.py"
-
-
-def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from leaves(item, f"{path}.{key}")
-    elif isinstance(value, list | tuple):
-        for position, item in enumerate(value):
-            yield from leaves(item, f"{path}.{position}")
-    else:
-        yield path, value
-
-
-def final(folder: str | Path) -> dict[str, Any]:
-    """The last checkpoint, flat, without what may differ: wall clock, and options that change no number."""
-    loaded = load_latest(Path(folder) / "checkpoints")
-    assert loaded is not None
-    flat = dict(leaves(loaded))
-    return {key: value for key, value in flat.items() if key != ".seconds" and not key.startswith(".options")}
-
-
-def differing(a: str | Path, b: str | Path) -> list[str]:
-    """Names of everything that differs between two finished runs."""
-    x, y = final(a), final(b)
-    assert len(x) > 100
-    names = [
-        key
-        for key in sorted(x.keys() | y.keys())
-        if key not in x
-        or key not in y
-        or not (torch.equal(x[key], y[key]) if isinstance(x[key], torch.Tensor) else x[key] == y[key])
-    ]
-    if (Path(a) / "metrics.jsonl").read_bytes() != (Path(b) / "metrics.jsonl").read_bytes():
-        names.append("metrics.jsonl")
-    return names
 
 
 @pytest.fixture(scope="module")
@@ -188,13 +154,6 @@ def test_a_real_sigkill_is_survived_bitwise(whole: Path, tiny: MakeConfig) -> No
     assert differing(whole, config.output) == []
 
 
-def option(key: str, value: Any) -> list[str]:
-    name = "--" + key.replace("_", "-")
-    if isinstance(value, bool):
-        return [name if value else name.replace("--", "--no-", 1)]
-    return [name, str(value)]
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_writes_a_checkpoint_and_says_how_to_continue(
     whole: Path, tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
@@ -281,13 +240,18 @@ def test_a_checkpoint_of_another_model_is_refused(tiny: MakeConfig, monkeypatch:
 
 
 def test_two_processes_cannot_share_a_directory(tiny: MakeConfig) -> None:
-    fcntl = pytest.importorskip("fcntl", reason="advisory locks are a POSIX feature")
+    pytest.importorskip("fcntl", reason="advisory locks are a POSIX feature")
     config = tiny("cut")
     run(dataclasses.replace(config, stop_after_steps=1))
-    with open(Path(str(config.output)) / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    hold = f"import fcntl; file = open({str(Path(str(config.output)) / '.lock')!r}, 'w'); fcntl.lockf(file, 2)"
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{hold}; print(flush=True); input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()  # type: ignore[union-attr]
         with pytest.raises(ResumeError, match="is in use by another process"):
             run(config)
+        other.communicate(b"\n")
+    assert run(config) == 0
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_overwrites_nothing(

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes.cli import parse_config
+from recipes.config import Config, preset_config
+from recipes.files import read_json
+from recipes.training import run
+
+MakeConfig = Callable[..., Config]
+
+
+def parse(*arguments: str) -> Config:
+    return parse_config(arguments, program="fixmatch_cifar.py", description="Trains.")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Callable[..., str]:
+    def write(content: Any = None, **options: Any) -> str:
+        path = tmp_path / "options.json"
+        path.write_text(content if isinstance(content, str) else json.dumps(options))
+        return str(path)
+
+    return write
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_preset(file: Callable[..., str]) -> None:
+    path = file(preset="demo", labels=60, lr=1, threshold=None, amp="bf16")
+    expected = dataclasses.replace(
+        preset_config("demo"), labels=60, lr=1.0, amp="bf16", batch_size=5, seed=3, config=path
+    )
+    assert parse("--seed", "3", "--config", path, "--batch-size", "5") == expected
+    assert parse(f"--config={path}", "--lr", "0.5", "--amp", "off").lr == 0.5
+    assert parse("--preset", "demo", "--config", path).labels == 60
+
+
+def test_a_file_without_a_preset_takes_that_of_the_command_line(file: Callable[..., str]) -> None:
+    path = file(labels=250)
+    assert parse("--config", path) == dataclasses.replace(preset_config("paper"), labels=250, config=path)
+    config = parse("--config", path, "--preset", "fixmatch")
+    assert (config.preset, config.labels, config.ggcr_weight) == ("fixmatch", 250, 0.0)
+
+
+def test_the_config_of_a_run_repeats_it(tiny: MakeConfig) -> None:
+    first = tiny("first", steps=4, seed=5)
+    assert run(first) == 0
+    stored = Path(str(first.output)) / "config.json"
+    again = parse("--config", str(stored), "--output", f"{first.output}-again")
+    assert again.output == f"{first.output}-again"
+    assert parse("--config", str(stored)).output is None  # a repetition is a run of its own
+    assert run(again) == 0
+    options = [read_json(Path(str(config.output)) / "config.json")["options"] for config in (first, again)]
+    for found in options:
+        del found["output"], found["config"]
+    assert options[0] == options[1]
+    for name in ("metrics.jsonl", "split.json", "model.safetensors"):
+        assert (stored.parent / name).read_bytes() == (Path(str(again.output)) / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"label": 40}, "'label' is no option; did you mean 'labels'?"),
+        ({"ggcr-weight": 0.1}, "'ggcr-weight' is no option; did you mean 'ggcr_weight'?"),
+        ({"colour": "red"}, "'colour' is no option; the trainer's --help lists what there is"),
+        ({"labels": "40"}, "'labels' is \"40\"; expected an integer"),
+        ({"labels": 40.5}, "'labels' is 40.5; expected an integer"),
+        ({"labels": True}, "'labels' is true; expected an integer"),
+        ({"lr": None}, "'lr' is null; expected a number"),
+        ({"threshold": "high"}, "'threshold' is \"high\"; expected a number or null"),
+        ({"channels_last": 1}, "'channels_last' is 1; expected true or false"),
+        ({"amp": "fp8"}, '\'amp\' is "fp8"; expected "off" or "bf16" or "fp16"'),
+        ({"preset": "best"}, '\'preset\' is "best"; expected "paper" or'),
+        ({"config": "other.json"}, "'config' in a file would be another file; put the options into one"),
+        ({"options": {"label": 40}}, "'label' is no option; did you mean 'labels'?"),
+        ("{", "cannot be read (Expecting property name"),
+        ("[1]", 'holds a list: write an object of options, such as {"labels": 250}'),
+        ('{"labels": 40, "labels": 50}', "'labels' is there twice: leave one of them"),
+    ],
+)
+def test_a_wrong_file_is_refused_by_name(
+    file: Callable[..., str], content: Any, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = file(content) if isinstance(content, str) else file(**content)
+    with pytest.raises(SystemExit, match="2"):
+        parse("--config", path)
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: --config {path}")
+    assert message in said
+
+
+def test_a_file_that_is_absent_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse("--config", str(tmp_path / "none.json"))
+    assert "none.json cannot be read" in capsys.readouterr().err
+
+
+def test_two_presets_are_refused(file: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse("--preset", "fixmatch", "--config", file(preset="demo"))
+    assert "--preset fixmatch, but --config " in capsys.readouterr().err

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from recipes.checkpoint import load_latest
+from recipes.config import Config, resolve
+from recipes.datasets import load_images
+from recipes.errors import NonFiniteLossError, OptionError
+from recipes.loader import StepDataset, ToModel
+from recipes.split import draw_split
+from recipes.trainer import Trainer
+from recipes.training import run
+
+MakeConfig = Callable[..., Config]
+
+
+def trained(config: Config, steps: int) -> Trainer:
+    """A trainer after some steps."""
+    config = resolve(config)
+    images = load_images(config)
+    dataset = StepDataset(images, draw_split(images, config.labels, config.seed), config)
+    statistics = images.channel_statistics()
+    to_model = ToModel(*statistics, torch.device("cpu"), channels_last=config.channels_last)
+    trainer = Trainer(config, 10, to_model, len(images.train_y))
+    for step in range(steps):
+        trainer.train_step(dataset[step])
+    return trainer
+
+
+def flat(trainer: Trainer) -> torch.Tensor:
+    return torch.cat([parameter.detach().double().flatten() for parameter in trainer.model.parameters()])
+
+
+def moved(trainer: Trainer) -> torch.Tensor:
+    """How far training went, as one vector."""
+    return flat(trainer) - flat(trained(dataclasses.replace(trainer.config), 0))
+
+
+def apart(a: Trainer, b: Trainer) -> float:
+    """Difference of two trainings, relative to what the first changed."""
+    return float((flat(a) - flat(b)).norm() / moved(a).norm())
+
+
+# All pairs count, whatever their confidence: a mask that flips by rounding would hide what is compared here.
+EVERY_STEP: dict[str, Any] = {
+    "ggcr_warmup": 0, "ggcr_every": 1, "ggcr_weight": 5.0, "ggcr_gate": "all", "threshold": 0.0, "unlabeled_ramp": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("amp", "tolerance"), [("bf16", 0.3), ("fp16", 0.1)])
+def test_half_precision_trains_as_float32_does_with_the_term(tiny: MakeConfig, amp: str, tolerance: float) -> None:
+    """One step (later, rounding flips pseudo-labels): near float32's, and far from a step without the term."""
+    reference = trained(tiny(**EVERY_STEP), 1)
+    half = trained(tiny(**EVERY_STEP, amp=amp), 1)
+    without = trained(tiny(**{**EVERY_STEP, "ggcr_weight": 0.0}, amp=amp), 1)
+    assert 0 < apart(reference, half) < tolerance
+    assert apart(reference, without) > 2 * tolerance
+    assert {parameter.dtype for parameter in half.model.parameters()} == {torch.float32}
+
+
+def leaves(value: Any, path: str = "") -> dict[str, Any]:
+    """Whatever a checkpoint holds, by path; tensors as their bytes."""
+    if isinstance(value, torch.Tensor):
+        return {path: (value.dtype, value.numpy().tobytes())}
+    if not isinstance(value, dict | list):
+        return {path: repr(value)}  # NaN is NaN
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {name: leaf for key, item in items for name, leaf in leaves(item, f"{path}.{key}").items()}
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_half_precision_resumes_bitwise(tiny: MakeConfig, amp: str) -> None:
+    found = []
+    for name, stops in (("whole", [None]), ("cut", [2, None])):
+        config = tiny(name, amp=amp, steps=4, eval_every=4, ggcr_warmup=1)
+        for stop in stops:
+            assert run(dataclasses.replace(config, stop_after_steps=stop)) == 0
+        state = load_latest(Path(str(config.output)) / "checkpoints") or {}
+        lines = (Path(str(config.output)) / "metrics.jsonl").read_text()
+        found.append((leaves({**state, "seconds": None, "options": None}), lines))
+    (whole, lines), (cut, _) = found
+    assert len(whole) > 100
+    assert [name for name in whole.keys() | cut.keys() if whole.get(name) != cut.get(name)] == []
+    assert found[0][1] == found[1][1]
+    scaled = amp == "fp16"
+    assert ("loss_scale" in json.loads(lines.splitlines()[0])) == (".scaler.scale" in whole) == scaled
+
+
+def test_the_loss_scale_halves_at_an_overflow_and_is_in_the_checkpoint(tiny: MakeConfig) -> None:
+    trainer = trained(tiny(amp="fp16"), 1)
+    trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 2.0**40})  # overflows in float16
+    before, steps = flat(trainer), trainer.step
+    images = load_images(trainer.config)
+    dataset = StepDataset(images, draw_split(images, trainer.config.labels, 0), trainer.config)
+    trainer.meter.flush()
+    trainer.train_step(dataset[1])
+    assert torch.equal(flat(trainer), before)  # skipped
+    assert trainer.step == steps + 1
+    numbers = trainer.meter.flush()
+    assert (numbers["loss_scale"], numbers["skipped"]) == (2.0**40, 1.0)
+    assert trainer.state_dict()["scaler"]["scale"] == 2.0**39
+    restored = trained(tiny(amp="fp16"), 0)
+    restored.load_state_dict(trainer.state_dict())
+    assert restored.scaler.get_scale() == 2.0**39
+
+
+def test_a_gradient_that_overflows_at_every_scale_stops_the_run(tiny: MakeConfig) -> None:
+    """A scaler that halves for ever would train nothing, in silence."""
+    trainer = trained(tiny(amp="fp16", ggcr_weight=0.0), 0)
+    trainer.model.head.weight.register_hook(lambda gradient: gradient * float("inf"))
+    images = load_images(trainer.config)
+    dataset = StepDataset(images, draw_split(images, trainer.config.labels, 0), trainer.config)
+    for step in range(17):  # 2^16, 2^15, ..., 1
+        trainer.train_step(dataset[step])
+    with pytest.raises(NonFiniteLossError, match=r"step 17: the gradient is not finite at a loss scale of 0.5"):
+        trainer.train_step(dataset[17])
+
+
+def test_a_device_without_the_half_type_is_refused(tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: object, **__: object) -> None:
+        raise RuntimeError("autocast to this type is not supported")
+
+    monkeypatch.setattr(torch, "autocast", unsupported)
+    with pytest.raises(OptionError, match=r"--amp fp16 does not work on cpu .*not supported.*bf16 or --amp off"):
+        run(tiny(amp="fp16"))
+
+
+def test_channels_last_is_the_same_training(tiny: MakeConfig) -> None:
+    first, second = (trained(tiny(**EVERY_STEP, channels_last=flag), 2) for flag in (False, True))
+    assert second.model.encoder[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert apart(first, second) < 1e-4
