@@ -48,7 +48,9 @@ def main() -> None:
 
 def imagenet(page: str) -> str:
     """The guide on the ImageNet trainer with fresh tables between its markers."""
-    return with_imagenet_tables(page, _result("imagenet_cost"), _result("imagenet"))
+    costs = [_result("imagenet_cost"), _result("imagenet_cost_224")]
+    runs = [_result(f"imagenet_{name}") for name in ("1percent", "10percent", "resnet50")]
+    return with_imagenet_tables(page, costs, _result("imagenet_equality"), runs)
 
 
 def trainer_results() -> dict[str, dict[str, Any]]:
