@@ -252,7 +252,7 @@ def not_finite(work: Path, quick: bool) -> Iterator[Case]:
                 run = work / f"{where} {value} {amp}"
                 options = {"amp": amp, "checkpoint_every": 6}
                 if poison is _term:
-                    options |= {"method": "fixmatch", "threshold": 0.12, "ggcr_warmup": 2, "ggcr_max_pairs": 2}
+                    options |= {"method": "fixmatch", "threshold": 0.12, "ggcr_warmup": 2, "ggcr_every": 1}
                 begun(run, **options)
                 before = _checkpoints(run)
                 wrong: list[str] = []
