@@ -3,7 +3,8 @@
     python benchmarks/make_pages.py
 
 docs/evidence.md, docs/matrix.md, docs/scorecard.md and docs/guides/cost.md are written whole; README.md and
-docs/guides/usb.md and trainer.md between their markers. tests/docs holds them against the files.
+docs/guides/usb.md, trainer.md, imagenet.md and reproduce-the-paper.md between their markers. tests/docs holds them
+against the files.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 from cost_page import cost_page
 from flatness_page import flatness_section
+from imagenet_page import with_tables as with_imagenet_tables
 from matrix_page import matrix_page, summary_table
+from reproduce_page import with_paper_tables
 from scorecard_page import scorecard
 from trainer_page import with_tables
 from usb_page import with_table
@@ -38,6 +41,15 @@ def main() -> None:
     guide = ROOT / "docs" / "guides" / "trainer.md"
     page = with_tables(guide.read_text(encoding="utf-8"), _result("input_pipeline"), _result("cifar_amp"))
     guide.write_text(page, encoding="utf-8")
+    guide = ROOT / "docs" / "guides" / "reproduce-the-paper.md"
+    guide.write_text(with_paper_tables(guide.read_text(encoding="utf-8"), _result("reproduce_demo")), encoding="utf-8")
+    guide = ROOT / "docs" / "guides" / "imagenet.md"
+    guide.write_text(imagenet(guide.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def imagenet(page: str) -> str:
+    """The guide on the ImageNet trainer with fresh tables between its markers."""
+    return with_imagenet_tables(page, _result("imagenet_cost"), _result("imagenet"))
 
 
 def with_cost(readme: str) -> str:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from recipes.config import preset_config
-from recipes.plotting import draw_curves, read_run, table
+from recipes.plotting import draw_curves, table
+from recipes.runs import read_run
 from recipes.training import main as train
 
 METHODS: dict[str, dict[str, Any]] = {

@@ -5,7 +5,8 @@
     python examples/distributed.py                                     # one process, the same global batch
 
 Every process trains on its share of one global batch, so that the number of processes changes the speed and not the
-run. `--standalone` keeps the processes' meeting point on this machine: whoever can reach it can run code here.
+run. The processes' meeting point has no password and, with `--standalone`, too, listens on all addresses of this
+machine: whoever can reach it can run code here, so let a firewall keep others out.
 """
 
 from __future__ import annotations

@@ -1,7 +1,12 @@
-"""Draw finished or running runs against each other and print a table.
+"""Runs against each other, finished or not: one self-contained HTML page, or one picture.
 
-Example:
-    python report.py runs/a runs/b runs/c --output curves.png
+Runs that differ in their seed alone are drawn as one curve with a band. The others are compared with the group of the
+first run.
+
+Examples:
+    python report.py runs/a runs/b runs/c
+    python report.py runs/a runs/b --output comparison.html --png
+    python report.py runs/a runs/b --output curves.png
 """
 
 from __future__ import annotations
@@ -11,12 +16,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from recipes.errors import TrainerError
-from recipes.plotting import draw_curves, read_run, table
+from recipes.errors import OptionError, TrainerError
+from recipes.files import write_atomically
+from recipes.page import page
+from recipes.panels import panels
+from recipes.plotting import draw_curves, draw_panel, shared_title, table
+from recipes.runs import group_runs, read_run
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Read the runs, print the table, write the picture.
+    """Read the runs, print the table, write the page or the picture.
 
     Args:
         arguments: The command line without the program's name.
@@ -27,19 +36,42 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="report.py", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory (--output of a trainer)")
-    parser.add_argument("--output", type=Path, default=Path("curves.png"), metavar="FILE.png", help="the picture")
-    parser.add_argument("--title", help="title of the picture; default: what the runs have in common")
+    parser.add_argument(
+        "--output", type=Path, default=Path("report.html"), metavar="FILE",
+        help="FILE.html: the page; FILE.png: the accuracy curves alone, a line per run; default: report.html",
+    )  # fmt: skip
+    parser.add_argument("--png", action="store_true", help="beside the page, each of its pictures as FILE-NAME.png")
+    parser.add_argument("--title", help="title; default: what the runs have in common")
     options = parser.parse_args(arguments)
     try:
-        runs = [read_run(folder) for folder in options.runs]
-        print(table(runs))
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        draw_curves(runs, options.output, title=options.title)
+        _report(options)
     except (TrainerError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"curves: {options.output}")
+        return getattr(error, "exit_code", 1)
     return 0
+
+
+def _report(options: argparse.Namespace) -> None:
+    output: Path = options.output
+    if output.suffix not in {".html", ".png"}:
+        raise OptionError(f"--output {output}: the name must end in .html (the page) or .png (the curves).")
+    if options.png and output.suffix != ".html":
+        raise OptionError(f"--png draws the pictures of a page, but --output is {output}: give a name in .html.")
+    runs = [read_run(folder) for folder in options.runs]
+    groups = group_runs(runs)
+    print(table(runs))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.suffix == ".png":
+        draw_curves(runs, output, title=options.title)
+        print(f"curves: {output}")
+        return
+    text = page(groups, title=options.title or shared_title(runs) or "Runs")
+    write_atomically(output, lambda file: file.write(text.encode()))
+    print(f"page: {output}")
+    for panel in panels(groups) if options.png else ():
+        picture = output.with_name(f"{output.stem}-{panel.key}.png")
+        draw_panel(panel, picture)
+        print(f"picture: {picture}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,10 @@
 | `methods` | what is trained: supervised only, FixMatch, FixMatch with GGCR |
 | `trainer`, `training`, `stopping`, `evaluation` | a step, the run, its pauses, the test accuracy |
 | `weights` | the averaged weights as safetensors, and runs that start from weights |
-| `files`, `rundir`, `checkpoint`, `runlog`, `plotting` | atomic files, exact resume, metrics and progress, curves |
+| `processes`, `imagenet` | the processes of a run under torchrun; photographs that are decoded when needed |
+| `files`, `rundir`, `checkpoint`, `runlog` | atomic files, exact resume, metrics and progress |
+| `runs`, `panels`, `svg`, `page`, `plotting`, `statistics` | run directories read again, and the report |
+| `claims`, `grid`, `gridrun`, `tables`, `tabletext` | the paper's tables as a grid of runs, beside its claims |
 
 Nothing here is needed by `gradconsist` itself, and everything here uses its public API only.
 """

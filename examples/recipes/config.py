@@ -197,7 +197,8 @@ def resolve(config: Config) -> Config:
     Raises:
         OptionError: Naming the option, what was found and what to write instead.
     """
-    _check(config)
+    check_options(config)
+    _check_images(config)
     defaults = method_defaults(config.method, config.preset, config.steps)
     settled = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     if config.weight_decay is None:
@@ -242,18 +243,19 @@ def method_label(config: Config) -> str:
     return "+".join(parts)
 
 
-def check_same_run(stored: dict[str, Any], config: Config) -> None:
+def check_same_run(stored: dict[str, Any], config: Config, harmless: frozenset[str] = HARMLESS) -> None:
     """Refuse to continue a run with options that would make it another run.
 
     Args:
         stored: The options in the run directory's `config.json`.
         config: The resolved options of this call.
+        harmless: Options that may differ.
 
     Raises:
         ResumeError: Naming every option that differs, with both values.
     """
     wanted = dataclasses.asdict(config)
-    keys = sorted((stored.keys() | wanted.keys()) - HARMLESS)
+    keys = sorted((stored.keys() | wanted.keys()) - harmless)
     missing = "(absent)"
     different = [
         f"--{key.replace('_', '-')}: {stored.get(key, missing)} there, {wanted.get(key, missing)} now"
@@ -290,7 +292,16 @@ def projection(config: Config) -> RandomProjection | None:
         ) from error
 
 
-def _check(config: Config) -> None:
+def check_options(config: Config) -> None:
+    """Refuse values that no trainer can honour.
+
+    Args:
+        config: The options as given.
+
+    Raises:
+        OptionError: Naming the option, what was found and what to write instead.
+    """
+
     def positive(*names: str) -> None:
         for name in names:
             value = getattr(config, name)
@@ -303,7 +314,7 @@ def _check(config: Config) -> None:
             if value is not None and not (value >= 0 and math.isfinite(value)):
                 raise OptionError(f"--{name.replace('_', '-')} must be 0 or more; found {value}.")
 
-    positive("labels", "image_size", "steps", "batch_size", "unlabeled_ratio", "lr", "bn_momentum")
+    positive("image_size", "steps", "batch_size", "unlabeled_ratio", "lr", "bn_momentum")
     positive("jacobian_projections", "sam_rho")
     positive("ggcr_every", "ggcr_max_pairs", "eval_every", "checkpoint_every", "log_every")
     positive("temperature", "stop_after_steps", "stop_after_minutes")
@@ -325,7 +336,13 @@ def _check(config: Config) -> None:
         raise OptionError(
             f"--jacobian-projections {config.jacobian_projections}: there is no penalty; give --jacobian-weight, too."
         )
+    projection(config)
+
+
+def _check_images(config: Config) -> None:
+    """Refuse what the small images and their networks do not have."""
+    if not config.labels > 0:
+        raise OptionError(f"--labels must be above 0; found {config.labels}.")
     if config.image_size is not None and config.dataset != "folder":
         raise OptionError(f"--image-size is for --dataset folder; --dataset {config.dataset} has a size of its own.")
-    projection(config)
     parse_arch(config.arch)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,25 @@ from recipes.files import regular_size
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff"})
 LabeledImages = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of a folder data set, in label order and then by name.
+
+    Attributes:
+        classes: Class names in alphabetical order.
+        train: `ROOT/train`.
+        test: `ROOT/test` or `ROOT/val`.
+        train_names: File names of each class below `train`.
+        test_names: File names of each class below `test`.
+    """
+
+    classes: list[str]
+    train: Path
+    test: Path
+    train_names: list[list[str]]
+    test_names: list[list[str]]
 
 
 def load_folder(root: Path, image_size: int | None) -> tuple[list[str], LabeledImages, LabeledImages]:
@@ -31,6 +52,28 @@ def load_folder(root: Path, image_size: int | None) -> tuple[list[str], LabeledI
 
     Raises:
         DatasetError: Wrong layout, class sets that differ, an unreadable image, or sizes that differ.
+    """
+    found = list_folder(root)
+    parts = ((found.train, found.train_names), (found.test, found.test_names))
+    files = [
+        [(part / found.classes[label] / name, label) for label, members in enumerate(names) for name in members]
+        for part, names in parts
+    ]
+    reader = _Reader(image_size, sum(len(part) for part in files))
+    return found.classes, reader.read(files[0]), reader.read(files[1])
+
+
+def list_folder(root: Path) -> Listing:
+    """List a folder data set without opening an image.
+
+    Args:
+        root: As for `load_folder`.
+
+    Returns:
+        The files.
+
+    Raises:
+        DatasetError: Wrong layout, class sets that differ, or a class without images.
     """
     layout = "expected --data-dir to hold train/CLASS/IMAGE and test/CLASS/IMAGE (or val/ instead of test/)"
     if not root.is_dir():
@@ -50,25 +93,23 @@ def load_folder(root: Path, image_size: int | None) -> tuple[list[str], LabeledI
         )
     if len(classes) < 2:
         raise DatasetError(f"{train} has {len(classes)} class directories; a classifier needs at least two.")
-    files = {part: _list_files(part, classes) for part in (train, test)}
-    reader = _Reader(image_size, sum(len(found) for found in files.values()))
-    return classes, reader.read(files[train]), reader.read(files[test])
+    return Listing(classes, train, test, _names(train, classes), _names(test, classes))
 
 
 def _class_names(part: Path) -> list[str]:
     return sorted(entry.name for entry in part.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _list_files(part: Path, classes: list[str]) -> list[tuple[Path, int]]:
-    files = []
-    for label, name in enumerate(classes):
-        members = sorted(entry for entry in (part / name).iterdir() if entry.suffix.lower() in SUFFIXES)
+def _names(part: Path, classes: list[str]) -> list[list[str]]:
+    names = []
+    for name in classes:
+        members = sorted(entry for entry in os.listdir(part / name) if Path(entry).suffix.lower() in SUFFIXES)
         if not members:
             raise DatasetError(
                 f"{part / name} holds no image ({', '.join(sorted(SUFFIXES))}): add images or remove the class."
             )
-        files += [(member, label) for member in members]
-    return files
+        names.append(members)
+    return names
 
 
 class _Reader:

@@ -90,14 +90,17 @@ def spare_cores() -> int:
     return (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)) - 1
 
 
-def _init_worker(_: int) -> None:
+def init_worker(_: int) -> None:
+    """Leave signals to the trainer."""
     # Ctrl-C reaches the whole process group: only the trainer answers it. The trainer's own SIGTERM handler,
     # inherited by fork, must not keep a worker alive.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def step_batches(dataset: StepDataset, first: int, last: int, *, workers: int, pin: bool) -> Iterator[StepImages]:
+def step_batches(
+    dataset: Dataset[StepImages], first: int, last: int, *, workers: int, pin: bool, ahead: int = 4
+) -> Iterator[StepImages]:
     """Yield the images of the steps `first .. last - 1`, in order.
 
     Args:
@@ -106,6 +109,7 @@ def step_batches(dataset: StepDataset, first: int, last: int, *, workers: int, p
         last: One past the last step.
         workers: Processes that prepare batches ahead; 0 prepares them here.
         pin: Whether to copy to page-locked memory (for CUDA).
+        ahead: Batches that each worker prepares ahead.
 
     Returns:
         An iterator over the steps' images.
@@ -115,9 +119,9 @@ def step_batches(dataset: StepDataset, first: int, last: int, *, workers: int, p
         batch_size=None,
         sampler=range(first, last),
         num_workers=workers,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=ahead if workers else None,
         pin_memory=pin,
-        worker_init_fn=_init_worker if workers else None,
+        worker_init_fn=init_worker if workers else None,
         generator=torch.Generator(),  # else the loader draws a seed from the global generator
     )
     return iter(loader)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import nn
@@ -14,7 +14,6 @@ from gradconsist import GGCRWrapper, GradientConsistencyLoss, SSLBatch, StepOutp
 from gradconsist.regularizers import GradientNormPenalty, JacobianPenalty
 from recipes.config import Config, projection
 from recipes.errors import OptionError
-from recipes.models import WideResNet
 
 
 class Supervised(nn.Module):
@@ -81,13 +80,16 @@ def check_method(config: Config) -> None:
             )
 
 
-def build_method(model: WideResNet, config: Config, samples: int | None = None) -> nn.Module:
+def build_method(
+    model: nn.Module, config: Config, samples: int | None = None, *, chunk_size: int | Literal["auto"] = "auto"
+) -> nn.Module:
     """Build the method, with GGCR and the Jacobian penalty around it where their weights are above 0.
 
     Args:
-        model: The network.
+        model: The network; its last linear layer is the classifier head, and all the rest the encoder.
         config: Resolved options.
         samples: Number of training images, for the methods that remember each of them.
+        chunk_size: Pairs that GGCR compares at a time.
 
     Returns:
         A module from an `SSLBatch` to a `StepOutput`; with both weights 0 it is the plain method itself.
@@ -96,11 +98,11 @@ def build_method(model: WideResNet, config: Config, samples: int | None = None) 
         OptionError: Where the method or `--ggcr-encoder` names nothing.
     """
     check_method(config)
-    known: dict[str, Any] = {"samples": samples, "classes": model.head.out_features}
+    known: dict[str, Any] = {"samples": samples, "classes": classifier_head(model)[1].out_features}
     known |= {argument: getattr(config, option) for option, argument in ARGUMENTS.items()}
     taken = inspect.signature(METHODS[config.method]).parameters
     method = METHODS[config.method](model, **{name: value for name, value in known.items() if name in taken})
-    method = _with_ggcr(method, model, config)
+    method = _with_ggcr(method, model, config, chunk_size)
     if config.jacobian_weight == 0:
         return method
     penalty = JacobianPenalty(model, projections=config.jacobian_projections, seed=config.seed)
@@ -135,7 +137,7 @@ class WithJacobian(nn.Module):
         self.penalty.load_state_dict(state)
 
 
-def _with_ggcr(method: nn.Module, model: WideResNet, config: Config) -> nn.Module:
+def _with_ggcr(method: nn.Module, model: nn.Module, config: Config, chunk_size: int | Literal["auto"]) -> nn.Module:
     term = GradientConsistencyLoss if config.ggcr_criterion == "cosine" else GradientNormPenalty
     consistency = term(
         model,
@@ -143,6 +145,7 @@ def _with_ggcr(method: nn.Module, model: WideResNet, config: Config) -> nn.Modul
         engine=config.ggcr_engine,
         max_pairs=config.ggcr_max_pairs,
         projection=projection(config),
+        chunk_size=chunk_size,
     )
     if config.ggcr_weight == 0:  # after the term is built: its options are checked in any case
         return method
@@ -157,12 +160,31 @@ def _with_ggcr(method: nn.Module, model: WideResNet, config: Config) -> nn.Modul
     )
 
 
-def _compared(model: WideResNet, name: str) -> nn.Module | Callable[[str], bool] | None:
+def classifier_head(model: nn.Module) -> tuple[str, nn.Linear]:
+    """Name and module of a network's last linear layer.
+
+    Args:
+        model: The network.
+
+    Returns:
+        For example `("fc", Linear(...))`.
+
+    Raises:
+        OptionError: Where it has no linear layer.
+    """
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not layers:
+        raise OptionError(f"--arch: {type(model).__name__} has no linear layer that could be its classifier head.")
+    return layers[-1]
+
+
+def _compared(model: nn.Module, name: str) -> Callable[[str], bool] | None:
     """Turn `--ggcr-encoder` into the loss's `encoder` argument."""
     if name == "all":
         return None
     if name == "encoder":
-        return model.encoder
+        head = classifier_head(model)[0]
+        return lambda parameter: not parameter.startswith(head + ".")
     names = [parameter for parameter, _ in model.named_parameters()]
     if not any(parameter.startswith(name) for parameter in names):
         raise OptionError(

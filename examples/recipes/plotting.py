@@ -2,100 +2,80 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+import textwrap
 from pathlib import Path
 from typing import Any
 
-from recipes.errors import DatasetError
-from recipes.files import read_json, write_atomically
-from recipes.runlog import duration
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run directory says about itself.
-
-    Attributes:
-        folder: The run directory.
-        label: What was trained, for legends.
-        options: Its options.
-        steps: Steps of each evaluation.
-        accuracies: Test accuracy of each evaluation.
-        summary: `summary.json`, or None while the run is unfinished.
-    """
-
-    folder: Path
-    label: str
-    options: dict[str, Any]
-    steps: list[int]
-    accuracies: list[float]
-    summary: dict[str, Any] | None
-
-
-def read_run(folder: Path) -> Run:
-    """Read a run directory, finished or not.
-
-    Args:
-        folder: The run directory.
-
-    Returns:
-        The run.
-
-    Raises:
-        DatasetError: Where it is not a run directory.
-    """
-    try:
-        config = read_json(folder / "config.json")
-        label, options = str(config["label"]), dict(config["options"])
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in lines]
-        summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DatasetError(
-            f"{folder} is not the directory of a run ({error}): give the --output of a trainer."
-        ) from error
-    evaluations = [record for record in records if record["kind"] == "eval"]
-    return Run(
-        folder,
-        label,
-        options,
-        [record["step"] for record in evaluations],
-        [record["test_accuracy"] for record in evaluations],
-        summary,
-    )
+from recipes.files import write_atomically
+from recipes.panels import Panel
+from recipes.runlog import aligned, duration
+from recipes.runs import Run, group_runs
 
 
 def draw_curves(runs: list[Run], path: Path, *, title: str | None = None) -> None:
-    """Draw test accuracy against the step, one colour per method, one line per run.
+    """Draw test accuracy against the step, one colour per group, one line per run.
 
     Args:
         runs: The runs.
         path: The PNG to write.
         title: Title of the picture; None for the options that the runs share.
     """
+    figure, axes = _axes(title or shared_title(runs), "test accuracy (EMA model)")
+    for number, group in enumerate(group_runs(runs)):
+        for run in group.runs:
+            axes.plot(
+                run.steps,
+                run.accuracies,
+                color=f"C{number}",
+                label=group.name if run is group.runs[0] else None,
+                linewidth=1.4,
+                marker="." if len(run.steps) < 30 else None,
+            )
+    _save(figure, axes, path)
+
+
+def draw_panel(panel: Panel, path: Path) -> None:
+    """Draw a panel of the report: lines with bands.
+
+    Args:
+        panel: What to draw.
+        path: The PNG to write.
+    """
+    figure, axes = _axes(panel.title, "")
+    for series in panel.series:
+        axes.plot(series.steps, series.middle, color=f"C{series.colour}", label=series.name, linewidth=1.4)
+        if series.band is not None:
+            axes.fill_between(series.steps, *series.band, color=f"C{series.colour}", alpha=0.18, linewidth=0)
+    if panel.floor is not None:
+        axes.set_ylim(bottom=panel.floor)
+    figure.text(0.01, 0.005, "\n".join(textwrap.wrap(panel.words, 110)), fontsize="x-small", color="0.35")
+    figure.get_layout_engine().set(rect=(0, 0.06, 1, 0.94))
+    _save(figure, axes, path)
+
+
+def _axes(title: str, height: str) -> tuple[Any, Any]:
     # The object interface, not pyplot: no global state, no window, no backend to choose.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    labels = sorted({run.label for run in runs})
-    for run in runs:
-        first = run is next(other for other in runs if other.label == run.label)
-        axes.plot(
-            run.steps,
-            run.accuracies,
-            color=f"C{labels.index(run.label)}",
-            label=run.label if first else None,
-            linewidth=1.4,
-            marker="." if len(run.steps) < 30 else None,
-        )
     axes.set_xlabel("step")
-    axes.set_ylabel("test accuracy (EMA model)")
-    axes.set_title(title or shared_title(runs), fontsize="medium")
+    axes.set_ylabel(height)
+    axes.set_title(_plain(title), fontsize="medium")
     axes.grid(alpha=0.3)
-    axes.legend()
+    return figure, axes
+
+
+def _save(figure: Any, axes: Any, path: Path) -> None:
+    legend = axes.legend()
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     write_atomically(path, lambda file: figure.savefig(file, format="png"))
+
+
+def _plain(text: str) -> str:
+    """Text in which matplotlib finds no formula."""
+    return text.replace("$", r"\$")
 
 
 def shared_title(runs: list[Run]) -> str:
@@ -129,7 +109,4 @@ def table(runs: list[Run]) -> str:
                 duration(numbers["seconds"]) if "seconds" in numbers else "unfinished",
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+    return "\n".join(aligned(rows))

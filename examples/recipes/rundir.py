@@ -11,20 +11,23 @@ from typing import Any
 
 import torch
 
-from recipes.config import Config, check_same_run, method_label
+from recipes.config import HARMLESS, Config, check_same_run, method_label
 from recipes.errors import OptionError, ResumeError
 from recipes.files import read_json, write_json
-from recipes.runlog import environment
+from recipes.runlog import environment, software
+
+FORMAT = 1
 
 FORMAT = 1
 
 
-def check_run(config: Config, device: torch.device) -> bool:
+def check_run(config: Config, device: torch.device, harmless: frozenset[str] = HARMLESS) -> bool:
     """Look into the run directory, without writing: is it new, or the same run?
 
     Args:
         config: Resolved options.
         device: Where the run computes.
+        harmless: Options that may differ from those of the run.
 
     Returns:
         Whether it holds this run already.
@@ -48,9 +51,29 @@ def check_run(config: Config, device: torch.device) -> bool:
             raise ValueError(f"its format is {stored['format']!r}, this trainer reads {FORMAT}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ResumeError(f"{path} cannot be read ({error}): restore it, or give another --output.") from error
-    check_same_run(options, config)
+    check_same_run(options, config, harmless)
     _compare_environment(before, environment(device))
     return True
+
+
+def last_accuracy(folder: Path) -> float:
+    """The last accuracy of a finished run.
+
+    Args:
+        folder: The run directory.
+
+    Returns:
+        In [0, 1].
+
+    Raises:
+        ResumeError: Where `summary.json` cannot be read.
+    """
+    try:
+        return float(read_json(folder / "summary.json")["last"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ResumeError(
+            f"{folder / 'summary.json'} cannot be read ({error}): remove it, and the same command writes it anew."
+        ) from error
 
 
 def create_run(config: Config, device: torch.device) -> None:
@@ -69,6 +92,7 @@ def create_run(config: Config, device: torch.device) -> None:
         "label": method_label(config),
         "options": dataclasses.asdict(config),
         "environment": environment(device),
+        "software": software(),
     }
     try:
         write_json(folder / "config.json", record)

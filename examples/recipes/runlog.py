@@ -6,23 +6,36 @@ import hashlib
 import json
 import math
 import os
+import platform
+import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from recipes.errors import CheckpointError
+import gradconsist
+from recipes.errors import CheckpointError, OptionError
 from recipes.files import regular_size
 
 Number = float | Tensor
 
 
+# Of a number whose name ends so, a step gives one for each image, and the log shows how they are spread.
+SAMPLE = "_sample"
+QUANTILES = {"q10": 0.1, "q50": 0.5, "q90": 0.9}
+
+
 class Meter:
     """Means of named numbers over the steps since the last `flush`; NaN means "not in this step".
+
+    A number named `NAME_sample` is a tensor `[B]`; instead of its mean, `flush` returns `NAME_q10`, `NAME_q50` and
+    `NAME_q90`: quantiles over all images of all those steps together.
 
     Values stay on their device until they are needed, so that a GPU is not waited for in every step.
     """
@@ -37,7 +50,7 @@ class Meter:
 
     def state_dict(self) -> dict[str, list[float]]:
         """All values since the last flush, as floats."""
-        self.values = {name: [float(value) for value in values] for name, values in self.values.items()}
+        self.values = {name: list[Number](_floats(values)) for name, values in self.values.items()}
         return {name: list(values) for name, values in self.values.items()}  # type: ignore[arg-type]
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
@@ -45,13 +58,26 @@ class Meter:
         self.values = {name: list(values) for name, values in state.items()}
 
     def flush(self) -> dict[str, float | None]:
-        """Return the means (None where a number never occurred) and start afresh."""
-        means: dict[str, float | None] = {}
+        """Return the means and quantiles (None where a number never occurred) and start afresh."""
+        numbers: dict[str, float | None] = {}
         for name, values in self.state_dict().items():
             real = [value for value in values if not math.isnan(value)]
-            means[name] = math.fsum(real) / len(real) if real else None
+            if name.endswith(SAMPLE):
+                at = np.quantile(real, list(QUANTILES.values())).tolist() if real else [None] * len(QUANTILES)
+                numbers |= {
+                    f"{name.removesuffix(SAMPLE)}_{key}": value for key, value in zip(QUANTILES, at, strict=True)
+                }
+            else:
+                numbers[name] = math.fsum(real) / len(real) if real else None
         self.values = {}
-        return means
+        return numbers
+
+
+def _floats(values: list[Number]) -> list[float]:
+    floats: list[float] = []
+    for value in values:
+        floats += value.flatten().tolist() if isinstance(value, Tensor) else [value]
+    return floats
 
 
 class MetricsFile:
@@ -136,6 +162,15 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
         file.write(json.dumps(record) + "\n")
 
 
+def tensorboard_writer(folder: Path, step: int) -> Any:
+    """A writer in the run directory that forgets what a killed process wrote after `step`."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise OptionError("--tensorboard needs the tensorboard package: pip install tensorboard") from error
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+
 class Progress:
     """A bar with the remaining time on a terminal, a plain line now and then elsewhere.
 
@@ -198,6 +233,30 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of text as lines with columns of one width, and a rule below the first."""
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+
+
+def shown(value: Any) -> str:
+    """An option's value for people."""
+    if value is None:
+        return "none"
+    return f"{value:g}" if isinstance(value, float) and math.isfinite(value) else str(value)
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """What bitwise equality depends on, beside the options."""
     return {"torch": torch.__version__, "device": str(device), "threads": torch.get_num_threads()}
+
+
+def software() -> dict[str, str | None]:
+    """Which code started a run; `revision` is None where it does not lie in a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        revision = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        revision = None
+    return {"gradconsist": gradconsist.__version__, "python": platform.python_version(), "revision": revision}

@@ -21,9 +21,20 @@ def cosine_factor(step: int, steps: int) -> float:
     return math.cos(7 * math.pi * step / (16 * steps))
 
 
-def set_learning_rate(optimizer: Optimizer, lr: float, step: int, steps: int) -> float:
-    """Set the learning rate of step k, a function of k alone, and return it."""
-    value = lr * cosine_factor(step, steps)
+def set_learning_rate(optimizer: Optimizer, lr: float, step: int, steps: int, warmup: int = 0) -> float:
+    """Set the learning rate of step k, a function of k alone.
+
+    Args:
+        optimizer: Whose rate to set.
+        lr: The rate without factor.
+        step: k, the step about to be taken, from 0.
+        steps: The length of the run.
+        warmup: W; the factor is `(k + 1) / W` in the first W steps, and the cosine of the steps after them.
+
+    Returns:
+        The rate.
+    """
+    value = lr * ((step + 1) / warmup if step < warmup else cosine_factor(step - warmup, steps - warmup))
     for group in optimizer.param_groups:
         group["lr"] = value
     return value

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from recipes.datasets import Images
 from recipes.errors import OptionError, ResumeError
 from recipes.files import read_json, write_json
 from recipes.streams import Stream, permutation
@@ -40,7 +40,22 @@ class Split:
         }
 
 
-def draw_split(images: Images, labels: int, seed: int) -> Split:
+class LabeledData(Protocol):
+    """A data set as far as a split needs it: `Images`, or files that are not in memory."""
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names, in label order."""
+
+    @property
+    def train_y(self) -> Tensor:
+        """Training labels, int64 `[N]`."""
+
+    def digest(self) -> str:
+        """SHA-256 of what must be the same on resume."""
+
+
+def draw_split(images: LabeledData, labels: int, seed: int) -> Split:
     """Choose the same number of labeled images from each class.
 
     Args:
@@ -62,17 +77,38 @@ def draw_split(images: Images, labels: int, seed: int) -> Split:
             f"give a multiple of {count}, for example {lower} or {lower + count}."
         )
     per_class = labels // count
+    sizes = torch.bincount(images.train_y, minlength=count)
+    smallest = int(sizes.argmin())
+    if sizes[smallest] < per_class:
+        raise OptionError(
+            f"--labels {labels} asks for {per_class} labeled images of each class, but class "
+            f"{images.classes[smallest]!r} has {sizes[smallest]}: give at most {int(sizes[smallest]) * count}."
+        )
+    return make_split(images, draw_labeled(images, [per_class] * count, seed))
+
+
+def draw_labeled(images: LabeledData, per_class: Sequence[int], seed: int) -> Tensor:
+    """Choose images of each class at random.
+
+    Args:
+        images: The data set.
+        per_class: How many of each class.
+        seed: The run's seed.
+
+    Returns:
+        Indices into the training images.
+    """
     chosen = []
-    for number, name in enumerate(images.classes):
+    for number, wanted in enumerate(per_class):
         members = torch.nonzero(images.train_y == number).flatten()
-        if len(members) < per_class:
-            raise OptionError(
-                f"--labels {labels} asks for {per_class} labeled images of each class, "
-                f"but class {name!r} has {len(members)}: give at most {len(members) * count}."
-            )
         order = permutation(seed, Stream.SPLIT, number, len(members))
-        chosen.append(members[torch.from_numpy(order[:per_class])])
-    labeled = torch.cat(chosen).sort().values
+        chosen.append(members[torch.from_numpy(order[:wanted])])
+    return torch.cat(chosen)
+
+
+def make_split(images: LabeledData, labeled: Tensor) -> Split:
+    """The split in which `labeled` are the labeled images, with its digests."""
+    labeled = labeled.sort().values
     digest = hashlib.sha256("\n".join(images.classes).encode())
     for part in (images.train_y, labeled):
         digest.update(part.numpy().astype("<i8").tobytes())

@@ -9,9 +9,9 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gradconsist import SSLBatch, StepOutput
+from gradconsist import GGCRWrapper, SSLBatch, StepOutput
 from gradconsist.errors import NonFiniteError
 from gradconsist.optim import SAM
 from recipes.config import Config
@@ -25,7 +25,7 @@ from recipes.sam import same_step_twice
 from recipes.schedule import build_optimizer, set_learning_rate
 from recipes.weights import load_start
 
-_AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # GradScaler starts at 2^16 and halves at each overflow. At 1 the loss itself overflows: waiting would train nothing.
 _LEAST_SCALE = 1.0
 
@@ -87,8 +87,16 @@ class Trainer:
         scaling = self._update_scale()
         self.average.update(self.model)
         self.step += 1
-        quality = _pseudo_label_quality(out, images.truth)
+        quality = pseudo_label_quality(out, images.truth)
         self.meter.add({**out.logs, **quality, **scaling, "loss": out.loss, "lr": lr})
+        if "ggcr_cosine" in out.logs:
+            self.meter.add({"ggcr_cosine_sample": self._cosines()})
+
+    def _cosines(self) -> Tensor:
+        """GC of each pair `[B]` of this step; NaN for pairs that were not compared or are degenerate."""
+        wrapper = next(module for module in self.method.modules() if isinstance(module, GGCRWrapper))
+        record = wrapper.consistency.last
+        return torch.empty(0) if record is None else record.cosine
 
     def _gradient(self, batch: SSLBatch) -> StepOutput:
         """The method's loss and, in `.grad`, its scaled gradient."""
@@ -110,7 +118,7 @@ class Trainer:
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.config.amp == "off":
             return contextlib.nullcontext()
-        return torch.autocast(self.to_model.device.type, dtype=_AMP_TYPES[self.config.amp])
+        return torch.autocast(self.to_model.device.type, dtype=AMP_TYPES[self.config.amp])
 
     def _update_scale(self) -> dict[str, Number]:
         """Adapt the loss scale of fp16, and say what it was; an overflow halves it, and its step was skipped."""
@@ -124,11 +132,9 @@ class Trainer:
         return {"loss_scale": scale, "skipped": float(skipped)}
 
     def _check_gradients(self) -> None:
-        named = [(name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None]
-        norms = torch.stack(torch._foreach_norm([gradient for _, gradient in named]))
-        if not bool(torch.isfinite(norms).all()):
-            first = next(name for (name, _), norm in zip(named, norms.tolist(), strict=True) if not math.isfinite(norm))
-            raise NonFiniteLossError(self._non_finite(f"the gradient of {first} is not finite"))
+        name = non_finite_gradient(self.model)
+        if name is not None:
+            raise NonFiniteLossError(self._non_finite(f"the gradient of {name} is not finite"))
 
     def _non_finite(self, what: str) -> str:
         return (
@@ -186,7 +192,7 @@ def _check_half_type(amp: str, device: torch.device) -> None:
     """Refuse a device that cannot compute in the half type: torch may raise, or warn and go on in float32."""
     if amp == "off":
         return
-    wanted, why = _AMP_TYPES[amp], "torch goes on in float32"
+    wanted, why = AMP_TYPES[amp], "torch goes on in float32"
     try:
         kernel = torch.zeros(1, 1, 1, 1, device=device, requires_grad=True)
         with warnings.catch_warnings(), torch.autocast(device.type, dtype=wanted):
@@ -201,7 +207,16 @@ def _check_half_type(amp: str, device: torch.device) -> None:
     raise OptionError(f"--amp {amp} does not work on {device} with torch {torch.__version__} ({why}): give {instead}.")
 
 
-def _pseudo_label_quality(out: StepOutput, truth: Tensor) -> dict[str, Number]:
+def non_finite_gradient(model: nn.Module) -> str | None:
+    """The first parameter whose gradient is NaN or infinite, or None."""
+    named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm([gradient for _, gradient in named]))
+    if bool(torch.isfinite(norms).all()):
+        return None
+    return next(name for (name, _), norm in zip(named, norms.tolist(), strict=True) if not math.isfinite(norm))
+
+
+def pseudo_label_quality(out: StepOutput, truth: Tensor) -> dict[str, Number]:
     """How often the pseudo-labels are right, over all pairs and over the confident ones (NaN where there is none)."""
     if out.pair is None:
         return {}

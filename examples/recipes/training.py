@@ -15,13 +15,14 @@ from recipes import methods
 from recipes.checkpoint import load_latest, remove_leftovers, save_checkpoint
 from recipes.config import Config, method_label, resolve
 from recipes.datasets import Images, load_images
-from recipes.errors import OptionError, ResumeError, TrainerError
+from recipes.errors import OptionError, TrainerError
 from recipes.evaluation import PROTOCOL, evaluate, summarize
-from recipes.files import read_json, write_json
+from recipes.files import write_json
 from recipes.loader import StepDataset, ToModel, spare_cores, step_batches, worker_count
-from recipes.plotting import draw_curves, read_run
-from recipes.rundir import check_run, create_run, exclusive
-from recipes.runlog import MetricsFile, Progress, append_line, books, duration
+from recipes.plotting import draw_curves
+from recipes.rundir import check_run, create_run, exclusive, last_accuracy
+from recipes.runlog import MetricsFile, Progress, append_line, books, duration, tensorboard_writer
+from recipes.runs import read_run
 from recipes.split import Split, draw_split, store_or_check
 from recipes.stopping import StopRequest
 from recipes.trainer import Trainer
@@ -45,7 +46,7 @@ def run(config: Config) -> int:
     folder = Path(str(config.output))
     known = check_run(config, device)
     if known and (folder / "summary.json").exists():
-        print(f"{folder} is finished: test accuracy {_last_accuracy(folder):.4f}. Give another --output for a new run.")
+        print(f"{folder} is finished: test accuracy {last_accuracy(folder):.4f}. Give another --output for a new run.")
         return 0
     images = load_images(config)
     split = draw_split(images, config.labels, config.seed)
@@ -58,15 +59,6 @@ def run(config: Config) -> int:
             create_run(config, device)
         store_or_check(folder / "split.json", split, images.classes)
         return _Execution(folder, images, split, trainer).train()
-
-
-def _last_accuracy(folder: Path) -> float:
-    try:
-        return float(read_json(folder / "summary.json")["last"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ResumeError(
-            f"{folder / 'summary.json'} cannot be read ({error}): remove it, and the same command writes it anew."
-        ) from error
 
 
 def _device(name: str) -> torch.device:
@@ -91,14 +83,14 @@ class _Execution:
         state = load_latest(self.checkpoints)
         if state is not None:
             trainer.load_state_dict(state)
-        self.seconds, *lines = books(state)  # of training, over all calls
-        self.metrics = MetricsFile(folder / "metrics.jsonl", *lines)
+        self.seconds, size, digest = books(state)  # of training, over all calls
+        self.metrics = MetricsFile(folder / "metrics.jsonl", size, digest)
         self.saved = trainer.step if state else -1
         self.dataset = StepDataset(images, split, config)
         self.workers = worker_count(config.workers)
         term_later = config.ggcr_weight > 0 and trainer.step < config.ggcr_warmup < config.steps
         self.watch = LoaderWatch(self.workers, spare_cores(), term_later=term_later)
-        self.board = _tensorboard(folder, trainer.step) if config.tensorboard else None
+        self.board = tensorboard_writer(folder, trainer.step) if config.tensorboard else None
         self.progress = Progress(config.progress, trainer.step, config.steps)
         self._banner(split)
 
@@ -245,14 +237,6 @@ class _Execution:
             "seed": config.seed,
             "steps": self.trainer.step,
         }
-
-
-def _tensorboard(folder: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise OptionError("--tensorboard needs the tensorboard package: pip install tensorboard") from error
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
 
 def main(config: Config) -> int:

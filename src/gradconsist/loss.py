@@ -279,7 +279,8 @@ class GradientConsistencyLoss:
         if calls.dtype != torch.int64 or calls.numel() != 1 or int(calls) < 0:
             raise StateError(f"`state['calls']` is {calls}, expected a number of calls: pass this class's state_dict.")
         try:
-            self._generator.set_state(state["generator"].cpu())
+            # A copy: torch reads a view, such as a row of gathered states, from the wrong place and crashes.
+            self._generator.set_state(state["generator"].cpu().clone())
         except (RuntimeError, TypeError) as error:
             raise StateError(f"`state['generator']` is not the state of a torch.Generator: {error}") from error
         self._calls = int(calls)

@@ -338,6 +338,15 @@ def test_state_dict_holds_method_counter_and_generator() -> None:
     }
 
 
+def test_a_generators_state_may_be_a_row_of_gathered_ones() -> None:
+    """torch itself crashes on a view that does not begin at its storage's beginning."""
+    _, wrapper = make(loss={"max_pairs": 2})
+    own = wrapper.consistency.state_dict()["generator"]
+    other = torch.Generator().manual_seed(5).get_state()
+    wrapper.consistency.load_state_dict({"generator": torch.stack([own, other])[1]})
+    assert torch.equal(wrapper.consistency.state_dict()["generator"], other)
+
+
 def test_parameters_are_the_methods_parameters() -> None:
     method, wrapper = make()
     assert {id(p) for p in wrapper.parameters()} == {id(p) for p in method.parameters()}

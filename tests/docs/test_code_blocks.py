@@ -97,7 +97,10 @@ def known_options() -> set[str]:
 
 
 # Options of other programs that the documents name.
-FOREIGN = {"--editable", "--nproc-per-node", "--standalone", "--strict", "--upgrade"}
+FOREIGN = {
+    "--editable", "--strict", "--upgrade",
+    "--max-restarts", "--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id", "--standalone",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("page", documents(), ids=name)

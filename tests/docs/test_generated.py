@@ -56,6 +56,19 @@ def test_the_tables_of_the_trainer_guide_are_fresh(make_pages: ModuleType) -> No
     assert all(run["summary"]["steps"] == 2000 and run["options"]["ggcr_weight"] > 0 for run in results[1]["runs"])
 
 
+def test_the_tables_of_the_imagenet_guide_are_fresh(make_pages: ModuleType) -> None:
+    page = (ROOT / "docs" / "guides" / "imagenet.md").read_text(encoding="utf-8")
+    assert page == make_pages.imagenet(page), "run: python benchmarks/make_pages.py"
+
+
 def test_the_cost_table_of_the_readme_is_fresh(make_pages: ModuleType) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme == make_pages.with_cost(readme), "run: python benchmarks/make_pages.py"
+
+
+def test_the_tables_of_the_guide_on_the_paper_are_fresh(make_pages: ModuleType) -> None:
+    pytest.importorskip("tqdm", reason="the tables are written by the examples")
+    page = (ROOT / "docs" / "guides" / "reproduce-the-paper.md").read_text(encoding="utf-8")
+    result = make_pages._result("reproduce_demo")
+    assert page == make_pages.with_paper_tables(page, result), "run: python benchmarks/make_pages.py"
+    assert set(result["tables"]) == {"main", "ablation", "lambda", "curves"}

@@ -16,6 +16,7 @@ import torch
 if TYPE_CHECKING:
     from recipes.config import Config
     from recipes.datasets import Images
+    from recipes.imagenet.config import ImageNetConfig
 
 try:
     for package in ("torchvision", "sklearn", "tyro", "tqdm", "matplotlib", "safetensors"):
@@ -26,6 +27,7 @@ except (ImportError, RuntimeError) as error:  # torchvision beside another torch
     collect_ignore_glob = ["test_*.py"]
 
 ROOT = Path(__file__).parents[2]
+DATA = ROOT / ".." / "shared" / "data"
 ARCHIVE = "cifar10-jpeg.tar.xz"
 
 # Seconds, not minutes: 8x8 digits, 4 labeled and 8 unlabeled images a step, everything switched on from step 2.
@@ -69,6 +71,42 @@ def tiny(tiny_at: MakeConfig, tmp_path: Path) -> MakeConfig:
     return lambda name="run", **changes: tiny_at(tmp_path / name, **changes)
 
 
+# 16x16 photographs and a network of 0.3 million parameters: four steps, gradient consistency from the second on.
+TINY_PHOTOGRAPHS: dict[str, Any] = {
+    "arch": "shufflenet_v2_x0_5", "image_size": 16, "label_fraction": 0.34, "batch_size": 4, "unlabeled_ratio": 1,
+    "threshold": 0.2, "unlabeled_ramp": 0, "steps": 4, "lr": 0.01, "lr_warmup": 1, "ggcr_warmup": 1, "ema": 0.9,
+    "eval_every": 2, "checkpoint_every": 2, "log_every": 2, "workers": 0, "progress": "none", "device": "cpu",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def photographs_at() -> Callable[..., ImageNetConfig]:
+    """A factory: `photographs_at(folder, name, option=value)` makes JPEGs of three classes, and options."""
+    import numpy as np
+    from PIL import Image
+
+    from recipes.imagenet.config import ImageNetConfig
+
+    def make(folder: Path, name: str = "run", **changes: Any) -> ImageNetConfig:
+        source = np.random.Generator(np.random.Philox(3))
+        for part, count in (("train", 12), ("val", 5)):
+            for label in ("ant", "bee", "cat"):
+                (folder / "photos" / part / label).mkdir(parents=True, exist_ok=True)
+                for number in range(count):
+                    pixels = source.integers(256, size=(20, 24, 3), dtype=np.uint8)
+                    Image.fromarray(pixels).save(folder / "photos" / part / label / f"{label}_{number}.JPEG")
+        places = {"data_dir": str(folder / "photos"), "output": str(folder / name)}
+        return dataclasses.replace(ImageNetConfig(), **{**TINY_PHOTOGRAPHS, **places, **changes})
+
+    return make
+
+
+@pytest.fixture
+def photographs(photographs_at: Callable[..., ImageNetConfig], tmp_path: Path) -> Callable[..., ImageNetConfig]:
+    """The same below the test's own folder: `photographs("name", option=value)`."""
+    return lambda name="run", **changes: photographs_at(tmp_path, name, **changes)
+
+
 @pytest.fixture
 def random_images() -> Images:
     """60 random 32x32 training images of 3 classes, and 6 test images."""
@@ -104,7 +142,7 @@ def photo_folder(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def real_photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve training and four test photographs of two CIFAR-10 classes, as a folder data set."""
-    folder = Path(os.environ.get("GRADCONSIST_DATA", ROOT / ".." / "shared" / "data"))
+    folder = Path(os.environ.get("GRADCONSIST_DATA", DATA))
     if not (folder / ARCHIVE).is_file():
         pytest.skip(f"no {ARCHIVE} in {folder}: set GRADCONSIST_DATA to the folder that holds it")
     target = tmp_path_factory.mktemp("photographs")
@@ -118,3 +156,13 @@ def real_photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if not any(missing.values()):
                 break
     return target / "cifar10-jpeg"
+
+
+@pytest.fixture(scope="session")
+def paper_source() -> str:
+    """The LaTeX source of the paper, where it lies beside the real images."""
+    data = Path(os.environ.get("GRADCONSIST_DATA", DATA))
+    path = data.parent / "paper" / "main.tex"
+    if not path.is_file():
+        pytest.skip(f"no {path}: the transcribed claims cannot be compared with the paper here")
+    return path.read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,44 +26,10 @@ from recipes.runlog import MetricsFile
 from recipes.split import draw_split
 from recipes.trainer import Trainer
 from recipes.training import main, run
+from support.runs import differing, final, leaves, option
 
 MakeConfig = Callable[..., Config]
 SCRIPT = Path(recipes.training.__file__).parents[1] / "fixmatch_cifar.py"
-
-
-def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from leaves(item, f"{path}.{key}")
-    elif isinstance(value, list | tuple):
-        for position, item in enumerate(value):
-            yield from leaves(item, f"{path}.{position}")
-    else:
-        yield path, value
-
-
-def final(folder: str | Path) -> dict[str, Any]:
-    """The last checkpoint, flat, without what may differ: wall clock, and options that change no number."""
-    loaded = load_latest(Path(folder) / "checkpoints")
-    assert loaded is not None
-    flat = dict(leaves(loaded))
-    return {key: value for key, value in flat.items() if key != ".seconds" and not key.startswith(".options")}
-
-
-def differing(a: str | Path, b: str | Path) -> list[str]:
-    """Names of everything that differs between two finished runs."""
-    x, y = final(a), final(b)
-    assert len(x) > 100
-    names = [
-        key
-        for key in sorted(x.keys() | y.keys())
-        if key not in x
-        or key not in y
-        or not (torch.equal(x[key], y[key]) if isinstance(x[key], torch.Tensor) else x[key] == y[key])
-    ]
-    if (Path(a) / "metrics.jsonl").read_bytes() != (Path(b) / "metrics.jsonl").read_bytes():
-        names.append("metrics.jsonl")
-    return names
 
 
 @pytest.fixture(scope="module")
@@ -186,13 +152,6 @@ def test_a_real_sigkill_is_survived_bitwise(whole: Path, tiny: MakeConfig) -> No
     assert process.returncode in (-signal.SIGKILL, 0), complaint
     assert run(config) == 0
     assert differing(whole, config.output) == []
-
-
-def option(key: str, value: Any) -> list[str]:
-    name = "--" + key.replace("_", "-")
-    if isinstance(value, bool):
-        return [name if value else name.replace("--", "--no-", 1)]
-    return [name, str(value)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -241,7 +241,7 @@ BUGS = [
         "a resumed run draws the same subsets",
         "test_loss.py::test_max_pairs_has_a_generator_of_its_own"
         " test_wrapper.py::test_a_resumed_run_continues_bitwise",
-        LOSS, 'self._generator.set_state(state["generator"].cpu())', 'torch.Generator().set_state(state["generator"])',
+        LOSS, 'self._generator.set_state(state["generator"].cpu().clone())', 'state["generator"].cpu()',
     ),
     Bug(
         "target not detached",

@@ -1,0 +1,18 @@
+"""Train FixMatch, with or without gradient consistency, on ImageNet or photographs of your own, on many processes.
+
+Examples:
+    torchrun --standalone --nproc-per-node 8 fixmatch_imagenet.py --data-dir imagenet --ggcr-max-pairs 64
+    python fixmatch_imagenet.py --data-dir photos --arch resnet18 --label-fraction 0.1 --steps 20000
+    torchrun --standalone --nproc-per-node 2 --max-restarts 3 fixmatch_imagenet.py --data-dir photos
+"""
+
+from __future__ import annotations
+
+import sys
+
+from recipes.cli import parse_options
+from recipes.imagenet.config import PRESETS
+from recipes.imagenet.training import main
+
+if __name__ == "__main__":
+    sys.exit(main(parse_options(sys.argv[1:], PRESETS, program="fixmatch_imagenet.py", description=str(__doc__))))

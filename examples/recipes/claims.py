@@ -1,0 +1,78 @@
+"""What the paper's tables claim, transcribed with their labels in its source.
+
+They are claims to test, not facts: no run behind these numbers is known. Accuracies are in per cent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+CIFAR10, CIFAR100, IMAGENET = "CIFAR-10 (40)", "CIFAR-100 (400)", "ImageNet (1%)"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A table of the paper.
+
+    Attributes:
+        label: Its label in the paper's LaTeX source.
+        caption: What it shows.
+        reference: The row that the others are held against.
+        rows: Row to variant of the grid (a key of `recipes.grid.VARIANTS`).
+        accuracy: Row, column to the claimed accuracy in per cent; empty where the paper gives no number.
+        text: What the paper says in words.
+        note: What has to be known about its row or columns here.
+    """
+
+    label: str
+    caption: str
+    reference: str
+    rows: dict[str, str]
+    accuracy: dict[tuple[str, str], float]
+    text: str = ""
+    note: str = ""
+
+    @property
+    def columns(self) -> list[str]:
+        """Its columns, in the paper's order."""
+        return list(dict.fromkeys(column for _, column in self.accuracy)) or [CIFAR10]
+
+
+_COMPARED = {"FixMatch": "fixmatch", "FlexMatch": "flexmatch", "GGCR (ours)": "ggcr"}
+
+CLAIMS = {
+    "main": Claim(
+        "tab:iclr-main", "Main results", "FixMatch", _COMPARED,
+        {
+            ("FixMatch", CIFAR10): 91.8, ("FixMatch", CIFAR100): 53.6, ("FixMatch", IMAGENET): 57.2,
+            ("FlexMatch", CIFAR10): 92.4, ("FlexMatch", CIFAR100): 54.9, ("FlexMatch", IMAGENET): 58.1,
+            ("GGCR (ours)", CIFAR10): 93.2, ("GGCR (ours)", CIFAR100): 56.8, ("GGCR (ours)", IMAGENET): 60.3,
+        },
+    ),
+    "ablation": Claim(
+        "tab:ablation", "Ablation", "GGCR (full)",
+        {
+            "GGCR (full)": "ggcr", "w/o gradient consistency": "fixmatch", "w/o warm-up": "ggcr-no-warmup",
+            "Gradient norm penalty instead": "gradient-norm",
+        },
+        {
+            ("GGCR (full)", CIFAR10): 93.2, ("w/o gradient consistency", CIFAR10): 91.8,
+            ("w/o warm-up", CIFAR10): 92.1, ("Gradient norm penalty instead", CIFAR10): 92.5,
+        },
+        note="The paper gives the gradient norm penalty no weight; here it has GGCR's.",
+    ),
+    "lambda": Claim(
+        "tab:hparams", "Sensitivity to lambda", "0.1",
+        {"0.01": "ggcr-0.01", "0.05": "ggcr-0.05", "0.1": "ggcr", "0.5": "ggcr-0.5", "1.0": "ggcr-1.0"},
+        {
+            ("0.01", CIFAR10): 92.3, ("0.05", CIFAR10): 92.8, ("0.1", CIFAR10): 93.2, ("0.5", CIFAR10): 92.9,
+            ("1.0", CIFAR10): 91.7,
+        },
+    ),
+    "curves": Claim(
+        "fig:curves", "Learning curves", "FixMatch", _COMPARED, {},
+        "GGCR converges faster and reaches higher final accuracy.",
+        "The common level is, seed by seed, the lowest accuracy that one of the rows has in the end; steps count to "
+        "the first evaluation at or above it. Columns of per cents are of the run's steps.",
+    ),
+}  # fmt: skip

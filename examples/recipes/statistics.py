@@ -1,0 +1,85 @@
+"""Mean and deviation over seeds, and what two methods differ by on the same seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from scipy.special import stdtrit
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Some numbers in three.
+
+    Attributes:
+        n: How many.
+        mean: Their mean.
+        sd: Their standard deviation, with n - 1 in the denominator; None for a single number.
+    """
+
+    n: int
+    mean: float
+    sd: float | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of the differences by seed, with Student's interval for it.
+
+    Attributes:
+        n: Seeds that both have.
+        mean: Mean difference.
+        low: Lower end of the interval at `CONFIDENCE`; None for a single seed.
+        high: Upper end.
+    """
+
+    n: int
+    mean: float
+    low: float | None
+    high: float | None
+
+    def contains(self, value: float) -> bool | None:
+        """Whether the interval holds `value`; None where there is no interval."""
+        return None if self.low is None or self.high is None else self.low <= value <= self.high
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Summarise numbers.
+
+    Args:
+        values: At least one.
+
+    Returns:
+        Their number, mean and standard deviation.
+    """
+    n = len(values)
+    mean = math.fsum(values) / n
+    return Spread(n, mean, math.sqrt(math.fsum((x - mean) ** 2 for x in values) / (n - 1)) if n > 1 else None)
+
+
+def paired_difference(values: Mapping[int, float], reference: Mapping[int, float]) -> Difference | None:
+    """What `values` has more than `reference`, seed by seed.
+
+    With d the n differences, the interval is mean(d) +- t(n - 1) * sd(d) / sqrt(n), t the two-sided quantile of
+    Student's distribution: right for normal differences, and wide for few seeds, as it must be.
+
+    Args:
+        values: Seed to number.
+        reference: Seed to number.
+
+    Returns:
+        The difference over the seeds that both have, or None where there is none.
+    """
+    common = sorted(values.keys() & reference.keys())
+    if not common:
+        return None
+    differences = spread([values[seed] - reference[seed] for seed in common])
+    if differences.sd is None:
+        return Difference(1, differences.mean, None, None)
+    quantile = float(stdtrit(differences.n - 1, 0.5 + CONFIDENCE / 2))
+    half = quantile * differences.sd / math.sqrt(differences.n)
+    return Difference(differences.n, differences.mean, differences.mean - half, differences.mean + half)

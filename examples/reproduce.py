@@ -1,0 +1,105 @@
+"""The paper's tables as a resumable grid of runs with paired seeds, each printed beside what the paper claims.
+
+Examples:
+    python reproduce.py --table main --budget demo
+    python reproduce.py --table main ablation lambda curves --budget small --list
+    python reproduce.py --table ablation --budget small --stop-after-minutes 60 -- --amp bf16 --data-dir data
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from recipes.claims import CLAIMS
+from recipes.errors import OptionError, TrainerError
+from recipes.files import write_atomically, write_json
+from recipes.grid import BUDGETS, Cell, Grid, build_grid
+from recipes.gridrun import listing, run_grid, say
+from recipes.panels import accuracy_panel
+from recipes.plotting import draw_panel
+from recipes.rundir import exclusive
+from recipes.runs import FINAL, group_runs, read_run
+from recipes.tables import measure
+from recipes.tabletext import markdown, text
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    budgets = "; ".join(f"{name}: {budget.text}" for name, budget in BUDGETS.items())
+    parser = argparse.ArgumentParser(prog="reproduce.py", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--table", nargs="+", choices=list(CLAIMS), default=list(CLAIMS), help="default: all")
+    parser.add_argument("--budget", choices=list(BUDGETS), default="demo", help=f"default: demo. {budgets}")
+    parser.add_argument("--seeds", type=int, help="runs of each variant, seeds 0, 1, ...; default: the budget's")
+    parser.add_argument("--output", type=Path, help="folder of the grid; default: runs/reproduce-BUDGET")
+    parser.add_argument("--metric", choices=FINAL, default="last", help="test accuracy of a run; default: last")
+    parser.add_argument("--list", action="store_true", help="show the cells with their states and times, and end")
+    parser.add_argument("--only-tables", action="store_true", help="print the tables of what is finished; run nothing")
+    parser.add_argument("--stop-after-minutes", type=float, help="stop then, with a checkpoint; repeat to continue")
+    parser.add_argument("trainer", nargs="*", metavar="-- OPTION", help="options of fixmatch_cifar.py for every run")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the grid as far as it goes, then print and write the tables.
+
+    Args:
+        arguments: The command line without the program's name.
+
+    Returns:
+        The exit status: 0, 1 where a cell failed, 2 for a refused option, 128 + the signal that stopped it.
+    """
+    options = parser().parse_args(arguments)
+    try:
+        return _run(options)
+    except (TrainerError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", 1)
+    except KeyboardInterrupt:  # while no cell runs
+        print("interrupted; start the same command again to continue.", file=sys.stderr)
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
+    for name in ("seeds", "stop_after_minutes"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise OptionError(f"--{name.replace('_', '-')} must be above 0; found {value}.")
+    folder = options.output or Path(f"runs/reproduce-{options.budget}")
+    grid = build_grid(folder, options.budget, options.table, options.seeds, options.trainer)
+    if options.list:
+        print(listing(grid))
+        return 0
+    grid.claim_grid()
+    reason, failed = None, list[Cell]()
+    if not options.only_tables:
+        with exclusive(folder):
+            reason, failed = run_grid(grid, options.stop_after_minutes)
+    result = measure(grid, options.metric)
+    write_json(folder / "tables.json", result)
+    write_atomically(folder / "tables.md", lambda file: file.write(markdown(result).encode()))
+    print(text(result))
+    _draw(grid, folder / "curves.png")
+    say(f"written: {folder / 'tables.json'}, {folder / 'tables.md'}; page of all runs: "
+        f"python examples/report.py {folder / 'cells'}/*")  # fmt: skip
+    if reason is not None:
+        say(f"stopped by {reason}; start the same command again to continue.")
+    for cell in failed:
+        say(f"failed: {cell.folder.name}; see {folder / 'logs' / cell.folder.name}.log")
+    return 1 if failed else {"SIGINT": 130, "SIGTERM": 143}.get(str(reason), 0)
+
+
+def _draw(grid: Grid, path: Path) -> None:
+    """The picture beside the table of curves."""
+    claim = CLAIMS["curves"]
+    compared = [cell for cell in grid.cells if cell.variant in claim.rows.values() and cell.column in claim.columns]
+    runs = [read_run(cell.folder) for cell in compared if cell.is_finished()]
+    if "curves" in grid.tables and runs:
+        draw_panel(accuracy_panel(group_runs(runs)), path)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
