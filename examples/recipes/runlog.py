@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import gradconsist
 from recipes.errors import CheckpointError, OptionError
+from recipes.files import regular_size
 
 Number = float | Tensor
 
@@ -93,7 +94,10 @@ class MetricsFile:
 
     def __init__(self, path: Path, keep: int, sha256: str | None = None) -> None:
         self.path = path
-        kept = path.read_bytes()[:keep] if keep else b""
+        try:
+            kept = path.read_bytes()[:keep] if keep and regular_size(path) else b""
+        except (FileNotFoundError, ValueError):
+            kept = b""
         self._digest = hashlib.sha256(kept)
         found = f"has {len(kept)} bytes, but the checkpoint was taken when it had {keep}" if len(kept) < keep else None
         if found is None and sha256 not in (None, self.sha256):
