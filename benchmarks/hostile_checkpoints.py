@@ -196,7 +196,7 @@ def pickles(work: Path, quick: bool) -> Iterator[Case]:
 
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=8), inner, max_size=4)),
     max_leaves=12,
 )
 _VALUES = _JSON | st.just(torch.zeros(3)) | st.just(torch.zeros(2, 2, dtype=torch.uint8)) | st.binary(max_size=8)

@@ -23,7 +23,7 @@ def scorecard() -> str:
     """The page."""
     rows = [
         _matrix(), _sweep(), _directional(), *_properties(), _seeded(), _inputs(), _state(), _threads(), _processes(),
-        *_soak(),
+        *_soak(), *_faults(),
     ]  # fmt: skip
     table = "\n".join(f"| {row.name} | {row.figure} | `{row.command}` |" for row in rows)
     return f"""# Scorecard
@@ -41,8 +41,6 @@ the tests' own tables. Everything ran on a CPU.
 - **CUDA**: half precision, TF32, cuDNN's recurrent and attention kernels, out-of-memory halving and `torch.compile`.
   That the flags are set and restored is tested; the kernels never ran.
 - **NCCL**, and processes on more than one machine: what is shown ran with gloo on one.
-- **The trainers' recovery** from kills and broken files is not part of this table yet; the trainer's tests hold one
-  SIGKILL.
 - **Another thread that trains the same model** during a comparison sees other tensors in the place of its parameters.
   Comparisons wait for each other; a foreign forward cannot be made to.
 - Under `torch.utils.flop_counter.FlopCounterMode`, `engine="ghost"`, `"vmap"` and `"auto"` fail with an error of
@@ -174,6 +172,35 @@ def _soak() -> list[Claim]:
     controls = [row for row in rows if row.get("control") is not None]
     caught = sum(bool(row["leaks"]) for row in controls)
     claims.append(Claim("Soak, deliberate leaks: seen", f"{caught} of {len(controls)}", "python benchmarks/soak.py"))
+    return claims
+
+
+def _faults() -> list[Claim]:
+    kills, hostile = _result("kills"), _result("hostile_files")
+    total = {name: sum(row[name] for row in kills["parts"]) for name in ("kills", "inside a save", "runs", "equal")}
+    forgotten = [row for row in kills["control"] if row["item"] != "nothing"]
+    claims = [
+        Claim(
+            "[The trainers killed](guides/faults.md) by SIGKILL at moments that nobody chose, and resumed",
+            f"{total['kills']} kills, {total['inside a save']} of them inside a save: **{total['equal']} of"
+            f" {total['runs']}** runs equal to the uninterrupted one by SHA-256; {sum(r['noticed'] for r in forgotten)}"
+            f" of {len(forgotten)} forgotten items of the state noticed",
+            "python benchmarks/kills.py",
+        )
+    ]
+    names = {
+        "Damaged files of a run: detected": ("truncated", "flipped", "mismatch"),
+        "Forged pickles and archives: refused, nothing run or written": ("pickles", "archives"),
+        "Damaged data sets, fuzzed readers: an error by name": ("data", "fuzz"),
+        "Full disks, odd places, NaN: nothing lost": ("full", "places", "not finite"),
+    }
+    for name, parts in names.items():
+        rows = [row for row in hostile["rows"] if row["part"] in parts]
+        if not rows:
+            continue
+        right, cases = (sum(row[key] for row in rows) for key in ("right", "cases"))
+        command = f"python benchmarks/hostile_files.py --only {' '.join(map(json.dumps, parts))}"
+        claims.append(Claim(f"[{name}](guides/faults.md)", f"{right} / {cases}", command))
     return claims
 
 

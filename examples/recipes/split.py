@@ -124,9 +124,11 @@ def store_or_check(path: Path, split: Split, classes: list[str]) -> None:
         classes: Class names.
 
     Raises:
-        ResumeError: Where the stored split or the data differ, or the file is damaged.
+        ResumeError: Where the stored split or the data differ, or the file is damaged or lost.
     """
     if not path.exists():
+        if any(path.parent.glob("checkpoints/*.pt")):  # it is written before the first of them
+            raise ResumeError(f"{path} is missing from a run with checkpoints: restore it, or give another --output.")
         write_json(path, split.record(classes))
         return
     try:

@@ -60,6 +60,7 @@ def tree(folder: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("name", PICKLES)
 def test_a_forged_pickle_is_refused_and_runs_nothing(tmp_path: Path, name: str) -> None:
     canary = tmp_path / "canary"
@@ -147,12 +148,29 @@ def test_a_checkpoint_that_is_no_file_is_skipped(two: Path, become: Callable[[Pa
 
 
 @pytest.mark.parametrize("name", ["config.json", "split.json"])
-@pytest.mark.parametrize("become", ODD)
+@pytest.mark.parametrize("become", [one for one in ODD if one is not becomes_a_loop])
 def test_a_run_file_that_is_no_file_is_refused(
     tiny: MakeConfig, become: Callable[[Path], None], name: str, begun: Path
 ) -> None:
     become(begun / name)
     with pytest.raises(ResumeError, match=rf"{name} cannot be read .*restore it, or give another --output"):
+        run(tiny("begun", method="supervised"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "split.json"])
+@pytest.mark.parametrize("become", [becomes_a_loop, Path.unlink])
+def test_a_run_file_that_is_lost_is_refused(
+    tiny: MakeConfig, become: Callable[[Path], None], name: str, begun: Path
+) -> None:
+    become(begun / name)
+    with pytest.raises(ResumeError, match=rf"({name} is missing from|a run without its {name}).*restore it, or give"):
+        run(tiny("begun", method="supervised"))
+
+
+@pytest.mark.parametrize("become", [Path.unlink, becomes_a_pipe])
+def test_a_log_that_is_lost_is_refused(tiny: MakeConfig, become: Callable[[Path], None], begun: Path) -> None:
+    become(begun / "metrics.jsonl")
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl has 0 bytes, but the checkpoint was taken when it had"):
         run(tiny("begun", method="supervised"))
 
 
@@ -225,7 +243,7 @@ def test_a_damaged_later_checkpoint_does_not_take_the_place_of_a_whole_one(two: 
     "changes",
     [
         {"step": -1}, {"step": 10**30}, {"step": None}, {"evaluations": torch.zeros(2, 2)}, {"evaluations": ["x"]},
-        {"method": 3}, {"average": []}, {"optimizer": None}, {"scaler": 1.0}, {"meter": [1]}, {"rng": torch.zeros(3)},
+        {"method": 3}, {"average": []}, {"optimizer": None}, {"meter": [1]}, {"rng": torch.zeros(3)},
         {"metrics_bytes": -1}, {"metrics_bytes": "x"}, {"metrics_sha256": 5}, {"seconds": None},
     ],
     ids=str,
@@ -258,6 +276,25 @@ def test_workers_that_outlive_a_killed_trainer_do_not_hold_its_directory(tmp_pat
         assert worker.is_alive()
     worker.kill()
     worker.join()
+
+
+@pytest.mark.parametrize("become", [becomes_a_pipe, becomes_a_folder, becomes_bytes, becomes_endless])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_weights_to_start_from_that_are_no_weights_are_refused(
+    tiny: MakeConfig, tmp_path: Path, become: Callable[[Path], None], suffix: str
+) -> None:
+    path = tmp_path / f"start{suffix}"
+    path.touch()
+    become(path)
+    with pytest.raises((OptionError, CheckpointError), match=rf"start{suffix} (cannot be read|is neither|is refused)"):
+        run(tiny(init_from=str(path), method="supervised"))
+
+
+@pytest.mark.parametrize("state", [{}, {"average": []}, {"average": {"model": {"weight": "text"}}}])
+def test_a_foreign_checkpoint_to_start_from_is_refused(tiny: MakeConfig, tmp_path: Path, state: dict[str, Any]) -> None:
+    torch.save(state, tmp_path / "start.pt")
+    with pytest.raises(OptionError, match="is no checkpoint of a trainer: it has no averaged model"):
+        run(tiny(init_from=str(tmp_path / "start.pt"), method="supervised"))
 
 
 def test_an_output_that_is_a_file_is_refused(tiny: MakeConfig, tmp_path: Path) -> None:

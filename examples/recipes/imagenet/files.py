@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from recipes.errors import DatasetError
+from recipes.files import regular_size
 from recipes.folder import list_folder
 
 
@@ -61,9 +62,10 @@ class Photographs:
         """
         path = self.path(index)
         try:
+            regular_size(Path(path))
             with Image.open(path) as opened:
                 return opened.convert("RGB")
-        except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # a damaged file can fail anywhere in its format's decoder, and with any class
             raise DatasetError(f"{path} cannot be read as an image ({error}): replace or remove it.") from error
 
     def digest(self) -> bytes:

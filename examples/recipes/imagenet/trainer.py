@@ -184,10 +184,13 @@ class ProcessTrainer:
             self.meter.load_state_dict(state["meter"])
             self.evaluations = [float(value) for value in state["evaluations"]]
             self.step = int(state["step"])
+            if not 0 <= self.step <= self.config.steps:
+                raise ValueError(f"it is of step {self.step} of {self.config.steps}")
             self._load_random(state["processes"], fresh)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except Exception as error:  # what a foreign state holds can fail in any way where it is used
+            reason = (str(error) or "no reason given").splitlines()[0]
             raise CheckpointError(
-                f"the checkpoint does not fit this run ({type(error).__name__}: {str(error).splitlines()[0]}): "
+                f"the checkpoint does not fit this run ({type(error).__name__}: {reason}): "
                 "it was written by another version of the trainer, or for another model. Use another --output."
             ) from error
 
