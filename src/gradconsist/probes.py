@@ -116,7 +116,8 @@ def _only_rounding(forward: PerSampleForward, inputs: Inputs, target: Tensor, bo
     tensors = {**dict(forward.model.named_buffers()), **dict(forward.model.named_parameters())}
     if all(tensor.dtype == torch.float64 for tensor in tensors.values() if tensor.is_floating_point()):
         return False  # it was float64 that differed
-    double = {name: wide(tensor) for name, tensor in tensors.items()}
+    # Those of whole numbers stay out: given as they are, a BatchNorm would count these forwards in the user's own.
+    double = {name: wide(tensor) for name, tensor in tensors.items() if tensor.is_floating_point()}
     exact = PerSampleForward(forward.model, forward.loss_fn, forward.batchnorm, parameters=double)
     inputs, target = map_leaves(wide, take(inputs, both)), wide(target[both])
     try:

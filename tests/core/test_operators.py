@@ -150,6 +150,13 @@ def test_rounding_is_not_taken_for_neighbours(engine: str) -> None:
         GradientConsistencyLoss(Mixing(), engine=engine)(*views, target)
 
 
+def test_the_look_at_rounding_counts_no_batch() -> None:
+    """BatchNorm counts its batches in whole numbers, which are not copied by making them float64."""
+    model = nn.Sequential(nn.BatchNorm1d(64), Amplified(1e5))
+    GradientConsistencyLoss(model)(*torch.randn(2, 4, 64), torch.arange(4) % 3)
+    assert int(model[0].num_batches_tracked) == 0
+
+
 class Mixing(Amplified):
     """A sample that sees its neighbours, in any precision."""
 

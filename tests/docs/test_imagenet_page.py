@@ -41,7 +41,7 @@ def test_options_that_do_nothing_here_are_hidden() -> None:
     hidden = {name for name, hint in hints.items() if "Suppress" in repr(hint)}
     inherited = {field.name for field in dataclasses.fields(Config)} - set(ImageNetConfig.__annotations__)
     assert inherited - hidden == {
-        "output", "seed", "device", "workers", "method", "threshold", "temperature", "method_decay",
+        "config", "output", "seed", "device", "workers", "method", "threshold", "temperature", "method_decay",
         "unlabeled_weight", "unlabeled_ramp", "brier_weight", "joint_forward", "ggcr_weight", "ggcr_warmup",
         "ggcr_ramp", "ggcr_every", "ggcr_engine", "ggcr_projection", "ggcr_gate", "ggcr_criterion", "steps",
         "unlabeled_ratio", "ema", "ema_warmup", "amp", "channels_last", "log_every", "tensorboard", "progress",
