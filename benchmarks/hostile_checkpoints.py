@@ -50,7 +50,7 @@ def config(folder: Path, **changes: Any) -> Config:
 
 def begun(folder: Path, **changes: Any) -> Path:
     """The directory of a run with checkpoints at 3 and 6 of 12 steps."""
-    quietly(lambda: main(config(folder, stop_after_steps=6, **changes)))
+    quietly(lambda: main(config(folder, **{"stop_after_steps": 6, **changes})))
     return folder
 
 
