@@ -48,8 +48,9 @@ def main() -> None:
 
 def imagenet(page: str) -> str:
     """The guide on the ImageNet trainer with fresh tables between its markers."""
-    costs = [_result("imagenet_cost"), _result("imagenet_cost_224")]
-    runs = [_result(f"imagenet_{name}") for name in ("1percent", "10percent", "resnet50")]
+    costs, runs = (
+        [_result(path.stem) for path in sorted(RESULTS.glob(f"imagenet_{kind}*.json"))] for kind in ("cost", "runs")
+    )
     return with_imagenet_tables(page, costs, _result("imagenet_equality"), runs)
 
 
