@@ -55,8 +55,9 @@ def equality_table(result: Result) -> str:
     ]
     environment, used = result["environment"], result["setting"]
     return "\n".join(lines) + (
-        f"\n\nRelative, of the whole gradient, from the same weights: {used['arch']} at {used['image_size']}, float32, {used['processes']} "
-        f"processes. Made by `{_command(environment)}` under torchrun, torch {environment['torch']}."
+        f"\n\nRelative, of the whole gradient, from the same weights: {used['arch']} at {used['image_size']}, float32, "
+        f"{used['processes']} processes. Made by `{_command(environment)}` under torchrun, "
+        f"torch {environment['torch']}."
     )
 
 
@@ -73,8 +74,8 @@ def runs_table(results: list[Result]) -> str:
             seconds = "" if summary is None else f"{summary['seconds'] / 60:.0f} min"
             cosines = [line["ggcr_cosine"] for line in run["training"] if line.get("ggcr_cosine") is not None]
             lines.append(
-                f"| {options['arch']} | {options['image_size']} | {100 * options['label_fraction']:.0f} % | {run['label']} | "
-                f"{options['processes']} | {options['steps']} | {last} | "
+                f"| {options['arch']} | {options['image_size']} | {100 * options['label_fraction']:.0f} % | "
+                f"{run['label']} | {options['processes']} | {options['steps']} | {last} | "
                 f"{f'{cosines[0]:.2f} to {cosines[-1]:.2f}' if cosines else ''} | {seconds} |"
             )
     made = "\n".join(result["made_by"] for result in results)
