@@ -174,7 +174,7 @@ def places(work: Path, quick: bool) -> Iterator[Case]:
     yield case("newest record a link to nowhere", lambda run: swap(run, f"{newest}.json", _nowhere), {0})
     yield case("newest checkpoint a pipe", lambda run: swap(run, f"{newest}.pt", os.mkfifo), {0})
     yield case("newest checkpoint endless", lambda run: swap(run, f"{newest}.pt", _endless), {0})
-    yield case("newest checkpoint a folder", lambda run: swap(run, f"{newest}.pt", os.mkdir), {0})
+    yield case("newest checkpoint a folder", lambda run: swap(run, f"{newest}.pt", os.mkdir), {1})
     yield case("checkpoint folder a file", lambda run: swap(run, "checkpoints", Path.touch), {1})
     yield case("run directory a file", lambda run: swap(run, ".", lambda _: run.touch()), {2})
     yield case("config.json a pipe", lambda run: swap(run, "config.json", os.mkfifo), {1})
