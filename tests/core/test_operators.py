@@ -150,6 +150,21 @@ def test_rounding_is_not_taken_for_neighbours(engine: str) -> None:
         GradientConsistencyLoss(Mixing(), engine=engine)(*views, target)
 
 
+def test_asking_whether_it_was_rounding_counts_no_batch() -> None:
+    class Counted(Amplified):
+        def __init__(self) -> None:
+            super().__init__(1e5)
+            self.norm = nn.BatchNorm1d(64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.norm(x))
+
+    model = Counted()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    GradientConsistencyLoss(model)(*torch.randn(2, 4, 64), torch.arange(4) % 3)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
 class Mixing(Amplified):
     """A sample that sees its neighbours, in any precision."""
 
