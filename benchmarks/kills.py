@@ -202,11 +202,12 @@ def at_random(bench: Bench, part: str, variant: str, start: Start) -> None:
     while True:
         # After eight kills it may end: on a machine that got slower, no moment in `seconds` is late enough.
         victim, delay = start(folder), bench.numbers.uniform(0, seconds) if len(kills) < 8 else 600.0
+        before = len(kills)
         while not victim.wait(delay):
             victim.kill()
             kills.append({"after": round(delay, 3), **remains(folder)})
             delay = bench.numbers.uniform(seconds / 2, seconds)  # torchrun goes on, with workers that must import first
-        if victim.status == 0:
+        if victim.status == 0 or len(kills) == before:  # over, or failed unkilled, which `finish` tells
             break
     finish(victim, folder)
     if kills:
