@@ -1,28 +1,35 @@
-"""What docs/guides/imagenet.md shows of result files: costs of settings, and the runs."""
+"""What docs/guides/imagenet.md shows of result files: costs of settings, two processes against one, and the runs."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
+Result = dict[str, Any]
 
-def with_tables(page: str, cost: dict[str, Any], runs: dict[str, Any]) -> str:
+
+def with_tables(page: str, costs: list[Result], equality: Result, runs: list[Result]) -> str:
     """The page with fresh tables between its markers."""
-    for name, text in (("imagenet-cost", cost_table(cost)), ("imagenet-runs", runs_section(runs))):
+    fresh = {
+        "imagenet-cost": "\n\n".join(cost_table(cost) for cost in costs),
+        "imagenet-equality": equality_table(equality),
+        "imagenet-runs": runs_table(runs),
+    }
+    for name, text in fresh.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-        fresh = f"{begin}\n{text}\n{end}"
-        page = re.sub(f"{begin}.*?{end}", lambda _, fresh=fresh: fresh, page, flags=re.S)  # type: ignore[misc]
+        page = re.sub(f"{begin}.*?{end}", lambda _, text=f"{begin}\n{text}\n{end}": text, page, flags=re.S)  # type: ignore[misc]
     return page
 
 
-def cost_table(result: dict[str, Any]) -> str:
+def cost_table(result: Result) -> str:
     """Step and peak memory of each setting over those of the step without the term."""
     lines = [
         "| setting | image size | labeled + pairs | seconds | step | peak memory |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in result["rows"]:
-        start = f"| {_setting(row['variant'])} | {row['image_size']} | {row['labeled']} + {row['pairs']} |"
+        setting = f"`{row['variant']}`" if row["variant"].startswith("--") else row["variant"]
+        start = f"| {setting} | {row['image_size']} | {row['labeled']} + {row['pairs']} |"
         if row["reason"]:
             lines.append(f"{start} not run: {row['reason']} | | |")
         else:
@@ -30,27 +37,50 @@ def cost_table(result: dict[str, Any]) -> str:
     environment, used = result["environment"], result["setting"]
     return "\n".join(lines) + (
         f"\n\nThe trainer's own step of {used['arch']}, BatchNorm, float32, every pair confident, one process; median "
-        f"of {used['rounds']} rounds. Made by `{environment['command'].replace('python ', 'python benchmarks/')}`: "
-        f"{used['clock']} clock, torch {environment['torch']}, {environment['device']}."
+        f"of {used['rounds']} round(s). Made by `{_command(environment)}`: {used['clock']} clock, torch "
+        f"{environment['torch']}, {environment['device']}."
     )
 
 
-def _setting(variant: str) -> str:
-    return f"`{variant}`" if variant.startswith("--") else variant
-
-
-def runs_section(result: dict[str, Any]) -> str:
-    """The runs as a table, with the commands that made them."""
+def equality_table(result: Result) -> str:
+    """Difference of the gradients of two processes and of one, step by step."""
     lines = [
-        "| network | image size | labels | method | processes | steps | top-1 | chance | last loss | GC | time |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| norm | step | pairs | loss of one process | difference of the gradients |",
+        "| --- | --- | --- | --- | --- |",
     ]
-    for run in result["runs"]:
-        options, summary, train = run["options"], run["summary"], run["training"][-1]
-        cosine = [line["ggcr_cosine"] for line in run["training"] if line.get("ggcr_cosine") is not None]
-        lines.append(
-            f"| {options['arch']} | {options['image_size']} | {summary['labels']} | {run['label']} | "
-            f"{summary['processes']} | {summary['steps']} | {100 * summary['last']:.1f} % | 2 % | "
-            f"{train['loss']:.3f} | {f'{cosine[-1]:.2f}' if cosine else ''} | {summary['seconds'] / 60:.0f} min |"
-        )
-    return "\n".join(lines) + "\n\n" + result["text"] + f"\n\n```text\n{result['made_by']}\n```"
+    lines += [
+        f"| `{row['norm']}` | {row['step'] + 1} | {row['pairs']:.0f} | {row['loss_alone']:.4f} | "
+        f"{row['gradient_error']:.1e} |"
+        for row in result["rows"]
+    ]
+    environment, used = result["environment"], result["setting"]
+    return "\n".join(lines) + (
+        f"\n\nRelative, of the whole gradient, from the same weights: {used['arch']} at {used['image_size']}, float32, "
+        f"{used['processes']} processes. Made by `{_command(environment)}` under torchrun, "
+        f"torch {environment['torch']}."
+    )
+
+
+def runs_table(results: list[Result]) -> str:
+    """Every run, with the commands that made them."""
+    lines = [
+        "| network | image size | labels | method | processes | steps | top-1 | pairs compared: GC | time |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for result in results:
+        for run in result["runs"]:
+            options, summary = run["options"], run["summary"]
+            last = "unfinished" if summary is None else f"{100 * summary['last']:.1f} %"
+            seconds = "" if summary is None else f"{summary['seconds'] / 60:.0f} min"
+            cosines = [line["ggcr_cosine"] for line in run["training"] if line.get("ggcr_cosine") is not None]
+            lines.append(
+                f"| {options['arch']} | {options['image_size']} | {100 * options['label_fraction']:.0f} % | "
+                f"{run['label']} | {options['processes']} | {options['steps']} | {last} | "
+                f"{f'{cosines[0]:.2f} to {cosines[-1]:.2f}' if cosines else ''} | {seconds} |"
+            )
+    made = "\n".join(result["made_by"] for result in results)
+    return "\n".join(lines) + f"\n\n```text\n{made}\n```"
+
+
+def _command(environment: Result) -> str:
+    return str(environment["command"]).replace("python ", "python benchmarks/")

@@ -22,7 +22,7 @@ from imagenet_page import with_tables as with_imagenet_tables
 from matrix_page import matrix_page, summary_table
 from reproduce_page import with_paper_tables
 from scorecard_page import scorecard
-from trainer_page import with_tables
+from trainer_page import TABLES, with_tables
 from usb_page import with_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,8 +39,7 @@ def main() -> None:
     guide = ROOT / "docs" / "guides" / "usb.md"
     guide.write_text(with_table(guide.read_text(encoding="utf-8"), _result("usb")), encoding="utf-8")
     guide = ROOT / "docs" / "guides" / "trainer.md"
-    page = with_tables(guide.read_text(encoding="utf-8"), _result("input_pipeline"), _result("cifar_amp"))
-    guide.write_text(page, encoding="utf-8")
+    guide.write_text(with_tables(guide.read_text(encoding="utf-8"), trainer_results()), encoding="utf-8")
     guide = ROOT / "docs" / "guides" / "reproduce-the-paper.md"
     guide.write_text(with_paper_tables(guide.read_text(encoding="utf-8"), _result("reproduce_demo")), encoding="utf-8")
     guide = ROOT / "docs" / "guides" / "imagenet.md"
@@ -49,7 +48,14 @@ def main() -> None:
 
 def imagenet(page: str) -> str:
     """The guide on the ImageNet trainer with fresh tables between its markers."""
-    return with_imagenet_tables(page, _result("imagenet_cost"), _result("imagenet"))
+    costs = [_result("imagenet_cost"), _result("imagenet_cost_224")]
+    runs = [_result(f"imagenet_{name}") for name in ("1percent", "10percent", "resnet50")]
+    return with_imagenet_tables(page, costs, _result("imagenet_equality"), runs)
+
+
+def trainer_results() -> dict[str, dict[str, Any]]:
+    """The files behind the trainer's page, as far as they are there."""
+    return {name: _result(name) for name in TABLES if (RESULTS / f"{name}.json").exists()}
 
 
 def with_cost(readme: str) -> str:

@@ -22,5 +22,8 @@ def with_paper_tables(page: str, result: dict[str, Any]) -> str:
     """
     from recipes.tabletext import markdown
 
+    # The file keeps the version; here the revision says more, and a page has no version to renew.
+    places = [{key: value for key, value in place.items() if key != "gradconsist"} for place in result["environments"]]
+    result = {**result, "environments": places}
     tables = f"<!-- paper:begin -->\n{markdown(result, level=3)}<!-- paper:end -->"
     return re.sub(r"<!-- paper:begin -->.*?<!-- paper:end -->", lambda _: tables, page, flags=re.S)

@@ -6,19 +6,18 @@ import re
 from typing import Any
 
 
-def with_tables(page: str, pipeline: dict[str, Any], modes: dict[str, Any]) -> str:
+def with_tables(page: str, results: dict[str, dict[str, Any]]) -> str:
     """The page with fresh tables between their markers.
 
     Args:
         page: The page as it is.
-        pipeline: benchmarks/results/input_pipeline.json.
-        modes: benchmarks/results/cifar_amp.json.
+        results: Name to contents of the files under benchmarks/results that `TABLES` names.
 
     Returns:
         The page as it should be.
     """
-    for name, lines in (("input_pipeline", _pipeline(pipeline)), ("cifar_amp", _modes(modes))):
-        table = "\n".join([f"<!-- {name}:begin -->", *lines, f"<!-- {name}:end -->"])
+    for name, result in results.items():
+        table = "\n".join([f"<!-- {name}:begin -->", *TABLES[name](result), f"<!-- {name}:end -->"])
         page = re.sub(rf"<!-- {name}:begin -->.*?<!-- {name}:end -->", lambda _, table=table: table, page, flags=re.S)
     return page
 
@@ -64,6 +63,8 @@ def _modes(result: dict[str, Any]) -> list[str]:
         )
     environment = result["runs"][0]["environment"]
     return [
+        "![Test accuracy in each mode](../assets/cifar_amp.png)",
+        "",
         *lines,
         "",
         "Test accuracy of the averaged (EMA) model on CIFAR-10 (JPEG copy), the first fifth of each class, scaled to"
@@ -76,3 +77,6 @@ def _modes(result: dict[str, Any]) -> list[str]:
         "",
         f"torch {environment['torch']}, {environment['threads']} thread, {environment['device']}.",
     ]
+
+
+TABLES = {"input_pipeline": _pipeline, "cifar_amp": _modes}

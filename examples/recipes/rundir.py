@@ -18,8 +18,6 @@ from recipes.runlog import environment, software
 
 FORMAT = 1
 
-FORMAT = 1
-
 
 def check_run(config: Config, device: torch.device, harmless: frozenset[str] = HARMLESS) -> bool:
     """Look into the run directory, without writing: is it new, or the same run?

@@ -186,6 +186,7 @@ class Progress:
             kind = "bar" if sys.stderr.isatty() else "lines"
         self.kind, self.done, self.total, self.every = kind, done, total, every
         self.said, self.then = time.monotonic(), done  # when the last line was printed, and the steps done by then
+        self.pace: tuple[float, float] | None = None  # steps and seconds between lines, the last ones most
         self.shown: dict[str, str] = {}
         self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True) if kind == "bar" else None
 
@@ -207,11 +208,13 @@ class Progress:
         """Print a plain line now, where lines are wanted."""
         if self.kind != "lines":
             return
-        # At the pace since the last line: steps are longer once the term has joined.
+        # Of late, not since the start: steps are longer once the term has joined.
         now = time.monotonic()
-        rate = (self.done - self.then) / max(now - self.said, 1e-9)
+        steps, seconds = self.done - self.then, now - self.said
+        before = self.pace or (steps, seconds)
+        self.pace = 0.7 * before[0] + 0.3 * steps, 0.7 * before[1] + 0.3 * seconds
         self.said, self.then = now, self.done
-        left = duration((self.total - self.done) / rate) if rate else "?"
+        left = duration((self.total - self.done) * self.pace[1] / self.pace[0]) if self.pace[0] else "?"
         numbers = "  ".join(f"{key} {value}" for key, value in self.shown.items())
         print(f"step {self.done}/{self.total}  {numbers}  {left} left", file=sys.stderr, flush=True)
 

@@ -84,19 +84,16 @@ class Trainer:
         else:
             out = same_step_twice(self.method, self.sam, lambda: self._gradient(batch))
             self.scaler.step(self.sam.base)  # by the second gradient
-        scaling = self._update_scale()
+        try:
+            scaling = update_scale(self.scaler)
+        except FloatingPointError as error:
+            raise NonFiniteLossError(self._non_finite(str(error))) from error
         self.average.update(self.model)
         self.step += 1
         quality = pseudo_label_quality(out, images.truth)
         self.meter.add({**out.logs, **quality, **scaling, "loss": out.loss, "lr": lr})
         if "ggcr_cosine" in out.logs:
-            self.meter.add({"ggcr_cosine_sample": self._cosines()})
-
-    def _cosines(self) -> Tensor:
-        """GC of each pair `[B]` of this step; NaN for pairs that were not compared or are degenerate."""
-        wrapper = next(module for module in self.method.modules() if isinstance(module, GGCRWrapper))
-        record = wrapper.consistency.last
-        return torch.empty(0) if record is None else record.cosine
+            self.meter.add({"ggcr_cosine_sample": last_cosines(self.method)})
 
     def _gradient(self, batch: SSLBatch) -> StepOutput:
         """The method's loss and, in `.grad`, its scaled gradient."""
@@ -119,17 +116,6 @@ class Trainer:
         if self.config.amp == "off":
             return contextlib.nullcontext()
         return torch.autocast(self.to_model.device.type, dtype=AMP_TYPES[self.config.amp])
-
-    def _update_scale(self) -> dict[str, Number]:
-        """Adapt the loss scale of fp16, and say what it was; an overflow halves it, and its step was skipped."""
-        if not self.scaler.is_enabled():
-            return {}
-        scale = self.scaler.get_scale()
-        self.scaler.update()
-        skipped = self.scaler.get_scale() < scale
-        if skipped and scale < _LEAST_SCALE:
-            raise NonFiniteLossError(self._non_finite(f"the gradient is not finite at a loss scale of {scale:g}"))
-        return {"loss_scale": scale, "skipped": float(skipped)}
 
     def _check_gradients(self) -> None:
         name = non_finite_gradient(self.model)
@@ -205,6 +191,35 @@ def _check_half_type(amp: str, device: torch.device) -> None:
         why = str(error).splitlines()[0]
     instead = "--amp bf16 or --amp off" if amp == "fp16" else "--amp off"
     raise OptionError(f"--amp {amp} does not work on {device} with torch {torch.__version__} ({why}): give {instead}.")
+
+
+def update_scale(scaler: torch.amp.GradScaler) -> dict[str, Number]:
+    """Adapt the loss scale of fp16, and say what it was; an overflow halves it, and its step was skipped.
+
+    Args:
+        scaler: After its `step`.
+
+    Returns:
+        `loss_scale` and `skipped`; nothing where the scaler is not enabled.
+
+    Raises:
+        FloatingPointError: Where the gradient is not finite even without scaling.
+    """
+    if not scaler.is_enabled():
+        return {}
+    scale = scaler.get_scale()
+    scaler.update()
+    skipped = scaler.get_scale() < scale
+    if skipped and scale < _LEAST_SCALE:
+        raise FloatingPointError(f"the gradient is not finite at a loss scale of {scale:g}")
+    return {"loss_scale": scale, "skipped": float(skipped)}
+
+
+def last_cosines(method: nn.Module) -> Tensor:
+    """GC of each pair `[B]` of the last step; NaN for pairs that were not compared or are degenerate."""
+    wrapper = next(module for module in method.modules() if isinstance(module, GGCRWrapper))
+    record = wrapper.consistency.last
+    return torch.empty(0) if record is None else record.cosine
 
 
 def non_finite_gradient(model: nn.Module) -> str | None:

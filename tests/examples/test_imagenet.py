@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
+import torchvision
 from torch import nn
 
 from recipes.cli import parse_options
@@ -267,6 +269,11 @@ def test_a_run_leaves_what_the_cifar_trainers_leaves_and_continues_bitwise(photo
         path.name for path in folder.iterdir()
     }
     assert any((folder / "tensorboard").iterdir())
+    state = final(folder)
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    model = torchvision.models.get_model(whole.arch, weights=None, num_classes=3)
+    model.load_state_dict(weights)  # names are torchvision's
+    assert all(torch.equal(value, state[f".average.model.{name}"]) for name, value in weights.items())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     evaluation = lines[-1]
     assert evaluation["test_accuracy_top5"] == 1.0  # of three classes

@@ -308,40 +308,46 @@ def test_the_trainer_logs_how_gc_is_spread(tiny_at: MakeConfig, tmp_path: Path) 
     assert {"gc", "accuracy", "seconds"} <= {panel.key for panel in panels(group_runs([read]))}
 
 
+# A frame has the colour scheme of the element that it is in.
 PROBE = """
-<iframe id=phone src=page.html width=390 height=3000></iframe>
-<iframe id=desk src=page.html width=1280 height=3000></iframe>
+<title></title>
+<iframe id="phone light" src="page.html" width="390" height="3000" style="color-scheme: light"></iframe>
+<iframe id="phone dark" src="page.html" width="390" height="3000" style="color-scheme: dark"></iframe>
+<iframe id="desk light" src="page.html" width="1280" height="3000" style="color-scheme: light"></iframe>
+<iframe id="desk dark" src="page.html" width="1280" height="3000" style="color-scheme: dark"></iframe>
 <script>
-function look(id) {
-  const page = document.getElementById(id).contentDocument;
+function look(frame) {
+  const page = frame.contentDocument, left = box => Math.round(box.getBoundingClientRect().left);
   const lines = [...page.querySelectorAll("figure .line")].map(line => line.getBoundingClientRect());
-  const text = page.querySelector("figure svg text").getBoundingClientRect();
   const style = page.defaultView.getComputedStyle(page.body);
   return {
     needed: page.documentElement.scrollWidth, figures: page.querySelectorAll("figure").length,
-    drawn: lines.filter(box => box.width > 50).length, letters: text.height,
-    paper: style.backgroundColor, ink: style.color, columns: new Set([...page.querySelectorAll("figure")].map(
-      figure => figure.getBoundingClientRect().left)).size
+    drawn: lines.filter(box => box.width > 50).length,
+    letters: page.querySelector("figure svg text").getBoundingClientRect().height,
+    colours: [style.backgroundColor, style.color], columns: new Set([...page.querySelectorAll("figure")].map(left)).size
   };
 }
-window.onload = () => { document.title = JSON.stringify({phone: look("phone"), desk: look("desk")}); };
+window.onload = () => {
+  const seen = [...document.querySelectorAll("iframe")].map(frame => [frame.id, look(frame)]);
+  document.title = JSON.stringify(Object.fromEntries(seen));
+};
 </script>
 """
 
 
-def look_at(folder: Path, scheme: str) -> dict[str, Any]:
-    """What a browser makes of `page.html` in a phone's and a desk's window."""
+def look_at(folder: Path) -> dict[str, Any]:
+    """What a browser makes of `page.html` in the windows of a phone and of a desk, light and dark."""
     (folder / "probe.html").write_text(PROBE)
     command = [
         str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-        "--allow-file-access-from-files", "--virtual-time-budget=3000",
-        f"--blink-settings=preferredColorScheme={int(scheme == 'light')}",
-        f"--user-data-dir={folder / 'profile'}", "--dump-dom", (folder / "probe.html").as_uri(),
+        "--allow-file-access-from-files", "--virtual-time-budget=3000", f"--user-data-dir={folder / 'profile'}",
+        "--dump-dom", (folder / "probe.html").as_uri(),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
     found = re.search(r"<title>(.*?)</title>", done.stdout)
     assert found is not None, done.stdout[-500:]
-    return json.loads(found[1])
+    seen: dict[str, Any] = json.loads(found[1])
+    return seen
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium on the path")
@@ -352,16 +358,16 @@ def test_a_browser_shows_the_page(two_methods: list[Path], tmp_path: Path) -> No
         write_run(tmp_path / f"a-{'very' * 20}-long-name-{n}", label="a" * 60, ggcr_weight=n, note="word" * 30)
         for n in (1, 2)
     ]
-    groups = group_runs([read_run(path) for path in (*two_methods, *long)])
+    groups = group_runs([read_run(path) for path in (*long, *two_methods)])
     (folder / "page.html").write_text(page(groups, title="x" * 80))
-    light, dark = look_at(folder, "light"), look_at(folder, "dark")
-    for shown in (*light.values(), *dark.values()):
+    seen = look_at(folder)
+    for shown in seen.values():
         assert shown["figures"] == 7
         assert shown["drawn"] >= 12
-    for phone in (light["phone"], dark["phone"]):
-        assert phone["needed"] <= 390  # nothing but tables scrolls sideways
-        assert phone["letters"] >= 9
-        assert phone["columns"] == 1
-    assert light["desk"]["columns"] > 1
-    assert (light["desk"]["paper"], light["desk"]["ink"]) == ("rgb(255, 255, 255)", "rgb(26, 28, 32)")
-    assert (dark["desk"]["paper"], dark["desk"]["ink"]) == ("rgb(21, 23, 26)", "rgb(230, 232, 235)")
+    for scheme in ("light", "dark"):
+        assert seen[f"phone {scheme}"]["needed"] <= 390  # nothing but tables scrolls sideways
+        assert seen[f"phone {scheme}"]["letters"] >= 9
+        assert seen[f"phone {scheme}"]["columns"] == 1
+        assert seen[f"desk {scheme}"]["columns"] > 1
+    assert seen["desk light"]["colours"] == ["rgb(255, 255, 255)", "rgb(26, 28, 32)"]
+    assert seen["desk dark"]["colours"] == ["rgb(21, 23, 26)", "rgb(230, 232, 235)"]

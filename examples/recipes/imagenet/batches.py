@@ -8,8 +8,6 @@ Index letters: B labeled images of a step over all processes, U = ratio * B unla
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,7 +16,7 @@ from torch.utils.data import Dataset
 from recipes.imagenet.config import ImageNetConfig
 from recipes.imagenet.files import Photographs
 from recipes.imagenet.views import View, render, strong_view, weak_view
-from recipes.loader import StepImages
+from recipes.loader import StepImages, spare_cores
 from recipes.processes import Processes
 from recipes.split import Split
 from recipes.streams import EndlessOrder, Stream, raw
@@ -73,7 +71,9 @@ class StepPhotographs(Dataset[StepImages]):
 
 def worker_count(workers: int | None, local_world: int) -> int:
     """Settle `--workers` for each process: as given, else the machine's cores shared out, eight at most."""
-    if workers is not None:
-        return workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    return max(0, min(8, cores // local_world - 1))
+    return min(8, max(0, spare_cores_each(local_world))) if workers is None else workers
+
+
+def spare_cores_each(local_world: int) -> int:
+    """Cores that each of a machine's training processes leaves over, of those that it may run on."""
+    return (spare_cores() + 1) // local_world - 1

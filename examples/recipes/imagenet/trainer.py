@@ -21,7 +21,7 @@ from recipes.methods import build_method
 from recipes.processes import OtherProcessError, Processes
 from recipes.runlog import Meter
 from recipes.schedule import build_optimizer, set_learning_rate
-from recipes.trainer import AMP_TYPES, non_finite_gradient, pseudo_label_quality
+from recipes.trainer import AMP_TYPES, last_cosines, non_finite_gradient, pseudo_label_quality, update_scale
 
 # Sums over the pairs of a process; every other number of a step is a mean.
 _COUNTS = ("ggcr_pairs", "ggcr_degenerate")
@@ -86,13 +86,20 @@ class ProcessTrainer:
         if not self.scaler.is_enabled():  # fp16's scaler meets infinite gradients as a matter of course, and skips
             name = non_finite_gradient(self.model)  # after the mean over the processes: the same everywhere
             if name is not None:
-                raise self._same_everywhere(NonFiniteLossError(self._non_finite(f"the gradient of {name}")))
+                error = NonFiniteLossError(self._non_finite(f"the gradient of {name} is not finite"))
+                raise self._same_everywhere(error)
         self.scaler.step(self.optimizer)
-        self.scaler.update()
+        try:
+            scaling = update_scale(self.scaler)  # the same everywhere, as the gradient
+        except FloatingPointError as error:
+            raise self._same_everywhere(NonFiniteLossError(self._non_finite(str(error)))) from error
         self.average.update(self.model)
         self.step += 1
         means = self.processes.mean(numbers)
-        self.meter.add({**{k: v * self.processes.world if k in _COUNTS else v for k, v in means.items()}, "lr": lr})
+        counts = {name: value * self.processes.world for name, value in means.items() if name in _COUNTS}
+        self.meter.add({**means, **counts, **scaling, "lr": lr})
+        if "ggcr_cosine" in means:
+            self.meter.add({"ggcr_cosine_sample": self.processes.gather(last_cosines(self.method).cpu())})
 
     def _forward(self, images: StepImages) -> tuple[StepOutput, dict[str, float]]:
         """The loss with its graph, and the numbers of the log."""
@@ -101,7 +108,7 @@ class ProcessTrainer:
             with self._autocast():
                 out: StepOutput = self.whole_step(batch)
         except NonFiniteError as error:
-            raise NonFiniteLossError(self._non_finite(f"the gradient consistency ({error})")) from error
+            raise NonFiniteLossError(self._non_finite(f"the gradient consistency failed ({error})")) from error
         numbers = {
             name: float(value)
             for name, value in {
@@ -112,7 +119,7 @@ class ProcessTrainer:
         }
         if not math.isfinite(numbers["loss"]):
             terms = [name for name, value in numbers.items() if "loss_" in name and not math.isfinite(value)]
-            raise NonFiniteLossError(self._non_finite(f"the loss ({numbers['loss']:g}; terms: {terms or 'none'})"))
+            raise NonFiniteLossError(self._non_finite(f"the loss is {numbers['loss']:g}; terms: {terms or 'none'}"))
         return out, numbers
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -122,7 +129,7 @@ class ProcessTrainer:
 
     def _non_finite(self, what: str) -> str:
         return (
-            f"step {self.step}: {what} is not finite. Nothing was updated, and the last checkpoint is untouched. "
+            f"step {self.step}: {what}. Nothing was updated, and the last checkpoint is untouched. "
             "Try a smaller --lr or --ggcr-weight, or --amp off, in a new --output."
         )
 

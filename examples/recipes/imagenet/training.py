@@ -8,7 +8,6 @@ import os
 import re
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,14 @@ from recipes.config import method_label
 from recipes.errors import ResumeError, TrainerError
 from recipes.evaluation import summarize
 from recipes.files import read_json, write_json
-from recipes.imagenet.batches import StepPhotographs, worker_count
+from recipes.imagenet.batches import StepPhotographs, spare_cores_each, worker_count
 from recipes.imagenet.config import RUN_HARMLESS, ImageNetConfig, resolve
 from recipes.imagenet.evaluation import PROTOCOL, evaluate
 from recipes.imagenet.files import PhotographFolder
 from recipes.imagenet.labels import choose_labeled
 from recipes.imagenet.networks import build_network
 from recipes.imagenet.trainer import ProcessTrainer
-from recipes.loader import ToModel, step_batches
+from recipes.loader import StepImages, ToModel, step_batches
 from recipes.plotting import draw_curves
 from recipes.processes import OtherProcessError, Processes, join, leave
 from recipes.rundir import check_run, create_run, exclusive, last_accuracy
@@ -36,6 +35,8 @@ from recipes.runlog import MetricsFile, Progress, append_line, books, duration, 
 from recipes.runs import read_run
 from recipes.split import Split, store_or_check
 from recipes.stopping import StopRequest
+from recipes.waiting import LoaderWatch
+from recipes.weights import export_weights
 
 MEAN, DEVIATION = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet's channels, as torchvision has them
 
@@ -123,6 +124,9 @@ class _Execution:
         self.saved = trainer.step if state else -1
         self.dataset = StepPhotographs(photographs.train, split, config, processes)
         self.workers = worker_count(config.workers, processes.local_world)
+        term_later = config.ggcr_weight > 0 and trainer.step < config.ggcr_warmup < config.steps
+        spare = spare_cores_each(processes.local_world)
+        self.watch = LoaderWatch(self.workers, spare, term_later=term_later)
         self.metrics: MetricsFile | None = None
         self.board = None
 
@@ -170,22 +174,24 @@ class _Execution:
     def train(self) -> int:
         config, trainer = self.config, self.trainer
         pin = trainer.to_model.device.type == "cuda"
-        batches = step_batches(self.dataset, trainer.step, config.steps, workers=self.workers, pin=pin, ahead=2)
-        fetch = partial(next, batches)
+        self.batches = step_batches(self.dataset, trainer.step, config.steps, workers=self.workers, pin=pin, ahead=2)
         reason, exit_code = None, 0
         with StopRequest(config) as stop:
             try:
                 clock = time.monotonic()
                 while trainer.step < config.steps and reason is None:
-                    trainer.train_step(fetch)
+                    trainer.train_step(self._fetch)
                     now = time.monotonic()
                     self.seconds += now - clock
+                    advice = self.watch.add(self.waited, now - clock - self.waited)
+                    if advice is not None:
+                        self.progress.say(advice)
                     self._after_step()
                     reason, exit_code = self._agree(stop.after_step(), stop.exit_code)
                     clock = time.monotonic()
                 self._save()
             finally:
-                del batches, fetch  # ends the workers
+                del self.batches  # ends the workers
                 self.progress.close()
                 if self.metrics is not None:
                     self.metrics.close()
@@ -197,6 +203,13 @@ class _Execution:
             return exit_code
         self.processes.on_first(self._finish)
         return 0
+
+    def _fetch(self) -> StepImages:
+        """The next step's images; how long they took is in `waited`."""
+        start = time.monotonic()
+        images = next(self.batches)
+        self.waited = time.monotonic() - start
+        return images
 
     def _agree(self, reason: str | None, exit_code: int) -> tuple[str | None, int]:
         """Stop together: a signal or a clock may reach one process only."""
@@ -240,7 +253,12 @@ class _Execution:
         """Images per second of training so far, over all processes; also one line of timing.jsonl."""
         rate = (self.config.batch_size + self.dataset.unlabeled_batch) * self.trainer.step / max(self.seconds, 1e-9)
         if self.processes.first:
-            line = {"step": self.trainer.step, "seconds": round(self.seconds, 3), "images_per_second": round(rate, 1)}
+            line = {
+                "step": self.trainer.step,
+                "seconds": round(self.seconds, 3),
+                "images_per_second": round(rate, 1),
+                "waiting": round(self.watch.share, 4),
+            }
             append_line(self.folder / "timing.jsonl", line)
         return rate
 
@@ -275,13 +293,32 @@ class _Execution:
             **numbers,
             "seconds": round(self.seconds, 1),
         }
+        export_weights(self.folder / "model.safetensors", trainer.average.model, self._about_weights())
         draw_curves([read_run(self.folder)], self.folder / "curves.png")
         write_json(self.folder / "summary.json", summary)  # last: its presence says that the run is finished
         self.progress.say(
             f"finished in {duration(self.seconds)} of training: top-1 accuracy last {numbers['last']:.4f}, "
             f"median of last 20 evaluations {numbers['median_last_20']:.4f}, best {numbers['best']:.4f}"
         )
-        self.progress.say(f"curves: {os.path.join(self.folder, 'curves.png')}")
+        self.progress.say(f"curves: {os.path.join(self.folder, 'curves.png')}, weights: model.safetensors beside it")
+
+    def _about_weights(self) -> dict[str, Any]:
+        """What one must know to use the weights, whose names are torchvision's."""
+        config = self.config
+        return {
+            "format": 1,
+            "arch": config.arch,
+            "norm": config.norm,
+            "classes": self.photographs.classes,
+            "mean": MEAN,
+            "std": DEVIATION,
+            "image_size": [config.image_size, config.image_size],
+            "dataset": self.photographs.name,
+            "method": method_label(config),
+            "labels": len(self.dataset.labeled),
+            "seed": config.seed,
+            "steps": self.trainer.step,
+        }
 
 
 def main(config: ImageNetConfig) -> int:
