@@ -23,6 +23,7 @@ def forgetting(item: str) -> Callable[[Path], object]:
     """A preparation of the fork: the trainer resumes all of its state but one item, which stays as at the start."""
 
     def prepare(folder: Path) -> None:
+        draws(folder)
         load = Trainer.load_state_dict
 
         def without(self: Trainer, state: dict[str, Any]) -> None:
@@ -40,8 +41,20 @@ def forgetting(item: str) -> Callable[[Path], object]:
     return prepare
 
 
-def dies_at_step(_: Path) -> None:
+def draws(_: Path) -> None:
+    """A preparation of the fork: each step draws from torch's global generator, which none of the methods does."""
+    step = Trainer.train_step
+
+    def drawing(self: Trainer, images: Any) -> None:
+        torch.rand(1)
+        step(self, images)
+
+    Trainer.train_step = drawing  # type: ignore[method-assign]
+
+
+def dies_at_step(folder: Path) -> None:
     """A preparation of the fork: SIGKILL before a step between two checkpoints."""
+    draws(folder)
     step = Trainer.train_step
 
     def dying(self: Trainer, images: Any) -> None:

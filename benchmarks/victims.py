@@ -225,8 +225,8 @@ def digests(folder: Path) -> dict[str, str]:
             found[f"{record.stem} record"] = "does not vouch for its file"
         state = torch.load(path, map_location="cpu", weights_only=True)
         for part, value in state.items():
-            if part == "options":  # the run directories differ by name
-                value = {key: option for key, option in value.items() if key != "output"}
+            if part == "options":  # the run directories differ by name, and a call may have been told to stop
+                value = {key: option for key, option in value.items() if key not in ("output", "stop_after_steps")}
             if part != "seconds":
                 found[f"{record.stem} {part}"] = canonical(value)
     return found

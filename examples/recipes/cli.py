@@ -62,7 +62,7 @@ def parse_options(
 
 def _defaults(presets: Mapping[str, Options], preset: str | None, file: str | None) -> Options:
     first = next(iter(presets.values()))
-    if file is None:
+    if file in (None, "None"):  # as the full parser reads it
         return presets.get(str(preset), first)
     options = read_options(Path(file), type(first))
     named = options.get("preset", preset)

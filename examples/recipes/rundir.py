@@ -43,8 +43,9 @@ def check_run(config: Config, device: torch.device, harmless: frozenset[str] = H
         raise ResumeError(f"--resume never, but {folder} holds a run: give another --output, or --resume auto.")
     try:
         stored = read_json(path)
-        options: dict[str, Any] = dict(stored["options"])
-        before: dict[str, Any] = dict(stored["environment"])
+        options, before = stored["options"], stored["environment"]
+        if not isinstance(options, dict) or not isinstance(before, dict):
+            raise ValueError("its options or its environment are no object")
         if stored["format"] != FORMAT:
             raise ValueError(f"its format is {stored['format']!r}, this trainer reads {FORMAT}")
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -132,8 +132,10 @@ def store_or_check(path: Path, split: Split, classes: list[str]) -> None:
         write_json(path, split.record(classes))
         return
     try:
-        stored = dict(read_json(path))
-    except (OSError, ValueError, TypeError) as error:
+        stored = read_json(path)
+        if not isinstance(stored, dict):
+            raise ValueError(f"it holds a {type(stored).__name__}")
+    except (OSError, ValueError) as error:
         raise ResumeError(f"{path} cannot be read ({error}): restore it, or give another --output.") from error
     for key, now, what in (
         ("sha256", split.digest, "labeled split"),

@@ -188,7 +188,15 @@ def begun(stopped: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(stopped, tmp_path / "begun"))
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"options": []}', '{"options": {}, "environment": 3, "format": 1}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "{}",
+        '{"options": [[null, 1]], "environment": {}, "format": 1}',
+        '{"options": {}, "environment": 3, "format": 1}',
+    ],
+)
 def test_a_config_of_another_form_is_refused(tiny: MakeConfig, begun: Path, text: str) -> None:
     (begun / "config.json").write_text(text)
     with pytest.raises(ResumeError, match=r"config.json cannot be read"):
