@@ -6,7 +6,7 @@
 | `files`, `labels` | the files of a data set, and which of them are labeled |
 | `views`, `batches` | weak and strong views of a photograph, batches by step number, a part of each for every process |
 | `networks` | torchvision's networks, with the normalisation that was asked for |
-| `trainer`, `training`, `evaluation` | a step on all processes, the run, the accuracy over all of them |
+| `trainer`, `start`, `training`, `evaluation` | a step on all processes, the run, the accuracy over all of them |
 
 Everything else is in `recipes`, `recipes.processes` among it.
 """

@@ -17,20 +17,21 @@ from gradconsist.errors import GradConsistError
 from recipes import methods
 from recipes.checkpoint import load_latest, remove_leftovers, save_checkpoint
 from recipes.config import method_label
-from recipes.errors import ResumeError, TrainerError
+from recipes.errors import TrainerError
 from recipes.evaluation import summarize
-from recipes.files import read_json, write_json
+from recipes.files import write_json
 from recipes.imagenet.batches import StepPhotographs, spare_cores_each, worker_count
 from recipes.imagenet.config import RUN_HARMLESS, ImageNetConfig, resolve
 from recipes.imagenet.evaluation import PROTOCOL, evaluate
 from recipes.imagenet.files import PhotographFolder
 from recipes.imagenet.labels import choose_labeled
 from recipes.imagenet.networks import build_network
+from recipes.imagenet.start import check_same_files, is_finished
 from recipes.imagenet.trainer import ProcessTrainer
 from recipes.loader import StepImages, ToModel, step_batches
 from recipes.plotting import draw_curves
-from recipes.processes import OtherProcessError, Processes, join, leave
-from recipes.rundir import check_run, create_run, exclusive, last_accuracy
+from recipes.processes import OtherProcessError, join, leave
+from recipes.rundir import check_run, create_run, exclusive
 from recipes.runlog import MetricsFile, Progress, append_line, books, duration, tensorboard_writer
 from recipes.runs import read_run
 from recipes.split import Split, store_or_check
@@ -54,12 +55,12 @@ def run(config: ImageNetConfig) -> int:
     config = resolve(config, processes.world)
     methods.check_method(config)
     folder = Path(str(config.output))
-    finished = processes.on_first(lambda: _finished(config, processes))
+    finished = processes.on_first(lambda: is_finished(config, processes))
     if finished:
         return 0
     photographs = processes.together(lambda: PhotographFolder(Path(config.data_dir)))
     split = processes.together(lambda: choose_labeled(photographs, config))
-    _check_same_files(processes, split)
+    check_same_files(processes, split)
     torch.manual_seed(config.seed)
     to_model = ToModel(MEAN, DEVIATION, processes.device, channels_last=config.channels_last)
     model = processes.together(lambda: build_network(config, len(photographs.classes), processes))
@@ -75,38 +76,6 @@ def run(config: ImageNetConfig) -> int:
 
         processes.on_first(take)
         return _Execution(folder, photographs, split, trainer).train()
-
-
-def _finished(config: ImageNetConfig, processes: Processes) -> bool:
-    """Whether the run directory holds this run, finished; refuses one that holds another."""
-    folder = Path(str(config.output))
-    if not config.elastic:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # `check_run` tells what is wrong there
-            before = int(read_json(folder / "config.json")["options"]["processes"])
-            if before != processes.world:
-                raise ResumeError(
-                    f"{folder} holds a run of {before} processes, and there are {processes.world} now: BatchNorm's "
-                    "statistics and the pairs of --ggcr-max-pairs would be others. Start as many as before, or give "
-                    "--elastic to go on all the same, or another --output."
-                )
-    known = check_run(config, processes.device, RUN_HARMLESS)
-    if known and (folder / "summary.json").exists():
-        print(f"{folder} is finished: top-1 accuracy {last_accuracy(folder):.4f}. Give another --output for a new run.")
-        return True
-    return False
-
-
-def _check_same_files(processes: Processes, split: Split) -> None:
-    """Machines may have copies of their own, which must be the same."""
-    mine = torch.frombuffer(bytearray(bytes.fromhex(split.digest + split.data_digest)), dtype=torch.uint8)
-    rows = processes.gather(mine)
-    different = [rank for rank, row in enumerate(rows) if not torch.equal(row, rows[0])]
-    if different:
-        error = ResumeError(
-            f"process {different[0]} lists other files in --data-dir, or other labeled images, than process 0: "
-            "give every machine the same copy."
-        )
-        raise error if processes.first else OtherProcessError("process 0 has told why")
 
 
 class _Execution:
