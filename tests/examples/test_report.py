@@ -261,7 +261,7 @@ def test_a_dollar_is_no_formula(tmp_path: Path) -> None:
 
 
 def test_points_lie_where_the_axes_say() -> None:
-    panel = Panel("k", "t", "w", (Series("s", 0, [0, 100], [0.0, 1.0], ([0.0, 0.5], [0.0, 1.0])),), 0.0)
+    panel = Panel("k", "t", "w", (Series("s", 0, [0, 100], [0.0, 2.0], ([0.0, 0.5], [0.0, 2.0])),), 0.0)
     drawn = svg(panel)
     found = re.search(r'class="line c0" d="M([\d.]+),([\d.]+)L([\d.]+),([\d.]+)"', drawn)
     assert found is not None
@@ -271,10 +271,9 @@ def test_points_lie_where_the_axes_say() -> None:
     }
     assert marks["100"][0] == right
     assert left < right
-    assert marks["1"][1] == top
+    assert marks["2"][1] == top
     assert top < bottom
-    # Numbers on the left axis are evenly spaced: 0.5 is half way.
-    assert marks["0.4"][1] - marks["0.2"][1] == pytest.approx((top - bottom) / 5, abs=0.11)
+    assert marks["1"][1] - marks["0.5"][1] == pytest.approx((top - bottom) / 4, abs=0.11)
 
 
 def test_ticks_are_round_and_cover() -> None:
