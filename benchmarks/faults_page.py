@@ -55,6 +55,8 @@ def kills_table(result: dict[str, Any]) -> str:
 
 def control_table(result: dict[str, Any]) -> str:
     """By item: whether it was noticed, and by what."""
+    if not result["control"]:
+        return "Not run on these sources yet: `python benchmarks/kills.py --only control`."
     rows = [[f"`{row['item']}`", "yes" if row["noticed"] else "no", row["by"]] for row in result["control"]]
     forgotten = [row for row in result["control"] if row["item"] != "nothing"]
     noticed = sum(row["noticed"] for row in forgotten)
