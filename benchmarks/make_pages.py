@@ -21,6 +21,7 @@ from flatness_page import flatness_section
 from imagenet_page import with_tables as with_imagenet_tables
 from matrix_page import matrix_page, summary_table
 from reproduce_page import with_paper_tables
+from runs_page import methods_table, methods_text, real_text, runs_table, statistics_table
 from scorecard_page import scorecard
 from trainer_page import TABLES, with_tables
 from usb_page import with_table
@@ -130,7 +131,7 @@ with its defaults.
 
 {runs_table(real)}
 
-{_real_text(real)}
+{real_text(real)}
 
 ```text
 {real["made_by"]}
@@ -140,6 +141,8 @@ with its defaults.
 statistics taken anew from training images:
 
 {statistics_table(_result("real_images_statistics"))}
+
+Made by `{_command(_result("real_images_statistics"))}` on the last checkpoints.
 
 While the runs trained, their pseudo-labels were about equally good: the networks learned alike. The term's gradient
 holds BatchNorm's statistics constant, so it may move the channel means that BatchNorm removes in train mode; the
@@ -174,7 +177,7 @@ Three seeds a method; lines of one colour are seeds. Made by:
 
 {methods_table(methods)}
 
-{_methods_text(methods)}
+{methods_text(methods)}
 
 {_made(methods)}
 
@@ -277,97 +280,10 @@ def _cell(row: dict[str, Any], column: str) -> str:
     return f"{value:{form.removesuffix('x')}}" + ("x" if form.endswith("x") else "") if form else str(value)
 
 
-def runs_table(result: dict[str, Any]) -> str:
-    """One row a run."""
-    lines = [
-        "| method | seed | steps | last | median of last 20 | best | minutes |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for run in result["runs"]:
-        summary = run["summary"]
-        lines.append(
-            f"| {run['label']} | {summary['seed']} | {summary['steps']} | {summary['last']:.4f}"
-            f" | {summary['median_last_20']:.4f} | {summary['best']:.4f} | {summary['seconds'] / 60:.1f} |"
-        )
-    lines += [
-        "",
-        "Test accuracy of the averaged (EMA) model; `best` is chosen on the test images, so it is optimistic.",
-    ]
-    return "\n".join(lines)
-
-
-def methods_table(result: dict[str, Any]) -> str:
-    """Every method, plain and with the term, in one row."""
-    rows = {row["variant"]: row for row in result["rows"]}
-    lines = [
-        "| method | plain | with GGCR | plain, by seed | with GGCR, by seed | step time with / without |",
-        "| --- | ---: | ---: | --- | --- | ---: |",
-    ]
-    for name in sorted({row["method"] for row in result["rows"]}, key=lambda name: (rows[name]["mean"], name)):
-        both = [rows[name], rows.get(f"{name} + GGCR")]
-        means = [f"{row['mean']:.3f} ± {row['spread']:.3f}" if row else "" for row in both]
-        seeds = [", ".join(f"{value:.3f}" for value in row["accuracies"]) if row else "" for row in both]
-        ratio = f"{both[1]['ratio']:.2f}x" if both[1] else ""
-        lines.append("| " + " | ".join([name, *means, *seeds, ratio]) + " |")
-    return "\n".join(lines)
-
-
-def _methods_text(result: dict[str, Any]) -> str:
-    setting, rows = result["setting"], {row["variant"]: row for row in result["rows"]}
-    floor = rows["supervised"]["mean"]
-    below = sorted(name for name, row in rows.items() if row["mean"] <= floor and name != "supervised")
-    verdict = f"Not above supervised: {', '.join(below)}." if below else "Every row is above supervised."
-    if rows["flexmatch"]["accuracies"] == rows["softmatch"]["accuracies"]:
-        verdict += (
-            " FlexMatch and SoftMatch are the same run here: in so few steps the thresholds of the one and the weights"
-            " of the other let every pseudo-label through."
-        )
-    changes = {name: rows[f"{name} + GGCR"]["mean"] - rows[name]["mean"] for name in rows if f"{name} + GGCR" in rows}
-    most = max(changes, key=lambda name: abs(changes[name]))
-    return (
-        f"Test accuracy of the averaged (EMA) model: mean ± standard deviation over {setting['seeds']} seeds, which"
-        f" decide split, initial weights, order and augmentation. {setting['steps']} steps of a small convolutional"
-        f" network, {setting['labels']} labels, each method's own defaults; the term has weight {setting['weight']}."
-        f" {verdict}"
-        " Every unlabeled image is seen about five times here, which is little for methods that compare predictions"
-        " without pseudo-labels (Mean Teacher, the Pi-model, Temporal Ensembling) and whose weight rises during the"
-        " first 40 % of the run: the table below has them in a longer one. Three seeds and 355 test images rank"
-        f" nothing. The largest change by the term is {most}'s, {changes[most]:+.3f} in the mean."
-    )
-
-
-def statistics_table(result: dict[str, Any]) -> str:
-    """Test accuracy by stored and by fresh statistics."""
-    lines = ["| method | weights | statistics as stored | taken anew |", "| --- | --- | ---: | ---: |"]
-    lines += [
-        f"| {row['label']} | {row['weights']} | {row['stored']:.4f} | {row['anew']:.4f} |" for row in result["rows"]
-    ]
-    return "\n".join([*lines, "", f"Made by `{_command(result)}` on the last checkpoints."])
-
-
 def _made(result: dict[str, Any]) -> str:
     environment = result["environment"]
     clock = result["setting"].get("clock", "wall")
     return f"Made by `{_command(result)}`: {clock} clock, torch {environment['torch']}, {environment['device']}."
-
-
-def _real_text(result: dict[str, Any]) -> str:
-    by_label = {run["label"]: run for run in result["runs"]}
-    plain, ggcr = by_label["fixmatch"]["summary"], by_label["fixmatch+ggcr"]["summary"]
-    options = by_label["fixmatch+ggcr"]["options"]
-    last = by_label["fixmatch+ggcr"]["training"][-1]
-    return (
-        f"One seed a method, the same split, initial weights and order of images; {options['arch']},"
-        f" {options['labels']} labels, batch {options['batch_size']} + {options['batch_size']} x"
-        f" {options['unlabeled_ratio']} pairs. The term has weight {options['ggcr_weight']}, starts after"
-        f" {options['ggcr_warmup']} steps, and compares at most {options['ggcr_max_pairs']} confident pairs on every"
-        f" {options['ggcr_every']}nd step. At the end FixMatch has"
-        f" {plain['last']:.4f} and FixMatch + GGCR {ggcr['last']:.4f}; the mean cosine of the compared pairs is"
-        f" {last['ggcr_cosine']:.2f}. **One seed of a tiny network decides"
-        " nothing**, and the runs are far shorter than the recipes'. The times were taken while other work used the"
-        " machine."
-        " Accuracies on this copy are not comparable digit for digit with the original pixels."
-    )
 
 
 def _command(result: dict[str, Any]) -> str:
