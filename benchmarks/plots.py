@@ -219,6 +219,8 @@ def frontier(result: Row, plt: Any) -> Any:
                 tint = THEIRS if "k=" in row["variant"].removeprefix("every=") else OURS
                 ax.plot(row[cost], row["angle_of_mean"], "o", color=tint)
                 label = row["variant"].removeprefix("encoder: ").replace(" of all", "")
+                if ", every=" in label:
+                    continue  # between the two that it is made of: in the table
                 ax.annotate(label, (row[cost], row["angle_of_mean"]), (4, 3), textcoords="offset points", fontsize=7)
             ax.set_xlabel(f"times the {what} of FixMatch", fontsize=8)
             ax.set_ylabel("degrees off the exact gradient, mean of the batches", fontsize=8)
