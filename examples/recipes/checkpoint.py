@@ -60,6 +60,19 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     return path
 
 
+def forget_older(folder: Path, step: int) -> None:
+    """Remove what a kill between writing a checkpoint and forgetting an old one left: all but the last two.
+
+    Args:
+        folder: The run's `checkpoints/`.
+        step: Of the checkpoint that was loaded; later ones are left alone.
+    """
+    upto = [path for path in sorted(folder.glob("step-*.pt")) if path.name <= f"step-{step:08d}.pt"]
+    for old in upto[:-KEEP]:
+        old.with_suffix(".json").unlink(missing_ok=True)
+        old.unlink()
+
+
 def load_latest(folder: Path) -> dict[str, Any] | None:
     """Load the newest checkpoint that is whole; say on stderr which newer ones are damaged.
 

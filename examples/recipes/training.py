@@ -12,7 +12,7 @@ import torch
 
 from gradconsist.errors import GradConsistError
 from recipes import methods
-from recipes.checkpoint import load_latest, remove_leftovers, save_checkpoint
+from recipes.checkpoint import forget_older, load_latest, remove_leftovers, save_checkpoint
 from recipes.config import Config, method_label, resolve
 from recipes.datasets import Images, load_images
 from recipes.errors import OptionError, TrainerError
@@ -83,6 +83,7 @@ class _Execution:
         state = load_latest(self.checkpoints)
         if state is not None:
             trainer.load_state_dict(state)
+            forget_older(self.checkpoints, trainer.step)
         self.seconds, size, digest = books(state)  # of training, over all calls
         self.metrics = MetricsFile(folder / "metrics.jsonl", size, digest)
         self.saved = trainer.step if state else -1

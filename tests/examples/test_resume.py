@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -152,6 +153,25 @@ def test_a_real_sigkill_is_survived_bitwise(whole: Path, tiny: MakeConfig) -> No
     assert process.returncode in (-signal.SIGKILL, 0), complaint
     assert run(config) == 0
     assert differing(whole, config.output) == []
+
+
+def test_an_older_checkpoint_that_a_kill_left_is_forgotten(whole: Path, tiny: MakeConfig) -> None:
+    """A kill after the last checkpoint of a run, and before the one too many was removed; no later save does it."""
+    config = tiny("left", progress="none")
+    folder = Path(str(config.output))
+    shutil.copytree(whole, folder)
+    stored = read_json(folder / "config.json")
+    write_json(folder / "config.json", {**stored, "options": {**stored["options"], "output": str(folder)}})
+    (folder / "summary.json").unlink()
+    kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    for suffix in (".pt", ".json"):
+        shutil.copy(
+            folder / "checkpoints" / Path(kept[0]).with_suffix(suffix),
+            folder / "checkpoints" / f"step-00000000{suffix}",
+        )
+    assert run(config) == 0
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == kept
+    assert differing(whole, folder) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -15,7 +15,7 @@ import torch
 
 from gradconsist.errors import GradConsistError
 from recipes import methods
-from recipes.checkpoint import load_latest, remove_leftovers, save_checkpoint
+from recipes.checkpoint import forget_older, load_latest, remove_leftovers, save_checkpoint
 from recipes.config import method_label
 from recipes.errors import TrainerError
 from recipes.evaluation import summarize
@@ -89,6 +89,7 @@ class _Execution:
         state = self._load()
         if state is not None:
             processes.together(lambda: trainer.load_state_dict(state))
+            processes.on_first(lambda: forget_older(self.checkpoints, trainer.step))
         self.seconds, size, digest = books(state)  # of training, over all calls
         self.saved = trainer.step if state else -1
         self.dataset = StepPhotographs(photographs.train, split, config, processes)
