@@ -201,7 +201,17 @@ def join(device: str) -> Processes:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     # gloo in any case: flags, states and JSON are on the CPU.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    if local_world == world and "TORCHELASTIC_RESTART_COUNT" in os.environ:
+        # torchrun keeps one store over its restarts, where gloo would find the addresses of the killed processes. On
+        # several machines the counts may differ, and this must be the same for all (docs/guides/distributed.md).
+        store, rank, world = next(iter(dist.rendezvous("env://")))  # type: ignore[attr-defined]
+        store = dist.PrefixStore(  # type: ignore[attr-defined]
+            f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store
+        )
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    else:
+        dist.init_process_group(backend)
     return Processes(rank, world, local_world, chosen)
 
 
