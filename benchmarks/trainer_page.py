@@ -48,7 +48,7 @@ def _three(value: float) -> str:
 
 def _modes(result: dict[str, Any]) -> list[str]:
     lines = [
-        "| `--amp` | last | median of last 20 | GC | precision of the mask | loss scale | steps skipped |",
+        "| precision, `--amp` | last | median of last 20 | GC | precision of the mask | loss scale | steps skipped |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for run in result["runs"]:
