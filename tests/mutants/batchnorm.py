@@ -113,7 +113,9 @@ BUGS = [
         "observed statistics of whichever forward came last",
         "'observed' takes the constants of each view's own forward",
         "test_wrapper.py::test_observed_statistics_of_two_forwards_are_each_views_own[None-loop-None]",
-        "observation.py", "    if not own or not all(_same_statistics", "    own = [(found[-1], 0)]\n    if not own or not all(_same_statistics",
+        "observation.py",
+        "    if not own or not all(_same_statistics",
+        "    own = [(found[-1], 0)]\n    if not own or not all(_same_statistics",
     ),
     Bug(
         "observed statistics of the first of several forwards that hold a view",
@@ -131,7 +133,9 @@ BUGS = [
         "a single observed forward taken for both views",
         "'observed' takes the constants of each view's own forward",
         "test_wrapper.py::test_a_view_that_was_never_forwarded_has_no_observed_statistics[weak]",
-        "observation.py", "(place := forward.place(view)) is not None]", "(place := 0 if len(found) == 1 else forward.place(view)) is not None]",
+        "observation.py",
+        "(place := forward.place(view)) is not None]",
+        "(place := 0 if len(found) == 1 else forward.place(view)) is not None]",
     ),
     Bug(
         "a forward of as many samples taken for weight standardisation",
