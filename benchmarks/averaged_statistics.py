@@ -14,37 +14,22 @@ import copy
 import statistics
 from pathlib import Path
 
-import torch
 from environment import write_result
 from harness import Row, heading, parse, show
-from methods import SmallNet, batches, config_of, images
+from methods import config_of, images, trained
 from reestimate_statistics import take_anew
 from torch import nn
 
-from recipes.ema import AveragedModel
 from recipes.evaluation import evaluate
-from recipes.loader import ToModel
-from recipes.methods import METHODS, build_method
-from recipes.schedule import build_optimizer, set_learning_rate
+from recipes.methods import METHODS
 
 COLUMNS = {"variant": "<26", "copied": "8.4f", "averaged": "8.4f", "anew": "8.4f", "lowest_copied": "8.4f"}
 
 
 def train(method_name: str, seed: int, steps: int, weight: float) -> dict[str, float]:
     """Test accuracy of one run's averaged weights by kind of statistics."""
-    config, data = config_of(method_name, seed, steps, weight), images()
-    to_model = ToModel(*data.channel_statistics(), torch.device("cpu"), channels_last=False)
-    torch.manual_seed(seed)
-    model = SmallNet(len(data.classes))
-    method = build_method(model, config, len(data.train_y)).train()
-    optimizer = build_optimizer(model, lr=config.lr, weight_decay=float(config.weight_decay or 0.0))
-    average = AveragedModel(model, config.ema, warmup=bool(config.ema_warmup))
-    for step, batch in enumerate(batches(str(config.strong), seed, steps)):
-        set_learning_rate(optimizer, config.lr, step, steps)
-        optimizer.zero_grad()
-        method(to_model.batch(batch)).loss.backward()
-        optimizer.step()
-        average.update(model)
+    data = images()
+    model, average, to_model, _ = trained(config_of(method_name, seed, steps, weight))
     copied, anew = copy.deepcopy(average.model), copy.deepcopy(average.model)
     copied.load_state_dict(dict(model.named_buffers()), strict=False)  # buffers only
     take_anew(anew, data.train_x, to_model)

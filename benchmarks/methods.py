@@ -88,6 +88,14 @@ def train(config: Config) -> tuple[float, float]:
         Test accuracy of the averaged model, and seconds of a step after the warm-up.
     """
     data = images()
+    _, average, to_model, seconds = trained(config)
+    accuracy = evaluate(average.model, data.test_x, data.test_y, to_model)["test_accuracy"]
+    return float(accuracy), seconds / (config.steps - config.ggcr_warmup)
+
+
+def trained(config: Config) -> tuple[nn.Module, AveragedModel, ToModel, float]:
+    """One run: the network, its average, what normalises its images, and seconds of all steps after the warm-up."""
+    data = images()
     to_model = ToModel(*data.channel_statistics(), torch.device("cpu"), channels_last=False)
     torch.manual_seed(config.seed)
     model = SmallNet(len(data.classes))
@@ -105,8 +113,7 @@ def train(config: Config) -> tuple[float, float]:
         if step >= config.ggcr_warmup:
             seconds += time.process_time() - start
         average.update(model)
-    accuracy = evaluate(average.model, data.test_x, data.test_y, to_model)["test_accuracy"]
-    return float(accuracy), seconds / (config.steps - config.ggcr_warmup)
+    return model, average, to_model, seconds
 
 
 def row(method: str, weight: float, seeds: int, steps: int) -> Row:

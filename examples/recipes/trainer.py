@@ -50,7 +50,7 @@ class Trainer:
         self, config: Config, classes: int, to_model: ToModel, samples: int, start: dict[str, Tensor] | None = None
     ) -> None:
         self.config, self.to_model, device = config, to_model, to_model.device
-        _check_half_type(config.amp, device)
+        check_half_type(config.amp, device)
         torch.manual_seed(config.seed)
         self.model = build_model(config.arch, classes, momentum=float(config.bn_momentum or 0.001)).to(device)
         if start is not None:
@@ -174,8 +174,16 @@ class Trainer:
             ) from error
 
 
-def _check_half_type(amp: str, device: torch.device) -> None:
-    """Refuse a device that cannot compute in the half type: torch may raise, or warn and go on in float32."""
+def check_half_type(amp: str, device: torch.device) -> None:
+    """Refuse a device that cannot compute in the half type: torch may raise, or warn and go on in float32.
+
+    Args:
+        amp: `--amp`.
+        device: Where the run computes.
+
+    Raises:
+        OptionError: Naming the device and what to give instead.
+    """
     if amp == "off":
         return
     wanted, why = AMP_TYPES[amp], "torch goes on in float32"

@@ -112,8 +112,7 @@ def _rounding(forward: PerSampleForward, numbers: list[Tensor]) -> float:
 
 def _only_rounding(forward: PerSampleForward, inputs: Inputs, target: Tensor, both: Tensor) -> bool:
     """Whether what differed between one sample and two was rounding, which deep models amplify: not so in float64."""
-    # Copies of the others, too: BatchNorm counts its batches in place.
-    wide = lambda x: x.detach().double() if x.is_floating_point() else x.clone()  # noqa: E731
+    wide = lambda x: x.detach().double() if x.is_floating_point() else x  # noqa: E731
     tensors = {**dict(forward.model.named_buffers()), **dict(forward.model.named_parameters())}
     if all(tensor.dtype == torch.float64 for tensor in tensors.values() if tensor.is_floating_point()):
         return False  # it was float64 that differed

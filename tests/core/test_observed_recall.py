@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from gradconsist import GGCRWrapper, GradientConsistencyLoss, SSLBatch, StepOutput, ViewPair
 from gradconsist.engines import GhostEngine
 from gradconsist.methods import FixMatch
-from gradconsist.recall import Recalled
 from support import compare
 from support.oracle import Judge
 
@@ -68,22 +67,6 @@ class Method(nn.Module):
 def _batch(dtype: torch.dtype = torch.float64) -> SSLBatch:
     x, weak, strong = torch.randn(2, 3, 6, 6), torch.randn(5, 3, 6, 6), torch.randn(5, 3, 6, 6)
     return SSLBatch(x.to(dtype), torch.tensor([0, 1]), weak.to(dtype), strong.to(dtype))
-
-
-@pytest.fixture
-def recalls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """One entry a convolution that asks; whether it was answered."""
-    found: list[bool] = []
-    original = Recalled.output
-
-    def output(self: Recalled, call: int, x: Tensor) -> Tensor | None:
-        found.append(False)
-        known = original(self, call, x)
-        found[-1] = known is not None
-        return known
-
-    monkeypatch.setattr(Recalled, "output", output)
-    return found
 
 
 def _gradient(method: nn.Module, model: nn.Module, batch: SSLBatch, engine: Any = "ghost", **options: Any) -> Tensor:

@@ -107,6 +107,15 @@ def test_workers_share_the_cores_of_a_machine(monkeypatch: pytest.MonkeyPatch) -
 # -- files and labels --------------------------------------------------------------------------------------------------
 
 
+def test_a_device_without_the_half_type_is_refused(photographs: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: object, **__: object) -> None:
+        raise RuntimeError("autocast to this type is not supported")
+
+    monkeypatch.setattr(torch, "autocast", unsupported)
+    with pytest.raises(OptionError, match=r"--amp bf16 does not work on cpu .*not supported.*give --amp off"):
+        run(photographs("half", amp="bf16"))
+
+
 def test_a_folder_without_val_is_refused(photo_folder: Callable[..., Path]) -> None:
     root = photo_folder(train={"ant": 1, "bee": 1})
     with pytest.raises(DatasetError, match=r"photos holds train: expected .*val/ instead of test"):

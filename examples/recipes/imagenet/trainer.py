@@ -21,7 +21,14 @@ from recipes.methods import build_method
 from recipes.processes import OtherProcessError, Processes
 from recipes.runlog import Meter
 from recipes.schedule import build_optimizer, set_learning_rate
-from recipes.trainer import AMP_TYPES, last_cosines, non_finite_gradient, pseudo_label_quality, update_scale
+from recipes.trainer import (
+    AMP_TYPES,
+    check_half_type,
+    last_cosines,
+    non_finite_gradient,
+    pseudo_label_quality,
+    update_scale,
+)
 
 # Sums over the pairs of a process; every other number of a step is a mean.
 _COUNTS = ("ggcr_pairs", "ggcr_degenerate")
@@ -51,6 +58,7 @@ class ProcessTrainer:
     ) -> None:
         self.config, self.to_model, self.processes = config, to_model, processes
         device = to_model.device
+        processes.together(lambda: check_half_type(config.amp, device))
         self.model = model.to(device)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
