@@ -30,7 +30,81 @@ AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _LEAST_SCALE = 1.0
 
 
-class Trainer:
+class StepTrainer:
+    """What the trainers of one process and of several have in common: precision, messages, and the state of a run."""
+
+    config: Config
+    to_model: ToModel
+    method: nn.Module
+    optimizer: Any
+    average: AveragedModel
+    scaler: torch.amp.GradScaler
+    step: int
+    meter: Meter
+    evaluations: list[float]
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.config.amp == "off":
+            return contextlib.nullcontext()
+        return torch.autocast(self.to_model.device.type, dtype=AMP_TYPES[self.config.amp])
+
+    def _non_finite(self, what: str) -> str:
+        return (
+            f"step {self.step}: {what}. Nothing was updated, and the last checkpoint is untouched. "
+            "Try a smaller --lr or --ggcr-weight, or --amp off, in a new --output."
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on, and the options, so that the file describes itself."""
+        return {
+            "step": self.step,
+            "options": dataclasses.asdict(self.config),
+            "method": self.method.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "meter": self.meter.state_dict(),
+            "evaluations": list(self.evaluations),
+            **self._random_states(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned.
+
+        Args:
+            state: From a verified checkpoint.
+
+        Raises:
+            CheckpointError: Where it does not fit this run.
+        """
+        try:
+            self.method.load_state_dict(state["method"])
+            self.average.load_state_dict(state["average"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.meter.load_state_dict(state["meter"])
+            self.evaluations = [float(value) for value in state["evaluations"]]
+            self.step = int(state["step"])
+            if not 0 <= self.step <= self.config.steps:
+                raise ValueError(f"it is of step {self.step} of {self.config.steps}")
+            self._load_random(state)
+        except Exception as error:  # what a foreign state holds can fail in any way where it is used
+            reason = (str(error) or "no reason given").splitlines()[0]
+            raise CheckpointError(
+                f"the checkpoint does not fit this run ({type(error).__name__}: {reason}): "
+                "it was written by another version of the trainer, or for another model. Use another --output."
+            ) from error
+
+    def _random_states(self) -> dict[str, Any]:
+        """The random states' part of `state_dict`."""
+        raise NotImplementedError
+
+    def _load_random(self, state: dict[str, Any]) -> None:
+        """Restore what `_random_states` returned."""
+        raise NotImplementedError
+
+
+class Trainer(StepTrainer):
     """Model, method, optimizer, averaged model and loss scaling of a run.
 
     Args:
@@ -112,66 +186,20 @@ class Trainer:
             self._check_gradients()
         return out
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.config.amp == "off":
-            return contextlib.nullcontext()
-        return torch.autocast(self.to_model.device.type, dtype=AMP_TYPES[self.config.amp])
-
     def _check_gradients(self) -> None:
         name = non_finite_gradient(self.model)
         if name is not None:
             raise NonFiniteLossError(self._non_finite(f"the gradient of {name} is not finite"))
 
-    def _non_finite(self, what: str) -> str:
-        return (
-            f"step {self.step}: {what}. Nothing was updated, and the last checkpoint is untouched. "
-            "Try a smaller --lr or --ggcr-weight, or --amp off, in a new --output."
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on, and the options, so that the file describes itself."""
+    def _random_states(self) -> dict[str, Any]:
         device = self.to_model.device
-        return {
-            "step": self.step,
-            "options": dataclasses.asdict(self.config),
-            "method": self.method.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "meter": self.meter.state_dict(),
-            "evaluations": list(self.evaluations),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        }
+        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return {"rng": torch.get_rng_state(), "cuda_rng": cuda}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned.
-
-        Args:
-            state: From a verified checkpoint.
-
-        Raises:
-            CheckpointError: Where it does not fit this run.
-        """
-        try:
-            self.method.load_state_dict(state["method"])
-            self.average.load_state_dict(state["average"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
-            self.meter.load_state_dict(state["meter"])
-            self.evaluations = [float(value) for value in state["evaluations"]]
-            self.step = int(state["step"])
-            if not 0 <= self.step <= self.config.steps:
-                raise ValueError(f"it is of step {self.step} of {self.config.steps}")
-            torch.set_rng_state(state["rng"])
-            if state["cuda_rng"] is not None and self.to_model.device.type == "cuda":
-                torch.cuda.set_rng_state(state["cuda_rng"], self.to_model.device)
-        except Exception as error:  # what a foreign state holds can fail in any way where it is used
-            reason = (str(error) or "no reason given").splitlines()[0]
-            raise CheckpointError(
-                f"the checkpoint does not fit this run ({type(error).__name__}: {reason}): "
-                "it was written by another version of the trainer, or for another model. Use another --output."
-            ) from error
+    def _load_random(self, state: dict[str, Any]) -> None:
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"] is not None and self.to_model.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"], self.to_model.device)
 
 
 def check_half_type(amp: str, device: torch.device) -> None:

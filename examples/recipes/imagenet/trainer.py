@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from torch import nn
 from gradconsist import GGCRWrapper, SSLBatch, StepOutput
 from gradconsist.errors import NonFiniteError
 from recipes.ema import AveragedModel
-from recipes.errors import CheckpointError, NonFiniteLossError, TrainerError
+from recipes.errors import NonFiniteLossError, TrainerError
 from recipes.imagenet.config import ImageNetConfig
 from recipes.loader import StepImages, ToModel
 from recipes.methods import build_method
@@ -22,7 +21,7 @@ from recipes.processes import OtherProcessError, Processes
 from recipes.runlog import Meter
 from recipes.schedule import build_optimizer, set_learning_rate
 from recipes.trainer import (
-    AMP_TYPES,
+    StepTrainer,
     check_half_type,
     last_cosines,
     non_finite_gradient,
@@ -34,7 +33,7 @@ from recipes.trainer import (
 _COUNTS = ("ggcr_pairs", "ggcr_degenerate")
 
 
-class ProcessTrainer:
+class ProcessTrainer(StepTrainer):
     """Model, method, optimizer, averaged model and loss scaling of a run, the same on every process.
 
     DDP is around the whole step, so that the gradients that are compared stay on their process and the gradient of the
@@ -52,6 +51,8 @@ class ProcessTrainer:
         meter: Means for the log, over all processes.
         evaluations: Top-1 accuracies so far.
     """
+
+    config: ImageNetConfig
 
     def __init__(
         self, config: ImageNetConfig, model: nn.Module, to_model: ToModel, samples: int, processes: Processes
@@ -73,6 +74,7 @@ class ProcessTrainer:
         self.step = 0
         self.meter = Meter()
         self.evaluations: list[float] = []
+        self._fresh_pairs = self._pair_generator()  # of this process's seed; a checkpoint overwrites it
 
     def train_step(self, images: Callable[[], StepImages]) -> None:
         """Take one step, on all processes or on none.
@@ -130,38 +132,19 @@ class ProcessTrainer:
             raise NonFiniteLossError(self._non_finite(f"the loss is {numbers['loss']:g}; terms: {terms or 'none'}"))
         return out, numbers
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.config.amp == "off":
-            return contextlib.nullcontext()
-        return torch.autocast(self.to_model.device.type, dtype=AMP_TYPES[self.config.amp])
-
-    def _non_finite(self, what: str) -> str:
-        return (
-            f"step {self.step}: {what}. Nothing was updated, and the last checkpoint is untouched. "
-            "Try a smaller --lr or --ggcr-weight, or --amp off, in a new --output."
-        )
-
     def _same_everywhere(self, error: TrainerError) -> TrainerError:
         """The error on process 0, and on the others that it has told why."""
         return error if self.processes.first else OtherProcessError("process 0 failed")
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on; all processes must call it.
+    def _random_states(self) -> dict[str, Any]:
+        """The random states of all processes, one row for each; all of them must call it.
 
-        What is the same everywhere is there once. BatchNorm's running statistics are those of process 0, which DDP
-        hands on at the start of each step. `processes` holds the random states, one row for each process.
+        The rest of the state is there once: it is the same everywhere, but for BatchNorm's running statistics, which
+        are those of process 0, as DDP hands them on at the start of each step.
         """
         device = self.to_model.device
         cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.zeros(0, dtype=torch.uint8)
         return {
-            "step": self.step,
-            "options": dataclasses.asdict(self.config),
-            "method": self.method.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "meter": self.meter.state_dict(),
-            "evaluations": list(self.evaluations),
             "processes": {
                 "rng": self.processes.gather(torch.get_rng_state()),
                 "cuda_rng": self.processes.gather(cuda),
@@ -174,42 +157,15 @@ class ProcessTrainer:
             return torch.zeros(0, dtype=torch.uint8)
         return self.method.consistency.state_dict()["generator"]
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned; a process that it does not know keeps the random state of its seed.
-
-        Args:
-            state: From a verified checkpoint.
-
-        Raises:
-            CheckpointError: Where it does not fit this run.
-        """
-        try:
-            fresh = self._pair_generator()
-            self.method.load_state_dict(state["method"])
-            self.average.load_state_dict(state["average"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
-            self.meter.load_state_dict(state["meter"])
-            self.evaluations = [float(value) for value in state["evaluations"]]
-            self.step = int(state["step"])
-            if not 0 <= self.step <= self.config.steps:
-                raise ValueError(f"it is of step {self.step} of {self.config.steps}")
-            self._load_random(state["processes"], fresh)
-        except Exception as error:  # what a foreign state holds can fail in any way where it is used
-            reason = (str(error) or "no reason given").splitlines()[0]
-            raise CheckpointError(
-                f"the checkpoint does not fit this run ({type(error).__name__}: {reason}): "
-                "it was written by another version of the trainer, or for another model. Use another --output."
-            ) from error
-
-    def _load_random(self, rows: dict[str, torch.Tensor], fresh: torch.Tensor) -> None:
-        rank, device = self.processes.rank, self.to_model.device
+    def _load_random(self, state: dict[str, Any]) -> None:
+        """Restore this process's row; one that the checkpoint does not know keeps the random state of its seed."""
+        rows, rank, device = state["processes"], self.processes.rank, self.to_model.device
         known = rank < len(rows["rng"])
         if known:
             torch.set_rng_state(rows["rng"][rank].clone())  # torch crashes on a view
             if device.type == "cuda" and rows["cuda_rng"].numel():
                 torch.cuda.set_rng_state(rows["cuda_rng"][rank].clone(), device)
         if isinstance(self.method, GGCRWrapper):
-            mine = rows["pairs"][rank] if known else fresh
+            mine = rows["pairs"][rank] if known else self._fresh_pairs
             consistency = self.method.consistency
             consistency.load_state_dict({**consistency.state_dict(), "generator": mine})
