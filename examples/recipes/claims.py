@@ -1,6 +1,6 @@
-"""What the paper's tables claim, transcribed with their labels in its source.
+"""The tables of the grid: what the paper's claim, transcribed with their labels in its source, and some of our own.
 
-They are claims to test, not facts: no run behind these numbers is known. Accuracies are in per cent.
+The paper's are claims to test, not facts: no run behind these numbers is known. Accuracies are in per cent.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ CIFAR10, CIFAR100, IMAGENET = "CIFAR-10 (40)", "CIFAR-100 (400)", "ImageNet (1%)
 
 @dataclass(frozen=True)
 class Claim:
-    """A table of the paper.
+    """A table of the paper, or one that it does not have.
 
     Attributes:
-        label: Its label in the paper's LaTeX source.
+        label: Its label in the paper's LaTeX source; empty for ours.
         caption: What it shows.
         reference: The row that the others are held against.
         rows: Row to variant of the grid (a key of `recipes.grid.VARIANTS`).
-        accuracy: Row, column to the claimed accuracy in per cent; empty where the paper gives no number.
+        accuracy: Row, column to the claimed accuracy in per cent; empty where there is no claimed number.
         text: What the paper says in words.
         note: What has to be known about its row or columns here.
+        curves: Whether it is about how accuracy rises, not where it ends.
     """
 
     label: str
@@ -31,6 +32,7 @@ class Claim:
     accuracy: dict[tuple[str, str], float]
     text: str = ""
     note: str = ""
+    curves: bool = False
 
     @property
     def columns(self) -> list[str]:
@@ -74,5 +76,35 @@ CLAIMS = {
         "GGCR converges faster and reaches higher final accuracy.",
         "The common level is, seed by seed, the lowest accuracy that one of the rows has in the end; steps count to "
         "the first evaluation at or above it. Columns of per cents are of the run's steps.",
+        curves=True,
+    ),
+    "settings": Claim(
+        "", "Settings of the term", "GGCR",
+        {
+            "GGCR": "ggcr", "weak view constant": "ggcr-weak-constant", "strong view constant": "ggcr-strong-constant",
+            "random projection kronecker:16": "ggcr-projected", "at most 8 pairs": "ggcr-max-pairs",
+            "last block only": "ggcr-last-block", "classifier head too": "ggcr-all-parameters",
+            "every pair, not the confident ones": "ggcr-every-pair", "observed statistics": "ggcr-observed",
+            "running statistics": "ggcr-running",
+        },
+        {},
+    ),
+    "remedies": Claim(
+        "", "Where the term is no small addition", "FixMatch",
+        {
+            "FixMatch": "fixmatch", "lambda 1, weak view constant": "ggcr-1.0-weak-constant",
+            "lambda 3": "ggcr-3.0", "lambda 10": "ggcr-10.0", "lambda 1, every pair": "ggcr-1.0-every-pair",
+            "lambda 1, last block only": "ggcr-1.0-last-block",
+            "lambda 1, w/o warm-up": "ggcr-1.0-no-warmup",
+        },
+        {},
+    ),
+    "time": Claim(
+        "", "Equal time", "FixMatch, as long as GGCR takes",
+        {
+            "FixMatch": "fixmatch", "FixMatch, as long as GGCR takes": "fixmatch-longer", "GGCR (ours)": "ggcr",
+        },
+        {},
+        note="As long: so many more steps, with a schedule to match, as GGCR's steps take longer at this budget.",
     ),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The runs behind the paper's tables: which there are, at which budget, and what state each is in."""
+"""The runs behind the tables: which there are, at which budget, and what state each is in."""
 
 from __future__ import annotations
 
@@ -13,10 +13,24 @@ from recipes.cli import parse_config
 from recipes.config import HARMLESS, Config, preset_config, resolve
 from recipes.errors import OptionError, ResumeError
 from recipes.files import read_json, write_json
+from recipes.models import parse_arch
 from recipes.runs import json_lines
 
-# What makes each of the paper's rows. Tables share them: a run is made once.
+# What makes each row. Tables share them: a run is made once.
 _TERM = {"method": "fixmatch", "ggcr_weight": 0.1, "ggcr_criterion": "cosine"}
+LONGER = "fixmatch-longer"  # with `Budget.longer` times the steps
+LAST_BLOCK = "LAST_BLOCK"  # stands for the prefix of its parameters, which depends on --arch
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "weak-constant": {"ggcr_stop_gradient": "weak"},
+    "strong-constant": {"ggcr_stop_gradient": "strong"},
+    "projected": {"ggcr_projection": "kronecker:16"},
+    "max-pairs": {"ggcr_max_pairs": 8},
+    "last-block": {"ggcr_encoder": LAST_BLOCK},
+    "all-parameters": {"ggcr_encoder": "all"},
+    "every-pair": {"ggcr_gate": "all"},
+    "observed": {"ggcr_batchnorm": "observed"},
+    "running": {"ggcr_batchnorm": "running"},
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "fixmatch": _TERM | {"ggcr_weight": 0.0},
     "flexmatch": _TERM | {"method": "flexmatch", "ggcr_weight": 0.0},
@@ -24,7 +38,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ggcr-no-warmup": _TERM | {"ggcr_warmup": 0},
     # The paper gives no weight for it: the same lambda.
     "gradient-norm": _TERM | {"ggcr_criterion": "gradient-norm"},
-    **{f"ggcr-{weight}": _TERM | {"ggcr_weight": weight} for weight in (0.01, 0.05, 0.5, 1.0)},
+    **{f"ggcr-{weight}": _TERM | {"ggcr_weight": weight} for weight in (0.01, 0.05, 0.5, 1.0, 3.0, 10.0)},
+    **{f"ggcr-{name}": _TERM | options for name, options in _SETTINGS.items()},
+    **{
+        f"ggcr-1.0-{name}": _TERM | {"ggcr_weight": 1.0} | _SETTINGS.get(name, {"ggcr_warmup": 0})
+        for name in ("weak-constant", "every-pair", "last-block", "no-warmup")
+    },
+    LONGER: _TERM | {"ggcr_weight": 0.0},
 }
 # Options of the trainer that the grid sets itself.
 OWN = {"preset", "seed", "output", *_TERM}
@@ -42,6 +62,7 @@ class Budget:
         seconds_per_step: On one core of an x86-64 CPU, without and with the term: a first guess for `--list`, replaced
             by this machine's own times as soon as there are some.
         one_thread: Images so small that more threads than one are slower.
+        longer: How many steps FixMatch takes in the time of one of GGCR's.
     """
 
     text: str
@@ -50,6 +71,7 @@ class Budget:
     columns: dict[str, dict[str, Any]]
     seconds_per_step: tuple[float, float]
     one_thread: bool = False
+    longer: float = 2.0
 
 
 _CIFAR: dict[str, dict[str, Any]] = {
@@ -70,6 +92,15 @@ BUDGETS = {
         "embedded digits, 200 steps of a tiny network: minutes on a CPU", 3,
         {"preset": "demo", "steps": 200, "unlabeled_ramp": 50, "ggcr_warmup": 50, "eval_every": 10, "log_every": 10},
         {CIFAR10: {"labels": 40}}, (0.07, 0.11), one_thread=True,
+    ),
+    "photos": Budget(
+        "photographs of a folder (cifar10-jpeg/) at 16x16, 1,500 steps of a tiny network: an hour or two on a CPU", 5,
+        {
+            "preset": "paper", "dataset": "folder", "data_dir": "cifar10-jpeg", "image_size": 16, "arch": "wrn-10-1",
+            "steps": 1500, "batch_size": 8, "unlabeled_ratio": 3, "unlabeled_ramp": 0, "strong": "fixmatch",
+            "threshold": 0.8, "ggcr_warmup": 150, "eval_every": 250, "checkpoint_every": 500, "log_every": 25,
+        },
+        {CIFAR10: {"labels": 250}}, (0.06, 0.12), one_thread=True,
     ),
     "small": Budget(
         "CIFAR, wrn-16-2, 20,000 steps of 32 + 224 images, at most 32 pairs", 3,
@@ -219,10 +250,9 @@ def build_grid(
     )
     bases: dict[tuple[str, str], tuple[Config, tuple[str, ...]]] = {}
     for column, variant in wanted:
-        options = _arguments({**chosen.options, **columns[column]})
-        arguments = (*options, *trainer_options, *_arguments(VARIANTS[variant]))
-        config = parse_config(arguments, program="fixmatch_cifar.py", description="The trainer of one cell.")
-        bases[column, variant] = (config, arguments)
+        common = (*_arguments({**chosen.options, **columns[column]}), *trainer_options)
+        arguments = (*common, *_arguments(_own_options(variant, _parse(common), chosen.longer)))
+        bases[column, variant] = (_parse(arguments), arguments)
     cells = []
     for seed in range(chosen.seeds if seeds is None else seeds):
         for (column, variant), (config, arguments) in bases.items():
@@ -230,6 +260,21 @@ def build_grid(
             settled = resolve(dataclasses.replace(config, seed=seed, output=place))
             cells.append(Cell(column, variant, settled, (*arguments, *_arguments({"seed": seed, "output": place}))))
     return Grid(folder, budget, tuple(tables), tuple(cells), absent)
+
+
+def _parse(arguments: Sequence[str]) -> Config:
+    return parse_config(arguments, program="fixmatch_cifar.py", description="The trainer of one cell.")
+
+
+def _own_options(variant: str, common: Config, longer: float) -> dict[str, Any]:
+    """The options of a variant, where they depend on those that all variants have."""
+    options = dict(VARIANTS[variant])
+    if variant == LONGER:
+        options["steps"] = round(common.steps * longer)
+    if options.get("ggcr_encoder") == LAST_BLOCK:
+        depth, _ = parse_arch(common.arch)
+        options["ggcr_encoder"] = f"encoder.{(depth - 4) // 2}."  # three groups of (depth - 4) / 6 blocks, from 1 on
+    return options
 
 
 def papers_protocol(column: str) -> dict[str, Any]:

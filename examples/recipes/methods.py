@@ -12,8 +12,9 @@ from torch import nn
 import gradconsist.methods
 from gradconsist import GGCRWrapper, GradientConsistencyLoss, SSLBatch, StepOutput
 from gradconsist.regularizers import GradientNormPenalty, JacobianPenalty
-from recipes.config import Config, projection
+from recipes.config import Config
 from recipes.errors import OptionError
+from recipes.option_checks import projection
 
 
 class Supervised(nn.Module):
@@ -145,6 +146,8 @@ def _with_ggcr(method: nn.Module, model: nn.Module, config: Config, chunk_size: 
         engine=config.ggcr_engine,
         max_pairs=config.ggcr_max_pairs,
         projection=projection(config),
+        stop_gradient=config.ggcr_stop_gradient,
+        batchnorm=config.ggcr_batchnorm,
         chunk_size=chunk_size,
     )
     if config.ggcr_weight == 0:  # after the term is built: its options are checked in any case

@@ -1,4 +1,4 @@
-"""The paper's tables from the runs of a grid, beside the paper's claims."""
+"""The tables from the runs of a grid, the paper's beside its claims."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def measure(grid: Grid, metric: str) -> dict[str, Any]:
     tables = {}
     for name in grid.tables:
         claim = CLAIMS[name]
-        rows = _curve_rows(claim, runs) if not claim.accuracy else list(_rows(claim, runs, metric))
+        rows = _curve_rows(claim, runs) if claim.curves else list(_rows(claim, runs, metric))
         tables[name] = {
             "label": claim.label, "caption": claim.caption, "claim": claim.text, "note": claim.note,
             "reference": claim.reference, "rows": rows,
@@ -67,17 +67,18 @@ def _rows(claim: Claim, runs: Runs, metric: str) -> Iterator[dict[str, Any]]:
     for column in claim.columns:
         reference = _values(runs, column, claim.rows[claim.reference], metric)
         for row, variant in claim.rows.items():
-            claimed, values = claim.accuracy[row, column], _values(runs, column, variant, metric)
+            claimed, values = claim.accuracy.get((row, column)), _values(runs, column, variant, metric)
             measured = dataclasses.asdict(spread(list(values.values()))) if values else None
             own = row == claim.reference
             difference = None if own else paired_difference(values, reference)
-            claimed_difference = claimed - claim.accuracy[claim.reference, column]
+            apart = None if claimed is None or own else round(claimed - claim.accuracy[claim.reference, column], 6)
             yield {
                 "row": row, "column": column, "variant": variant, "claim": claimed, "by_seed": _keys(values),
-                "measured": measured, "deviation": measured["mean"] - claimed if measured else None,
+                "measured": measured,
+                "deviation": measured["mean"] - claimed if measured and claimed is not None else None,
                 "difference": dataclasses.asdict(difference) if difference else None,
-                "claimed_difference": None if own else round(claimed_difference, 6),
-                "interval_holds_claim": difference.contains(claimed_difference) if difference else None,
+                "claimed_difference": apart,
+                "interval_holds_claim": difference.contains(apart) if difference and apart is not None else None,
             }  # fmt: skip
 
 

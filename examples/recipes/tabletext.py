@@ -66,7 +66,8 @@ def _head(result: dict[str, Any]) -> str:
 
 
 def _caption(table: dict[str, Any]) -> str:
-    return f"{table['caption']} (the paper's {table['label']})"
+    source = f"the paper's {table['label']}" if table["label"] else "not in the paper"
+    return f"{table['caption']} ({source})"
 
 
 def _below(table: dict[str, Any]) -> list[str]:
@@ -80,6 +81,8 @@ def _cells(table: dict[str, Any]) -> list[list[str]]:
     if table["claim"]:
         return _curve_cells(table)
     reference, several = table["reference"], len({row["column"] for row in table["rows"]}) > 1
+    if not table["label"]:
+        return _own_cells(table, several=several)
     cells = [
         ["row", *(["column"] if several else []), "claim", "here", "here - claim", f"here - {reference}",
          f"claim - {reference}", "claim in interval"]
@@ -92,6 +95,14 @@ def _cells(table: dict[str, Any]) -> list[list[str]]:
             [row["row"], *([row["column"]] if several else []), f"{row['claim']:.1f}", _spread(row["measured"]),
              _signed(row["deviation"]), _difference(row["difference"]), _signed(row["claimed_difference"]), holds]
         )  # fmt: skip
+    return cells
+
+
+def _own_cells(table: dict[str, Any], *, several: bool) -> list[list[str]]:
+    cells = [["row", *(["column"] if several else []), "here", f"here - {table['reference']}"]]
+    for row in table["rows"]:
+        column = [row["column"]] if several else []
+        cells.append([row["row"], *column, _spread(row["measured"]), _difference(row["difference"])])
     return cells
 
 

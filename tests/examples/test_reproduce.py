@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from recipes.cli import parse_config
 from recipes.config import resolve
 from recipes.grid import BUDGETS, VARIANTS, build_grid, papers_protocol
 from recipes.gridrun import Times, listing
+from recipes.models import build_model
 from recipes.statistics import paired_difference, spread
 from recipes.tables import measure
 from recipes.tabletext import markdown, text
@@ -78,7 +80,8 @@ def test_a_single_pair_has_no_interval() -> None:
 
 def test_the_claims_are_those_of_the_paper(paper_source: str) -> None:
     for claim in CLAIMS.values():
-        assert f"\\label{{{claim.label}}}" in paper_source
+        assert bool(claim.label) == bool(claim.accuracy or claim.text)  # ours claim nothing
+        assert not claim.label or f"\\label{{{claim.label}}}" in paper_source
     plain = re.sub(r"\\textbf\{([\d.]+)\}", r"\1", paper_source)
 
     def numbers(label: str, row: str) -> list[float]:
@@ -239,6 +242,7 @@ def test_the_list_has_states_and_times(
 
 def test_tables_share_their_runs() -> None:
     grid = build_grid(Path("runs"), "paper", list(CLAIMS), None, [])
+    assert {cell.variant for cell in grid.cells} == set(VARIANTS)
     assert len({cell.folder for cell in grid.cells}) == len(grid.cells) == 5 * (len(VARIANTS) + 3)
     assert [cell.config.seed for cell in grid.cells] == sorted(cell.config.seed for cell in grid.cells)
 
@@ -269,6 +273,34 @@ def test_cells_are_what_their_command_lines_say(budget: str, tmp_path: Path) -> 
     assert by_variant["ggcr-no-warmup"].ggcr_warmup == 0
     assert by_variant["gradient-norm"].ggcr_criterion == "gradient-norm"
     assert [by_variant[f"ggcr-{weight}"].ggcr_weight for weight in (0.01, 0.05, 0.5, 1.0)] == [0.01, 0.05, 0.5, 1.0]
+    assert by_variant["fixmatch-longer"].steps == round(BUDGETS[budget].longer * by_variant["fixmatch"].steps)
+    assert by_variant["ggcr-1.0-no-warmup"].ggcr_warmup == 0
+    assert by_variant["ggcr-weak-constant"].ggcr_stop_gradient == "weak"
+    plain = dataclasses.replace(by_variant["ggcr"], output=None)
+    same = [name for name, config in by_variant.items() if dataclasses.replace(config, output=None) == plain]
+    assert same == ["ggcr"]  # no variant forgot what it changes
+
+
+@pytest.mark.parametrize(("arch", "parameter"), [("wrn-10-1", "encoder.3.conv1.weight"), ("wrn-28-2", "encoder.12.")])
+def test_the_last_block_is_that_of_the_network(arch: str, parameter: str) -> None:
+    grid = build_grid(Path("runs"), "small", ["settings"], 1, ["--arch", arch])
+    prefix = next(cell.config.ggcr_encoder for cell in grid.cells if cell.variant == "ggcr-last-block")
+    names = [name for name, _ in build_model(arch, 10, momentum=0.1).named_parameters()]
+    assert parameter.startswith(prefix)
+    blocks = [name.split(".")[1] for name in names if name.startswith("encoder.") and "conv1" in name]
+    assert prefix == f"encoder.{blocks[-1]}."
+
+
+def test_tables_of_ours_have_no_claims(
+    reproduce: Reproduce, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert reproduce(table=("time",)) == 0
+    row = tables(tmp_path)["tables"]["time"]["rows"][-1]
+    assert (row["claim"], row["claimed_difference"], row["interval_holds_claim"]) == (None, None, None)
+    assert row["difference"] == pytest.approx({"n": 2, "mean": 1.0, "low": 1.0, "high": 1.0})
+    printed = capsys.readouterr().out
+    assert "time: Equal time (not in the paper)" in printed
+    assert re.search(r"^GGCR \(ours\) +81\.5 ± 0\.7 \(2\) +\+1\.0 \[\+1\.0, \+1\.0\] \(2\)$", printed, re.M)
 
 
 def test_real_cells_become_tables(tmp_path: Path) -> None:

@@ -150,6 +150,15 @@ def test_every_method_trains(tiny: MakeConfig) -> None:
         assert same_tensors(*parameters) == (method == "supervised")
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("stop_gradient", "weak"), ("stop_gradient", "strong"), ("batchnorm", "running"), ("batchnorm", "observed")],
+)
+def test_options_of_the_term_reach_it(tiny: MakeConfig, option: str, value: str) -> None:
+    method = build_method(build_model("wrn-10-1", 10, momentum=0.1), resolve(tiny(**{f"ggcr_{option}": value})))
+    assert getattr(method.consistency, option) == value
+
+
 @pytest.mark.parametrize("changes", [{"amp": "bf16"}, {"channels_last": True}, {"joint_forward": False}, {"ema": 0.0}])
 def test_variants_train_and_resume(tiny: MakeConfig, changes: dict[str, Any]) -> None:
     config = tiny(steps=4, eval_every=2, **changes)

@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Suppress
 
-from recipes.config import HARMLESS, SHORT_RUN_STEPS, Config, Help, check_options, method_label
+from recipes.config import HARMLESS, SHORT_RUN_STEPS, Config, Help, method_label
 from recipes.defaults import method_defaults
 from recipes.errors import OptionError
+from recipes.option_checks import check_options
 
 # MixMatch draws from a generator of its own on each process, which checkpoints here do not hold.
 WITHOUT = ("mixmatch",)
