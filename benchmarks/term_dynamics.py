@@ -1,7 +1,6 @@
 """What the term does to training: gradients of the three losses and of the pairs, at steps along real runs.
 
-    python benchmarks/term_dynamics.py --budget photos --variants fixmatch ggcr ggcr-1.0 --seeds 1 \\
-        --output benchmarks/results/term_dynamics.json
+    python benchmarks/term_dynamics.py --budget photos --output benchmarks/results/term_dynamics.json
 
 The runs are cells of examples/reproduce.py (same options, split, initial weights, order of images). At evenly spaced
 steps a copy of the model is looked at with the batch that the run is about to take; the run itself is not changed.
@@ -170,7 +169,7 @@ def main() -> None:
     made.add_argument("--output", type=Path, help="write rows, setting and environment as JSON")
     made.add_argument("--threads", type=int, default=1, help="torch's threads")
     made.add_argument("--budget", choices=list(BUDGETS), default="demo", help="of examples/reproduce.py")
-    made.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=["fixmatch", "ggcr"])
+    made.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=["fixmatch", "ggcr", "ggcr-10.0"])
     made.add_argument("--seeds", type=int, default=1)
     made.add_argument("--looks", type=int, default=40, help="per run")
     made.add_argument("trainer", nargs="*", metavar="-- OPTION", help="options of fixmatch_cifar.py for every run")
