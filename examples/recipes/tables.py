@@ -49,10 +49,27 @@ def measure(grid: Grid, metric: str) -> dict[str, Any]:
         "confidence": CONFIDENCE,
         "cells": len(grid.cells),
         "finished": sum(cell.is_finished() for cell in grid.cells),
+        "runs": _records(runs),
         "protocol": protocol,
         "environments": [dict(items) for items in dict.fromkeys(tuple(e.items()) for e in environments)],
         "tables": tables,
     }
+
+
+def _records(runs: Runs) -> list[dict[str, Any]]:
+    """Every finished run: its place in the grid, its seconds of training, and its accuracies in per cent."""
+    return [
+        {
+            "column": column,
+            "variant": variant,
+            "seed": seed,
+            "seconds": (run.summary or {}).get("seconds"),
+            "steps": run.steps,
+            "accuracies": [round(100 * value, 4) for value in run.accuracies],
+        }
+        for (column, variant), seeds in runs.items()
+        for seed, run in seeds.items()
+    ]
 
 
 def _protocol(column: str, options: dict[str, Any]) -> dict[str, Any]:

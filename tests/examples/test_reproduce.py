@@ -103,6 +103,8 @@ def test_the_claims_are_those_of_the_paper(paper_source: str) -> None:
 def test_tables_with_numbers_by_hand(reproduce: Reproduce, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert reproduce(table=("lambda", "curves", "main")) == 0
     result = tables(tmp_path)
+    assert {"column": CIFAR10, "variant": "fixmatch", "seed": 1, "seconds": None, "steps": [4, 8, 12],
+            "accuracies": [40.5, 81.0, 81.0]} in result["runs"]  # fmt: skip
     row = next(row for row in result["tables"]["lambda"]["rows"] if row["row"] == "0.5")
     # 0.80 + 0.05 and 0.86 of two seeds; 0.04 above lambda 0.1, whose claim is 0.3 points above that of 0.5.
     assert row["measured"] == pytest.approx({"n": 2, "mean": 85.5, "sd": 0.5**0.5})
