@@ -117,6 +117,8 @@ with its defaults.
 
 {monitoring_table(monitoring)}
 
+{monitoring_text(monitoring)}
+
 {_made(monitoring)}
 
 ### Where the time goes
@@ -251,6 +253,24 @@ def monitoring_table(result: dict[str, Any]) -> str:
         "cosine error": "cosine_error:.0e",
     }  # fmt: skip
     return _table(result["rows"], columns)
+
+
+def monitoring_text(result: dict[str, Any]) -> str:
+    """Who is faster than `measure`, and where."""
+    theirs = [row for row in result["rows"] if not row["reason"] and not row["variant"].startswith("gradconsist")]
+    faster = [
+        f"{row['variant']} on {row['model']} with {row['pairs']} pairs ({row['ratio_median']:.2f}x)"
+        for row in theirs
+        if row["ratio_median"] < 1
+    ]
+    if not faster:
+        return "No other library is faster in any row."
+    return (
+        f"Faster than `measure`: {'; '.join(faster)}; slower: the other {len(theirs) - len(faster)} rows. These are small"
+        " models and few pairs: every layer's output passes through Python twice here (once to be recorded, once for its"
+        " product), which is a cost per layer and call, not per pair, and weighs most where the arithmetic takes"
+        " hundredths of a second. With more pairs, or a larger model, it does not show."
+    )
 
 
 def profile_table(result: dict[str, Any]) -> str:
