@@ -266,10 +266,10 @@ def monitoring_text(result: dict[str, Any]) -> str:
     if not faster:
         return "No other library is faster in any row."
     return (
-        f"Faster than `measure`: {'; '.join(faster)}; slower: the other {len(theirs) - len(faster)} rows. These are small"
-        " models and few pairs: every layer's output passes through Python twice here (once to be recorded, once for its"
-        " product), which is a cost per layer and call, not per pair, and weighs most where the arithmetic takes"
-        " hundredths of a second. With more pairs, or a larger model, it does not show."
+        f"Faster than `measure`: {'; '.join(faster)}; slower: the other {len(theirs) - len(faster)} rows. These are"
+        " small models and few pairs: every layer's output passes through Python twice here (once to be recorded, once"
+        " for its product), which is a cost per layer and call, not per pair, and weighs most where the arithmetic"
+        " takes hundredths of a second. With more pairs, or a larger model, it does not show."
     )
 
 
