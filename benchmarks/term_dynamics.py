@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from environment import write_result
-from harness import Row, heading, parse, show
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[1] / "examples")]
+from environment import write_result
+from harness import Row, heading, parse, show
 
 from gradconsist import GGCRWrapper, GradientConsistencyLoss
 from recipes.claims import CLAIMS
