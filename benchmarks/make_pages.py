@@ -2,9 +2,9 @@
 
     python benchmarks/make_pages.py
 
-docs/evidence.md, docs/matrix.md, docs/scorecard.md and docs/guides/cost.md are written whole; README.md and
-docs/guides/usb.md, trainer.md, imagenet.md and reproduce-the-paper.md between their markers. tests/docs holds them
-against the files.
+docs/evidence.md, docs/does-it-help.md, docs/matrix.md, docs/scorecard.md and docs/guides/cost.md are written whole;
+README.md and docs/guides/usb.md, trainer.md, imagenet.md and reproduce-the-paper.md between their markers. tests/docs
+holds them against the files.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 from cost_page import cost_page
 from flatness_page import flatness_section
+from help_page import GRIDS, help_page
 from imagenet_page import with_tables as with_imagenet_tables
 from matrix_page import matrix_page, summary_table
 from reproduce_page import with_paper_tables
-from runs_page import methods_table, methods_text, real_text, runs_table, statistics_table
+from runs_page import methods_table, methods_text, runs_table, statistics_table
 from scorecard_page import scorecard
 from trainer_page import TABLES, with_tables
 from usb_page import with_table
@@ -35,6 +36,7 @@ def main() -> None:
     (ROOT / "docs" / "matrix.md").write_text(matrix(), encoding="utf-8")
     (ROOT / "docs" / "scorecard.md").write_text(scorecard(), encoding="utf-8")
     (ROOT / "docs" / "guides" / "cost.md").write_text(cost(), encoding="utf-8")
+    (ROOT / "docs" / "does-it-help.md").write_text(does_it_help(), encoding="utf-8")
     readme = ROOT / "README.md"
     readme.write_text(with_cost(readme.read_text(encoding="utf-8")), encoding="utf-8")
     guide = ROOT / "docs" / "guides" / "usb.md"
@@ -70,7 +72,8 @@ def evidence() -> str:
     """The page: exactness, cost, and what training runs showed."""
     exact, cost, memory = _result("matrix"), _result("step_cost"), _result("memory")
     monitoring, profile = _result("measure_peers"), _result("profile")
-    models = _result("step_cost_models")
+    models, scaling = _result("step_cost_models"), _result("scaling")
+    network = scaling["rows"][0]["model"].rpartition("-")[0]
     real, demo, methods = _result("real_images"), _result("demo"), _result("methods")
     longer, averaged = _result("methods_long"), _result("averaged_statistics")
     return f"""# Evidence
@@ -110,6 +113,16 @@ because it loses.
 
 {_made(memory)}
 
+### Scaling
+
+A `{network}` with pairs, width and image size varied one at a time around {scaling["setting"]["pairs"]} pairs, width 2,
+32x32; each point is a process of its own, so that neighbouring points, not ratios, are what to look at. At few pairs of
+a small network vmap is as fast, and up to a hundred pairs chunks take more memory than a loop over samples.
+
+![Seconds and peak memory](assets/scaling.png)
+
+{_made(scaling)}
+
 ### Monitoring
 
 `measure`, without a graph, beside libraries that give per-sample gradients or their products. Ratios are to `measure`
@@ -127,29 +140,25 @@ with its defaults.
 
 {_made(profile)}
 
-## CIFAR-10 photographs (JPEG copy), 250 labels
+## The averaged model's statistics
 
-![Test accuracy against the step](assets/real_images.png)
+[Does it help?](does-it-help.md) has the comparisons with FixMatch. This is about a trap in them: BatchNorm's running
+statistics in the averaged (EMA) model, which is the one that is evaluated. A first run on CIFAR-10's photographs (JPEG
+copy; one seed, {real["runs"][0]["summary"]["steps"]:,} steps, {real["runs"][0]["options"]["labels"]} labels) copied
+them from the trained model, as the FixMatch reference does. The same checkpoints, with the statistics that they hold
+and with statistics taken anew from training images:
 
-{runs_table(real)}
+{statistics_table(_result("real_images_statistics"))}
 
-{real_text(real)}
+Made by `{_command(_result("real_images_statistics"))}` on the last checkpoints of:
 
 ```text
 {real["made_by"]}
 ```
 
-**The fall at the end is BatchNorm's.** The same checkpoints, with the running statistics that they hold and with
-statistics taken anew from training images:
-
-{statistics_table(_result("real_images_statistics"))}
-
-Made by `{_command(_result("real_images_statistics"))}` on the last checkpoints.
-
-While the runs trained, their pseudo-labels were about equally good: the networks learned alike. The term's gradient
-holds BatchNorm's statistics constant, so it may move the channel means that BatchNorm removes in train mode; the
-running statistics lag, and the averaged model's copied ones fit it worst. These runs are from before the trainers
-averaged the statistics together with the weights. [What to do](guides/batchnorm-and-dropout.md).
+The term's gradient holds BatchNorm's statistics constant, so it may move the channel means that BatchNorm removes in
+train mode; the running statistics lag, and the averaged model's copied ones fit it worst. The trainers average them
+together with the weights since. [What to do](guides/batchnorm-and-dropout.md).
 
 On digits, longer, the same averaged weights with the statistics of the last weights (copied), with averaged ones (the
 trainers' way), and with statistics taken anew; means over {averaged["setting"]["seeds"]} seeds of
@@ -195,6 +204,13 @@ def matrix() -> str:
     """The page of the matrix."""
     result = _result("matrix")
     return matrix_page(result, _command(result))
+
+
+def does_it_help() -> str:
+    """The page of paired runs, as far as their files are there."""
+    grids = {name: _result(name) for name in GRIDS if (RESULTS / f"{name}.json").exists()}
+    dynamics = _result("term_dynamics")
+    return help_page(grids, dynamics, _made(dynamics))
 
 
 def cost() -> str:

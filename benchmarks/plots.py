@@ -10,9 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from help_plots import does_it_help, term_dynamics
 
 ROOT = Path(__file__).resolve().parents[1]
 Row = dict[str, Any]
@@ -263,6 +267,8 @@ PLOTS: dict[str, Callable[[Row, Any], Any]] = {
     "scaling": scaling,
     "profile": profile,
     "frontier": frontier,
+    "help_four": does_it_help,
+    "term_dynamics": term_dynamics,
 }
 
 

@@ -71,22 +71,3 @@ def statistics_table(result: dict[str, Any]) -> str:
         f"| {row['label']} | {row['weights']} | {row['stored']:.4f} | {row['anew']:.4f} |" for row in result["rows"]
     ]
     return "\n".join(lines)
-
-
-def real_text(result: dict[str, Any]) -> str:
-    by_label = {run["label"]: run for run in result["runs"]}
-    plain, ggcr = by_label["fixmatch"]["summary"], by_label["fixmatch+ggcr"]["summary"]
-    options = by_label["fixmatch+ggcr"]["options"]
-    last = by_label["fixmatch+ggcr"]["training"][-1]
-    return (
-        f"One seed a method, the same split, initial weights and order of images; {options['arch']},"
-        f" {options['labels']} labels, batch {options['batch_size']} + {options['batch_size']} x"
-        f" {options['unlabeled_ratio']} pairs. The term has weight {options['ggcr_weight']}, starts after"
-        f" {options['ggcr_warmup']} steps, and compares at most {options['ggcr_max_pairs']} confident pairs on every"
-        f" {options['ggcr_every']}nd step. At the end FixMatch has"
-        f" {plain['last']:.4f} and FixMatch + GGCR {ggcr['last']:.4f}; the mean cosine of the compared pairs is"
-        f" {last['ggcr_cosine']:.2f}. **One seed of a tiny network decides"
-        " nothing**, and the runs are far shorter than the recipes'. The times were taken while other work used the"
-        " machine."
-        " Accuracies on this copy are not comparable digit for digit with the original pixels."
-    )

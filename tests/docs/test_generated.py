@@ -18,6 +18,11 @@ def test_the_evidence_page_is_fresh(make_pages: ModuleType) -> None:
     assert page == make_pages.evidence(), "run: python benchmarks/make_pages.py"
 
 
+def test_the_page_of_paired_runs_is_fresh(make_pages: ModuleType) -> None:
+    page = (ROOT / "docs" / "does-it-help.md").read_text(encoding="utf-8")
+    assert page == make_pages.does_it_help(), "run: python benchmarks/make_pages.py"
+
+
 def test_the_page_of_the_matrix_is_fresh(make_pages: ModuleType) -> None:
     page = (ROOT / "docs" / "matrix.md").read_text(encoding="utf-8")
     assert page == make_pages.matrix(), "run: python benchmarks/make_pages.py"
