@@ -17,10 +17,9 @@ from pathlib import Path
 from environment import write_result
 from harness import Row, heading, parse, show
 from methods import config_of, images, trained
-from reestimate_statistics import take_anew
 from torch import nn
 
-from recipes.evaluation import evaluate
+from recipes.evaluation import evaluate, with_fresh_statistics
 from recipes.methods import METHODS
 
 COLUMNS = {"variant": "<26", "copied": "8.4f", "averaged": "8.4f", "anew": "8.4f", "lowest_copied": "8.4f"}
@@ -30,9 +29,8 @@ def train(method_name: str, seed: int, steps: int, weight: float) -> dict[str, f
     """Test accuracy of one run's averaged weights by kind of statistics."""
     data = images()
     model, average, to_model, _ = trained(config_of(method_name, seed, steps, weight))
-    copied, anew = copy.deepcopy(average.model), copy.deepcopy(average.model)
+    copied, anew = copy.deepcopy(average.model), with_fresh_statistics(average.model, data.train_x, to_model)
     copied.load_state_dict(dict(model.named_buffers()), strict=False)  # buffers only
-    take_anew(anew, data.train_x, to_model)
     kinds: dict[str, nn.Module] = {"copied": copied, "averaged": average.model, "anew": anew}
     return {
         kind: float(evaluate(each, data.test_x, data.test_y, to_model)["test_accuracy"]) for kind, each in kinds.items()

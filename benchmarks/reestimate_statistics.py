@@ -17,18 +17,16 @@ from typing import Any
 
 import torch
 from environment import write_result
-from torch import Tensor, nn
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from recipes.checkpoint import load_latest
 from recipes.config import Config
 from recipes.datasets import Images, load_images
-from recipes.evaluation import evaluate
+from recipes.evaluation import evaluate, with_fresh_statistics
 from recipes.loader import ToModel
 from recipes.models import build_model
-
-IMAGES, BATCH = 6000, 200
 
 
 def main() -> None:
@@ -52,34 +50,21 @@ def main() -> None:
             model = build_model(config.arch, len(images.classes), momentum=0.1)
             model.load_state_dict(tensors)
             model.eval()
-            row = {"label": stored["label"], "weights": weights}
+            row = {"run": folder.name, "label": stored["label"], "weights": weights}
             row["stored"] = evaluate(model, images.test_x, images.test_y, to_model)["test_accuracy"]
-            take_anew(model, images.train_x, to_model)
-            row["anew"] = evaluate(model, images.test_x, images.test_y, to_model)["test_accuracy"]
+            fresh = with_fresh_statistics(model, images.train_x, to_model)
+            row["anew"] = evaluate(fresh, images.test_x, images.test_y, to_model)["test_accuracy"]
             print(
-                f"{row['label']:14s} {weights:9s} stored {row['stored']:.4f}   taken anew {row['anew']:.4f}", flush=True
+                f"{row['run']:40s} {weights:9s} stored {row['stored']:.4f}   taken anew {row['anew']:.4f}", flush=True
             )
             rows.append(row)
     if options.output:
-        write_result(options.output, {"images": IMAGES, "rows": rows})
+        write_result(options.output, {"rows": rows})
 
 
 def _model_of(method: dict[str, Any]) -> dict[str, Tensor]:
     """The model's part of a method's (or the wrapper's) state."""
     return {key.split("model.", 1)[1]: value for key, value in method.items() if "model." in key}
-
-
-def take_anew(model: nn.Module, pixels: Tensor, to_model: ToModel) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.reset_running_stats()
-            module.momentum = None  # a plain average over the batches
-    model.train()
-    chosen = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))[:IMAGES]
-    with torch.no_grad():
-        for rows in chosen.split(BATCH):
-            model(to_model.images(pixels[rows]))
-    model.eval()
 
 
 if __name__ == "__main__":

@@ -153,6 +153,13 @@ class Config:
     ema_warmup: Annotated[
         bool | None, Help(help="Decay min(EMA, (1 + k) / (10 + k)) in the first steps. None: in a short run.")
     ] = None
+    eval_statistics: Annotated[
+        Literal["averaged", "anew"],
+        Help(
+            help="BatchNorm's statistics of the averaged model: averaged with its weights, or taken anew from training "
+            "images at each evaluation and for the exported weights."
+        ),
+    ] = "averaged"
     amp: Annotated[Literal["off", "bf16", "fp16"], Help(help="Mixed precision of the method's forward.")] = "off"
     channels_last: Annotated[bool, Help(help="Memory format of the model and the images.")] = False
 

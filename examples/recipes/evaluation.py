@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 from collections.abc import Sequence
 
@@ -47,6 +48,37 @@ def evaluate(
     right = torch.cat(predictions) == labels
     recalls = {f"recall/{name}": float(right[labels == k].double().mean()) for k, name in enumerate(classes)}
     return {"test_accuracy": int(right.sum()) / len(labels), "test_loss": loss / len(labels), **recalls}
+
+
+@torch.no_grad()
+def with_fresh_statistics(
+    model: nn.Module, pixels: Tensor, to_model: ToModel, *, images: int = 4096, batch: int = 256
+) -> nn.Module:
+    """A copy of a model whose BatchNorms hold statistics that its own weights gave, instead of a history of others'.
+
+    Gradient consistency may move channel means, which BatchNorm removes in train mode; running statistics lag behind.
+
+    Args:
+        model: The model; it is not changed, and no random stream is.
+        pixels: Training images, uint8 `[N, H, W, 3]`; no label is needed.
+        to_model: Normalisation and device.
+        images: How many of them, the same ones each time.
+        batch: Images at a time; the statistics are the mean over the batches, the variance of a batch unbiased.
+
+    Returns:
+        The copy, in eval mode.
+    """
+    fresh = copy.deepcopy(model).eval()
+    for module in fresh.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None  # a plain average over the batches
+            module.train()
+    chosen = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))[:images]
+    for rows in chosen.split(batch):
+        if len(rows) == batch or len(chosen) < batch:  # a small last batch would weigh as much as the others
+            fresh(to_model.images(pixels[rows]))
+    return fresh.eval()
 
 
 def summarize(accuracies: list[float]) -> dict[str, float]:

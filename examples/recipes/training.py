@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from gradconsist.errors import GradConsistError
 from recipes import methods
@@ -16,7 +17,7 @@ from recipes.checkpoint import forget_older, load_latest, remove_leftovers, save
 from recipes.config import Config, method_label, resolve
 from recipes.datasets import Images, load_images
 from recipes.errors import OptionError, TrainerError
-from recipes.evaluation import PROTOCOL, evaluate, summarize
+from recipes.evaluation import PROTOCOL, evaluate, summarize, with_fresh_statistics
 from recipes.files import write_json
 from recipes.loader import StepDataset, ToModel, spare_cores, step_batches, worker_count
 from recipes.plotting import draw_curves
@@ -157,7 +158,7 @@ class _Execution:
         if step % config.eval_every == 0 or last:
             images = self.images
             numbers = evaluate(
-                trainer.average.model, images.test_x, images.test_y, trainer.to_model, classes=images.classes
+                self._evaluated(), images.test_x, images.test_y, trainer.to_model, classes=images.classes
             )
             trainer.evaluations.append(numbers["test_accuracy"])
             self._record("eval", dict(numbers))
@@ -165,6 +166,13 @@ class _Execution:
             self.progress.line()
         if step % config.checkpoint_every == 0 or last:
             self._save()
+
+    def _evaluated(self) -> nn.Module:
+        """The averaged model, with the statistics that --eval-statistics names."""
+        model = self.trainer.average.model
+        if self.config.eval_statistics == "averaged":
+            return model
+        return with_fresh_statistics(model, self.images.train_x, self.trainer.to_model)
 
     def _record(self, kind: str, numbers: dict[str, float | None]) -> None:
         step = self.trainer.step
@@ -201,7 +209,7 @@ class _Execution:
         config, trainer = self.config, self.trainer
         numbers = summarize(trainer.evaluations)
         summary: dict[str, Any] = {
-            "protocol": PROTOCOL,
+            "protocol": PROTOCOL + f"; BatchNorm statistics {config.eval_statistics}",
             "method": method_label(config),
             "dataset": self.images.name,
             "labels": config.labels,
@@ -212,7 +220,7 @@ class _Execution:
             **numbers,
             "seconds": round(self.seconds, 1),
         }
-        export_weights(self.folder / "model.safetensors", trainer.average.model, self._about_weights())
+        export_weights(self.folder / "model.safetensors", self._evaluated(), self._about_weights())
         draw_curves([read_run(self.folder)], self.folder / "curves.png")
         write_json(self.folder / "summary.json", summary)  # last: its presence says that the run is finished
         self.progress.say(

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 import recipes.runlog
-from recipes.config import Config
-from recipes.evaluation import evaluate
+from recipes.config import Config, resolve
+from recipes.datasets import load_images
+from recipes.evaluation import evaluate, with_fresh_statistics
 from recipes.loader import ToModel
 from recipes.runlog import Progress
 from recipes.training import run
+from recipes.weights import load_model
 
 MakeConfig = Callable[..., Config]
 
@@ -24,6 +26,45 @@ class Reader(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 5.0 * nn.functional.one_hot((255 * x[:, 0, 0, 0]).round().long(), 4)
+
+
+def test_fresh_statistics_are_those_of_the_training_images() -> None:
+    """By hand for one layer; nothing of the model that is given changes, and no random stream does."""
+    torch.manual_seed(3)
+    pixels = torch.randint(0, 256, (20, 2, 2, 3), dtype=torch.uint8)
+    to_model = ToModel([0.1, 0.2, 0.3], [0.5] * 3, torch.device("cpu"), channels_last=False)
+    model = nn.Sequential(nn.BatchNorm2d(3, momentum=0.5), nn.Dropout(0.5)).train()
+    before, random = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
+    fresh = with_fresh_statistics(model, pixels, to_model, batch=10)
+    expected = (pixels.double() / 255 - torch.tensor([0.1, 0.2, 0.3])) / 0.5
+    assert torch.allclose(fresh[0].running_mean.double(), expected.mean((0, 1, 2)), atol=1e-5)
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+    halves = [expected[rows].flatten(0, 2).var(0) for rows in order.split(10)]
+    assert torch.allclose(fresh[0].running_var.double(), (halves[0] + halves[1]) / 2, atol=1e-5)
+    assert not any(module.training for module in fresh.modules())
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(random, torch.get_rng_state())
+    # 4 of 24 images are left over: a batch of four would weigh as much as one of ten
+    more = with_fresh_statistics(model, torch.cat([pixels, pixels[:4]]), to_model, images=24, batch=10)
+    assert int(more[0].num_batches_tracked) == 2
+
+
+def test_the_statistics_that_are_evaluated_are_exported(tiny: MakeConfig) -> None:
+    buffers = {}
+    for statistics in ("averaged", "anew"):
+        config = tiny(statistics, steps=4, eval_every=4, eval_statistics=statistics)
+        assert run(config) == 0
+        folder = Path(str(config.output))
+        summary = json.loads((folder / "summary.json").read_text())
+        assert summary["protocol"].endswith(f"BatchNorm statistics {statistics}")
+        model, _ = load_model(folder / "model.safetensors")
+        images = load_images(resolve(config))
+        to_model = ToModel(*images.channel_statistics(), torch.device("cpu"), channels_last=False)
+        assert evaluate(model, images.test_x, images.test_y, to_model)["test_accuracy"] == summary["last"]
+        buffers[statistics] = model.state_dict()
+    same = {name for name, value in buffers["anew"].items() if torch.equal(value, buffers["averaged"][name])}
+    assert same == {name for name in buffers["anew"] if "running" not in name and "tracked" not in name}
 
 
 def test_recall_is_the_share_of_a_class_that_is_found() -> None:

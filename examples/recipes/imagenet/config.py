@@ -70,6 +70,7 @@ class ImageNetConfig(Config):
     sam_rho: Suppress[float] = Config.sam_rho
     jacobian_weight: Suppress[float] = 0.0
     jacobian_projections: Suppress[int] = 1
+    eval_statistics: Suppress[Literal["averaged"]] = "averaged"
     init_from: Suppress[None] = None
     init_part: Suppress[Literal["model"]] = "model"
     init_sha256: Suppress[None] = None
