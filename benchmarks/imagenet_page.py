@@ -71,7 +71,7 @@ def runs_table(results: list[Result]) -> str:
         for run in result["runs"]:
             options, summary = run["options"], run["summary"]
             last = "unfinished" if summary is None else f"{100 * summary['last']:.1f} %"
-            seconds = "" if summary is None else f"{summary['seconds'] / 60:.0f} min"
+            seconds = "" if summary is None else f"{summary['seconds'] / 60:.1f} min"
             cosines = [line["ggcr_cosine"] for line in run["training"] if line.get("ggcr_cosine") is not None]
             lines.append(
                 f"| {options['arch']} | {options['image_size']} | {100 * options['label_fraction']:.0f} % | "

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from help_plots import does_it_help, term_dynamics
+from help_plots import curves, differences, term_dynamics
 
 ROOT = Path(__file__).resolve().parents[1]
 Row = dict[str, Any]
@@ -267,7 +267,8 @@ PLOTS: dict[str, Callable[[Row, Any], Any]] = {
     "scaling": scaling,
     "profile": profile,
     "frontier": frontier,
-    "help_four": does_it_help,
+    "help_four": curves,
+    "help_four_statistics": differences,
     "term_dynamics": term_dynamics,
 }
 

@@ -59,7 +59,7 @@ def main() -> None:
             )
             rows.append(row)
     if options.output:
-        write_result(options.output, {"rows": rows})
+        write_result(options.output, {"setting": {}, "rows": rows})
 
 
 def _model_of(method: dict[str, Any]) -> dict[str, Tensor]:
