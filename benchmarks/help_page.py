@@ -172,9 +172,9 @@ running statistics that were averaged with them, and by statistics taken anew fr
   is a `wrn-10-1`; a run has a thousand steps, where the paper has a million. Accuracies are therefore far below the
   paper's, and none is comparable with it; a difference between two rows is what they show.
 - **Where FixMatch works**: classes, labels and threshold were chosen on held-out training images (400 or 1,000 a
-  class), by whether FixMatch beats the labels alone, without a look at the term. Test images decided nothing. Four classes
-  (airplane, automobile, bird, cat: the first of CIFAR-10) with 40 labels were such a setting; all ten with 250 labels
-  were hardly one in so few steps, and are here because the paper's setting has all ten.
+  class), by whether FixMatch beats the labels alone, without a look at the term. Test images decided nothing. Four
+  classes (airplane, automobile, bird, cat: the first of CIFAR-10) with 40 labels were such a setting; all ten with 250
+  labels were hardly one in so few steps, and are here because the paper's setting has all ten.
 - Accuracy is that of the averaged model after the last step. The tables of the grids have BatchNorm's running
   statistics averaged with it, as the trainers' default is.
 - Compute: {hours(results.values()):.1f} hours of training on one core of a CPU, in {runs} runs, beside other work on
@@ -225,20 +225,22 @@ def verdict(statistics: Result, dynamics: Result) -> str:
     large = quarters["ggcr-10.0", 3]
     hold = {True: "holds", False: "does not hold", None: "has no end to hold"}
     return f"""**As the paper specifies it (λ = 0.1), the term does not help here**: over FixMatch, accuracy changes by
-{difference(anew, "ggcr")} points on the four classes, an interval that {hold[found.contains(0.0)]} 0, for three times the
-time of a step; FixMatch alone, given that time, changes by {difference(anew, "fixmatch-longer")}. **Larger weights hurt**:
-λ = 1 changes it by {difference(anew, "ggcr-1.0")}, λ = 10 by {difference(anew, "ggcr-10.0")}. **Why**, as measured below:
-at 0.1 the term's gradient is {min(parts):.0f} to {max(parts):.0f} % of a step's and nearly orthogonal to both other
-losses' gradients, and GC ends where it ends without the term ({gc[1]:.2f} and {gc[0]:.2f}); at 10 GC rises to
-{gc[2]:.2f} while the pairs' gradients grow tenfold and confident pairs vanish, which is agreement on nothing; and because
-the definition holds BatchNorm's statistics constant, following the term's gradient brings {min(gains):.0%} to
-{max(gains):.0%} of what it promises at 0.1, and {large["step_gain"]:.0%} at 10: BatchNorm removes the channel means that
-it moves, while the running statistics fall behind.
+{difference(anew, "ggcr")} points on the four classes, an interval that {hold[found.contains(0.0)]} 0, for three times
+the time of a step; FixMatch alone, given that time, changes by {difference(anew, "fixmatch-longer")}.
+**Larger weights hurt**: λ = 1 changes it by {difference(anew, "ggcr-1.0")}, λ = 10 by
+{difference(anew, "ggcr-10.0")}.
 
-**When to use it**: to study per-sample gradients and their agreement, which the library measures exactly; in training, with
-paired seeds of your own, `--eval-statistics anew`, and λ of 0.1 or less. **When not**: in the hope of accuracy on a network
-with BatchNorm and a short run. Networks without BatchNorm, where the gradient keeps its promise, were not tried.
+**Why**, as measured below: at 0.1 the term's gradient is {min(parts):.0f} to {max(parts):.0f} % of a step's and nearly
+orthogonal to both other losses' gradients, and GC ends where it ends without the term ({gc[1]:.2f} and {gc[0]:.2f}). At
+10 GC rises to {gc[2]:.2f}, while the pairs' gradients grow tenfold and confident pairs vanish: agreement on nothing.
+Because the definition holds BatchNorm's statistics constant, following the term's gradient brings {min(gains):.0%} to
+{max(gains):.0%} of what it promises at 0.1, and {large["step_gain"]:.0%} at 10: BatchNorm removes the channel means
+that it moves, while the running statistics fall behind.
 
-**The strongest evidence against this verdict**: the interval {hold[found.contains(1.4)]} the paper's +1.4 points; the term's
-best seed gains {best:+.1f}; and every run is a thousandth as long as the paper's, of a smaller network on smaller
-images, so that a gain that needs length, size or resolution would not be seen."""
+**When to use it**: to study per-sample gradients and their agreement, which the library measures exactly; in training,
+with paired seeds of your own, `--eval-statistics anew`, and λ of 0.1 or less. **When not**: in the hope of accuracy on
+a network with BatchNorm and a short run. Networks without BatchNorm, which have no such statistics, were not tried.
+
+**The strongest evidence against this verdict**: the interval {hold[found.contains(1.4)]} the paper's +1.4 points; the
+term's best seed gains {best:+.1f}; and every run is a thousandth as long as the paper's, of a smaller network on
+smaller images, so that a gain that needs length, size or resolution would not be seen."""
