@@ -78,7 +78,7 @@ VARIANTS = {
     # An overflow after the kill would make the forgotten loss scale what it should be.
     CONTROL: "--method mixmatch --amp fp16 --unlabeled-weight 1 --eval-every 4 --workers 0",
 }
-WANTED = {"random": 100, "save": 20, "cold": 6, "processes": 20, "torchrun": 6}
+WANTED = {"random": 100, "save": 20, "cold": 6, "processes": 20, "torchrun": 20}
 QUICK = {"random": 4, "save": 2, "cold": 1, "processes": 1, "torchrun": 1}
 PHOTOGRAPHS = (
     "--arch shufflenet_v2_x0_5 --image-size 16 --label-fraction 0.34 --batch-size 4 --unlabeled-ratio 1 --threshold 0.2"

@@ -169,15 +169,6 @@ def mlp() -> Classifier:
     return Classifier(nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()), 256)
 
 
-def with_group_norm(model: nn.Module) -> nn.Module:
-    """Every BatchNorm2d replaced by a GroupNorm of 8 channels a group."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.BatchNorm2d):
-                setattr(module, name, nn.GroupNorm(child.num_features // 8, child.num_features))
-    return model
-
-
 @dataclass(frozen=True)
 class Spec:
     """How a model is built, and the inputs that it takes."""
@@ -207,10 +198,7 @@ def spec(name: str) -> Spec:
     """The model of that name; initialised from torch's global generator when built."""
     if name in _SPECS:
         return _SPECS[name]
-    arch = name.removesuffix("-gn")
-    if name.endswith("-gn"):
-        return Spec(lambda: with_group_norm(build_model(arch, CLASSES, momentum=0.1)))
-    return Spec(lambda: build_model(arch, CLASSES, momentum=0.1))
+    return Spec(lambda: build_model(name, CLASSES, momentum=0.1))
 
 
 def has_batchnorm(model: nn.Module) -> bool:

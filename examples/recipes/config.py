@@ -125,7 +125,7 @@ class Config:
     ] = 0.0
     jacobian_projections: Annotated[int, Help(help="Random projections that estimate it.")] = 1
 
-    arch: Annotated[str, Help(help="wrn-DEPTH-WIDTH.")] = "wrn-28-2"
+    arch: Annotated[str, Help(help="wrn-DEPTH-WIDTH; with -gn behind it, GroupNorm instead of BatchNorm.")] = "wrn-28-2"
     init_from: Annotated[
         str | None, Help(help="Start from the averaged weights in this model.safetensors or checkpoint step-N.pt.")
     ] = None

@@ -6,11 +6,13 @@ Index letters: B batch, C channels, H and W image sides, K classes.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
 from recipes.errors import OptionError
 
+_GROUP_NORM = "-gn"
 _NEGATIVE_SLOPE = 0.1
 
 
@@ -115,7 +117,7 @@ class WideResNet(nn.Module):
 
 
 def parse_arch(name: str) -> tuple[int, int]:
-    """Read `wrn-DEPTH-WIDTH`.
+    """Read `wrn-DEPTH-WIDTH`, or `wrn-DEPTH-WIDTH-gn`.
 
     Args:
         name: For example `wrn-28-2`.
@@ -126,9 +128,9 @@ def parse_arch(name: str) -> tuple[int, int]:
     Raises:
         OptionError: Where the name is of another form, or the depth is not 6 n + 4 with n >= 1.
     """
-    match = re.fullmatch(r"wrn-(\d+)-(\d+)", name)
+    match = re.fullmatch(rf"wrn-(\d+)-(\d+)({_GROUP_NORM})?", name)
     if match is None:
-        raise OptionError(f"--arch {name!r} is unknown: write wrn-DEPTH-WIDTH, for example wrn-28-2 or wrn-10-1.")
+        raise OptionError(f"--arch {name!r} is unknown: write wrn-DEPTH-WIDTH, for example wrn-28-2, or wrn-28-2-gn.")
     depth, width = int(match[1]), int(match[2])
     if depth < 10 or (depth - 4) % 6 or width < 1:
         raise OptionError(
@@ -142,7 +144,7 @@ def build_model(arch: str, classes: int, *, momentum: float) -> WideResNet:
     """Build the network that `--arch` names, for RGB images; initialised from torch's global generator.
 
     Args:
-        arch: `wrn-DEPTH-WIDTH`.
+        arch: `wrn-DEPTH-WIDTH`; with `-gn` behind it, GroupNorm takes the place of BatchNorm.
         classes: Number of classes K.
         momentum: BatchNorm momentum, in torch's sense.
 
@@ -150,4 +152,21 @@ def build_model(arch: str, classes: int, *, momentum: float) -> WideResNet:
         The network, in train mode.
     """
     depth, width = parse_arch(arch)
-    return WideResNet(depth, width, classes, momentum=momentum)
+    model = WideResNet(depth, width, classes, momentum=momentum)
+    if arch.endswith(_GROUP_NORM):
+        with_group_norm(model, lambda channels: channels // 8)
+    return model
+
+
+def with_group_norm(model: nn.Module, groups: Callable[[int], int]) -> None:
+    """Replace every BatchNorm, in place; scales and shifts start at 1 and 0 as theirs do.
+
+    Args:
+        model: The network.
+        groups: Number of a layer's channels to the number of their groups.
+    """
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                channels = child.num_features
+                setattr(module, name, nn.GroupNorm(groups(channels), channels, eps=child.eps))

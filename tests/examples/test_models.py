@@ -40,15 +40,30 @@ def test_momentum_reaches_every_batchnorm() -> None:
     assert {norm.momentum for norm in norms} == {0.007}
 
 
+def test_group_norm_takes_the_place_of_every_batchnorm() -> None:
+    torch.manual_seed(0)
+    batch = build_model("wrn-10-2", 3, momentum=0.1)
+    torch.manual_seed(0)
+    group = build_model("wrn-10-2-gn", 3, momentum=0.1)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in group.modules())
+    norms = [module for module in group.modules() if isinstance(module, nn.GroupNorm)]
+    assert [(norm.num_groups, norm.num_channels) for norm in norms[:3]] == [(2, 16), (4, 32), (4, 32)]
+    assert len(norms) == 7
+    # The same weights by name, and an output that knows no batch.
+    assert all(torch.equal(value, dict(batch.named_parameters())[name]) for name, value in group.named_parameters())
+    x = torch.randn(4, 3, 16, 16)
+    assert torch.allclose(group(x)[:1], group(x[:1]), atol=1e-5)
+
+
 @pytest.mark.parametrize("arch", ["wrn-11-1", "wrn-4-1", "wrn-10-0"])
 def test_impossible_sizes_are_refused(arch: str) -> None:
     with pytest.raises(OptionError, match=rf"--arch '{arch}': the depth must be 10, 16, 22"):
         build_model(arch, 10, momentum=0.1)
 
 
-@pytest.mark.parametrize("arch", ["resnet50", "wrn-28", "WRN-28-2", "wrn-28-2x"])
+@pytest.mark.parametrize("arch", ["resnet50", "wrn-28", "WRN-28-2", "wrn-28-2x", "wrn-28-2-bn"])
 def test_unknown_architectures_are_refused(arch: str) -> None:
-    with pytest.raises(OptionError, match=r"--arch .* is unknown: write wrn-DEPTH-WIDTH"):
+    with pytest.raises(OptionError, match=r"--arch .* is unknown: write wrn-DEPTH-WIDTH, for example wrn-28-2, or"):
         build_model(arch, 10, momentum=0.1)
 
 

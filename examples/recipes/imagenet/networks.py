@@ -9,6 +9,7 @@ from torch import nn
 from recipes.errors import OptionError
 from recipes.imagenet.config import ImageNetConfig
 from recipes.methods import classifier_head
+from recipes.models import with_group_norm
 from recipes.processes import Processes
 
 GROUPS = 32  # of GroupNorm, as in its paper; fewer where the channels cannot be divided by it
@@ -45,7 +46,7 @@ def build_network(config: ImageNetConfig, classes: int, processes: Processes) ->
     for norm in norms:
         norm.momentum = config.bn_momentum
     if config.norm == "group":
-        return _with_group_norm(model)
+        with_group_norm(model, lambda channels: math.gcd(GROUPS, channels))
     if config.norm == "sync":
         if processes.world == 1 or processes.device.type != "cuda":
             raise OptionError(
@@ -53,14 +54,4 @@ def build_network(config: ImageNetConfig, classes: int, processes: Processes) ->
                 "write --norm batch, or --norm group."
             )
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return model
-
-
-def _with_group_norm(model: nn.Module) -> nn.Module:
-    """Replace every BatchNorm; scales and shifts start at 1 and 0 as theirs do."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.BatchNorm2d):
-                channels = child.num_features
-                setattr(module, name, nn.GroupNorm(math.gcd(GROUPS, channels), channels, eps=child.eps))
     return model
