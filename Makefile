@@ -22,7 +22,7 @@ USB := semilearn==0.3.2 progress ruamel.yaml
 BY_TORCH := exactness operators second_derivatives hazards ghost_hazards precision normalization isolation wrapper layout
 
 # One process a core; each takes from the other's list when its own is done.
-PYTEST := -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+PYTEST := -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal --durations 25 --durations-min 4
 
 MAKEFLAGS += --no-print-directory
 .PHONY: help demo test test-core test-torch test-usb lint format types docs setup setup-core setup-usb clean
