@@ -63,13 +63,18 @@ class Victim:
 class Pair(Victim):
     """Two processes of one run; a kill takes one of them, and the other ends by itself.
 
+    Before they have met, the other one waits for the killed one, as torch lets it for half an hour: then the kill takes
+    both, as a launcher would.
+
     Args:
         members: The two.
         numbers: Decides which.
+        log: Where they say that they have met.
+        said: Bytes of it that are from earlier starts.
     """
 
-    def __init__(self, members: Sequence[Victim], numbers: random.Random) -> None:
-        self.members, self.numbers = members, numbers
+    def __init__(self, members: Sequence[Victim], numbers: random.Random, log: Path, said: int) -> None:
+        self.members, self.numbers, self.log, self.said = members, numbers, log, said
         super().__init__(members[0].pid, self._both)
 
     def _both(self) -> int | None:
@@ -84,7 +89,9 @@ class Pair(Victim):
         Raises:
             RuntimeError: Where the other one goes on.
         """
-        self.numbers.choice(self.members).kill()
+        met = b"run directory" in self.log.read_bytes()[self.said :]
+        for member in [self.numbers.choice(self.members)] if met else self.members:
+            member.kill()
         if not self.wait(180, 0.02):
             for member in self.members:
                 if not member.ended():
@@ -152,7 +159,9 @@ def two_processes(arguments: Sequence[str], log: Path, script: Path, numbers: ra
     def as_rank(rank: str) -> Callable[[], None]:
         return lambda: os.environ.update(world | {"RANK": rank, "LOCAL_RANK": rank, "GLOO_SOCKET_IFNAME": "lo"})
 
-    return Pair([forked(arguments, log, prepare=as_rank(rank), script=script) for rank in "01"], numbers)
+    said = log.stat().st_size if log.exists() else 0  # before the forks, which write to it
+    members = [forked(arguments, log, prepare=as_rank(rank), script=script) for rank in "01"]
+    return Pair(members, numbers, log, said)
 
 
 def launched(command: Sequence[str], log: Path, kind: type[Victim] = Victim) -> Victim:
