@@ -209,8 +209,8 @@ def matrix() -> str:
 def does_it_help() -> str:
     """The page of paired runs, as far as their files are there."""
     grids = {name: _result(name) for name in GRIDS if (RESULTS / f"{name}.json").exists()}
-    dynamics = _result("term_dynamics")
-    return help_page(grids, _result("help_four_statistics"), dynamics, _made)
+    dynamics, group = _result("term_dynamics"), _result("term_dynamics_group_norm")
+    return help_page(grids, _result("help_four_statistics"), dynamics, group, _made)
 
 
 def cost() -> str:

@@ -270,6 +270,7 @@ PLOTS: dict[str, Callable[[Row, Any], Any]] = {
     "help_four": curves,
     "help_four_statistics": differences,
     "term_dynamics": term_dynamics,
+    "term_dynamics_group_norm": term_dynamics,
 }
 
 

@@ -183,7 +183,10 @@ def main() -> None:
     for cell in cells:
         rows += follow(cell, images, options.looks)
         if options.output:
-            write_result(options.output, {"setting": setting, "rows": rows, "summary": summary(rows)})
+            shown = [{name: None if value != value else value for name, value in row.items()} for row in rows]
+            write_result(
+                options.output, {"setting": setting, "rows": shown, "summary": summary(rows)}
+            )  # JSON has no NaN
 
 
 if __name__ == "__main__":
