@@ -1,4 +1,4 @@
-"""The paper's tables as a resumable grid of runs with paired seeds, each printed beside what the paper claims.
+"""The paper's tables, and ours, as a resumable grid of runs with paired seeds, each beside what the paper claims.
 
 Examples:
     python reproduce.py --table main --budget demo
