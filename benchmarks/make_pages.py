@@ -117,7 +117,7 @@ because it loses.
 
 A `{network}` with pairs, width and image size varied one at a time around {scaling["setting"]["pairs"]} pairs, width 2,
 32x32; each point is a process of its own, so that neighbouring points, not ratios, are what to look at. At few pairs of
-a small network vmap is as fast, and up to a hundred pairs chunks take more memory than a loop over samples.
+a small network vmap is as fast, and a loop over samples takes less memory at every point.
 
 ![Seconds and peak memory](assets/scaling.png)
 

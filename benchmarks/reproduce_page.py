@@ -10,6 +10,21 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 
+def grid_tables(result: dict[str, Any]) -> str:
+    """The tables of a grid, without the version that the file keeps: the revision says more, and pages renew none.
+
+    Args:
+        result: `tables.json` of a grid.
+
+    Returns:
+        Markdown.
+    """
+    from recipes.tabletext import markdown
+
+    places = [{key: value for key, value in place.items() if key != "gradconsist"} for place in result["environments"]]
+    return markdown({**result, "environments": places}, level=3)
+
+
 def with_paper_tables(page: str, result: dict[str, Any]) -> str:
     """The page with fresh tables between its markers.
 
@@ -20,10 +35,5 @@ def with_paper_tables(page: str, result: dict[str, Any]) -> str:
     Returns:
         The guide.
     """
-    from recipes.tabletext import markdown
-
-    # The file keeps the version; here the revision says more, and a page has no version to renew.
-    places = [{key: value for key, value in place.items() if key != "gradconsist"} for place in result["environments"]]
-    result = {**result, "environments": places}
-    tables = f"<!-- paper:begin -->\n{markdown(result, level=3)}<!-- paper:end -->"
+    tables = f"<!-- paper:begin -->\n{grid_tables(result)}<!-- paper:end -->"
     return re.sub(r"<!-- paper:begin -->.*?<!-- paper:end -->", lambda _: tables, page, flags=re.S)

@@ -20,9 +20,8 @@ class Claim:
         reference: The row that the others are held against.
         rows: Row to variant of the grid (a key of `recipes.grid.VARIANTS`).
         accuracy: Row, column to the claimed accuracy in per cent; empty where there is no claimed number.
-        text: What the paper says in words.
+        text: What the paper says in words; only of its curves, so a table with it is one of curves.
         note: What has to be known about its row or columns here.
-        curves: Whether it is about how accuracy rises, not where it ends.
     """
 
     label: str
@@ -32,7 +31,6 @@ class Claim:
     accuracy: dict[tuple[str, str], float]
     text: str = ""
     note: str = ""
-    curves: bool = False
 
     @property
     def columns(self) -> list[str]:
@@ -76,7 +74,6 @@ CLAIMS = {
         "GGCR converges faster and reaches higher final accuracy.",
         "The common level is, seed by seed, the lowest accuracy that one of the rows has in the end; steps count to "
         "the first evaluation at or above it. Columns of per cents are of the run's steps.",
-        curves=True,
     ),
     "settings": Claim(
         "", "Settings of the term", "GGCR",

@@ -14,7 +14,7 @@ import tyro
 
 from recipes.defaults import method_defaults
 from recipes.errors import OptionError, ResumeError
-from recipes.models import parse_arch
+from recipes.models import GROUP_NORM, parse_arch
 from recipes.option_checks import check_options
 
 Preset = Literal["paper", "fixmatch", "demo"]
@@ -290,3 +290,5 @@ def _check_images(config: Config) -> None:
     if config.image_size is not None and config.dataset != "folder":
         raise OptionError(f"--image-size is for --dataset folder; --dataset {config.dataset} has a size of its own.")
     parse_arch(config.arch)
+    if config.eval_statistics == "anew" and config.arch.endswith(GROUP_NORM):
+        raise OptionError(f"--eval-statistics anew: {config.arch} has no BatchNorm, so no statistics; leave it out.")

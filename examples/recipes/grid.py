@@ -252,9 +252,10 @@ def build_grid(
         if column in columns
     )
     bases: dict[tuple[str, str], tuple[Config, tuple[str, ...]]] = {}
+    common = {name: (*_arguments({**chosen.options, **columns[name]}), *trainer_options) for name, _ in wanted}
+    parsed = {name: _parse(words) for name, words in common.items()}
     for column, variant in wanted:
-        common = (*_arguments({**chosen.options, **columns[column]}), *trainer_options)
-        arguments = (*common, *_arguments(_own_options(variant, _parse(common), chosen.longer)))
+        arguments = (*common[column], *_arguments(_own_options(variant, parsed[column], chosen.longer)))
         bases[column, variant] = (_parse(arguments), arguments)
     cells = []
     for seed in range(chosen.seeds if seeds is None else seeds):

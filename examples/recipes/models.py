@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from recipes.errors import OptionError
 
-_GROUP_NORM = "-gn"
+GROUP_NORM = "-gn"
 _NEGATIVE_SLOPE = 0.1
 
 
@@ -128,7 +128,7 @@ def parse_arch(name: str) -> tuple[int, int]:
     Raises:
         OptionError: Where the name is of another form, or the depth is not 6 n + 4 with n >= 1.
     """
-    match = re.fullmatch(rf"wrn-(\d+)-(\d+)({_GROUP_NORM})?", name)
+    match = re.fullmatch(rf"wrn-(\d+)-(\d+)({GROUP_NORM})?", name)
     if match is None:
         raise OptionError(f"--arch {name!r} is unknown: write wrn-DEPTH-WIDTH, for example wrn-28-2, or wrn-28-2-gn.")
     depth, width = int(match[1]), int(match[2])
@@ -153,7 +153,7 @@ def build_model(arch: str, classes: int, *, momentum: float) -> WideResNet:
     """
     depth, width = parse_arch(arch)
     model = WideResNet(depth, width, classes, momentum=momentum)
-    if arch.endswith(_GROUP_NORM):
+    if arch.endswith(GROUP_NORM):
         with_group_norm(model, lambda channels: channels // 8)
     return model
 

@@ -36,7 +36,7 @@ def measure(grid: Grid, metric: str) -> dict[str, Any]:
     tables = {}
     for name in grid.tables:
         claim = CLAIMS[name]
-        rows = _curve_rows(claim, runs) if claim.curves else list(_rows(claim, runs, metric))
+        rows = _curve_rows(claim, runs) if claim.text else list(_rows(claim, runs, metric))
         tables[name] = {
             "label": claim.label, "caption": claim.caption, "claim": claim.text, "note": claim.note,
             "reference": claim.reference, "rows": rows,

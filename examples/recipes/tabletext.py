@@ -92,8 +92,8 @@ def _cells(table: dict[str, Any]) -> list[list[str]]:
             continue
         holds = {True: "yes", False: "no", None: "-"}[row["interval_holds_claim"]]
         cells.append(
-            [row["row"], *([row["column"]] if several else []), f"{row['claim']:.1f}", _spread(row["measured"]),
-             _signed(row["deviation"]), _difference(row["difference"]), _signed(row["claimed_difference"]), holds]
+            [row["row"], *([row["column"]] if several else []), f"{row['claim']:.1f}", spread_text(row["measured"]),
+             _signed(row["deviation"]), difference_text(row["difference"]), _signed(row["claimed_difference"]), holds]
         )  # fmt: skip
     return cells
 
@@ -102,7 +102,7 @@ def _own_cells(table: dict[str, Any], *, several: bool) -> list[list[str]]:
     cells = [["row", *(["column"] if several else []), "here", f"here - {table['reference']}"]]
     for row in table["rows"]:
         column = [row["column"]] if several else []
-        cells.append([row["row"], *column, _spread(row["measured"]), _difference(row["difference"])])
+        cells.append([row["row"], *column, spread_text(row["measured"]), difference_text(row["difference"])])
     return cells
 
 
@@ -113,20 +113,38 @@ def _curve_cells(table: dict[str, Any]) -> list[list[str]]:
     for row in table["rows"]:
         heights = ["-" if value is None else f"{value:.1f}" for _, value in row["at"]]
         cells.append(
-            [row["row"], *heights, _spread(row["over_run"]), _difference(row["difference"]),
-             _spread(row["steps_to_level"], digits=0), _difference(row["steps_difference"], digits=0)]
+            [row["row"], *heights, spread_text(row["over_run"]), difference_text(row["difference"]),
+             spread_text(row["steps_to_level"], digits=0), difference_text(row["steps_difference"], digits=0)]
         )  # fmt: skip
     return cells
 
 
-def _spread(numbers: dict[str, Any] | None, *, digits: int = 1) -> str:
+def spread_text(numbers: dict[str, Any] | None, *, digits: int = 1) -> str:
+    """Mean, deviation and number: `57.1 ± 1.2 (5)`; a dash for None.
+
+    Args:
+        numbers: A `Spread` as a dictionary.
+        digits: Behind the point.
+
+    Returns:
+        The text.
+    """
     if numbers is None:
         return "-"
     deviation = "" if numbers["sd"] is None else f" ± {numbers['sd']:.{digits}f}"
     return f"{numbers['mean']:.{digits}f}{deviation} ({numbers['n']})"
 
 
-def _difference(numbers: dict[str, Any] | None, *, digits: int = 1) -> str:
+def difference_text(numbers: dict[str, Any] | None, *, digits: int = 1) -> str:
+    """Mean difference, interval and number: `+0.3 [-1.2, +1.8] (5)`; a dash for None.
+
+    Args:
+        numbers: A `Difference` as a dictionary.
+        digits: Behind the point.
+
+    Returns:
+        The text.
+    """
     if numbers is None:
         return "-"
     interval = ""

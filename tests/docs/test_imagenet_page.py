@@ -44,7 +44,7 @@ def test_options_that_do_nothing_here_are_hidden() -> None:
         "config", "output", "seed", "device", "workers", "method", "threshold", "temperature", "method_decay",
         "unlabeled_weight", "unlabeled_ramp", "brier_weight", "joint_forward", "ggcr_weight", "ggcr_warmup",
         "ggcr_ramp", "ggcr_every", "ggcr_engine", "ggcr_projection", "ggcr_gate", "ggcr_criterion",
-        "ggcr_stop_gradient", "ggcr_batchnorm", "steps",
+        "ggcr_stop_gradient", "steps",
         "unlabeled_ratio", "ema", "ema_warmup", "amp", "channels_last", "log_every", "tensorboard", "progress",
         "resume", "stop_after_steps", "stop_after_minutes",
     }  # fmt: skip

@@ -129,6 +129,10 @@ def test_help_shows_the_defaults_of_the_preset(capsys: pytest.CaptureFixture[str
     ("changes", "message"),
     [
         ({"steps": 0}, "--steps must be above 0; found 0"),
+        (
+            {"eval_statistics": "anew", "arch": "wrn-10-1-gn"},
+            "--eval-statistics anew: wrn-10-1-gn has no BatchNorm, so no statistics; leave it out",
+        ),
         ({"lr": float("nan")}, "--lr must be above 0; found nan"),
         ({"batch_size": -1}, "--batch-size must be above 0"),
         ({"ggcr_weight": -0.1}, "--ggcr-weight must be 0 or more; found -0.1"),

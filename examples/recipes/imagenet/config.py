@@ -49,6 +49,10 @@ class ImageNetConfig(Config):
         int | None,
         Help(help="Compare at most this many random pairs of a step, over all processes."),
     ] = None
+    ggcr_batchnorm: Annotated[
+        Literal["auto", "running"],
+        Help(help="BatchNorm's statistics in the comparison; observed ones were not tried with several processes."),
+    ] = "auto"
     ggcr_encoder: Annotated[
         str, Help(help="Parameters compared: encoder (all but the head), all, or a prefix of names, such as layer4.")
     ] = "encoder"
