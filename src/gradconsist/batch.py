@@ -59,9 +59,9 @@ def concatenable(first: Inputs, second: Inputs) -> bool:
     return all(a.shape[1:] == b.shape[1:] for a, b in zip(leaves(first), leaves(second), strict=True))
 
 
-def concatenate(first: Inputs, second: Inputs) -> Inputs:
-    """Both batches as one."""
-    joined: Inputs = map_leaves(lambda a, b: torch.cat([a, b]), first, second)
+def concatenate(*batches: Inputs) -> Inputs:
+    """All batches as one."""
+    joined: Inputs = map_leaves(lambda *parts: torch.cat(parts), *batches)
     return joined
 
 

@@ -51,6 +51,8 @@ class StepOutput(NamedTuple):
 class SSLBatch(NamedTuple):
     """One step's data: labeled inputs with labels, and two views of the unlabeled inputs.
 
+    Inputs are tensors, or mappings or sequences of tensors (text models), all three built alike.
+
     Attributes:
         x: labeled inputs.
         y: class indices of `x`.
@@ -59,10 +61,10 @@ class SSLBatch(NamedTuple):
         index: positions of the unlabeled samples in their data set, for methods that remember them.
     """
 
-    x: Tensor
+    x: Inputs
     y: Tensor
-    weak: Tensor
-    strong: Tensor
+    weak: Inputs
+    strong: Inputs
     index: Tensor | None = None  # type: ignore[assignment]  # hides tuple.index, which nobody calls here
 
 

@@ -5,15 +5,24 @@ Index letters: n labeled and m unlabeled inputs of a step, N unlabeled inputs in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gradconsist.errors import ConfigError, InputShapeError, InputTypeError, InputValueError, StateError
+from gradconsist.batch import call, check_inputs, concatenate, leaves, places, same_structure
+from gradconsist.default_loss import find_logits
+from gradconsist.errors import (
+    ConfigError,
+    InputShapeError,
+    InputTypeError,
+    InputValueError,
+    LossContractError,
+    StateError,
+)
 from gradconsist.schedules import linear_ramp
-from gradconsist.types import SSLBatch, StepOutput, ViewPair
+from gradconsist.types import Inputs, SSLBatch, StepOutput, ViewPair
 from gradconsist.validation import check_count, check_number
 
 
@@ -110,23 +119,53 @@ def check_batch(batch: SSLBatch) -> None:
     """
     if not isinstance(batch, SSLBatch):
         raise InputTypeError(f"`batch` is a {type(batch).__name__}: pass SSLBatch(x, y, weak, strong).")
-    for name in ("x", "y", "weak", "strong"):
-        part = getattr(batch, name)
-        if not isinstance(part, Tensor):
+    for name, part in zip(("x", "y", "weak", "strong"), batch[:4], strict=True):
+        if not isinstance(part, Tensor if name == "y" else Tensor | Mapping | Sequence):
             raise InputTypeError(
                 f"`batch.{name}` is a {type(part).__name__}: pass a tensor; a method that trains on one view needs"
                 " `strong` for the pair that gradient consistency compares."
             )
-    if len(batch.x) != len(batch.y) or len(batch.weak) != len(batch.strong):
+    x, y, weak, strong = (_rows(f"batch.{name}", getattr(batch, name)) for name in ("x", "y", "weak", "strong"))
+    if x != y or weak != strong:
         raise InputShapeError(
-            f"`batch` has {len(batch.x)} labeled inputs x, {len(batch.y)} labels y, {len(batch.weak)} weak and"
-            f" {len(batch.strong)} strong views: x and y, weak and strong belong together row by row."
+            f"`batch` has {x} labeled inputs x, {y} labels y, {weak} weak and {strong} strong views: x and y, weak and"
+            " strong belong together row by row."
         )
-    if len(batch.x) == 0 or len(batch.weak) == 0:
+    if x == 0 or weak == 0:
         raise InputShapeError(
-            f"`batch` has {len(batch.x)} labeled and {len(batch.weak)} unlabeled inputs, and the mean over none is NaN:"
-            " give at least one of each; drop the loader's last batch where it is empty."
+            f"`batch` has {x} labeled and {weak} unlabeled inputs, and the mean over none is NaN: give at least one of"
+            " each; drop the loader's last batch where it is empty."
         )
+    _check_alike(batch)
+
+
+def _rows(name: str, inputs: Inputs) -> int:
+    parts = leaves(inputs)
+    if not parts or not all(isinstance(part, Tensor) and part.dim() for part in parts):
+        check_inputs(name, inputs)  # says what it is
+    return len(parts[0])
+
+
+def _check_alike(batch: SSLBatch) -> None:
+    """Labeled inputs and views become one batch, so they must be built alike and have one shape."""
+    first = check_inputs("batch.x", batch.x)
+    for name in ("weak", "strong"):
+        other = check_inputs(f"batch.{name}", getattr(batch, name))
+        if not same_structure(first, other):
+            raise InputTypeError(
+                f"`batch.x` and `batch.{name}` are built differently: labeled inputs and views need the same keys or"
+                " number of tensors."
+            )
+        shapes = dict(places(f"batch.{name}", other))
+        for (place, own), (there, theirs) in zip(places("batch.x", first), shapes.items(), strict=True):
+            if isinstance(other, Mapping):  # in the order of the first
+                there = place.replace("batch.x", f"batch.{name}", 1)
+                theirs = shapes[there]
+            if own.shape[1:] != theirs.shape[1:]:
+                raise InputShapeError(
+                    f"`{place}` has inputs of shape {tuple(own.shape[1:])} and `{there}` of"
+                    f" {tuple(theirs.shape[1:])}: they are forwarded as one batch; resize or pad them to one shape."
+                )
 
 
 def check_index(batch: SSLBatch, samples: int) -> Tensor:
@@ -151,16 +190,17 @@ def check_index(batch: SSLBatch, samples: int) -> Tensor:
             f"`batch.index` is {found}: this method remembers each unlabeled sample; pass its position in the data"
             " set as integers, SSLBatch(x, y, weak, strong, index)."
         )
-    if index.shape != batch.weak.shape[:1]:
+    weak = leaves(batch.weak)[0]
+    if index.shape != weak.shape[:1]:
         raise InputShapeError(
-            f"`batch.index` has shape {tuple(index.shape)}, expected ({len(batch.weak)},): one entry for each view."
+            f"`batch.index` has shape {tuple(index.shape)}, expected ({len(weak)},): one entry for each view."
         )
     if len(index) and (int(index.min()) < 0 or int(index.max()) >= samples):
         raise InputValueError(
             f"`batch.index` goes from {int(index.min())} to {int(index.max())}, outside range({samples}): give"
             " `samples` the size of the unlabeled data set."
         )
-    return index.long().to(batch.weak.device)
+    return index.long().to(weak.device)
 
 
 def check_classes(logits: Tensor, classes: int) -> None:
@@ -182,7 +222,28 @@ def wide(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def without_graph(model: nn.Module, inputs: Tensor) -> Tensor:
+def joint_logits(model: nn.Module, *batches: Inputs) -> list[Tensor]:
+    """Logits of several batches by one forward of all of them, in float32 at least.
+
+    Args:
+        model: from inputs to logits, or to an object with ``logits``.
+        batches: inputs that are built alike, [n_i, ...] each.
+
+    Returns:
+        [n_i, C] for each.
+
+    Raises:
+        LossContractError: the model's output holds no logits [B, C].
+    """
+    output = call(model, concatenate(*batches) if len(batches) > 1 else batches[0])
+    logits = find_logits(output)
+    if logits is None or logits.dim() != 2:
+        found = type(output).__name__ if logits is None else f"logits of shape {tuple(logits.shape)}"
+        raise LossContractError(f"The model returned {found}: a method needs logits [B, C], or an object with them.")
+    return list(wide(logits).split([len(leaves(batch)[0]) for batch in batches]))
+
+
+def without_graph(model: nn.Module, inputs: Inputs) -> Tensor:
     """Logits as constants, in float32 at least.
 
     Autocast keeps the half-precision copies of the weights for the rest of its context, and in torch 2.6 to 2.8 copies
@@ -197,8 +258,8 @@ def without_graph(model: nn.Module, inputs: Tensor) -> Tensor:
         [B, C].
     """
     with torch.no_grad():
-        logits = wide(model(inputs))
-    if torch.is_autocast_enabled(inputs.device.type):
+        (logits,) = joint_logits(model, inputs)
+    if torch.is_autocast_enabled(logits.device.type):
         torch.clear_autocast_cache()
     return logits
 
@@ -215,12 +276,11 @@ def view_logits(model: nn.Module, batch: SSLBatch, *, joint: bool) -> tuple[Tens
     Returns:
         [n, C], [m, C] and [m, C].
     """
-    n, m = batch.x.shape[0], batch.weak.shape[0]
     if joint:
-        labeled, weak, strong = wide(model(torch.cat([batch.x, batch.weak, batch.strong]))).split([n, m, m])
+        labeled, weak, strong = joint_logits(model, batch.x, batch.weak, batch.strong)
         return labeled, weak.detach(), strong
     weak = without_graph(model, batch.weak)
-    labeled, strong = wide(model(torch.cat([batch.x, batch.strong]))).split([n, m])
+    labeled, strong = joint_logits(model, batch.x, batch.strong)
     return labeled, weak, strong
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gradconsist.methods.base import Method, check_batch, wide, without_graph
+from gradconsist.methods.base import Method, check_batch, joint_logits, without_graph
 from gradconsist.schedules import sigmoid_ramp
 from gradconsist.types import SSLBatch, StepOutput, ViewPair
 from gradconsist.validation import check_number
@@ -84,13 +84,12 @@ class MeanTeacher(Method):
             InputShapeError: its parts differ in length where they must not, or are empty.
         """
         check_batch(batch)
-        n, m = len(batch.x), len(batch.weak)
         if self.training:
             self._update_teacher()
         target = without_graph(self.teacher, batch.weak).softmax(1)
-        labeled, strong = wide(self.model(torch.cat([batch.x, batch.strong]))).split([n, m])
+        labeled, strong = joint_logits(self.model, batch.x, batch.strong)
         unsupervised = (strong.softmax(1) - target).square().mean()
-        pair = ViewPair(batch.weak, batch.strong, target, target.new_full((m,), self.ramp()))
+        pair = ViewPair(batch.weak, batch.strong, target, target.new_full((len(target),), self.ramp()))
         return self._finish(F.cross_entropy(labeled, batch.y), unsupervised, pair)
 
     @torch.no_grad()

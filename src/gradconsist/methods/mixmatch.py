@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradconsist.errors import InputTypeError, StateError
-from gradconsist.methods.base import Method, check_batch, sharpen, wide, without_graph
-from gradconsist.types import SSLBatch, StepOutput, ViewPair
+from gradconsist.methods.base import Method, check_batch, joint_logits, sharpen, without_graph
+from gradconsist.types import Inputs, SSLBatch, StepOutput, ViewPair
 from gradconsist.validation import check_choice, check_number
 
 
@@ -90,21 +90,28 @@ class MixMatch(Method):
             InputShapeError: its parts differ in length where they must not, or are empty.
         """
         check_batch(batch)
-        if not all(part.is_floating_point() for part in (batch.x, batch.weak, batch.strong)):
-            raise InputTypeError("`batch` holds inputs that are not floating point: MixUp cannot mix them.")
-        views = batch.weak, batch.strong
+        x, weak, strong = (self._mixable(part) for part in (batch.x, batch.weak, batch.strong))
+        views = weak, strong
         with unrecorded(self.model):
             one, two = (without_graph(self.model, view).softmax(1) for view in views)
         guess = sharpen((one + two) / 2, self.temperature)
         onehot = F.one_hot(batch.y, guess.shape[1]).to(guess.dtype)
-        n = len(batch.x)
-        inputs, targets = self._mixed(torch.cat([batch.x, *views]), torch.cat([onehot, guess, guess]))
-        logits = wide(self.model(inputs)) if self.joint else self._interleaved(inputs, n)
+        n = len(x)
+        inputs, targets = self._mixed(torch.cat([x, *views]), torch.cat([onehot, guess, guess]))
+        logits = joint_logits(self.model, inputs)[0] if self.joint else self._interleaved(inputs, n)
         supervised = F.cross_entropy(logits[:n], targets[:n])
         unsupervised = (logits[n:].softmax(1) - targets[n:]).square().mean()
         target = guess if self.temperature < 1 else guess.argmax(1)
         pair = ViewPair(*views, target, guess.new_ones(len(guess)))
         return self._finish(supervised, unsupervised, pair)
+
+    @staticmethod
+    def _mixable(inputs: Inputs) -> Tensor:
+        if not isinstance(inputs, Tensor):
+            raise InputTypeError(f"`batch` holds a {type(inputs).__name__} of inputs: MixUp mixes one tensor of each.")
+        if not inputs.is_floating_point():
+            raise InputTypeError("`batch` holds inputs that are not floating point: MixUp cannot mix them.")
+        return inputs
 
     def _mixed(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """W' of W."""
@@ -130,9 +137,9 @@ class MixMatch(Method):
         """Logits of all rows by three forwards of every third row of each source."""
         sources = torch.arange(len(inputs), device=inputs.device).split([n, *[(len(inputs) - n) // 2] * 2])
         parts = [part for k in range(3) if len(part := torch.cat([source[k::3] for source in sources]))]
-        logits = [wide(self.model(inputs[parts[0]]))]
+        logits = joint_logits(self.model, inputs[parts[0]])
         with unrecorded(self.model):
-            logits += [wide(self.model(inputs[part])) for part in parts[1:]]
+            logits += [joint_logits(self.model, inputs[part])[0] for part in parts[1:]]
         return torch.cat(logits)[torch.cat(parts).argsort()]
 
     def get_extra_state(self) -> dict[str, Any]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gradconsist.methods.base import Method, check_batch, wide
+from gradconsist.methods.base import Method, check_batch, joint_logits
 from gradconsist.schedules import sigmoid_ramp
 from gradconsist.types import SSLBatch, StepOutput, ViewPair
 from gradconsist.validation import check_choice
@@ -73,13 +72,12 @@ class PiModel(Method):
             InputShapeError: its parts differ in length where they must not, or are empty.
         """
         check_batch(batch)
-        n, m = len(batch.x), len(batch.weak)
         if self.joint:
-            labeled, *views = wide(self.model(torch.cat([batch.x, batch.weak, batch.strong]))).split([n, m, m])
+            labeled, *views = joint_logits(self.model, batch.x, batch.weak, batch.strong)
         else:
-            labeled, first = wide(self.model(torch.cat([batch.x, batch.weak]))).split([n, m])
-            views = [first, wide(self.model(batch.strong))]
+            labeled, first = joint_logits(self.model, batch.x, batch.weak)
+            views = [first, *joint_logits(self.model, batch.strong)]
         one, two = (view.softmax(1) for view in views)
         target = (one + two).detach().argmax(1)
-        pair = ViewPair(batch.weak, batch.strong, target, one.new_full((m,), self.ramp()))
+        pair = ViewPair(batch.weak, batch.strong, target, one.new_full((len(one),), self.ramp()))
         return self._finish(F.cross_entropy(labeled, batch.y), (one - two).square().mean(), pair)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gradconsist.methods.base import Method, check_batch, wide
+from gradconsist.methods.base import Method, check_batch, joint_logits
 from gradconsist.types import SSLBatch, StepOutput, ViewPair
 from gradconsist.validation import check_number
 
@@ -65,7 +64,7 @@ class PseudoLabel(Method):
             InputShapeError: its parts differ in length where they must not, or are empty.
         """
         check_batch(batch)
-        labeled, weak = wide(self.model(torch.cat([batch.x, batch.weak]))).split([len(batch.x), len(batch.weak)])
+        labeled, weak = joint_logits(self.model, batch.x, batch.weak)
         confidence, target = weak.detach().softmax(1).max(1)
         mask = (confidence >= self.threshold).to(weak.dtype)
         supervised = F.cross_entropy(labeled, batch.y)

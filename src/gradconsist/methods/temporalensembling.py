@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradconsist.methods.base import Method, check_batch, check_classes, check_index, wide
+from gradconsist.methods.base import Method, check_batch, check_classes, check_index, joint_logits
 from gradconsist.methods.processes import gather
 from gradconsist.schedules import sigmoid_ramp
 from gradconsist.types import SSLBatch, StepOutput, ViewPair
@@ -96,7 +96,7 @@ class TemporalEnsembling(Method):
         """
         check_batch(batch)
         index = check_index(batch, self.samples)
-        labeled, weak = wide(self.model(torch.cat([batch.x, batch.weak]))).split([len(batch.x), len(batch.weak)])
+        labeled, weak = joint_logits(self.model, batch.x, batch.weak)
         check_classes(weak, self.classes)
         z = weak.softmax(1)
         visits = self.visits[index]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 
 import gradconsist.methods
 from gradconsist import GGCRWrapper, GradientConsistencyLoss, SSLBatch, StepOutput
-from gradconsist.errors import InputShapeError, InputTypeError, InputValueError, StateError
+from gradconsist.errors import InputShapeError, InputTypeError, InputValueError, LossContractError, StateError
 from gradconsist.methods import FixMatch
 from support import methods as m
 from support import training
@@ -189,6 +190,81 @@ def test_bad_batches(name: str) -> None:
     with pytest.raises(InputShapeError, match="`batch` has 0 labeled and 9 unlabeled inputs"):
         method(batch._replace(x=batch.x[:0], y=batch.y[:0]))
     assert method.step == 0
+
+
+class Named(nn.Module):
+    """The network behind named inputs, with an output that has logits, as language models have."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixels: torch.Tensor, on: torch.Tensor) -> SimpleNamespace:
+        assert on.dtype == torch.bool
+        return SimpleNamespace(logits=self.network(pixels * on))
+
+
+def named(x: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"pixels": x, "on": torch.ones_like(x, dtype=torch.bool)}
+
+
+@pytest.mark.parametrize("kind", ["mapping", "sequence"])
+@pytest.mark.parametrize("name", sorted({*NAMES} - {"mixmatch"}))
+def test_inputs_of_several_tensors(name: str, kind: str) -> None:
+    """The same numbers, the same bits, whether a model takes one tensor or several; with the term on top."""
+    plain, other = build(name), build(name)
+    other.model = Named(other.model)
+    if name == "meanteacher":
+        other.teacher = Named(other.teacher)
+    results = []
+    for method in (plain, other):
+        gc = GradientConsistencyLoss(method.model)
+        wrapper = GGCRWrapper(method, gc, weight=0.5, warmup_steps=1)
+        batches = DATA[:3]
+        if method is other:
+            batches = [
+                batch._replace(**{key: named(getattr(batch, key)) for key in ("x", "weak", "strong")})
+                for batch in batches
+            ]
+        if method is other and kind == "sequence":
+            batches = [
+                batch._replace(**{key: list(getattr(batch, key).values()) for key in ("x", "weak", "strong")})
+                for batch in batches
+            ]
+        results.append(run(wrapper, batches, sgd(method.model)))
+        assert gc.last.compared.any()
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("name", sorted({*NAMES} - {"mixmatch"}))
+def test_bad_inputs_of_several_tensors(name: str) -> None:
+    method, batch = build(name), DATA[0]
+    method.model = Named(method.model)
+    good = batch._replace(x=named(batch.x), weak=named(batch.weak), strong=named(batch.strong))
+    pixels = good.weak["pixels"]
+    for change, error, match in (
+        ({"weak": batch.weak}, InputTypeError, "`batch.x` and `batch.weak` are built differently"),
+        ({"strong": {"pixels": pixels}}, InputTypeError, "`batch.x` and `batch.strong` are built differently"),
+        ({"weak": {"on": None, "pixels": pixels}}, InputTypeError, r"`batch.weak\['on'\]` is a NoneType"),
+        ({"x": {}}, InputShapeError, "`batch.x` is empty"),
+        ({"x": "text"}, InputTypeError, r"`batch.x\[0\]` is a str|`batch.x` is a str"),
+        ({"x": good.x | {"on": good.x["on"][:1]}}, InputShapeError, "`batch.x` mixes batch sizes"),
+        (
+            {"strong": named(torch.zeros(9, 3))},
+            InputShapeError,
+            r"`batch.x\['pixels'\]` has inputs of shape .* and `batch.strong\['pixels'\]` of \(3,\).*pad them",
+        ),
+    ):
+        with pytest.raises(error, match=match):
+            method(good._replace(**change))
+    assert method.step == 0
+
+
+def test_a_model_without_logits_is_refused() -> None:
+    method, batch = build("fixmatch"), DATA[0]
+    method.model = nn.Sequential(nn.Flatten(), nn.Flatten(0))
+    with pytest.raises(LossContractError, match=r"returned logits of shape .*needs logits \[B, C\]"):
+        method(batch)
 
 
 @pytest.mark.parametrize("where", [0, 2])

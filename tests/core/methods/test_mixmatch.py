@@ -165,6 +165,12 @@ def test_integer_inputs_are_refused() -> None:
         MixMatch(m.network())(DATA[0]._replace(x=DATA[0].x.long()))
 
 
+def test_inputs_of_several_tensors_are_refused() -> None:
+    batch = DATA[0]._replace(x={"a": DATA[0].x}, weak={"a": DATA[0].weak}, strong={"a": DATA[0].strong})
+    with pytest.raises(InputTypeError, match="holds a dict of inputs: MixUp mixes one tensor"):
+        MixMatch(m.network())(batch)
+
+
 def test_a_state_without_generator_is_refused() -> None:
     with pytest.raises(StateError, match="no generator"):
         MixMatch(m.network()).set_extra_state({"step": 3})
