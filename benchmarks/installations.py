@@ -140,7 +140,7 @@ def run(row: Row, place: Path, files: dict[str, Path], processes: int) -> dict[s
     start = time.monotonic()
     outcome: dict[str, Any] = {
         "name": row.name, "python": row.python, "extra": row.extra, "passed": False,
-        "what": "archive" if row.archive else "wheel",
+        "what": "archive" if row.archive else "wheel", "ran": "; ".join(spoken(each) for each in row.commands),
         "sha256": hashlib.sha256(files[".gz"].read_bytes()).hexdigest(), "said": "",
     }  # fmt: skip
     try:
@@ -193,6 +193,11 @@ def said(python: Path, arguments: Sequence[str], folder: Path) -> str:
         check=True,
     )  # fmt: skip
     return last_line(done.stdout)
+
+
+def spoken(command: Sequence[str]) -> str:
+    """A command as one would say it."""
+    return " ".join(part for part in command if part not in {"-m", "-c"})
 
 
 def last_line(text: str) -> str:

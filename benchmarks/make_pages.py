@@ -3,8 +3,8 @@
     python benchmarks/make_pages.py
 
 docs/evidence.md, docs/does-it-help.md, docs/matrix.md, docs/scorecard.md and docs/guides/cost.md are written whole;
-README.md and docs/guides/usb.md, trainer.md, imagenet.md and reproduce-the-paper.md between their markers. tests/docs
-holds them against the files.
+README.md, docs/installation.md and docs/guides/usb.md, trainer.md, imagenet.md and reproduce-the-paper.md between their
+markers. tests/docs holds them against the files.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from cost_page import cost_page
 from flatness_page import flatness_section
 from help_page import GRIDS, help_page
 from imagenet_page import with_tables as with_imagenet_tables
+from installations_page import with_installations
 from matrix_page import matrix_page, summary_table
 from reproduce_page import with_paper_tables
 from runs_page import methods_table, methods_text, runs_table, statistics_table
@@ -37,6 +38,8 @@ def main() -> None:
     (ROOT / "docs" / "scorecard.md").write_text(scorecard(), encoding="utf-8")
     (ROOT / "docs" / "guides" / "cost.md").write_text(cost(), encoding="utf-8")
     (ROOT / "docs" / "does-it-help.md").write_text(does_it_help(), encoding="utf-8")
+    page = ROOT / "docs" / "installation.md"
+    page.write_text(installation(page.read_text(encoding="utf-8")), encoding="utf-8")
     readme = ROOT / "README.md"
     readme.write_text(with_cost(readme.read_text(encoding="utf-8")), encoding="utf-8")
     guide = ROOT / "docs" / "guides" / "usb.md"
@@ -47,6 +50,12 @@ def main() -> None:
     guide.write_text(with_paper_tables(guide.read_text(encoding="utf-8"), _result("reproduce_demo")), encoding="utf-8")
     guide = ROOT / "docs" / "guides" / "imagenet.md"
     guide.write_text(imagenet(guide.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def installation(page: str) -> str:
+    """The page on installing with fresh tables between its markers."""
+    result = _result("installations")
+    return with_installations(page, result, _made(result))
 
 
 def imagenet(page: str) -> str:
@@ -321,7 +330,7 @@ def _cell(row: dict[str, Any], column: str) -> str:
 
 def _made(result: dict[str, Any]) -> str:
     environment = result["environment"]
-    clock = result["setting"].get("clock", "wall")
+    clock = result.get("setting", {}).get("clock", "wall")
     return f"Made by `{_command(result)}`: {clock} clock, torch {environment['torch']}, {environment['device']}."
 
 

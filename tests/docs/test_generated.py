@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import ModuleType
 
 import pytest
@@ -64,6 +65,26 @@ def test_the_tables_of_the_trainer_guide_are_fresh(make_pages: ModuleType) -> No
 def test_the_tables_of_the_imagenet_guide_are_fresh(make_pages: ModuleType) -> None:
     page = (ROOT / "docs" / "guides" / "imagenet.md").read_text(encoding="utf-8")
     assert page == make_pages.imagenet(page), "run: python benchmarks/make_pages.py"
+
+
+def test_the_page_on_installing_is_fresh(make_pages: ModuleType) -> None:
+    page = (ROOT / "docs" / "installation.md").read_text(encoding="utf-8")
+    assert page == make_pages.installation(page), "run: python benchmarks/make_pages.py"
+    assert page.count("<!-- installations:begin -->") == 1
+
+
+def test_what_is_claimed_was_installed(make_pages: ModuleType) -> None:
+    """Python versions in the package's metadata, the oldest torch and every extra have a row that passed."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    passed = [row for row in make_pages._result("installations")["rows"] if row["passed"]]
+    claimed = {c.rpartition(" ")[2] for c in project["classifiers"] if "Python :: 3." in c}
+    core = [row for row in passed if not row["extra"]]
+    assert claimed == {row["python"] for row in core}
+    oldest = re.fullmatch(r"torch>=(\S+)", project["dependencies"][0]).group(1)
+    assert any(row["torch"].startswith(f"{oldest}.") for row in core)
+    extras = set(project["optional-dependencies"]) - {"test"}  # in every row
+    assert extras == {row["extra"] for row in passed if row["extra"]}
 
 
 def test_the_cost_table_of_the_readme_is_fresh(make_pages: ModuleType) -> None:

@@ -1,0 +1,33 @@
+"""The tables of docs/installation.md from benchmarks/results/installations.json."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+Result = dict[str, Any]
+
+
+def with_installations(page: str, result: Result, made: str) -> str:
+    """The page with a fresh table between its markers."""
+    text = f"<!-- installations:begin -->\n{installations(result, made)}\n<!-- installations:end -->"
+    return re.sub(r"<!-- installations:begin -->.*?<!-- installations:end -->", lambda _: text, page, flags=re.S)
+
+
+def installations(result: Result, made: str) -> str:
+    """By row: what was installed, how large it was, and what its tests said; then the two files' sizes."""
+    lines = [
+        "| installed | Python | torch | environment | what was run | said |",
+        "| --- | --- | --- | ---: | --- | --- |",
+    ]
+    for row in result["rows"]:
+        what = f"{row['what']}, `[{row['extra']}]`" if row["extra"] else row["what"]
+        size = f"{row['MB'] / 1000:.1f} GB" if "MB" in row else "-"
+        verdict = row["said"] if row["passed"] else f"**failed**: {row['said']}"
+        lines.append(f"| {what} | {row['python']} | {row.get('torch', '-')} | {size} | {row['ran']} | {verdict} |")
+    sizes = "; ".join(f"`{built['file']}` {built['kB']:,} kB, {built['files']} files" for built in result["built"])
+    needed = next((row["packages"] for row in result["rows"] if row.get("packages")), [])
+    names = ", ".join(name for name in needed if not name.startswith(("nvidia", "cuda")))
+    return "\n".join(
+        [*lines, "", f"{sizes}.", "", f"The package alone, beside a torch for CPUs, brings: {names}.", "", made]
+    )
