@@ -116,6 +116,9 @@ class Config:
         Literal["auto", "running", "observed"],
         Help(help="BatchNorm's statistics in the comparison, as GradientConsistencyLoss takes them."),
     ] = "auto"
+    ggcr_through_statistics: Annotated[
+        bool, Help(help="Differentiate the term through BatchNorm's statistics, too, beyond its definition.")
+    ] = False
     ggcr_encoder: Annotated[
         str, Help(help="Parameters compared: encoder (all but the head), all, or a prefix of parameter names.")
     ] = "encoder"

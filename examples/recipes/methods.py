@@ -139,6 +139,8 @@ class WithJacobian(nn.Module):
 
 
 def _with_ggcr(method: nn.Module, model: nn.Module, config: Config, chunk_size: int | Literal["auto"]) -> nn.Module:
+    if config.ggcr_through_statistics and not any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
+        raise OptionError(f"--ggcr-through-statistics: --arch {config.arch} has no BatchNorm; leave it out.")
     term = GradientConsistencyLoss if config.ggcr_criterion == "cosine" else GradientNormPenalty
     consistency = term(
         model,
@@ -148,6 +150,7 @@ def _with_ggcr(method: nn.Module, model: nn.Module, config: Config, chunk_size: 
         projection=projection(config),
         stop_gradient=config.ggcr_stop_gradient,
         batchnorm=config.ggcr_batchnorm,
+        through_statistics=config.ggcr_through_statistics,
         chunk_size=chunk_size,
     )
     if config.ggcr_weight == 0:  # after the term is built: its options are checked in any case

@@ -32,6 +32,8 @@ from gradconsist.projection import Projector
 from gradconsist.recall import Recalled, recall_bytes, take_statistics
 from gradconsist.scope import autocast_region, our_rules
 from gradconsist.similarity import Criterion, GradProducts, cosine, degenerate_pairs
+from gradconsist.subset import Subset, select
+from gradconsist.through import StatisticsPath, check_can_follow
 from gradconsist.types import ConsistencyRecord, LossFunction
 from gradconsist.validation import Pairs, non_finite_tensor
 
@@ -57,6 +59,7 @@ class Comparison:
         batchnorm: policy.
         statistics: given constants of the BatchNorm calls, of both views or for each; or None.
         recalled: what convolutions returned in the forwards of these statistics, or None.
+        through_statistics: whether the joint statistics are differentiated, too.
         dropout: whether random layers stay on.
         chunk_size: pairs at a time.
         max_pairs: size of the random subset.
@@ -78,6 +81,7 @@ class Comparison:
     batchnorm: BatchNormPolicy
     statistics: Constants | None
     recalled: Recalled | None
+    through_statistics: bool
     dropout: bool
     chunk_size: int | str | None
     max_pairs: int | None
@@ -88,14 +92,6 @@ class Comparison:
     generator: torch.Generator
     probed: Probed
     projection: Projector | None = None
-
-
-@dataclass(frozen=True)
-class _Selection:
-    """Which pairs are compared, [n], and the weight of each, subset rescaling and reduction included."""
-
-    index: Tensor
-    weight: Tensor
 
 
 def compare(options: Comparison, pairs: Pairs) -> tuple[Tensor, ConsistencyRecord]:
@@ -112,7 +108,10 @@ def compare(options: Comparison, pairs: Pairs) -> tuple[Tensor, ConsistencyRecor
         GradConsistError: the model cannot be compared exactly, or a gradient is not finite.
         RuntimeError: an error of the user's own model, as it was.
     """
-    selection = _select(options, pairs)
+    selection = select(
+        pairs, max_pairs=options.max_pairs, reduction=options.reduction, generator=options.generator,
+        dtype=_wide(options),
+    )  # fmt: skip
     seed = _seed(options.generator) if options.dropout else None
     autocast = autocast_region(pairs.device)
     with our_rules(options.model, pairs.device, seed=seed, dropout=options.dropout):
@@ -121,19 +120,6 @@ def compare(options: Comparison, pairs: Pairs) -> tuple[Tensor, ConsistencyRecor
 
 def _seed(generator: torch.Generator) -> int:
     return int(torch.randint(2**62, (), generator=generator, device=generator.device))
-
-
-def _select(options: Comparison, pairs: Pairs) -> _Selection:
-    index = pairs.weight.detach().nonzero().squeeze(1)
-    scale = 1.0
-    if options.max_pairs is not None and len(index) > options.max_pairs:
-        order = torch.randperm(len(index), generator=options.generator, device=options.generator.device)
-        chosen = order[: options.max_pairs].sort().values.to(index.device)
-        scale = len(index) / options.max_pairs
-        index = index[chosen]
-    if options.reduction == "mean":
-        scale /= len(pairs)
-    return _Selection(index, pairs.weight[index].to(_wide(options)) * scale)
 
 
 def _wide(options: Comparison) -> torch.dtype:
@@ -145,7 +131,7 @@ class _Run:
     """The state of one call."""
 
     def __init__(
-        self, options: Comparison, pairs: Pairs, selection: _Selection, autocast: tuple[str, torch.dtype] | None
+        self, options: Comparison, pairs: Pairs, selection: Subset, autocast: tuple[str, torch.dtype] | None
     ) -> None:
         self.options = options
         self.pairs = pairs
@@ -169,6 +155,7 @@ class _Run:
             loss_scale=self.scale,
         )
         self.recalled = options.recalled
+        self.through: list[Tensor] = []  # joint statistics for which the chunks are differentiated
         self.wide = _wide(options)
         count = len(pairs)
         self.cosine = torch.full([count], torch.nan, dtype=self.wide, device=pairs.device)
@@ -221,7 +208,9 @@ class _Run:
     def _sum(self, problem: Problem) -> Tensor:
         """The sum over chunks, its gradient formed on the way if fused."""
         options = self.options
-        buffer = GradientBuffer(list(self.aliases.values())) if options.fused else None
+        path = self._path()
+        self.through = path.enter(cut=options.fused) if path else []
+        buffer = GradientBuffer(list(self.aliases.values()), self.through) if options.fused else None
         total = self._zero()
         start, size = 0, self._chunk_size(problem)
         while start < len(self.selection.index):
@@ -240,7 +229,19 @@ class _Run:
             elif buffer is None:
                 total = total + terms.sum()
             start += size
-        return self._connected(total) if buffer is None else buffer.attach(list(options.trainable.values()))
+        if buffer is None:
+            return self._connected(total)
+        if path:
+            path.follow(buffer)
+        return buffer.attach(list(options.trainable.values()))
+
+    def _path(self) -> StatisticsPath | None:
+        """The way of the joint statistics, where L_g is differentiated through them."""
+        options = self.options
+        if not options.through_statistics or self.batchnorm.recorded is None or not torch.is_grad_enabled():
+            return None
+        check_can_follow(given=options.statistics is not None, float16=self.drop_non_finite)
+        return StatisticsPath(self.forward, self.pairs.weak, self.pairs.strong, options.trainable)
 
     def _attempt(self, problem: Problem, index: Tensor, weight: Tensor, buffer: GradientBuffer | None) -> Tensor:
         """One chunk's terms; where torch refuses the engine and another one takes the chunk, everything starts anew."""
@@ -262,7 +263,8 @@ class _Run:
         fact = Probed.fact(f"derivative by {self.options.engine!r}", self.options.model)
         first = terms.requires_grad and fact not in self.options.probed.passed  # `measure` has nothing to settle
         if first:
-            check_second_derivative(terms, list(self.options.trainable.values()), fused=buffer is not None)
+            expected = [*self.options.trainable.values(), *self.through]
+            check_second_derivative(terms, expected, fused=buffer is not None)
         if buffer is not None:
             buffer.add(terms.sum(), self._amplification(index, weight) if self.drop_non_finite else 1.0)
         elif first:

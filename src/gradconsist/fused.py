@@ -21,10 +21,12 @@ class GradientBuffer:
     Args:
         aliases: views of the parameters, which the chunks use in their place. Differentiating for the parameters
             themselves would run the user's tensor hooks, once here and once in the backward.
+        through: other tensors that the chunks use and that depend on the parameters.
     """
 
-    def __init__(self, aliases: Sequence[Tensor]) -> None:
-        self._aliases = list(aliases)
+    def __init__(self, aliases: Sequence[Tensor], through: Sequence[Tensor] = ()) -> None:
+        self._own = len(aliases)
+        self._aliases = [*aliases, *through]
         self._gradients: list[Tensor | None] = [None] * len(self._aliases)
         self._value: Tensor | None = None
 
@@ -41,6 +43,23 @@ class GradientBuffer:
             parts = self._differentiate(loss, amplification)
         # Only now, so that a chunk that failed (out of memory, say) can be tried again.
         self._value = loss.detach() if self._value is None else self._value + loss.detach()
+        self._accumulate(parts)
+
+    def follow(self, values: Sequence[Tensor]) -> None:
+        """Adds what the gradient owes to the tensors in `through`: the chain rule's other half.
+
+        Args:
+            values: the same tensors with their graph down to the aliases.
+        """
+        known = [
+            (value, part) for value, part in zip(values, self._gradients[self._own :], strict=True) if part is not None
+        ]
+        if known:
+            outputs, cotangents = zip(*known, strict=True)
+            parts = torch.autograd.grad(outputs, self._aliases[: self._own], cotangents, allow_unused=True)
+            self._accumulate(parts)
+
+    def _accumulate(self, parts: Sequence[Tensor | None]) -> None:
         for position, part in enumerate(parts):
             total = self._gradients[position]
             if part is not None:
@@ -65,7 +84,7 @@ class GradientBuffer:
         Returns:
             Scalar tensor that requires grad.
         """
-        return with_gradient(self._value, self._gradients, parameters)
+        return with_gradient(self._value, self._gradients[: self._own], parameters)
 
 
 def with_gradient(value: Tensor | None, gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:

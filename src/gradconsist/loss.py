@@ -20,6 +20,7 @@ from gradconsist.projection import RandomProjection
 from gradconsist.recall import Recalled
 from gradconsist.selection import Encoder, compared_parameters, trainable_parameters
 from gradconsist.similarity import Criterion, Disagreement
+from gradconsist.through import check_through_statistics
 from gradconsist.types import ConsistencyRecord, Inputs, LossFunction
 from gradconsist.validation import Pairs, check_choice, check_count, check_number, check_pairs
 
@@ -53,6 +54,8 @@ class GradientConsistencyLoss:
             (all pairs, those of weight 0 included) and one in eval mode its running statistics; "batch" and "running"
             force one of them; "observed" takes those of the method's own forward of each view, at no forward here,
             and needs `GGCRWrapper`.
+        through_statistics: True differentiates L_g also through the joint statistics, by one more forward and backward
+            of all pairs; the compared gradients hold them constant in any case.
         dropout: "off" switches random layers off inside the comparison; "on" keeps them, with an independent draw for
             each view and sample.
         chunk_size: pairs at a time: an int, None for all, or "auto" for the engine's own choice (halved where a CUDA
@@ -99,6 +102,7 @@ class GradientConsistencyLoss:
         engine: str | Engine = "auto",
         projection: RandomProjection | None = None,
         batchnorm: BatchNormPolicy = "auto",
+        through_statistics: bool = False,
         dropout: Literal["off", "on"] = "off",
         chunk_size: int | Literal["auto"] | None = "auto",
         max_pairs: int | None = None,
@@ -122,6 +126,7 @@ class GradientConsistencyLoss:
         if max_pairs is not None:
             check_count("max_pairs", max_pairs)
         check_number("min_norm", min_norm, least=1e-18)  # its square must be a normal float32
+        check_through_statistics(through_statistics, batchnorm, dropout)
         if reduction == "none" and fused:
             raise ConfigError(
                 "`reduction='none'` needs `fused=False`: the fused gradient is already summed over the pairs, so"
@@ -134,6 +139,7 @@ class GradientConsistencyLoss:
         self.engine = make_engine(engine, projection)
         self.projection = projection
         self.batchnorm: BatchNormPolicy = batchnorm
+        self.through_statistics = through_statistics
         self.dropout = dropout
         self.chunk_size = chunk_size
         self.max_pairs = max_pairs
@@ -287,8 +293,8 @@ class GradientConsistencyLoss:
 
     def __repr__(self) -> str:
         names = (
-            "projection", "batchnorm", "dropout", "chunk_size", "max_pairs", "stop_gradient", "min_norm", "reduction",
-            "fused",
+            "projection", "batchnorm", "through_statistics", "dropout", "chunk_size", "max_pairs", "stop_gradient",
+            "min_norm", "reduction", "fused",
         )  # fmt: skip
         options = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
         return f"{type(self).__name__}({type(self.model).__name__}, engine={self.engine!r}, {options})"
@@ -330,6 +336,7 @@ class GradientConsistencyLoss:
             batchnorm=self.batchnorm,
             statistics=statistics,
             recalled=recalled,
+            through_statistics=self.through_statistics and not measure,
             dropout=self.dropout == "on",
             chunk_size=self.chunk_size,
             max_pairs=self.max_pairs,

@@ -30,7 +30,7 @@ WEAK, STRONG = 0, 1  # which view a sample is, where the views have constants of
 
 
 class Statistics(NamedTuple):
-    """Mean and biased variance of one BatchNorm call, [channels] each, without graph.
+    """Mean and biased variance of one BatchNorm call, [channels] each.
 
     Attributes:
         mean: over the batch and all positions.
@@ -54,13 +54,13 @@ class StatisticsMissingError(Exception):
 
 
 def batch_statistics(x: Tensor) -> Statistics:
-    """Statistics over the batch and all positions, in float32 at least.
+    """Statistics over the batch and all positions, in float32 at least; with the graph of `x`, if it has one.
 
     Args:
         x: input of a BatchNorm, [B, channels, ...].
 
     Returns:
-        Mean and biased variance, detached.
+        Mean and biased variance.
 
     Raises:
         InputShapeError: there is one value per channel, whose variance would be 0.
@@ -71,10 +71,12 @@ def batch_statistics(x: Tensor) -> Statistics:
             " call, or `batchnorm='running'`."
         )
     dims = [dim for dim in range(x.dim()) if dim != 1]
-    wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     # Two sums and not torch.var_mean, which takes as long as a convolution on a CPU; as accurate, since centered.
     mean = wide.mean(dims)
     shape = [1, -1] + [1] * (x.dim() - 2)
+    if torch.is_grad_enabled() and wide.requires_grad:
+        return Statistics(mean, (wide - mean.view(shape)).square().mean(dims), len(x))
     # By samples, so that no second tensor of the input's size is needed.
     squares = sum((part - mean.view(shape)).square_().sum(dims) for part in wide.split(64))
     return Statistics(mean, squares / (x.numel() // x.shape[1]), len(x))

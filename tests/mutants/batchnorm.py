@@ -5,7 +5,8 @@ from __future__ import annotations
 from mutants.bug import Bug
 
 NORM, FORWARD, RECALL, COMPARISON = "normalization.py", "forward.py", "recall.py", "comparison.py"
-OBSERVATION = "observation.py"
+OBSERVATION, THROUGH = "observation.py", "through.py"
+THROUGH_TEST = "test_through_statistics.py"
 JOINT = "test_normalization.py::test_statistics_are_joint_over_both_views_and_all_chunks test_normalization.py"
 RECALLED = "test_ghost_hazards.py::test_outputs_of_the_statistics_forward_are_those_of_the_layer test_ghost_hazards.py"
 RANDOM = 'randomness="different" if problem.random'
@@ -57,10 +58,39 @@ BUGS = [
         "statistics with gradient",
         "BatchNorm's statistics are constants",
         "test_exactness.py::test_the_defaults_are_exact_on_every_model[cnn_batchnorm_train]",
-        NORM, "wide = x.detach().to(", "wide = x.to(",
-        NORM, "(part - mean.view(shape)).square_().sum(dims)", "(part - mean.view(shape)).square().sum(dims)",
-        NORM, "    if torch.is_grad_enabled():\n        return scaled(", "    if True:\n        return scaled(",
         RECALL, "with torch.no_grad(), recorder:", "with recorder:",
+    ),
+    Bug(
+        "observed statistics with gradient",
+        "observed statistics are constants",
+        "test_observed_recall.py test_wrapper.py",
+        OBSERVATION, "kwargs[\"input\"]).detach())", "kwargs[\"input\"]))",
+    ),
+    Bug(
+        "no part of the gradient by the statistics",
+        "through_statistics follows the statistics to the parameters",
+        THROUGH_TEST,
+        THROUGH, "buffer.follow(self._record(self._forward.parameters))", "self._record(self._forward.parameters)",
+    ),
+    Bug(
+        "variances not followed",
+        "through_statistics follows means and variances",
+        THROUGH_TEST,
+        THROUGH, "variance=each.variance.detach().requires_grad_())", "variance=each.variance.detach())",
+        THROUGH, "for part in (each.mean, each.variance)]", "for part in (each.mean,)]",
+    ),
+    Bug(
+        "the statistics through the chunks' stand-ins",
+        "a sample's gradient holds the statistics constant",
+        THROUGH_TEST,
+        THROUGH, "name: parameter.view_as(parameter) for name, parameter in self._parameters.items()",
+        "name: parameter for name, parameter in self._forward.parameters.items()",
+    ),
+    Bug(
+        "statistics of the weak views followed",
+        "the statistics that are followed are those that were used",
+        THROUGH_TEST,
+        THROUGH, "concatenate(*self._inputs)", "concatenate(self._inputs[0], self._inputs[0])",
     ),
     Bug(
         "unbiased variance",

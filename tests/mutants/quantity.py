@@ -5,6 +5,7 @@ from __future__ import annotations
 from mutants.bug import Bug
 
 SIMILARITY, COMPARISON, FUSED, LOSS = "similarity.py", "comparison.py", "fused.py", "loss.py"
+SUBSET = "subset.py"
 VALUE = "value = cross / weak.sqrt() / strong.sqrt()"
 TERMS = "return weight * self.options.criterion.terms(products, similarity, degenerate)"
 
@@ -56,7 +57,7 @@ BUGS = [
         "masked pairs are not counted",
         "the mean runs over all pairs of the call, weight 0 included",
         "test_loss.py::test_reductions[mean-fused-loop]",
-        COMPARISON, "scale /= len(pairs)", "scale /= int((pairs.weight != 0).sum())",
+        SUBSET, "scale /= len(pairs)", "scale /= int((pairs.weight != 0).sum())",
     ),
     Bug(
         "degenerate pairs are not counted",
@@ -68,7 +69,7 @@ BUGS = [
         "the sum is divided too",
         "reduction='sum' does not divide",
         "test_loss.py::test_reductions[sum-fused-loop]",
-        COMPARISON, 'if options.reduction == "mean":', 'if options.reduction != "none":',
+        SUBSET, 'if reduction == "mean":', 'if reduction != "none":',
     ),
     Bug(
         "weights outside the sum",
@@ -80,26 +81,26 @@ BUGS = [
         "soft weights count as 1",
         "a weight is a factor and not a mask",
         "test_loss.py::test_reductions[mean-fused-loop]",
-        COMPARISON, "pairs.weight[index].to(", "(pairs.weight[index] > 0).to(",
+        SUBSET, "pairs.weight[index].to(", "(pairs.weight[index] > 0).to(",
     ),
     Bug(
         "max_pairs without rescaling",
         "the expectation over subsets is the full sum",
         "test_loss.py::test_max_pairs_is_unbiased[mlp-loop]",
-        COMPARISON, "scale = len(index) / options.max_pairs", "scale = 1.0",
+        SUBSET, "scale = len(index) / max_pairs", "scale = 1.0",
     ),
     Bug(
         "max_pairs rescales by the whole batch",
         "the expectation over subsets is the full sum, masked pairs being no part of it",
         "test_loss.py::test_max_pairs_is_unbiased[mlp-loop]",
-        COMPARISON, "scale = len(index) / options.max_pairs", "scale = len(pairs) / options.max_pairs",
+        SUBSET, "scale = len(index) / max_pairs", "scale = len(pairs) / max_pairs",
     ),
     Bug(
         "max_pairs takes the first ones",
         "every subset is as likely as any other",
         "test_loss.py::test_max_pairs_is_unbiased[mlp-loop]",
-        COMPARISON,
-        "order = torch.randperm(len(index), generator=options.generator, device=options.generator.device)",
+        SUBSET,
+        "order = torch.randperm(len(index), generator=generator, device=generator.device)",
         "order = torch.arange(len(index))",
     ),
     Bug(
@@ -146,8 +147,8 @@ BUGS = [
         "        if loss.requires_grad:  # else",
         FUSED,
         "        self._value = loss.detach() if self._value is None else self._value + loss.detach()\n"
-        "        for position",
-        "        for position",
+        "        self._accumulate(parts)\n",
+        "        self._accumulate(parts)\n",
     ),
     Bug(
         "the fused backward ignores the upstream gradient",

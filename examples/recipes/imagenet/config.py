@@ -70,6 +70,7 @@ class ImageNetConfig(Config):
 
     # What the CIFAR trainer has and this one has not: no option, and always the value that does nothing.
     dataset: Suppress[Literal["folder"]] = "folder"
+    ggcr_through_statistics: Suppress[Literal[False]] = False
     optimizer: Suppress[Literal["sgd"]] = "sgd"
     sam_rho: Suppress[float] = Config.sam_rho
     jacobian_weight: Suppress[float] = 0.0

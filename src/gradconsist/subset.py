@@ -1,0 +1,45 @@
+"""Which pairs of a call are compared, and what each weighs in the sum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradconsist.validation import Pairs
+
+
+@dataclass(frozen=True)
+class Subset:
+    """The pairs that are compared, [n], and the weight of each, rescaling and reduction included."""
+
+    index: Tensor
+    weight: Tensor
+
+
+def select(
+    pairs: Pairs, *, max_pairs: int | None, reduction: str, generator: torch.Generator, dtype: torch.dtype
+) -> Subset:
+    """The pairs of positive weight, or a random subset of them, with weights that keep the expectation.
+
+    Args:
+        pairs: all pairs of the call.
+        max_pairs: size of the subset; None for all.
+        reduction: "mean" divides by the number of all pairs.
+        generator: draws the subset.
+        dtype: of the weights.
+
+    Returns:
+        The subset.
+    """
+    index = pairs.weight.detach().nonzero().squeeze(1)
+    scale = 1.0
+    if max_pairs is not None and len(index) > max_pairs:
+        order = torch.randperm(len(index), generator=generator, device=generator.device)
+        chosen = order[:max_pairs].sort().values.to(index.device)
+        scale = len(index) / max_pairs
+        index = index[chosen]
+    if reduction == "mean":
+        scale /= len(pairs)
+    return Subset(index, pairs.weight[index].to(dtype) * scale)

@@ -1,0 +1,220 @@
+"""`through_statistics`: the gradient of L_g as a function of the parameters, BatchNorm's statistics included.
+
+The judge is the value of the term itself at displaced parameters: a central difference, which knows no derivative.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gradconsist import GGCRWrapper, GradientConsistencyLoss, SSLBatch
+from gradconsist.errors import ConfigError
+from gradconsist.methods import FixMatch
+from gradconsist.projection import RandomProjection
+from gradconsist.regularizers import GradientNormPenalty
+from support import compare
+
+ENGINES = pytest.mark.parametrize("engine", ["loop", "vmap", "ghost", "auto"])
+Views = tuple[Tensor, Tensor, Tensor]
+
+
+def network() -> nn.Sequential:
+    """Smooth, so that a difference quotient converges; BatchNorm behind and before what it depends on."""
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.Tanh(),
+        nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 4),
+    ).double()  # fmt: skip
+
+
+def views(pairs: int = 6) -> Views:
+    generator = torch.Generator().manual_seed(4)
+    weak = torch.randn(pairs, 2, 6, 6, generator=generator, dtype=torch.float64)
+    strong = weak + 0.4 * torch.randn(weak.shape, generator=generator, dtype=torch.float64)
+    return weak, strong, torch.arange(pairs) % 4
+
+
+def slope(model: nn.Module, term: Any, direction: list[Tensor], step: float = 1e-4) -> float:
+    """d term / d step along `direction`, by a central difference of fourth order."""
+
+    def value(length: float) -> float:
+        moved = copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter, part in zip(moved.parameters(), direction, strict=True):
+                parameter += length * part
+        return float(term(moved))
+
+    return (8 * (value(step) - value(-step)) - value(2 * step) + value(-2 * step)) / (12 * step)
+
+
+def directions(model: nn.Module, count: int) -> list[list[Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    return [
+        [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in model.parameters()]
+        for _ in range(count)
+    ]
+
+
+def along(gradient: Tensor, direction: list[Tensor]) -> float:
+    return float(gradient @ torch.cat([part.flatten() for part in direction]))
+
+
+def check(options: dict[str, Any], *, weight: Tensor | None = None, kind: Any = GradientConsistencyLoss) -> None:
+    model, pairs = network(), views()
+    plain = {name: value for name, value in options.items() if name not in ("engine", "fused", "chunk_size")}
+
+    def value(moved: nn.Module) -> Tensor:
+        return kind(moved, engine="loop", **plain)(*pairs, weight).detach()
+
+    term = kind(model, **options, through_statistics=True)
+    gradient = compare.gradient_of(term(*pairs, weight), model)
+    constant = compare.gradient_of(kind(model, **options)(*pairs, weight), model)
+    for direction in directions(model, 4):
+        truth = slope(model, value, direction)
+        assert along(gradient, direction) == pytest.approx(truth, rel=1e-7, abs=1e-9)
+        assert abs(along(constant, direction) - truth) > 1e-3 * abs(truth)  # so that this test can tell them apart
+
+
+@ENGINES
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "graph"])
+@pytest.mark.parametrize("chunk_size", [2, None])
+def test_it_is_the_gradient_of_the_value(engine: str, fused: bool, chunk_size: int | None) -> None:
+    check({"engine": engine, "fused": fused, "chunk_size": chunk_size})
+
+
+@ENGINES
+def test_with_weights(engine: str) -> None:
+    check({"engine": engine}, weight=torch.tensor([1.0, 0.0, 0.5, 2.0, 0.0, 1.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("engine", ["loop", "ghost"])
+def test_with_the_encoder_alone(engine: str) -> None:
+    check({"engine": engine, "encoder": lambda name: not name.startswith("8.")})
+
+
+@pytest.mark.parametrize("engine", ["vmap", "ghost"])
+def test_with_a_projection(engine: str) -> None:
+    check({"engine": engine, "projection": RandomProjection(3, "kronecker", seed=1)})
+
+
+def test_of_the_gradient_norm() -> None:
+    check({"engine": "ghost"}, kind=GradientNormPenalty)
+
+
+@ENGINES
+def test_a_random_subset_follows_the_statistics_of_all(engine: str) -> None:
+    model, pairs = network(), views()
+
+    def term(moved: nn.Module, **options: Any) -> Tensor:
+        gc = GradientConsistencyLoss(moved, engine=engine, max_pairs=2, **options)
+        return gc(*pairs, generator=torch.Generator().manual_seed(2))
+
+    gradient = compare.gradient_of(term(model, through_statistics=True), model)
+    for direction in directions(model, 2):
+        truth = slope(model, lambda moved: term(moved).detach(), direction)
+        assert along(gradient, direction) == pytest.approx(truth, rel=1e-7, abs=1e-9)
+
+
+def test_reduction_none_has_each_pairs_own_gradient() -> None:
+    model, pairs = network(), views()
+    gc = GradientConsistencyLoss(model, through_statistics=True, fused=False, reduction="none")
+    cotangent = torch.linspace(-1.0, 1.0, 6, dtype=torch.float64)
+    gradient = compare.gradient_of(gc(*pairs), model, cotangent)
+    for direction in directions(model, 2):
+        truth = slope(
+            model,
+            lambda moved: cotangent @ GradientConsistencyLoss(moved, fused=False, reduction="none")(*pairs).detach(),
+            direction,
+        )
+        assert along(gradient, direction) == pytest.approx(truth, rel=1e-7, abs=1e-9)
+
+
+def test_two_calls_do_not_meet() -> None:
+    """Nothing of one call's statistics is left for the next, nor in the model."""
+    model, (weak, strong, target) = network(), views()
+    gc = GradientConsistencyLoss(model, through_statistics=True)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    first = compare.gradient_of(gc(weak, strong, target), model)
+    compare.gradient_of(gc(weak + 1.0, 2.0 * strong, target), model)
+    assert torch.equal(compare.gradient_of(gc(weak, strong, target), model), first)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
+def test_without_batch_statistics_it_changes_nothing(engine: str) -> None:
+    model, pairs = network().eval(), views()
+    gradients = [
+        compare.gradient_of(GradientConsistencyLoss(model, engine=engine, through_statistics=on)(*pairs), model)
+        for on in (False, True)
+    ]
+    assert torch.equal(*gradients)
+
+
+def test_measuring_is_the_same() -> None:
+    model, pairs = network(), views()
+    records = [GradientConsistencyLoss(model, through_statistics=on).measure(*pairs) for on in (False, True)]
+    assert torch.equal(records[0].cosine, records[1].cosine)
+
+
+def test_in_the_wrapper() -> None:
+    model, (weak, strong, _) = network(), views()
+    batch = SSLBatch(weak[:4], torch.arange(4), weak, strong)
+    flat = []
+    for weight, on in ((0.0, False), (0.5, False), (0.5, True)):
+        gc = GradientConsistencyLoss(model, through_statistics=on)
+        method = GGCRWrapper(FixMatch(model, threshold=0.0), gc, weight=weight, warmup_steps=0)
+        flat.append(compare.gradient_of(method(batch).loss, model))
+    with torch.no_grad():
+        target = model.train()(torch.cat([weak[:4], weak, strong]))[4:10].argmax(1)
+    term = GradientConsistencyLoss(model, through_statistics=True)(weak, strong, target)
+    assert compare.relative(flat[2] - flat[0], 0.5 * compare.gradient_of(term, model)) < 1e-10
+    assert compare.relative(flat[1], flat[2]) > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"batchnorm": "running"}, "does not go with `batchnorm='running'`"),
+        ({"batchnorm": "observed"}, "does not go with `batchnorm='observed'`"),
+        ({"dropout": "on"}, "does not go with `dropout='on'`: only joint statistics"),
+    ],
+)
+def test_options_without_statistics_of_the_call(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        GradientConsistencyLoss(network(), through_statistics=True, **options)
+
+
+def test_other_values_are_refused() -> None:
+    with pytest.raises(ConfigError, match="`through_statistics` is 'yes'"):
+        GradientConsistencyLoss(network(), through_statistics="yes")
+
+
+def test_given_statistics_are_refused() -> None:
+    model, pairs = network(), views()
+    calls = [module for module in model if isinstance(module, nn.BatchNorm2d)]
+    from gradconsist.normalization import Statistics
+
+    given = [Statistics(call.running_mean, call.running_var) for call in calls]
+    with pytest.raises(ConfigError, match="met given `statistics`"):
+        GradientConsistencyLoss(model, through_statistics=True).evaluate(*pairs, statistics=given)
+
+
+def test_float16_is_refused() -> None:
+    model, (weak, strong, target) = network().float(), views()
+    gc = GradientConsistencyLoss(model, through_statistics=True)
+    with torch.autocast("cpu", dtype=torch.float16), pytest.raises(ConfigError, match="not proven in float16"):
+        gc(weak.float(), strong.float(), target)
+
+
+def test_bfloat16_autocast_comes_close() -> None:
+    model, (weak, strong, target) = network().float(), views()
+    gc = GradientConsistencyLoss(model, through_statistics=True)
+    exact = compare.gradient_of(gc(weak.float(), strong.float(), target), model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = gc(weak.float(), strong.float(), target)
+    assert compare.relative(compare.gradient_of(loss, model), exact) < 0.1
