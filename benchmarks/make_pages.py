@@ -2,9 +2,8 @@
 
     python benchmarks/make_pages.py
 
-docs/evidence.md, docs/does-it-help.md, docs/matrix.md, docs/scorecard.md and docs/guides/cost.md are written whole;
-README.md, docs/installation.md and docs/guides/usb.md, trainer.md, imagenet.md and reproduce-the-paper.md between their
-markers. tests/docs holds them against the files.
+Some pages are written whole, some between markers: `written` has the list, and a module under pages/ the text of each.
+tests/docs holds them against the files.
 """
 
 from __future__ import annotations
@@ -12,11 +11,15 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "pages"))
 from cost_page import cost_page
+from derivatives_page import sweep_page, with_summary
+from faults_page import results as fault_results
+from faults_page import with_tables as with_fault_tables
 from flatness_page import flatness_section
 from help_page import GRIDS, help_page
 from imagenet_page import with_tables as with_imagenet_tables
@@ -33,23 +36,33 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def main() -> None:
-    (ROOT / "docs" / "evidence.md").write_text(evidence(), encoding="utf-8")
-    (ROOT / "docs" / "matrix.md").write_text(matrix(), encoding="utf-8")
-    (ROOT / "docs" / "scorecard.md").write_text(scorecard(), encoding="utf-8")
-    (ROOT / "docs" / "guides" / "cost.md").write_text(cost(), encoding="utf-8")
-    (ROOT / "docs" / "does-it-help.md").write_text(does_it_help(), encoding="utf-8")
-    page = ROOT / "docs" / "installation.md"
-    page.write_text(installation(page.read_text(encoding="utf-8")), encoding="utf-8")
-    readme = ROOT / "README.md"
-    readme.write_text(with_cost(readme.read_text(encoding="utf-8")), encoding="utf-8")
-    guide = ROOT / "docs" / "guides" / "usb.md"
-    guide.write_text(with_table(guide.read_text(encoding="utf-8"), _result("usb")), encoding="utf-8")
-    guide = ROOT / "docs" / "guides" / "trainer.md"
-    guide.write_text(with_tables(guide.read_text(encoding="utf-8"), trainer_results()), encoding="utf-8")
-    guide = ROOT / "docs" / "guides" / "reproduce-the-paper.md"
-    guide.write_text(with_paper_tables(guide.read_text(encoding="utf-8"), _result("reproduce_demo")), encoding="utf-8")
-    guide = ROOT / "docs" / "guides" / "imagenet.md"
-    guide.write_text(imagenet(guide.read_text(encoding="utf-8")), encoding="utf-8")
+    for name, text in written().items():
+        (ROOT / name).write_text(text, encoding="utf-8")
+
+
+def written() -> dict[str, str]:
+    """Every page that results have a part in: its path to what it should say."""
+    guides = "docs/guides/"
+    whole = {
+        "docs/evidence.md": evidence,
+        "docs/matrix.md": matrix,
+        "docs/scorecard.md": scorecard,
+        "docs/does-it-help.md": does_it_help,
+        "docs/derivative-sweep.md": sweep_page,
+        guides + "cost.md": cost,
+    }
+    between_markers: dict[str, Callable[[str], str]] = {
+        "README.md": with_cost,
+        "docs/installation.md": installation,
+        "docs/torch-derivatives.md": with_summary,
+        guides + "faults.md": lambda page: with_fault_tables(page, *fault_results()),
+        guides + "imagenet.md": imagenet,
+        guides + "reproduce-the-paper.md": lambda page: with_paper_tables(page, _result("reproduce_demo")),
+        guides + "trainer.md": lambda page: with_tables(page, trainer_results()),
+        guides + "usb.md": lambda page: with_table(page, _result("usb")),
+    }
+    parts = {name: write((ROOT / name).read_text(encoding="utf-8")) for name, write in between_markers.items()}
+    return {name: write() for name, write in whole.items()} | parts
 
 
 def installation(page: str) -> str:

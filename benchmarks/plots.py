@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "pages"))
 from help_plots import curves, differences, term_dynamics
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,10 +1,4 @@
-"""Writes what the docs say about torch's derivatives from the result files.
-
-    python benchmarks/derivative_pages.py
-
-docs/derivative-sweep.md is written whole; docs/torch-derivatives.md between its markers. tests/docs holds both against
-the files that `sweep_derivatives.py` and `directional.py` wrote.
-"""
+"""docs/derivative-sweep.md, and what docs/torch-derivatives.md counts, from what `sweep_derivatives.py` wrote."""
 
 from __future__ import annotations
 
@@ -13,19 +7,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 TORCH = ("first", "second", "loop", "vmap", "batched", "float32")
 ENGINES = ("gradconsist loop", "gradconsist vmap", "gradconsist ghost", "gradconsist float32")
 RIGHT = {"verdict": "right"}
 # What counts most where several engines are one column.
 ORDER = ("wrong", "raises", "right", "refused", "-")
-
-
-def main() -> None:
-    (ROOT / "docs" / "derivative-sweep.md").write_text(sweep_page(), encoding="utf-8")
-    page = ROOT / "docs" / "torch-derivatives.md"
-    page.write_text(with_summary(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def sweeps() -> dict[str, dict[str, Any]]:
@@ -80,7 +68,7 @@ def sweep_page() -> str:
     versions = ", ".join(found)
     return f"""# The sweep of torch's derivatives
 
-Written by `python benchmarks/derivative_pages.py` from what `python benchmarks/sweep_derivatives.py` found with torch
+Written by `python benchmarks/make_pages.py` from what `python benchmarks/sweep_derivatives.py` found with torch
 {versions}, in float64 on a CPU. What is wrong, and a script for each, is on [its own page](torch-derivatives.md).
 
 - **first**, **second**: gradcheck and gradgradcheck of the layer, in its input and parameters.
@@ -180,7 +168,3 @@ gradcheck of L_g entry by entry (eps 1e-6, atol 1e-7, rtol 1e-5): {passed} of {l
 
 Made by `{result["environment"]["command"]}` with torch {result["environment"]["torch"]}.
 """
-
-
-if __name__ == "__main__":
-    main()

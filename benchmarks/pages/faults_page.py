@@ -1,7 +1,4 @@
-"""Writes the tables of docs/guides/faults.md from the results of kills.py and hostile_files.py.
-
-python benchmarks/faults_page.py
-"""
+"""The tables of docs/guides/faults.md from the results of kills.py and hostile_files.py."""
 
 from __future__ import annotations
 
@@ -11,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "guides" / "faults.md"
 
 _PARTS = {
     "random": "at moments uniform in the time of a run",
@@ -87,7 +83,3 @@ def results() -> tuple[dict[str, Any], dict[str, Any]]:
     """What the two programs found."""
     kills, hostile = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("kills", "hostile_files"))
     return kills, hostile
-
-
-if __name__ == "__main__":
-    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8"), *results()), encoding="utf-8")
