@@ -5,6 +5,18 @@ by finite differences. `check_rule` tests a layer, and a rule registered for it,
 `memory_report` predicts and measures time and memory of every setting and recommends one. `sharpness` and
 `top_eigenvalue` tell how flat the loss is around the weights, and `consistency_bound` measures both sides of the
 paper's Proposition 1.
+
+    >>> import torch
+    >>> from gradconsist import diagnostics
+    >>> _ = torch.manual_seed(0)
+    >>> model, weak = torch.nn.Linear(4, 3), torch.randn(8, 4)
+    >>> print(diagnostics.check(model, weak, weak + 0.1, model(weak).argmax(1)))
+    exact, by GhostEngine(form='auto')
+      parameter  in      entries  compared by
+      weight     Linear       12  linear, gram form
+      bias       Linear        3  bias, gradient form
+    >>> diagnostics.verify(model, weak, weak + 0.1, model(weak).argmax(1)).ok
+    True
 """
 
 from gradconsist.diagnostics.bound import BoundReport, consistency_bound

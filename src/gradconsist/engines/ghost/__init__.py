@@ -1,4 +1,25 @@
-"""Layer-wise inner products of per-sample gradients, differentiable, without the gradients themselves."""
+"""Layer-wise inner products of per-sample gradients, differentiable, without the gradients themselves.
+
+A linear layer's gradient for one sample is the outer product of the gradient d of what it returned and of its input a.
+The inner product of two such gradients is therefore that of the inputs times that of the output gradients:
+
+    ⟨d aᵀ, d' a'ᵀ⟩ = ⟨a, a'⟩ ⟨d, d'⟩
+
+Positions of a sequence or an image add up on both sides. `rules` has such a formula for each kind of layer, `capture`
+collects a and d of every call of every layer, `operators` the calls outside modules, and `engine` puts the sums
+together; a parameter without a rule is taken sample by sample.
+
+    >>> import torch
+    >>> from gradconsist import GradientConsistencyLoss
+    >>> _ = torch.manual_seed(0)
+    >>> layer, a, b = torch.nn.Linear(4, 3, bias=False), torch.randn(1, 4), torch.randn(1, 4)
+    >>> target = torch.tensor([0])
+    >>> record = GradientConsistencyLoss(layer, engine="ghost").measure(a, b, target)
+    >>> d, e = (layer(x).softmax(1) - torch.eye(3)[:1] for x in (a, b))  # the gradients of the logits
+    >>> by_hand = (a * b).sum() * (d * e).sum() / (a.norm() * b.norm() * d.norm() * e.norm())
+    >>> torch.allclose(record.cosine, by_hand)
+    True
+"""
 
 from gradconsist.engines.ghost.engine import GhostEngine
 from gradconsist.engines.ghost.layers import register_rule, unregister_rule
