@@ -231,8 +231,8 @@ def matrix() -> str:
 def does_it_help() -> str:
     """The page of paired runs, as far as their files are there."""
     grids = {name: _result(name) for name in GRIDS if (RESULTS / f"{name}.json").exists()}
-    dynamics, group = _result("term_dynamics"), _result("term_dynamics_group_norm")
-    return help_page(grids, _result("help_four_statistics"), dynamics, group, _made)
+    dynamics = (_result(f"term_dynamics{kind}") for kind in ("", "_group_norm", "_through"))
+    return help_page(grids, _result("help_four_statistics"), *dynamics, _made)
 
 
 def cost() -> str:

@@ -271,6 +271,7 @@ PLOTS: dict[str, Callable[[Row, Any], Any]] = {
     "help_four_statistics": differences,
     "term_dynamics": term_dynamics,
     "term_dynamics_group_norm": term_dynamics,
+    "term_dynamics_through": term_dynamics,
 }
 
 
