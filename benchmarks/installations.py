@@ -75,7 +75,8 @@ ROWS = (
     Row("usb", "3.11", extra="usb", commands=(("-m", "pytest", "tests/usb"),)),
     Row("peers", "3.11", extra="peers",
         commands=(("-c", "import opacus, backpack, torchjd, timm"), ("benchmarks/measure_peers.py", "--quick"))),
-    Row("docs", "3.11", "2.13.0", extra="docs", commands=(("-m", "mkdocs", "build", "--strict"),)),
+    Row("docs", "3.11", "2.13.0", extra="docs",
+        commands=(("-m", "mkdocs", "build", "--strict", "--quiet"), ("-m", "pytest", "tests/docs/test_site.py"))),
     Row("dev", "3.11", extra="dev",
         commands=(("-m", "ruff", "check", "."), ("-m", "ruff", "format", "--check", "."), ("-m", "mypy"),
                   ("-m", "pytest", "tests/adapters"))),
@@ -163,9 +164,9 @@ def run(row: Row, place: Path, files: dict[str, Path], processes: int) -> dict[s
             outcome["said"] = said(python, (*command, *where), source).strip("= ")
         outcome["passed"] = True
     except subprocess.CalledProcessError as error:
-        (place / "failed.txt").write_text(error.output)
-        print(error.output[-6000:], file=sys.stderr)
-        outcome["said"] = last_line(error.output).strip("= ")
+        text = error.output or str(error)
+        print(text[-6000:], file=sys.stderr)
+        outcome["said"] = last_line(text).strip("= ")
     finally:
         shutil.rmtree(environment, ignore_errors=True)
     return outcome | {"seconds": round(time.monotonic() - start)}

@@ -108,10 +108,7 @@ def compare(options: Comparison, pairs: Pairs) -> tuple[Tensor, ConsistencyRecor
         GradConsistError: the model cannot be compared exactly, or a gradient is not finite.
         RuntimeError: an error of the user's own model, as it was.
     """
-    selection = select(
-        pairs, max_pairs=options.max_pairs, reduction=options.reduction, generator=options.generator,
-        dtype=_wide(options),
-    )  # fmt: skip
+    selection = select(pairs, options.max_pairs, options.reduction, options.generator, _wide(options))
     seed = _seed(options.generator) if options.dropout else None
     autocast = autocast_region(pairs.device)
     with our_rules(options.model, pairs.device, seed=seed, dropout=options.dropout):
@@ -209,7 +206,9 @@ class _Run:
         """The sum over chunks, its gradient formed on the way if fused."""
         options = self.options
         path = self._path()
-        self.through = path.enter(cut=options.fused) if path else []
+        self.through = path.cut() if path and options.fused else []
+        if path and not options.fused:
+            path.join()
         buffer = GradientBuffer(list(self.aliases.values()), self.through) if options.fused else None
         total = self._zero()
         start, size = 0, self._chunk_size(problem)
@@ -232,7 +231,7 @@ class _Run:
         if buffer is None:
             return self._connected(total)
         if path:
-            path.follow(buffer)
+            path.add_to(buffer)
         return buffer.attach(list(options.trainable.values()))
 
     def _path(self) -> StatisticsPath | None:
@@ -240,7 +239,7 @@ class _Run:
         options = self.options
         if not options.through_statistics or self.batchnorm.recorded is None or not torch.is_grad_enabled():
             return None
-        check_can_follow(given=options.statistics is not None, float16=self.drop_non_finite)
+        check_can_follow(given=options.statistics is not None, half=self.drop_non_finite)
         return StatisticsPath(self.forward, self.pairs.weak, self.pairs.strong, options.trainable)
 
     def _attempt(self, problem: Problem, index: Tensor, weight: Tensor, buffer: GradientBuffer | None) -> Tensor:

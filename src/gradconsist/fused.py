@@ -26,8 +26,8 @@ class GradientBuffer:
 
     def __init__(self, aliases: Sequence[Tensor], through: Sequence[Tensor] = ()) -> None:
         self._own = len(aliases)
-        self._aliases = [*aliases, *through]
-        self._gradients: list[Tensor | None] = [None] * len(self._aliases)
+        self._sources = [*aliases, *through]
+        self._gradients: list[Tensor | None] = [None] * len(self._sources)
         self._value: Tensor | None = None
 
     def add(self, loss: Tensor, amplification: float = 1.0) -> None:
@@ -38,26 +38,25 @@ class GradientBuffer:
             amplification: a power of two by which the loss is multiplied while it is differentiated, so that float16
                 in between does not underflow; less where it would overflow.
         """
-        parts: Sequence[Tensor | None] = [None] * len(self._aliases)
+        parts: Sequence[Tensor | None] = [None] * len(self._sources)
         if loss.requires_grad:  # else the gradients are constant, as of a linear model with a linear loss
             parts = self._differentiate(loss, amplification)
         # Only now, so that a chunk that failed (out of memory, say) can be tried again.
         self._value = loss.detach() if self._value is None else self._value + loss.detach()
         self._accumulate(parts)
 
-    def follow(self, values: Sequence[Tensor]) -> None:
+    def add_through(self, values: Sequence[Tensor]) -> None:
         """Adds what the gradient owes to the tensors in `through`: the chain rule's other half.
 
         Args:
-            values: the same tensors with their graph down to the aliases.
+            values: the same tensors with their graph down to the aliases; without one, where none of them is behind.
         """
-        known = [
-            (value, part) for value, part in zip(values, self._gradients[self._own :], strict=True) if part is not None
-        ]
+        parts = self._gradients[self._own :]
+        known = [(v, part) for v, part in zip(values, parts, strict=True) if part is not None and v.requires_grad]
         if known:
             outputs, cotangents = zip(*known, strict=True)
-            parts = torch.autograd.grad(outputs, self._aliases[: self._own], cotangents, allow_unused=True)
-            self._accumulate(parts)
+            found = torch.autograd.grad(outputs, self._sources[: self._own], cotangents, allow_unused=True)
+            self._accumulate(found)
 
     def _accumulate(self, parts: Sequence[Tensor | None]) -> None:
         for position, part in enumerate(parts):
@@ -67,9 +66,9 @@ class GradientBuffer:
 
     def _differentiate(self, loss: Tensor, amplification: float) -> Sequence[Tensor | None]:
         if amplification == 1.0:
-            return torch.autograd.grad(loss, self._aliases, allow_unused=True)
+            return torch.autograd.grad(loss, self._sources, allow_unused=True)
         for factor in (amplification / 2.0 ** (5 * attempt) for attempt in range(8)):
-            parts = torch.autograd.grad(factor * loss, self._aliases, allow_unused=True, retain_graph=True)
+            parts = torch.autograd.grad(factor * loss, self._sources, allow_unused=True, retain_graph=True)
             if all(part is None or bool(torch.isfinite(part).all()) for part in parts):
                 break
         return [None if part is None else part / factor for part in parts]

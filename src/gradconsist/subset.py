@@ -19,7 +19,7 @@ class Subset:
 
 
 def select(
-    pairs: Pairs, *, max_pairs: int | None, reduction: str, generator: torch.Generator, dtype: torch.dtype
+    pairs: Pairs, max_pairs: int | None, reduction: str, generator: torch.Generator, dtype: torch.dtype
 ) -> Subset:
     """The pairs of positive weight, or a random subset of them, with weights that keep the expectation.
 

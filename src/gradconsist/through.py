@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from gradconsist.batch import concatenate
-from gradconsist.errors import ConfigError
+from gradconsist.errors import ConfigError, UnsupportedModuleError
 from gradconsist.forward import PerSampleForward
 from gradconsist.fused import GradientBuffer
 from gradconsist.normalization import BatchNormPolicy, Statistics
@@ -46,12 +47,12 @@ def check_through_statistics(wanted: object, batchnorm: BatchNormPolicy, dropout
         )
 
 
-def check_can_follow(*, given: bool, float16: bool) -> None:
+def check_can_follow(*, given: bool, half: bool) -> None:
     """Refuses a call whose statistics cannot be differentiated.
 
     Args:
         given: whether the statistics are the caller's.
-        float16: whether some of the call is computed in float16.
+        half: whether some of the call is computed in float16.
 
     Raises:
         ConfigError: one of both.
@@ -61,7 +62,7 @@ def check_can_follow(*, given: bool, float16: bool) -> None:
             "`through_statistics=True` met given `statistics`, whose dependence on the parameters is not known here:"
             " leave one of both out."
         )
-    if float16:
+    if half:
         raise ConfigError(
             "`through_statistics=True` was not proven in float16, where its parts may underflow: use bfloat16 or"
             " float32."
@@ -85,21 +86,12 @@ class StatisticsPath:
         self._inputs = weak, strong
         self._parameters = parameters
 
-    def enter(self, *, cut: bool) -> list[Tensor]:
-        """Makes the recorded statistics differentiable.
-
-        Args:
-            cut: True puts leaves in their place, for which the chunks can be differentiated, and `follow` has to
-                come after the chunks; False gives them their graph, and nothing is left to do.
+    def cut(self) -> list[Tensor]:
+        """Puts leaves in the place of the recorded statistics, for which the chunks can be differentiated: for dF/ds.
 
         Returns:
-            The leaves: mean and variance of each call.
+            Mean and variance of each call.
         """
-        if not cut:
-            # Stand-ins of their own lead to the parameters: through those of the chunks, an engine that asks autograd
-            # for a sample's gradient would get the statistics' part in it, too.
-            self._record({name: parameter.view_as(parameter) for name, parameter in self._parameters.items()})
-            return []
         calls = self._forward.batchnorm
         calls.recorded = [
             each._replace(mean=each.mean.detach().requires_grad_(), variance=each.variance.detach().requires_grad_())
@@ -107,20 +99,47 @@ class StatisticsPath:
         ]
         return _flat(calls.recorded)
 
-    def follow(self, buffer: GradientBuffer) -> None:
-        """Adds (ds/dp)^T dF/ds to the gradient of chunks that were differentiated for the leaves, too."""
-        calls = self._forward.batchnorm
-        used = calls.recorded
-        buffer.follow(self._record(self._forward.parameters))
-        calls.recorded = used
+    def join(self) -> None:
+        """Gives the recorded statistics their graph: nothing is left to add after the chunks.
 
-    def _record(self, parameters: Mapping[str, Tensor]) -> list[Tensor]:
-        own, self._forward.parameters = self._forward.parameters, dict(parameters)
+        Stand-ins of their own lead to the parameters: through those of the chunks, an engine that asks autograd for a
+        sample's gradient would get the statistics' part in it, too.
+        """
+        own = self._forward.parameters
+        self._forward.parameters = {name: parameter.view_as(parameter) for name, parameter in self._parameters.items()}
         try:
-            self._forward.output(concatenate(*self._inputs), record=True)
+            self._record()
         finally:
             self._forward.parameters = own
-        return _flat(self._forward.batchnorm.recorded or [])
+
+    def add_to(self, buffer: GradientBuffer) -> None:
+        """Adds (ds/dp)^T dF/ds to the gradient of chunks that were differentiated for the leaves of `cut`, too."""
+        buffer.add_through(self._record())
+
+    def _record(self) -> list[Tensor]:
+        """The statistics anew, with their graph.
+
+        Raises:
+            UnsupportedModuleError: they are others than before.
+        """
+        calls = self._forward.batchnorm
+        before = _flat(calls.recorded or [])
+        self._forward.output(concatenate(*self._inputs), record=True)
+        now = _flat(calls.recorded or [])
+        if [each.shape for each in now] != [each.shape for each in before] or not all(map(_about_equal, now, before)):
+            raise UnsupportedModuleError(
+                "the model's BatchNorm statistics were others when its forward ran again on the same inputs, so"
+                " `through_statistics=True` would differentiate another function: its forward depends on something"
+                " beside inputs and parameters (a counter, a grad mode). Make it fixed, or leave the option out."
+            )
+        return now
+
+
+def _about_equal(now: Tensor, before: Tensor) -> bool:
+    """Within the rounding of a network's forward, in whose precision it was computed."""
+    tolerance = {torch.float64: 1e-8, torch.float32: 5e-2}[now.dtype]  # float32 also holds those of half types
+    scale = before.detach().abs().max()
+    return bool(((now.detach() - before.detach()).abs() <= tolerance * scale + 1e-30).all())
 
 
 def _flat(statistics: list[Statistics]) -> list[Tensor]:

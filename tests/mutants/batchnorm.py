@@ -70,7 +70,7 @@ BUGS = [
         "no part of the gradient by the statistics",
         "through_statistics follows the statistics to the parameters",
         THROUGH_TEST,
-        THROUGH, "buffer.follow(self._record(self._forward.parameters))", "self._record(self._forward.parameters)",
+        THROUGH, "buffer.add_through(self._record())", "self._record()",
     ),
     Bug(
         "variances not followed",
@@ -84,7 +84,13 @@ BUGS = [
         "a sample's gradient holds the statistics constant",
         THROUGH_TEST,
         THROUGH, "name: parameter.view_as(parameter) for name, parameter in self._parameters.items()",
-        "name: parameter for name, parameter in self._forward.parameters.items()",
+        "name: parameter for name, parameter in own.items()",
+    ),
+    Bug(
+        "another forward's statistics followed",
+        "the statistics that are followed are those that were used",
+        THROUGH_TEST,
+        THROUGH, "or not all(map(_about_equal, now, before))", "",
     ),
     Bug(
         "statistics of the weak views followed",

@@ -102,6 +102,7 @@ def verify(
     loss_fn: LossFunction | None = None,
     engine: str | Engine = "auto",
     batchnorm: BatchNormPolicy = "auto",
+    through_statistics: bool = False,
     min_norm: float = 1e-8,
     directions: int = 4,
     seed: int = 0,
@@ -113,8 +114,9 @@ def verify(
 
         ⟨dL_g/dtheta, v⟩    with    (L_g(theta + h v) - L_g(theta - h v)) / (2 h),    h = 1e-4, 1e-5, 1e-6
 
-    on a float64 copy of the model, with BatchNorm's statistics held at their values in theta and dropout off. Where a
-    direction fails, each parameter is tested by itself, and those that disagree are named.
+    on a float64 copy of the model, with dropout off and BatchNorm's statistics held at their values in theta, or taken
+    anew where the gradient goes through them. Where a direction fails, each parameter is tested by itself, and those
+    that disagree are named.
 
     Costs about ``2 + 6 * directions`` evaluations of L_g, and ``6`` more per parameter tensor after a failure. A
     handful of pairs is enough. A model with kinks (ReLU, max-pooling) may fail at single steps; the smallest error
@@ -130,6 +132,7 @@ def verify(
         loss_fn: as for the loss; it must work in float64.
         engine: as for the loss.
         batchnorm: as for the loss, but not "observed".
+        through_statistics: as for the loss.
         min_norm: as for the loss.
         directions: number of random directions.
         seed: their seed.
@@ -165,6 +168,7 @@ def verify(
         loss_fn=loss_fn,
         engine=engine,
         batchnorm=batchnorm,
+        through_statistics=through_statistics,
         min_norm=min_norm,
         reduction="sum",
     )
@@ -179,7 +183,7 @@ def verify(
 
 
 class _Trial:
-    """L_g around one point, with the statistics of that point."""
+    """L_g around one point, with the statistics of that point unless its gradient goes through them."""
 
     def __init__(self, loss: GradientConsistencyLoss, *arguments: Any) -> None:
         self._loss = loss
@@ -187,7 +191,8 @@ class _Trial:
         record = loss.measure(*arguments)  # also checks the arguments
         if record is None or not bool((record.compared & ~record.degenerate).any()):
             raise InputValueError("no pair has a cosine: give pairs of positive weight whose gradients do not vanish.")
-        self._statistics = statistics_here(loss, arguments[0], arguments[1])
+        held = not loss.through_statistics
+        self._statistics = statistics_here(loss, arguments[0], arguments[1]) if held else None
         loss.evaluate(*arguments, statistics=self._statistics).backward()
         named = dict(loss.model.named_parameters())
         self.parameters = {name: p for name, p in named.items() if p.requires_grad}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradconsist.batch import call, check_inputs, concatenate, leaves, places, same_structure
+from gradconsist.batch import call, check_inputs, concatenable, concatenate, leaves, same_structure
 from gradconsist.default_loss import find_logits
 from gradconsist.errors import (
     ConfigError,
@@ -121,22 +121,30 @@ def check_batch(batch: SSLBatch) -> None:
         raise InputTypeError(f"`batch` is a {type(batch).__name__}: pass SSLBatch(x, y, weak, strong).")
     for name, part in zip(("x", "y", "weak", "strong"), batch[:4], strict=True):
         if not isinstance(part, Tensor if name == "y" else Tensor | Mapping | Sequence):
+            remedy = "pass class indices [n]" if name == "y" else "pass a tensor, or a mapping or sequence of tensors"
             raise InputTypeError(
-                f"`batch.{name}` is a {type(part).__name__}: pass a tensor; a method that trains on one view needs"
-                " `strong` for the pair that gradient consistency compares."
+                f"`batch.{name}` is a {type(part).__name__}: {remedy}; a method that trains on one view needs `strong`"
+                " for the pair that gradient consistency compares."
             )
     x, y, weak, strong = (_rows(f"batch.{name}", getattr(batch, name)) for name in ("x", "y", "weak", "strong"))
     if x != y or weak != strong:
         raise InputShapeError(
             f"`batch` has {x} labeled inputs x, {y} labels y, {weak} weak and {strong} strong views: x and y, weak and"
-            " strong belong together row by row."
+            " strong belong together row by row. (A sequence is one tensor for each argument of the model, not a list"
+            " of samples.)"
         )
     if x == 0 or weak == 0:
         raise InputShapeError(
             f"`batch` has {x} labeled and {weak} unlabeled inputs, and the mean over none is NaN: give at least one of"
             " each; drop the loader's last batch where it is empty."
         )
-    _check_alike(batch)
+    x_built, *views = (check_inputs(f"batch.{name}", getattr(batch, name)) for name in ("x", "weak", "strong"))
+    for name, view in zip(("weak", "strong"), views, strict=True):
+        if not same_structure(x_built, view):
+            raise InputTypeError(
+                f"`batch.x` and `batch.{name}` are built differently: labeled inputs and views need the same keys or"
+                " number of tensors."
+            )
 
 
 def _rows(name: str, inputs: Inputs) -> int:
@@ -144,28 +152,6 @@ def _rows(name: str, inputs: Inputs) -> int:
     if not parts or not all(isinstance(part, Tensor) and part.dim() for part in parts):
         check_inputs(name, inputs)  # says what it is
     return len(parts[0])
-
-
-def _check_alike(batch: SSLBatch) -> None:
-    """Labeled inputs and views become one batch, so they must be built alike and have one shape."""
-    first = check_inputs("batch.x", batch.x)
-    for name in ("weak", "strong"):
-        other = check_inputs(f"batch.{name}", getattr(batch, name))
-        if not same_structure(first, other):
-            raise InputTypeError(
-                f"`batch.x` and `batch.{name}` are built differently: labeled inputs and views need the same keys or"
-                " number of tensors."
-            )
-        shapes = dict(places(f"batch.{name}", other))
-        for (place, own), (there, theirs) in zip(places("batch.x", first), shapes.items(), strict=True):
-            if isinstance(other, Mapping):  # in the order of the first
-                there = place.replace("batch.x", f"batch.{name}", 1)
-                theirs = shapes[there]
-            if own.shape[1:] != theirs.shape[1:]:
-                raise InputShapeError(
-                    f"`{place}` has inputs of shape {tuple(own.shape[1:])} and `{there}` of"
-                    f" {tuple(theirs.shape[1:])}: they are forwarded as one batch; resize or pad them to one shape."
-                )
 
 
 def check_index(batch: SSLBatch, samples: int) -> Tensor:
@@ -233,14 +219,24 @@ def joint_logits(model: nn.Module, *batches: Inputs) -> list[Tensor]:
         [n_i, C] for each.
 
     Raises:
+        InputShapeError: the batches cannot be one.
         LossContractError: the model's output holds no logits [B, C].
     """
+    if not all(concatenable(batches[0], other) for other in batches[1:]):
+        shapes = " and ".join(str([tuple(leaf.shape) for leaf in leaves(batch)]) for batch in batches)
+        raise InputShapeError(
+            f"inputs of shapes {shapes} are forwarded as one batch: resize or pad them to one shape, or have weak and"
+            " strong views forwarded apart, where the method has `joint=False`."
+        )
+    sizes = [len(leaves(batch)[0]) for batch in batches]
     output = call(model, concatenate(*batches) if len(batches) > 1 else batches[0])
     logits = find_logits(output)
-    if logits is None or logits.dim() != 2:
+    if logits is None or logits.dim() != 2 or len(logits) != sum(sizes):
         found = type(output).__name__ if logits is None else f"logits of shape {tuple(logits.shape)}"
-        raise LossContractError(f"The model returned {found}: a method needs logits [B, C], or an object with them.")
-    return list(wide(logits).split([len(leaves(batch)[0]) for batch in batches]))
+        raise LossContractError(
+            f"the model returned {found} for {sum(sizes)} inputs: a method needs logits [B, C], or an object with them."
+        )
+    return list(wide(logits).split(sizes))
 
 
 def without_graph(model: nn.Module, inputs: Inputs) -> Tensor:

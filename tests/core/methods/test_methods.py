@@ -14,7 +14,7 @@ from torch import nn
 import gradconsist.methods
 from gradconsist import GGCRWrapper, GradientConsistencyLoss, SSLBatch, StepOutput
 from gradconsist.errors import InputShapeError, InputTypeError, InputValueError, LossContractError, StateError
-from gradconsist.methods import FixMatch
+from gradconsist.methods import FixMatch, MeanTeacher, PseudoLabel
 from support import methods as m
 from support import training
 
@@ -249,22 +249,48 @@ def test_bad_inputs_of_several_tensors(name: str) -> None:
         ({"x": {}}, InputShapeError, "`batch.x` is empty"),
         ({"x": "text"}, InputTypeError, r"`batch.x\[0\]` is a str|`batch.x` is a str"),
         ({"x": good.x | {"on": good.x["on"][:1]}}, InputShapeError, "`batch.x` mixes batch sizes"),
-        (
-            {"strong": named(torch.zeros(9, 3))},
-            InputShapeError,
-            r"`batch.x\['pixels'\]` has inputs of shape .* and `batch.strong\['pixels'\]` of \(3,\).*pad them",
-        ),
     ):
         with pytest.raises(error, match=match):
             method(good._replace(**change))
     assert method.step == 0
 
 
-def test_a_model_without_logits_is_refused() -> None:
+def test_a_list_of_samples_is_told_what_a_sequence_is() -> None:
+    batch = DATA[0]
+    with pytest.raises(InputShapeError, match="A sequence is one tensor for each argument of the model, not a list of"):
+        build("fixmatch")(batch._replace(x=list(batch.x)))
+
+
+@pytest.mark.parametrize(
+    "model", [nn.Sequential(nn.Flatten(), nn.Flatten(0)), nn.Sequential(nn.Flatten(), nn.Unflatten(0, (2, 11)))]
+)
+def test_a_model_without_logits_for_each_input_is_refused(model: nn.Module) -> None:
     method, batch = build("fixmatch"), DATA[0]
-    method.model = nn.Sequential(nn.Flatten(), nn.Flatten(0))
-    with pytest.raises(LossContractError, match=r"returned logits of shape .*needs logits \[B, C\]"):
+    method.model = model
+    with pytest.raises(LossContractError, match=r"logits of shape .* for 22 inputs: a method needs logits \[B, C\]"):
         method(batch)
+
+
+class Pooled(nn.Module):
+    """Takes images of any size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x.mean([2, 3]))
+
+
+def test_views_that_are_forwarded_apart_may_differ_in_size() -> None:
+    x, weak, strong = torch.randn(4, 3, 8, 8), torch.randn(5, 3, 6, 6), torch.randn(5, 3, 8, 8)
+    y = torch.arange(4)
+    for method in (FixMatch(Pooled(), joint=False), MeanTeacher(Pooled())):
+        wrapper = GGCRWrapper(method, GradientConsistencyLoss(method.model), weight=0.5, warmup_steps=0)
+        assert torch.isfinite(wrapper(SSLBatch(x, y, weak, strong)).loss)
+    assert torch.isfinite(PseudoLabel(Pooled())(SSLBatch(x, y, strong, weak)).loss)
+    with pytest.raises(InputShapeError, match=r"\(4, 3, 8, 8\).* and .*\(5, 3, 6, 6\).*forwarded as one batch: resize"):
+        FixMatch(Pooled(), joint=True)(SSLBatch(x, y, weak, strong))
 
 
 @pytest.mark.parametrize("where", [0, 2])
