@@ -227,7 +227,9 @@ class BatchNormCalls:
                 " forwards), and the engine does not say which view a sample is: pass `view` to `Problem.losses`, or"
                 " use `batchnorm='auto'`."
             )
-        return statistics._replace(mean=statistics.mean[self._view], variance=statistics.variance[self._view])
+        return statistics._replace(
+            mean=_row(statistics.mean, self._view), variance=_row(statistics.variance, self._view)
+        )
 
     def _mismatch(self, found: str) -> str:
         expected = len(self.recorded or [])
@@ -236,6 +238,13 @@ class BatchNormCalls:
             " The model's control flow depends on its input or on chance: make it fixed, or put its BatchNorm layers in"
             " eval mode."
         )
+
+
+def _row(rows: Tensor, number: Tensor | int) -> Tensor:
+    """``rows[number]``, which torch 2.6 cannot batch under vmap where `number` is a tensor."""
+    if isinstance(number, int):
+        return rows[number]
+    return rows.index_select(0, number.reshape(1)).squeeze(0)
 
 
 def _by_view(weak: list[Statistics], strong: list[Statistics]) -> list[Statistics]:

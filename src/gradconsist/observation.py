@@ -115,7 +115,7 @@ class Observer(TorchFunctionMode):
         samples = len(forward.inputs[0]) if forward.inputs else 0
         if func is F.batch_norm and (args[5] if len(args) > 5 else kwargs.get("training", False)):
             with torch.no_grad():
-                found = batch_statistics((args[0] if args else kwargs["input"]).detach())
+                found = batch_statistics(args[0] if args else kwargs["input"])
             forward.statistics.append(found._replace(samples=samples))
         result = func(*args, **kwargs)
         if func in CONVOLUTIONS and not self._memory.full:

@@ -389,7 +389,8 @@ def test_dropout_on(name: str, form: Any) -> None:
         loss = gc(problem.weak, problem.weak, problem.target, generator=torch.Generator().manual_seed(seed))
         values.append(compare.gradient_of(loss, problem.model))
         assert gc.last is not None
-        assert float(gc.last.cosine.max()) < 1.0 - 1e-6, "the views have different masks"
+        # Of single pairs chance may make them equal: four channels have sixteen masks.
+        assert float(gc.last.cosine.mean()) < 1.0 - 1e-3, "the views have different masks"
     assert torch.equal(values[0], values[1])
     assert not torch.equal(values[0], values[2])
     assert torch.equal(torch.random.get_rng_state(), before)

@@ -275,6 +275,7 @@ def test_the_inner_model_of_ddp_is_compared_as_it_is() -> None:
 
 
 @pytest.mark.usefixtures("one_process")
+@pytest.mark.filterwarnings("ignore:DTensor random operators:UserWarning")  # torch 2.6, of its own distribute_tensor
 def test_distributed_inputs_are_refused() -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, distribute_tensor

@@ -61,12 +61,6 @@ BUGS = [
         RECALL, "with torch.no_grad(), recorder:", "with recorder:",
     ),
     Bug(
-        "observed statistics with gradient",
-        "observed statistics are constants",
-        "test_observed_recall.py test_wrapper.py",
-        OBSERVATION, "kwargs[\"input\"]).detach())", "kwargs[\"input\"]))",
-    ),
-    Bug(
         "no part of the gradient by the statistics",
         "through_statistics follows the statistics to the parameters",
         THROUGH_TEST,
