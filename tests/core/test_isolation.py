@@ -295,6 +295,7 @@ def test_a_compiled_forward_and_a_compiled_loss(compiled: Callable[..., Any], en
     assert_exact(model, net(), engine, loss_fn=loss_fn)
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")  # torch's own
 @pytest.mark.parametrize(("engine", "fused"), [("auto", True), ("loop", False)])
 def test_inside_a_compiled_step_it_runs_as_python(compiled: Callable[..., Any], engine: str, fused: bool) -> None:
     model = net()
