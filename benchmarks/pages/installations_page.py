@@ -23,7 +23,9 @@ def installations(result: Result, made: str) -> str:
     for row in result["rows"]:
         what = f"{row['what']}, `[{row['extra']}]`" if row["extra"] else row["what"]
         size = f"{row['MB'] / 1000:.1f} GB" if "MB" in row else "-"
-        verdict = row["said"] if row["passed"] else f"**failed**: {row['said']}"
+        # The closing line of pytest; other programs end with a line of their own.
+        said = row["said"] if " passed" in row["said"] else "ended without an error"
+        verdict = said if row["passed"] else f"**failed**: {row['said']}"
         lines.append(f"| {what} | {row['python']} | {row.get('torch', '-')} | {size} | {row['ran']} | {verdict} |")
     sizes = "; ".join(f"`{built['file']}` {built['kB']:,} kB, {built['files']} files" for built in result["built"])
     needed = next((row["packages"] for row in result["rows"] if row.get("packages")), [])
