@@ -123,23 +123,26 @@ class StatisticsPath:
             UnsupportedModuleError: they are others than before.
         """
         calls = self._forward.batchnorm
-        before = _flat(calls.recorded or [])
+        before = calls.recorded or []
         self._forward.output(concatenate(*self._inputs), record=True)
-        now = _flat(calls.recorded or [])
-        if [each.shape for each in now] != [each.shape for each in before] or not all(map(_about_equal, now, before)):
+        now = calls.recorded or []
+        if len(now) != len(before) or not all(map(_about_equal, now, before)):
             raise UnsupportedModuleError(
                 "the model's BatchNorm statistics were others when its forward ran again on the same inputs, so"
                 " `through_statistics=True` would differentiate another function: its forward depends on something"
                 " beside inputs and parameters (a counter, a grad mode). Make it fixed, or leave the option out."
             )
-        return now
+        return _flat(now)
 
 
-def _about_equal(now: Tensor, before: Tensor) -> bool:
-    """Within the rounding of a network's forward, in whose precision it was computed."""
-    tolerance = {torch.float64: 1e-8, torch.float32: 5e-2}[now.dtype]  # float32 also holds those of half types
-    scale = before.detach().abs().max()
-    return bool(((now.detach() - before.detach()).abs() <= tolerance * scale + 1e-30).all())
+def _about_equal(now: Statistics, before: Statistics) -> bool:
+    """Within the rounding of a forward, in units of the values that were averaged: a mean may be all noise."""
+    if now.mean.shape != before.mean.shape:
+        return False
+    tolerance = {torch.float64: 1e-8, torch.float32: 5e-2}[now.mean.dtype]  # float32 also holds those of half types
+    squares = float((before.variance + before.mean.square()).detach().max())
+    mean, variance = ((a.detach() - b.detach()).abs().max() for a, b in zip(now[:2], before[:2], strict=True))
+    return bool(mean <= tolerance * squares**0.5) and bool(variance <= tolerance * squares)
 
 
 def _flat(statistics: list[Statistics]) -> list[Tensor]:

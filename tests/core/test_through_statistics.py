@@ -147,6 +147,19 @@ def test_a_forward_with_other_statistics_is_refused(fused: bool) -> None:
         gc(*views())
 
 
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "graph"])
+def test_means_that_are_all_rounding(fused: bool) -> None:
+    """Behind a BatchNorm with shift 0 and a linear layer every mean is 0 but for rounding, and forwards differ."""
+    torch.manual_seed(7)
+    model = nn.Sequential(
+        nn.Conv2d(2, 32, 3, padding=1), nn.BatchNorm2d(32), nn.Conv2d(32, 16, 1), nn.BatchNorm2d(16),
+        nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4),
+    )  # fmt: skip
+    weak, strong, target = views(64)
+    gc = GradientConsistencyLoss(model, through_statistics=True, fused=fused)
+    assert torch.isfinite(gc(weak.float(), strong.float(), target))
+
+
 def test_verify_looks_at_it() -> None:
     model, pairs = network(), views()
     assert diagnostics.verify(model, *pairs, through_statistics=True).ok

@@ -84,7 +84,7 @@ BUGS = [
         "another forward's statistics followed",
         "the statistics that are followed are those that were used",
         THROUGH_TEST,
-        THROUGH, "or not all(map(_about_equal, now, before))", "",
+        THROUGH, " or not all(map(_about_equal, now, before)):", ":",
     ),
     Bug(
         "statistics of the weak views followed",
