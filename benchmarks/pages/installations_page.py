@@ -28,8 +28,7 @@ def installations(result: Result, made: str) -> str:
         verdict = said if row["passed"] else f"**failed**: {row['said']}"
         lines.append(f"| {what} | {row['python']} | {row.get('torch', '-')} | {size} | {row['ran']} | {verdict} |")
     sizes = "; ".join(f"`{built['file']}` {built['kB']:,} kB, {built['files']} files" for built in result["built"])
-    needed = next((row["packages"] for row in result["rows"] if row.get("packages")), [])
-    names = ", ".join(name for name in needed if not name.startswith(("nvidia", "cuda")))
+    names = ", ".join(next(row["packages"] for row in result["rows"] if row["torch"].endswith("+cpu")))
     return "\n".join(
         [*lines, "", f"{sizes}.", "", f"The package alone, beside a torch for CPUs, brings: {names}.", "", made]
     )

@@ -45,13 +45,13 @@ def test_markers_come_in_pairs_and_once(page: str) -> None:
 
 
 def test_nothing_in_the_matrix_is_wrong(make_pages: ModuleType) -> None:
-    result = make_pages._result("matrix")
+    result = make_pages.result_of("matrix")
     assert len(result["cells"]) >= 60
     assert result["counts"].get("wrong", 0) == 0
 
 
 def test_every_usb_algorithm_is_bitwise(make_pages: ModuleType) -> None:
-    result = make_pages._result("usb")
+    result = make_pages.result_of("usb")
     assert all(row["bitwise"] for row in result["rows"])
     assert len(result["rows"]) == 9
 
@@ -63,14 +63,14 @@ def test_the_amp_runs_are_whole(make_pages: ModuleType) -> None:
 
 
 def test_the_tables_of_the_paper_are_all_there(make_pages: ModuleType) -> None:
-    assert set(make_pages._result("reproduce_demo")["tables"]) == {"main", "ablation", "lambda", "curves"}
+    assert set(make_pages.result_of("reproduce_demo")["tables"]) == {"main", "ablation", "lambda", "curves"}
 
 
 def test_what_is_claimed_was_installed(make_pages: ModuleType) -> None:
     """Python versions in the package's metadata, the oldest torch and every extra have a row that passed."""
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    passed = [row for row in make_pages._result("installations")["rows"] if row["passed"]]
+    passed = [row for row in make_pages.result_of("installations")["rows"] if row["passed"]]
     claimed = {c.rpartition(" ")[2] for c in project["classifiers"] if "Python :: 3." in c}
     core = [row for row in passed if not row["extra"]]
     assert claimed == {row["python"] for row in core}
