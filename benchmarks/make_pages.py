@@ -8,7 +8,6 @@ tests/docs holds them against the files.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +25,7 @@ from installations_page import with_installations
 from matrix_page import matrix_page
 from reproduce_page import with_paper_tables
 from scorecard_page import scorecard
-from shared import RATIO, RESULTS, command, made, result_of, table
+from shared import RATIO, RESULTS, between, command, made, result_of, table
 from trainer_page import TABLES, with_tables
 from usb_page import with_table
 
@@ -84,8 +83,7 @@ def trainer_results() -> dict[str, dict[str, Any]]:
 
 def with_cost(readme: str) -> str:
     """The README with a fresh cost table between its markers."""
-    table = f"<!-- cost:begin -->\n{cost_table(result_of('step_cost'))}\n<!-- cost:end -->"
-    return re.sub(r"<!-- cost:begin -->.*?<!-- cost:end -->", lambda _: table, readme, flags=re.S)
+    return between(readme, "cost", cost_table(result_of("step_cost")))
 
 
 def matrix() -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
+
+from shared import between
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -41,8 +42,7 @@ def with_summary(page: str) -> str:
         lines.append(
             f"| {version} | {len(rows)} | {len(wrong['torch'])} | {raises} | {len(wrong['library'])} | {uncovered} |"
         )
-    table = "<!-- sweep:begin -->\n" + "\n".join(lines) + "\n<!-- sweep:end -->"
-    return re.sub(r"<!-- sweep:begin -->.*?<!-- sweep:end -->", lambda _: table, page, flags=re.S)
+    return between(page, "sweep", "\n".join(lines))
 
 
 def sweep_page() -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from shared import between
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -29,8 +30,7 @@ def with_tables(page: str, kills: dict[str, Any], hostile: dict[str, Any]) -> st
     """The page with fresh tables between its markers."""
     tables = {"kills": kills_table(kills), "control": control_table(kills), "hostile": hostile_table(hostile)}
     for name, text in tables.items():
-        block = f"<!-- {name}:begin -->\n{text}\n<!-- {name}:end -->"
-        page = re.sub(rf"<!-- {name}:begin -->.*?<!-- {name}:end -->", lambda _, block=block: block, page, flags=re.S)
+        page = between(page, name, text)
     return page
 
 

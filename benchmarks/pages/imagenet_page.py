@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
+
+from shared import between
 
 Result = dict[str, Any]
 
@@ -16,8 +17,7 @@ def with_tables(page: str, costs: list[Result], equality: Result, runs: list[Res
         "imagenet-runs": runs_table(runs),
     }
     for name, text in fresh.items():
-        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-        page = re.sub(f"{begin}.*?{end}", lambda _, text=f"{begin}\n{text}\n{end}": text, page, flags=re.S)  # type: ignore[misc]
+        page = between(page, name, text)
     return page
 
 

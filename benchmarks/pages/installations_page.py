@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
+
+from shared import between
 
 Result = dict[str, Any]
 
 
 def with_installations(page: str, result: Result, made: str) -> str:
     """The page with a fresh table between its markers."""
-    text = f"<!-- installations:begin -->\n{installations(result, made)}\n<!-- installations:end -->"
-    return re.sub(r"<!-- installations:begin -->.*?<!-- installations:end -->", lambda _: text, page, flags=re.S)
+    return between(page, "installations", installations(result, made))
 
 
 def installations(result: Result, made: str) -> str:

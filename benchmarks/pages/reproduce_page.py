@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[2] / "examples")]
+from shared import between
 
 
 def grid_tables(result: dict[str, Any]) -> str:
@@ -35,5 +35,4 @@ def with_paper_tables(page: str, result: dict[str, Any]) -> str:
     Returns:
         The guide.
     """
-    tables = f"<!-- paper:begin -->\n{grid_tables(result)}<!-- paper:end -->"
-    return re.sub(r"<!-- paper:begin -->.*?<!-- paper:end -->", lambda _: tables, page, flags=re.S)
+    return between(page, "paper", grid_tables(result).removesuffix("\n"))

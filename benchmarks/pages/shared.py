@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 RATIO = {"ratio (median)": "ratio_median:.2fx", "from": "ratio_min:.2f", "to": "ratio_max:.2f"}
+
+
+def between(page: str, name: str, text: str) -> str:
+    """The page with `text` between the markers of this name."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    return re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{text}\n{end}", page, flags=re.S)
 
 
 def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:

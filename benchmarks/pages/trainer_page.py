@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
+
+from shared import between
 
 
 def with_tables(page: str, results: dict[str, dict[str, Any]]) -> str:
@@ -17,8 +18,7 @@ def with_tables(page: str, results: dict[str, dict[str, Any]]) -> str:
         The page as it should be.
     """
     for name, result in results.items():
-        table = "\n".join([f"<!-- {name}:begin -->", *TABLES[name](result), f"<!-- {name}:end -->"])
-        page = re.sub(rf"<!-- {name}:begin -->.*?<!-- {name}:end -->", lambda _, table=table: table, page, flags=re.S)
+        page = between(page, name, "\n".join(TABLES[name](result)))
     return page
 
 

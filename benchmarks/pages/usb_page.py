@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
+
+from shared import between
 
 
 def with_table(page: str, result: dict[str, Any]) -> str:
@@ -28,5 +29,4 @@ def with_table(page: str, result: dict[str, Any]) -> str:
         "",
         f"Made by `{command}`: torch {environment['torch']}, {environment['device']}.",
     ]
-    table = "\n".join(["<!-- usb:begin -->", *lines, "<!-- usb:end -->"])
-    return re.sub(r"<!-- usb:begin -->.*?<!-- usb:end -->", lambda _: table, page, flags=re.S)
+    return between(page, "usb", "\n".join(lines))

@@ -8,6 +8,7 @@ import importlib.util
 import io
 import linecache
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,10 @@ def _dedent(text: str, indent: str) -> str:
 
 def program(name: str) -> ModuleType:
     """A program under benchmarks/, as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    path = ROOT / "benchmarks" / f"{name}.py"
+    if str(path.parent) not in sys.path:  # as where it is run
+        sys.path.append(str(path.parent))
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -119,6 +119,13 @@ def test_ggcr_projection_names_kind_and_dim(tiny: MakeConfig) -> None:
     assert build_method(model, resolve(tiny())).consistency.projection is None
 
 
+def test_the_way_of_the_statistics_reaches_the_term(tiny: MakeConfig) -> None:
+    model = build_model("wrn-10-1", 10, momentum=0.1)
+    for wanted in (False, True):
+        consistency = build_method(model, resolve(tiny(ggcr_through_statistics=wanted))).consistency
+        assert consistency.through_statistics is wanted
+
+
 def test_supervised_uses_no_unlabeled_image_and_no_term(tiny: MakeConfig) -> None:
     config = tiny(method="supervised")
     assert run(config) == 0
