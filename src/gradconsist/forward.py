@@ -30,6 +30,7 @@ from gradconsist.errors import LossContractError, UnsupportedModuleError
 from gradconsist.isolation import as_written
 from gradconsist.normalization import BatchNormCalls, Statistics, affine, scaled, standardized
 from gradconsist.norms import NORMS
+from gradconsist.remembered import nothing_kept
 from gradconsist.replacement import call_with
 from gradconsist.types import Inputs, LossFunction
 
@@ -330,8 +331,8 @@ class PerSampleForward:
         record: bool = False,
     ) -> tuple[Any, Any]:
         # Copies: a forward that writes into its buffers (step counts, running statistics) writes into these.
-        state = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        state |= {**self.parameters, **parameters}
+        state = {name: buffer.clone() for name, buffer in self._both.named_buffers()}
+        state |= {f"model.{name}": tensor for name, tensor in {**self.parameters, **parameters}.items()}
         self.batchnorm.start_forward(len(leaves(inputs)[0]), view, record=record)
         with ExitStack() as stack:
             stack.enter_context(_ComparisonMode(self.batchnorm, dropout=self.dropout))
@@ -339,7 +340,7 @@ class PerSampleForward:
                 device, dtype = self.autocast
                 # No cached casts: a cast cached under no_grad would cut the graph in a later forward, in silence.
                 stack.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=False))
-            replaced = {f"model.{name}": tensor for name, tensor in state.items()}
-            result: tuple[Any, Any] = call_with(self._both, replaced, (inputs, target))
+            stack.enter_context(nothing_kept(self._both))
+            result: tuple[Any, Any] = call_with(self._both, state, (inputs, target))
         self.batchnorm.finish_forward()
         return result

@@ -10,7 +10,11 @@ from torch.func import functional_call
 
 
 def call_with(
-    module: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    left: dict[str, Tensor] | None = None,
 ) -> Any:
     """``functional_call`` that replaces and puts back each place once.
 
@@ -23,6 +27,7 @@ def call_with(
         tensors: replacements by name; tied tensors by the first of their names.
         args: for the call.
         kwargs: for the call.
+        left: filled with what is in the places of `tensors` after the call: a module may put others there.
 
     Returns:
         What the module returns.
@@ -30,7 +35,11 @@ def call_with(
     places = list(_places(module))
     given = {id(own): tensors[name] for name, own in places if name in tensors}
     tied = {name: given[id(own)] for name, own in places if id(own) in given}
-    return functional_call(module, {**tensors, **tied}, args, dict(kwargs or {}), tie_weights=False)
+    replaced = {**tensors, **tied}
+    result = functional_call(module, replaced, args, dict(kwargs or {}), tie_weights=False)
+    if left is not None:
+        left |= {name: replaced[name] for name in tensors}
+    return result
 
 
 def _places(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
 
 import pytest
@@ -210,19 +212,16 @@ def _weight_norm_by_hand(model: torch.nn.Module, tape: object) -> None:
     model[0].parametrizations.weight[0].forward = lambda g, v: v * (g / v.square().sum(1, keepdim=True).sqrt())
 
 
-def test_spectral_norm_in_training_is_exact_or_refused() -> None:
-    """Its forward advances a power iteration in its buffers: one answer for all engines, buffers untouched."""
-    gradients = []
-    for engine in ("loop", "vmap", "ghost"):
-        problem = CASES["spectral_norm_eval"].problem()
-        problem.model.train()
-        before = {key: value.clone() for key, value in problem.model.state_dict().items()}
-        try:
-            loss = GradientConsistencyLoss(problem.model, engine=engine)(*problem.views)
-            gradients.append(compare.gradient_of(loss, problem.model))
-        except UnsupportedModuleError as error:
-            assert "spectral" in str(error).lower()  # noqa: PT017
-        for key, value in problem.model.state_dict().items():
-            assert torch.equal(value, before[key]), key
-    for gradient in gradients:
-        assert compare.relative(gradients[0], gradient) <= 1e-8
+@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
+@pytest.mark.parametrize("name", [name for name in CASES if "memory" in name or "history" in name or "_train" in name])
+def test_what_a_model_remembers_stays_as_it_was(name: str, engine: str) -> None:
+    problem = CASES[name].problem()
+    modules = list(problem.model.modules())
+    before = [copy.deepcopy({k: v for k, v in vars(module).items() if k != "_modules"}) for module in modules]
+    with contextlib.suppress(UnsupportedModuleError):
+        _loss(problem, engine=engine)(*problem.views)
+    for module, attributes in zip(modules, before, strict=True):
+        now = {k: v for k, v in vars(module).items() if k != "_modules"}
+        assert now.keys() == attributes.keys()
+        for key in ("_buffers", "seen", "before", "calls"):
+            assert str(now.get(key)) == str(attributes.get(key)), key

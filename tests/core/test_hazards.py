@@ -527,9 +527,11 @@ def test_parameters_made_in_inference_mode(engine: str) -> None:
     with torch.inference_mode():
         model.constant = torch.ones(5, dtype=DOUBLE)
     assert_exact(model, engine)
-    model.function = lambda net, x: torch.tanh(net.stem(x * net.constant))
     model.stem = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 6)).double()
     model.function = lambda net, x: torch.tanh(net.stem[1](net.stem[0](x) * net.constant))
+    assert_exact(model, engine)  # attributes are lent as copies, which can be saved for a derivative
+    constant = model.constant
+    model.function = lambda net, x: torch.tanh(net.stem[1](net.stem[0](x) * constant))
     assert_refused(lambda: model, engine, "made under torch.inference_mode.*clone of it as a buffer")
 
 

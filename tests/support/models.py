@@ -238,3 +238,105 @@ class SquareOnce(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> Tensor:
         return 2 * ctx.saved_tensors[0] * upstream
+
+
+class Remembers(nn.Module):
+    """Base of layers that keep something from call to call; `memory` names what is no buffer."""
+
+    memory: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.linspace(-1.0, 1.0, 6))
+
+
+class RunningCentre(Remembers):
+    """Subtracts the centre of all inputs so far, then moves it: a buffer written in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x - self.kept
+        with torch.no_grad():
+            self.kept.lerp_(x.mean(0), 0.4)
+        return y
+
+
+class ThroughData(Remembers):
+    """The same with a write that leaves no version, and a buffer that is assigned to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * (1 + 0.2 * self.calls) - self.kept
+        self.kept.data.mul_(0.5).add_(x.detach()[0], alpha=0.5)
+        self.calls = self.calls + 1
+        return y
+
+
+class Codebook(Remembers):
+    """Nearest code, straight through, and codes that move towards what chose them: VQ-VAE with a moving average."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("codes", torch.randn(4, 6, generator=torch.Generator().manual_seed(3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            nearest = torch.cdist(x, self.codes).argmin(1)
+            for i, k in enumerate(nearest.tolist()):
+                self.codes[k] = 0.7 * self.codes[k] + 0.3 * x[i]
+        return 0.5 * x + 0.5 * (x + (self.codes[nearest] - x).detach())
+
+
+class Unregistered(Remembers):
+    """The memory is a tensor that no one registered."""
+
+    memory = ("seen",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = torch.linspace(1.0, -1.0, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x - self.seen
+        self.seen.mul_(0.5).add_(x.detach()[0], alpha=0.5)
+        return y
+
+
+class History(Remembers):
+    """A list of what came before, with its graph, and a number of calls."""
+
+    memory = ("before", "calls")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before: list[Tensor] = []
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        y = x / self.calls + (0.3 * self.before[-1] if self.before else 0.0)
+        self.before.append(x)
+        return y
+
+
+class PickyHistory(History):
+    """The same, which looks at its numbers, so that vmap refuses it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if bool(x.isfinite().all()) else x
+
+
+class WithMemory(nn.Module):
+    """A layer that remembers; used twice in a forward, the second call meets what the first one left."""
+
+    def __init__(self, layer: type[Remembers], *, twice: bool = True) -> None:
+        super().__init__()
+        self.stem, self.middle, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.layer = layer()
+        self.twice = twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.middle(torch.tanh(self.layer(self.stem(x))))
+        return self.head(torch.tanh(self.layer(h) if self.twice else h))

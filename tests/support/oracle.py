@@ -188,6 +188,14 @@ class Judge:
         self.trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.compared = [p for n, p in self.trainable.items() if compared is None or compared(n)]
         self.tape = Tape(batchnorm)
+        self._start = [
+            (module, name, copy.deepcopy(value))
+            for module in self.model.modules()
+            for name, value in [
+                *module._buffers.items(),
+                *((name, getattr(module, name)) for name in getattr(module, "memory", ())),
+            ]
+        ]
         self._write_out(reference)
         joint = tree_cat(self.weak, self.strong) if observed is None else tree_map(cast, observed)
         self.constants = [self._record(joint)] * 2
@@ -218,6 +226,8 @@ class Judge:
         if self.autocast is not None:
             half = torch.autocast("cpu", dtype=self.autocast, cache_enabled=False)
         self.tape.cursor.clear()
+        for module, name, value in self._start:  # every sample meets what the model remembers as it was
+            setattr(module, name, copy.deepcopy(value))
         with _plain_kernels(), half:
             yield
 

@@ -25,6 +25,7 @@ from gradconsist.engines.ghost.operators import Operators
 from gradconsist.engines.ghost.record import rows
 from gradconsist.errors import UnsupportedModuleError
 from gradconsist.recall import CONVOLUTIONS
+from gradconsist.remembered import SampleStates
 
 
 class Capture(Operators, TorchFunctionMode):
@@ -93,10 +94,16 @@ class Capture(Operators, TorchFunctionMode):
 
         return self._below(compute, *args)
 
-    def one_by_one(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def one_by_one(
+        self, model: nn.Module, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
         """Runs a layer that vmap refuses, sample by sample; its parameters have a row a sample, so it stays exact.
 
+        Every sample meets buffers and attributes as they were before the call. What the layer leaves in them has a row
+        for each sample afterwards, like its output, so that a second call goes on from there for each.
+
         Args:
+            model: the whole model.
             module: the layer.
             forward: its forward.
             *args: what it was called with.
@@ -107,8 +114,8 @@ class Capture(Operators, TorchFunctionMode):
         """
         if self._paused:
             return forward(*args, **kwargs)
-        state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        given, form = tree_flatten((args, kwargs, state))
+        states = SampleStates(model, module)
+        given, form = tree_flatten((args, kwargs, dict(module.named_parameters()), states.start))
         places = [place for place, value in enumerate(given) if isinstance(value, Tensor)]
         output_form: list[Any] = []
         modes = _get_current_function_mode_stack()
@@ -123,14 +130,18 @@ class Capture(Operators, TorchFunctionMode):
                     filled = list(given)
                     for place, tensor in zip(places, row, strict=True):
                         filled[place] = tensor
-                    own_args, own_kwargs, own_state = tree_unflatten(filled, form)
-                    output = WithState(module, forward).run(own_state, *own_args, **own_kwargs)
+                    own_args, own_kwargs, parameters, start = tree_unflatten(filled, form)
+                    state = {**parameters, **states.lend(start)}
+                    output, left = WithState(module, forward).run_and_tell(state, own_args, own_kwargs)
+                    states.collect(left)
                     flat, output_form[:] = _flat_tensors(module, output)
                     outputs.append(flat)
-            return tuple(torch.stack(parts) for parts in zip(*outputs, strict=True))
+                return (*(torch.stack(parts) for parts in zip(*outputs, strict=True)), *states.tensors())
 
-        flat = self._below(compute, *(given[place] for place in places))
-        return tree_unflatten(list(flat), output_form[0])
+        flat = iter(self._below(compute, *(given[place] for place in places)))
+        output = [next(flat) for _ in range(output_form[0].num_leaves)]
+        states.put(flat)
+        return tree_unflatten(output, output_form[0])
 
     @contextmanager
     def _passing(self, modes: list[Any]) -> Iterator[None]:

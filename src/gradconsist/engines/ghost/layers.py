@@ -78,7 +78,8 @@ def intercepted(
     Args:
         model: whose layers.
         run: called as ``run(layer, rule, forward, *args, **kwargs)`` for layers with a registered rule.
-        one_by_one: called as ``one_by_one(layer, forward, *args, **kwargs)`` for those whose paths are in `looped`.
+        one_by_one: called as ``one_by_one(model, layer, forward, *args, **kwargs)`` for those whose paths are in
+            `looped`.
         looped: paths.
 
     Yields:
@@ -87,7 +88,7 @@ def intercepted(
     instead: list[tuple[nn.Module, Callable[..., Any]]] = []
     for path, layer in [] if model is None else model.named_modules():
         if path in looped:
-            instead.append((layer, partial(one_by_one, layer, layer.forward)))
+            instead.append((layer, partial(one_by_one, model, layer, layer.forward)))
         elif type(layer) in _REGISTERED:
             instead.append((layer, partial(run, layer, _REGISTERED[type(layer)], layer.forward)))
     layers = [layer for layer, _ in instead]
@@ -140,7 +141,15 @@ class WithState(nn.Module):
 
     def run(self, state: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """The function with `state` as the layer's parameters and buffers."""
-        return call_with(self, {f"layer.{name}": tensor for name, tensor in state.items()}, args, kwargs)
+        return self.run_and_tell(state, args, kwargs)[0]
+
+    def run_and_tell(
+        self, state: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """Likewise, and what is in the places of `state` afterwards."""
+        left: dict[str, Tensor] = {}
+        result = call_with(self, {f"layer.{name}": tensor for name, tensor in state.items()}, args, kwargs, left)
+        return result, {name.removeprefix("layer."): tensor for name, tensor in left.items()}
 
 
 @dataclass(eq=False)
