@@ -182,7 +182,7 @@ class _Run:
         self.recalled = take_statistics(self.forward, self.pairs.weak, self.pairs.strong, keep=keep)
 
     def _loss(self) -> Tensor:
-        probe_model(self.forward, self.pairs, self.selection.index, self.options.probed)
+        probe_model(self.forward, self.pairs, self.selection.index, self.options.probed, self.options.compared)
         problem = Problem(
             losses=self.forward.losses,
             parameters={name: self.aliases[name] for name in self.options.compared},

@@ -97,13 +97,19 @@ class _GradientInForward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor | None, gradients: list[Tensor | None], *parameters: Tensor) -> Tensor:
-        # Not saved for the backward, which would forbid an optimizer step before it: the values are not used.
-        ctx.gradients, ctx.parameters, ctx.nothing = gradients, parameters, value is None
+        # Saved as any graph saves what it needs: a backward frees the buffer, and a second one raises, unless the first
+        # kept the graph. The parameters are not saved, which would forbid an optimizer step before the backward: their
+        # values are not used.
+        own = [part for part in gradients if part is not None]
+        ctx.save_for_backward(*(own or [parameters[0].new_empty(0)]))
+        ctx.present, ctx.parameters, ctx.nothing = [part is not None for part in gradients], parameters, value is None
         return parameters[0].new_zeros([]) if value is None else value.clone()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, None, *_Scaled.apply(upstream, ctx.gradients, ctx.nothing, *ctx.parameters))
+        saved = iter(ctx.saved_tensors)
+        gradients = [next(saved) if present else None for present in ctx.present]
+        return (None, None, *_Scaled.apply(upstream, gradients, ctx.nothing, *ctx.parameters))
 
 
 class _Scaled(torch.autograd.Function):

@@ -18,6 +18,15 @@ _WRONG_UNDER_VMAP = {
 }
 
 
+# What `once_differentiable`, and torch itself, leave in a graph that cannot be differentiated.
+_CUTS = ("torch::autograd::Error", "Error", "DelayedError", "NotImplemented")
+
+
+def cut_node(*tensors: Tensor) -> bool:
+    """Whether the graph of `tensors` has a node that only raises."""
+    return any(node.name() in _CUTS for node in nodes(*tensors))
+
+
 def nodes(*tensors: Tensor, behind: Sequence[Tensor] = ()) -> Iterator[Any]:
     """Every node of the graph that ends in `tensors`, once, as far as to those that made `behind`."""
     seen: set[Any] = {tensor.grad_fn for tensor in behind}
@@ -29,6 +38,11 @@ def nodes(*tensors: Tensor, behind: Sequence[Tensor] = ()) -> Iterator[Any]:
         seen.add(node)
         yield node
         stack.extend(parent for parent, _ in node.next_functions)
+
+
+def leaves_of(*tensors: Tensor) -> set[int]:
+    """Identities of the tensors that a backward of `tensors` would reach and give a gradient."""
+    return {id(node.variable) for node in nodes(*tensors) if hasattr(node, "variable")}
 
 
 def check_first_derivative(loss: Tensor, own: Mapping[str, Tensor]) -> None:
@@ -123,7 +137,7 @@ def check_second_derivative(loss: Tensor, parameters: Sequence[Tensor], *, fused
     foreign: list[Tensor] = []
     # Parameters may have a history of their own, where functional_call put other tensors in their place.
     for node in nodes(loss, behind=parameters):
-        if node.name() in ("torch::autograd::Error", "Error", "DelayedError", "NotImplemented"):
+        if node.name() in _CUTS:
             raise UnsupportedModuleError(
                 "the model contains a function without a second derivative (a custom autograd.Function marked"
                 " once_differentiable, or an operation that torch cannot differentiate twice): write its backward with"

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from gradconsist.advice import IdleCalls
 from gradconsist.comparison import Comparison, compare
 from gradconsist.default_loss import cross_entropy
 from gradconsist.engines import Engine, make_engine
@@ -151,6 +152,7 @@ class GradientConsistencyLoss:
         # Reading the seed does not draw from the global generator; drawing from our own does not either.
         self._generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
         self._probed = Probed()
+        self._idle = IdleCalls()
         self._calls = 0  # that a projection has served
 
     def __call__(
@@ -221,6 +223,7 @@ class GradientConsistencyLoss:
             pairs = self._check(weak, strong, target, weight, fused=self.fused)
             loss, self.last = compare(self._comparison(generator, statistics, recalled), pairs)
             self._calls += 1
+            self._idle.watch(self.last, pairs.target, self.min_norm, self.criterion)
         return loss
 
     @uncompiled
@@ -292,11 +295,8 @@ class GradientConsistencyLoss:
         self._calls = int(calls)
 
     def __repr__(self) -> str:
-        names = (
-            "projection", "batchnorm", "through_statistics", "dropout", "chunk_size", "max_pairs", "stop_gradient",
-            "min_norm", "reduction", "fused",
-        )  # fmt: skip
-        options = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        names = "projection batchnorm through_statistics dropout chunk_size max_pairs stop_gradient min_norm"
+        options = ", ".join(f"{name}={getattr(self, name)!r}" for name in [*names.split(), "reduction", "fused"])
         return f"{type(self).__name__}({type(self.model).__name__}, engine={self.engine!r}, {options})"
 
     def __getstate__(self) -> dict[str, Any]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
+from gradconsist.advice import warn_of_equal_views, warn_of_functions, warn_of_probabilities, warn_of_unreached
 from gradconsist.batch import concatenable, concatenate, leaves, map_leaves, take
+from gradconsist.custom_functions import check_custom_functions
 from gradconsist.default_loss import cross_entropy, find_logits
 from gradconsist.errors import InputShapeError, InputValueError, LossContractError, UnsupportedModuleError
 from gradconsist.forward import PerSampleForward, comparison_scope
-from gradconsist.graph import check_first_derivative
+from gradconsist.graph import check_first_derivative, leaves_of
 from gradconsist.normalization import WEAK
 from gradconsist.randomness import preserved_randomness
 from gradconsist.types import Inputs
@@ -26,10 +28,22 @@ class Probed:
     Attributes:
         passed: checks that passed, each with the state of the model for which it did.
         classes: width of the logits; None where there are none, or before the first call.
+        functions: custom autograd Functions that the model runs, and whether their second derivative was tested.
+        told: warnings that were given.
+        report_only: whether a Function with a wrong second derivative is left for a report to tell, and not refused.
     """
 
     passed: set[Hashable] = field(default_factory=set)
     classes: int | None = None
+    functions: dict[str, bool] = field(default_factory=dict)
+    told: set[str] = field(default_factory=set)
+    report_only: bool = False
+
+    def once(self, warning: str) -> bool:
+        """Whether it has not been given yet; from now on it has."""
+        first = warning not in self.told
+        self.told.add(warning)
+        return first
 
     @staticmethod
     def fact(check: str, model: nn.Module) -> Hashable:
@@ -38,7 +52,9 @@ class Probed:
         return check, modules, tuple(parameter.requires_grad for parameter in model.parameters())
 
 
-def probe_model(forward: PerSampleForward, pairs: Pairs, index: Tensor, probed: Probed) -> None:
+def probe_model(
+    forward: PerSampleForward, pairs: Pairs, index: Tensor, probed: Probed, compared: Collection[str] = ()
+) -> None:
     """Tries the model on a pair of the call, unless it passed before; on every call, checks targets by its classes.
 
     Args:
@@ -46,24 +62,31 @@ def probe_model(forward: PerSampleForward, pairs: Pairs, index: Tensor, probed: 
         pairs: the call's pairs.
         index: which of them are compared; the others may hold anything, and are not looked at.
         probed: what is known so far; added to where a check passed.
+        compared: names of the parameters whose gradients are compared.
 
     Raises:
-        LossContractError: the loss does not depend on the model's parameters.
-        UnsupportedModuleError: a sample's loss depends on its neighbours, on chance, or on parameters behind our back.
+        LossContractError: the loss does not depend on the model's parameters, or on no compared one.
+        UnsupportedModuleError: a sample's loss depends on its neighbours, on chance, or on parameters behind our back;
+            or a custom Function has a wrong second derivative.
         InputValueError: a class index is outside the model's classes.
         InputShapeError: probabilities have another width than the logits.
     """
-    fact = Probed.fact("forward", forward.model)
-    if fact not in probed.passed:
+    forward_fact, functions_fact = (Probed.fact(check, forward.model) for check in ("forward", "functions"))
+    differentiated = torch.is_grad_enabled() and not probed.report_only  # `measure` needs no second derivative
+    wanted = ({forward_fact} | ({functions_fact} if differentiated else set())) - probed.passed
+    if wanted:
         weak, strong = take(pairs.weak, index), take(pairs.strong, index)
-        compared = replace(pairs, weak=weak, strong=strong, target=pairs.target[index])
+        taken = replace(pairs, weak=weak, strong=strong, target=pairs.target[index])
         # With random numbers of its own: a first call must draw the masks that any other call would.
-        with preserved_randomness(pairs.device, seed=0), comparison_scope(forward.model, dropout=False):
-            conclusive = _try_forward(forward, compared, probed)
         with preserved_randomness(pairs.device, seed=0):
-            _try_derivative(forward, compared)
-        if conclusive:
-            probed.passed.add(fact)
+            if forward_fact in wanted:
+                with comparison_scope(forward.model, dropout=False):
+                    conclusive = _try_forward(forward, taken, probed)
+                _try_derivative(forward, taken, probed, compared)
+                probed.passed |= {forward_fact} if conclusive else set()
+            if functions_fact in wanted:
+                _try_functions(forward, taken, probed)
+                probed.passed.add(functions_fact)
     _check_classes(forward, pairs.target, probed.classes)
 
 
@@ -79,6 +102,8 @@ def _try_forward(forward: PerSampleForward, pairs: Pairs, probed: Probed) -> boo
         logits = find_logits(output)
         probed.classes = logits.shape[1] if logits is not None and logits.dim() == 2 else None
         _check_classes(forward, pairs.target, probed.classes)
+        if logits is not None and probed.classes and forward.loss_fn is cross_entropy and "softmax" not in probed.told:
+            probed.told |= {"softmax"} if warn_of_probabilities(logits) else set()
         alone = _numbers(quiet, take(everything, slice(0, 1)), target[:1])
         if _differ(alone, _numbers(quiet, take(everything, slice(0, 1)), target[:1]), 0.0):
             if forward.dropout:  # chance is allowed, and hides what neighbours do
@@ -151,18 +176,49 @@ def _first_different(inputs: Inputs) -> int | None:
     return int(different.nonzero()[0]) if bool(different.any()) else None
 
 
-def _try_derivative(forward: PerSampleForward, pairs: Pairs) -> None:
-    """The loss of one sample has a graph, through nothing but the parameters that were handed in."""
+def _equal_views(pairs: Pairs) -> bool:
+    views = zip(leaves(pairs.weak), leaves(pairs.strong), strict=True)
+    return all(weak.shape == strong.shape and torch.equal(weak, strong) for weak, strong in views)
+
+
+def _one_loss(forward: PerSampleForward, pairs: Pairs, parameters: Mapping[str, Tensor]) -> Tensor:
+    """The loss of one sample, with its graph."""
+    with torch.enable_grad():
+        return forward.losses(take(pairs.weak, slice(0, 1)), pairs.target[:1], parameters, WEAK)
+
+
+def _try_derivative(forward: PerSampleForward, pairs: Pairs, probed: Probed, compared: Collection[str]) -> None:
+    """The loss of one sample has a graph, through nothing but the parameters that were handed in, and some compared."""
     own = {name: parameter for name, parameter in forward.model.named_parameters() if parameter.requires_grad}
     copies = {name: parameter.detach().clone().requires_grad_() for name, parameter in own.items()}
-    with torch.enable_grad():
-        loss = forward.losses(take(pairs.weak, slice(0, 1)), pairs.target[:1], copies, WEAK)
+    loss = _one_loss(forward, pairs, copies)
     check_first_derivative(loss, own)
     if not loss.requires_grad:
         raise LossContractError(
             "the per-sample loss has no graph: `loss_fn` or the model detaches its result (`.detach()`, `.item()`,"
             " `no_grad`, NumPy). Return a tensor that depends on the model's parameters."
         )
+    reached = leaves_of(loss)
+    unreached = [name for name in compared if id(copies[name]) not in reached]
+    if compared and len(unreached) == len(compared):
+        raise LossContractError(
+            f"the loss depends on none of the {len(compared)} compared parameters ({unreached[0]!r}, ...), so every"
+            " gradient is zero: something behind them cuts the graph (`.detach()`, `no_grad`, a frozen part), or"
+            " `encoder` names a part that this forward does not use."
+        )
+    if unreached and probed.once("unreached"):
+        warn_of_unreached(unreached, compared)
+    if compared and _equal_views(pairs) and probed.once("equal views"):
+        warn_of_equal_views()
+
+
+def _try_functions(forward: PerSampleForward, pairs: Pairs, probed: Probed) -> None:
+    """The custom autograd Functions that the loss of one sample runs have a second derivative, and the right one."""
+    loss = _one_loss(forward, pairs, {})
+    found = check_custom_functions(loss, forward.model, lambda: _one_loss(forward, pairs, {}))
+    if found and probed.once("functions"):
+        warn_of_functions(found)
+    probed.functions |= found
 
 
 def _check_classes(forward: PerSampleForward, target: Tensor, classes: int | None) -> None:

@@ -6,14 +6,17 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from gradconsist.errors import ConfigError, LossContractError, StateError
 from gradconsist.loss import GradientConsistencyLoss
 from gradconsist.observation import Observer
+from gradconsist.randomness import preserved_randomness
 from gradconsist.recall import recall_bytes
 from gradconsist.schedules import warmup_then_ramp
 from gradconsist.selection import trainable_parameters
+from gradconsist.trial import try_on_one_pair
 from gradconsist.types import StepOutput, ViewPair
 from gradconsist.validation import check_choice, check_count, check_number
 
@@ -21,11 +24,13 @@ PairFunction = Callable[[tuple[Any, ...], dict[str, Any], Any], ViewPair | None]
 
 
 class GGCRWrapper(nn.Module):
-    """``loss = base + lambda(t) * L_g`` around a method that is called once a step.
+    """``loss = base + lambda(t) * L_g`` around a method that is called once per step.
 
     ``out = wrapper(...)`` calls ``method(...)`` with the same arguments and returns a `StepOutput`. Before the
     warm-up's end, with ``weight=0``, in eval mode, or where a step has no pair, nothing but the method runs: its
-    loss, gradients, buffers, random stream and state are bitwise those without the wrapper.
+    loss, gradients, buffers, random stream and state are bitwise those without the wrapper. The one exception leaves
+    no trace: on the first training step that has a pair, the term is tried on one, so that a missing `pair_fn`, wrong
+    shapes or a model that cannot be compared are reported then and not after the warm-up.
 
     The optimizer, GradScaler, accumulation and the distributed wrapper (``DDP(wrapper)``) stay the user's own.
 
@@ -106,6 +111,7 @@ class GGCRWrapper(nn.Module):
         self.gate = gate
         self.pair_fn = pair_fn
         self.step = 0
+        self._tried = False
 
     def current_weight(self) -> float:
         """Lambda of the coming step: 0 in the warm-up, in eval mode, and on steps that `every` leaves out."""
@@ -126,26 +132,40 @@ class GGCRWrapper(nn.Module):
 
         Raises:
             LossContractError: the method returned no loss, or neither it nor `pair_fn` supplies a pair.
+            GradConsistError: the term cannot be computed; on the first step already, whatever the warm-up.
         """
         weight = self.current_weight()
-        observe = weight > 0 and self.consistency.batchnorm == "observed"
+        trial = not (weight > 0 or self._tried) and self.training and self.weight > 0 and torch.is_grad_enabled()
+        observe = (weight > 0 or trial) and self.consistency.batchnorm == "observed"
         keep = recall_bytes(self.consistency.engine, dropout=self.consistency.dropout == "on")
         observer = Observer(self.consistency.model, keep=keep) if observe else nullcontext()
         with observer:
             output = self.method(*args, **kwargs)
         base = as_step_output(output)
+        if trial:
+            self._try(args, kwargs, output, base, observer)
         pair = self._pair(args, kwargs, output, base) if weight > 0 else None
         if pair is None:
             result = base._replace(logs={**base.logs, "ggcr_weight": 0.0})
         else:
             observed = observer.observed(pair)._asdict() if isinstance(observer, Observer) else {}
-            gate = pair.weight if self.gate == "method" else None
-            term = self.consistency.evaluate(pair.weak, pair.strong, pair.target, gate, **observed)
+            term = self.consistency.evaluate(*self._gated(pair), **observed)
+            self._tried = True
             logs = {**base.logs, "ggcr_weight": weight, **self._logs(term)}
             result = StepOutput(base.loss + weight * term, pair, logs)
         if self.training:  # last, so that a step that failed is not counted
             self.step += 1
         return result
+
+    def _try(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, base: StepOutput, observer: object
+    ) -> None:
+        """The term on one pair of the first step; later ones do not come here once it was conclusive."""
+        with preserved_randomness(base.loss.device, seed=0):  # of a `pair_fn`, which would not be called yet
+            pair = self._pair(args, kwargs, output, base)
+        if pair is not None:
+            statistics = observer.observed(pair).statistics if isinstance(observer, Observer) else None
+            self._tried = try_on_one_pair(self.consistency, self._gated(pair), statistics)
 
     def _pair(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, base: StepOutput) -> ViewPair | None:
         if self.pair_fn is not None:
@@ -162,6 +182,10 @@ class GGCRWrapper(nn.Module):
             f"`method` returned {type(output).__name__}, which holds no views to compare: return a StepOutput with a"
             " ViewPair, or give `pair_fn(args, kwargs, output) -> ViewPair | None`."
         )
+
+    def _gated(self, pair: ViewPair) -> ViewPair:
+        gate = pair.weight if self.gate == "method" else None
+        return pair._replace(weight=gate)
 
     def _logs(self, term: Tensor) -> dict[str, float | Tensor]:
         record = self.consistency.last

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,14 @@ from torch import Tensor, nn
 
 from gradconsist import GGCRWrapper, GradientConsistencyLoss, SSLBatch, StepOutput, ViewPair
 from gradconsist.engines import GradProducts, LoopEngine, Problem
-from gradconsist.errors import ConfigError, GradConsistError, StateError, UnsupportedModuleError
+from gradconsist.errors import (
+    ConfigError,
+    GradConsistError,
+    InputShapeError,
+    LossContractError,
+    StateError,
+    UnsupportedModuleError,
+)
 from gradconsist.methods import FixMatch
 from gradconsist.observation import Observer
 from support import compare, state, training
@@ -85,7 +93,7 @@ INACTIVE = {
 @pytest.mark.parametrize("batchnorm", ["auto", "observed"])
 @pytest.mark.parametrize("options", INACTIVE.values(), ids=INACTIVE)
 def test_inactive_it_is_bitwise_the_plain_method(options: dict[str, Any], batchnorm: str) -> None:
-    """20 steps: loss, gradients, buffers, random stream, method state, and the number of forwards."""
+    """20 steps: loss, gradients, buffers, random stream, method state, and no forward but those of the first step."""
     plain = Method(training.network())
     count = training.Counter(plain.model)
     torch.manual_seed(5)
@@ -93,12 +101,96 @@ def test_inactive_it_is_bitwise_the_plain_method(options: dict[str, Any], batchn
     assert count.calls == 20
 
     method, wrapper = make(loss={"max_pairs": 3, "dropout": "on", "batchnorm": batchnorm}, **options)
-    count = training.Counter(method.model)
+    count, calls = training.Counter(method.model), []
     torch.manual_seed(5)
-    log = training.train(lambda b: wrapper(b).loss, method, DATA, sgd(wrapper))
+    log = training.train(lambda b: (wrapper(b).loss, calls.append(count.calls))[0], method, DATA, sgd(wrapper))
     assert log == reference
-    assert count.calls == 20
+    assert [after - before for before, after in itertools.pairwise(calls)] == [1] * 19
+    assert (calls[0] > 1) == (options["weight"] > 0), "tried where it will come"
     assert wrapper.step == 20
+
+
+class _Mixes(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
+def _shuffled_target(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> ViewPair:
+    batch = args[0]
+    return ViewPair(batch.weak, batch.strong[1:], torch.zeros(len(batch.weak), dtype=torch.long))
+
+
+#: What is wrong, by (model, form of the method, options), and words of the error.
+MISTAKES = {
+    "no pair_fn": (training.network, "tensor", {}, LossContractError, "give `pair_fn"),
+    "views of other lengths": (
+        training.network, "tensor", {"pair_fn": _shuffled_target}, InputShapeError, "`weak` has 6 samples and `strong`",
+    ),
+    "a model that mixes its batch": (
+        lambda: nn.Sequential(nn.Linear(5, 8), _Mixes(), nn.Linear(8, 3)), "output", {}, UnsupportedModuleError,
+        "changes with the other samples",
+    ),
+    "no observable forward": (
+        training.network, "tensor",
+        {"pair_fn": lambda args, *_: ViewPair(args[0].x, args[0].x + 1, args[0].y), "batchnorm": "observed"},
+        ConfigError, "batchnorm='observed'` needs",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_show_on_the_first_step(name: str) -> None:
+    build, form, options, kind, words = MISTAKES[name]
+    method = Method(build(), form)
+    gc = GradientConsistencyLoss(method.model, batchnorm=options.pop("batchnorm", "auto"))
+    wrapper = GGCRWrapper(method, gc, **{"warmup_steps": 1000, **options})
+    for _ in range(2):  # and on every step until it is mended
+        with pytest.raises(kind, match=words):
+            wrapper(DATA[0])
+    assert wrapper.step == 0
+
+
+def test_the_trial_waits_for_a_pair_and_comes_once() -> None:
+    """A confident pair is not needed: the method may be confident of none for long."""
+    steps = itertools.count()
+
+    def pair_fn(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> ViewPair | None:
+        weak, strong = args[0].weak, args[0].strong
+        none = torch.zeros(len(weak), dtype=torch.long)
+        return ViewPair(weak, strong, none, none) if next(steps) > 1 else None
+
+    method, wrapper = make(warmup_steps=50, pair_fn=pair_fn)
+    count = training.Counter(method.model)
+    forwards = []
+    for batch in DATA[:6]:
+        before = count.calls
+        wrapper(batch)
+        forwards.append(count.calls - before)
+    assert forwards[:2] == [1, 1]
+    assert forwards[2] > 1
+    assert forwards[3:] == [1, 1, 1]
+    with torch.no_grad():  # evaluated in train mode: nothing to try
+        make(warmup_steps=50, form="tensor")[1](DATA[0])
+
+
+def test_the_trial_changes_nothing_that_follows() -> None:
+    """A wrapper that has tried, and one that never needed to, do the same from the warm-up's end on."""
+
+    def run(*, tried: bool) -> tuple[Any, list[float]]:
+        torch.manual_seed(3)  # which the loss takes its own seed from
+        method, wrapper = make(
+            loss={"max_pairs": 2, "dropout": "on"}, warmup_steps=2,
+            pair_fn=lambda args, *_: ViewPair(args[0].weak, args[0].strong, torch.randint(3, (len(args[0].weak),))),
+        )  # fmt: skip
+        wrapper._tried = not tried
+        torch.manual_seed(3)
+        np_random = np.random.get_state()[1].tolist()
+        log = training.train(lambda b: wrapper(b).loss, method, DATA[:5], sgd(wrapper))
+        assert np.random.get_state()[1].tolist() == np_random
+        assert wrapper.consistency._calls == 3
+        return log, wrapper.consistency.last.cosine.nan_to_num(9.0).tolist()
+
+    assert run(tried=True) == run(tried=False)
 
 
 def test_without_a_pair_it_is_bitwise_the_plain_method() -> None:
@@ -185,7 +277,7 @@ def test_every_kth_step_times_k(every: int) -> None:
                 base + every * 0.2 * expected_term(method, batch), abs=2e-5
             )
         else:
-            assert count.calls == calls + 1, "no extra forward"
+            assert (count.calls == calls + 1) == (t > 0), "no extra forward but the trial's"
             assert t < 2 or every > 1
     assert active[:2] == [False, False]
     for start in range(2, 14 - every):

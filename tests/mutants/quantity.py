@@ -178,8 +178,8 @@ BUGS = [
         "a third derivative reads zero beside another term",
         "the fused gradient is a constant, and says so when it is differentiated",
         "test_loss.py::test_a_third_derivative_beside_another_term_is_refused",
-        FUSED, "*_Scaled.apply(upstream, ctx.gradients, ctx.nothing, *ctx.parameters)",
-        "*(None if part is None else upstream.to(part.dtype) * part for part in ctx.gradients)",
+        FUSED, "*_Scaled.apply(upstream, gradients, ctx.nothing, *ctx.parameters)",
+        "*(None if part is None else upstream.to(part.dtype) * part for part in gradients)",
     ),
     Bug(
         "parameters replaced by detached copies",

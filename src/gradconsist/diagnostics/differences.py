@@ -172,6 +172,7 @@ def verify(
         min_norm=min_norm,
         reduction="sum",
     )
+    loss._probed.report_only = True  # what the loss itself would refuse is to show here, with numbers
     trial = _Trial(loss, weak, strong, target, weight)
     generator = torch.Generator().manual_seed(seed)
     tested = [trial.test("all parameters", trial.parameters, generator) for _ in range(directions)]

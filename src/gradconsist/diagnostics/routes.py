@@ -147,6 +147,9 @@ def check(
             path: f"runs sample by sample, since torch refused it in one batch: {why}"
             for path, why in running.looped(model).items()
         }
+    for name, tested in loss._probed.functions.items():
+        how = "tested on one sample" if tested else "NOT tested: see diagnostics.verify"
+        notes[f"custom autograd code {name}"] = f"second derivative {how}"
     rows = _rows(model, witness.routes, compared, repr(running))
     return CheckReport(rows, notes, repr(running), witness.reason, projection=projection)
 

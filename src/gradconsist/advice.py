@@ -1,0 +1,123 @@
+"""Warnings about a term that can be computed and is of no use, each given once by the logger "gradconsist"."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor
+
+from gradconsist.similarity import Criterion, Disagreement
+from gradconsist.types import ConsistencyRecord
+
+logger = logging.getLogger("gradconsist")
+
+_IDLE_CALLS = 3  # in a row without a pair that has a cosine
+
+
+def warn_of_probabilities(logits: Tensor) -> bool:
+    """Warns where what should be logits are probabilities; returns whether they are.
+
+    Args:
+        logits: [B, C].
+
+    Returns:
+        Whether it warned.
+    """
+    found = logits.shape[1] > 1 and bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-3).all())
+    if found:
+        logger.warning(
+            "the model's output looks like probabilities (no entry is negative, rows sum to 1), and the default loss"
+            " applies a softmax of its own: take the softmax out of the model, or pass a `loss_fn` for probabilities,"
+            " such as `lambda output, target: torch.nn.functional.nll_loss(output.log(), target, reduction='none')`."
+        )
+    return found
+
+
+def warn_of_unreached(unreached: Collection[str], compared: Collection[str]) -> None:
+    """Warns of compared parameters without a way to the loss.
+
+    Args:
+        unreached: their names.
+        compared: the names of all.
+    """
+    if unreached:
+        names = ", ".join(list(unreached)[:3]) + (", ..." if len(unreached) > 3 else "")
+        logger.warning(
+            "%d of %d compared parameters have no way to the loss, so their gradients are zero (%s): if they are meant"
+            " to be trained, look for a `.detach()` or `no_grad` behind them; if not, leave them out by `encoder`.",
+            len(unreached),
+            len(compared),
+            names,
+        )
+
+
+def warn_of_functions(verdicts: Mapping[str, bool]) -> None:
+    """Warns of custom Functions whose second derivative could not be tested.
+
+    Args:
+        verdicts: by name and place, whether it was tested.
+    """
+    untested = [name for name, tested in verdicts.items() if not tested]
+    if untested:
+        logger.warning(
+            "the model runs custom autograd code whose second derivative nobody has checked: %s. If it is incomplete,"
+            " the gradient of L_g is wrong without an error: test it by `gradconsist.diagnostics.verify`.",
+            ", ".join(untested),
+        )
+
+
+def warn_of_equal_views() -> None:
+    """Warns of two views that are one."""
+    logger.warning(
+        "`weak` and `strong` hold the same numbers in every compared pair, so every cosine is 1 and the loss is 0: pass"
+        " two augmentations of the same samples."
+    )
+
+
+class IdleCalls:
+    """Notices that no pair has had a cosine for several calls: L_g is then exactly 0, and stays so in silence."""
+
+    def __init__(self) -> None:
+        self._flags: list[Tensor] = []
+        self._first = True
+        self._warned = False
+
+    def watch(self, record: ConsistencyRecord, target: Tensor, min_norm: float, criterion: Criterion) -> None:
+        """Looks at a call that was made for its gradient.
+
+        Args:
+            record: of the call.
+            target: of the call.
+            min_norm: bound for degenerate pairs.
+            criterion: what a pair adds, which a degenerate one may do, too.
+        """
+        if self._warned or not isinstance(criterion, Disagreement):
+            return
+        idle = record.compared.any() & (record.degenerate | ~record.compared).all()
+        self._flags.append(idle)
+        soft = target.is_floating_point()
+        at_once = soft and self._first  # where a soft target goes wrong, it does so from the start
+        self._first = False
+        if len(self._flags) < _IDLE_CALLS and not at_once:  # one look at the device for several calls
+            return
+        calls = len(self._flags)
+        self._warned = bool(torch.stack(self._flags).all())
+        self._flags.clear()
+        if self._warned:
+            cause = (
+                "The output may be saturated, or a layer after the encoder zero: see `loss.last`, or lower `min_norm`"
+            )
+            if soft:
+                cause = (
+                    "`target` may be the model's own prediction of the weak view, whose gradient is zero: use a hard"
+                    " pseudo-label (`.argmax(1)`) or a sharpened one"
+                )
+            logger.warning(
+                "every compared pair of the last %d call(s) was degenerate (a gradient of norm at most %g), so the loss"
+                " was 0 and trained nothing. %s.",
+                calls,
+                min_norm,
+                cause,
+            )

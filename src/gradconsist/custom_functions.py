@@ -1,0 +1,248 @@
+"""Custom `torch.autograd.Function`s inside a model: is their second derivative right?
+
+L_g is differentiated through the backward of every operation. The author of a Function wrote that backward, and may
+have written it for the first derivative alone: where it uses a detached tensor, torch differentiates what is left, and
+a part of the gradient is missing without an error. So each Function that a model runs is tested by itself, once:
+
+    s(x, c) = ⟨backward of c at x, v⟩        ⟨ds/d(x, c), u⟩ = (s((x, c) + h u) - s((x, c) - h u)) / 2 h
+
+with the inputs x of a call that the model has made, a random cotangent c and random directions v and u, in float64.
+That the backward is the derivative of the forward is not asked: a straight-through estimator is right as it stands.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from gradconsist.errors import UnsupportedModuleError
+from gradconsist.graph import cut_node, nodes
+from gradconsist.randomness import preserved_randomness
+
+_STEPS = (1e-5, 1e-6, 1e-7)  # of the inputs' own size; the smallest error counts, since a kink may lie on some
+_TOLERANCE = 1e-4
+_MOST_CALLS = 4  # of one Function, with other arguments that are no tensors
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a Function.
+
+    Attributes:
+        function: its class.
+        args: what `apply` was given, tensors detached.
+        trained: for each argument whether it required grad.
+        path: of the module that made the call; empty for the model itself, None where no module did.
+    """
+
+    function: type[Function]
+    args: tuple[Any, ...]
+    trained: tuple[bool, ...]
+    path: str | None
+
+    @property
+    def where(self) -> str:
+        """Name and place, for a message."""
+        place = "outside its modules" if self.path is None else f"in {self.path!r}" if self.path else "in its forward"
+        return f"{self.function.__name__} ({place})"
+
+
+def custom_functions(loss: Tensor) -> tuple[list[type[Function]], list[str]]:
+    """Functions in a graph that torch does not bring along: the classes of those in Python, the names of those in C++.
+
+    Args:
+        loss: with its graph.
+
+    Returns:
+        Classes and names, each once.
+    """
+    found: dict[type[Function], None] = {}
+    foreign: dict[str, None] = {}
+    for node in nodes(loss):
+        function = getattr(type(node), "_forward_cls", None)
+        if function is not None and not function.__module__.startswith("gradconsist."):
+            found[function] = None
+        elif "CppNode<" in node.name():
+            foreign[node.name().partition("CppNode<")[2].rstrip(">").rpartition("::")[2]] = None
+    return list(found), list(foreign)
+
+
+def check_custom_functions(loss: Tensor, model: nn.Module, again: Callable[[], object]) -> dict[str, bool]:
+    """Tests the second derivative of every custom Function that a loss has run.
+
+    Args:
+        loss: of one sample, with its graph.
+        model: whose modules are named in messages.
+        again: computes the loss once more.
+
+    Returns:
+        By name and place, whether it was tested; False where it could not be.
+
+    Raises:
+        UnsupportedModuleError: a Function's second derivative is wrong.
+    """
+    classes, foreign = custom_functions(loss)
+    verdicts = dict.fromkeys((f"{name} (in C++)" for name in foreign), False)
+    if not classes:
+        return verdicts
+    with _recorded(classes, model) as calls:
+        again()
+    for call in calls:
+        error = second_derivative_error(call)
+        if error == math.inf:
+            raise UnsupportedModuleError(
+                f"the custom autograd.Function {call.where} is without a second derivative: its backward is marked"
+                " once_differentiable. Write the backward with differentiable operations, or replace the Function."
+            )
+        if error is not None and error > _TOLERANCE:
+            raise UnsupportedModuleError(
+                f"the custom autograd.Function {call.where} has a wrong second derivative, off by"
+                f" {min(error, 1.0):.0%} from finite differences of its backward: the backward probably uses a detached"
+                " tensor. Keep tensors by `ctx.save_for_backward` and compute the backward from them with"
+                " differentiable operations, or replace the Function; `diagnostics.verify` tests the whole model."
+            )
+        verdicts[call.where] = verdicts.get(call.where, True) and error is not None
+    return verdicts
+
+
+@contextmanager
+def _recorded(functions: Iterable[type[Function]], model: nn.Module) -> Iterator[list[Call]]:
+    """The calls of these Functions within the block: the first few of each that differ in more than tensors."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    calls: list[Call] = []
+    own = [(function, vars(function).get("forward")) for function in functions]
+    try:
+        for function, _ in own:
+            setattr(function, "forward", staticmethod(_recorder(function, paths, calls)))  # noqa: B010
+        yield calls
+    finally:
+        for function, forward in own:
+            if forward is None:
+                del function.forward
+            else:
+                setattr(function, "forward", forward)  # noqa: B010
+
+
+def _recorder(function: type[Function], paths: dict[int, str], calls: list[Call]) -> Callable[..., Any]:
+    forward = function.forward
+    with_context = function.setup_context is Function.setup_context
+    seen: set[str] = set()
+
+    def record(*args: Any) -> Any:
+        own = args[1:] if with_context else args
+        kind = str([type(arg) if isinstance(arg, Tensor) else arg for arg in own])
+        if kind not in seen and len(seen) < _MOST_CALLS:
+            seen.add(kind)
+            plain = tuple(arg.detach().clone() if isinstance(arg, Tensor) else arg for arg in own)
+            trained = tuple(isinstance(arg, Tensor) and arg.requires_grad for arg in own)
+            calls.append(Call(function, plain, trained, _caller(paths)))
+        return forward(*args)
+
+    return record
+
+
+def _caller(paths: dict[int, str]) -> str | None:
+    """The path of the innermost module in whose forward this is."""
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        module = frame.f_locals.get("self")
+        if isinstance(module, nn.Module) and id(module) in paths:
+            return paths[id(module)]
+        frame = frame.f_back
+    return None
+
+
+def second_derivative_error(call: Call) -> float | None:
+    """How far a Function's second derivative is from finite differences of its backward.
+
+    Args:
+        call: what the model called it with.
+
+    Returns:
+        The relative error, infinite where the backward refuses to be differentiated; None where the Function cannot be
+        run in float64, or its own error hides that of the derivative.
+    """
+    try:
+        return _error(call)
+    except (RuntimeError, TypeError, ValueError, NotImplementedError):
+        return None
+
+
+def _error(call: Call) -> float | None:
+    generator = torch.Generator().manual_seed(0)
+    x = [arg.double() for arg, trained in zip(call.args, call.trained, strict=True) if trained]
+    with torch.enable_grad():
+        outputs = _outputs(call, [part.clone().requires_grad_() for part in x])
+    c = [_random(y, generator) for y in outputs]
+    v = [_random(part, generator) for part in x]
+    found = []
+    for _ in range(2):
+        u = [_random(part, generator) * _size(part) for part in (*x, *c)]
+        ends = [[float(_s(call, *_moved(x, c, u, sign * h), v, graph=False)) for sign in (1.0, -1.0)] for h in _STEPS]
+        numeric = [(up - down) / (2 * h) for (up, down), h in zip(ends, _STEPS, strict=True)]
+        leaves = [part.clone().requires_grad_() for part in (*x, *c)]
+        s = _s(call, leaves[: len(x)], leaves[len(x) :], v, graph=True)
+        if cut_node(s):
+            return math.inf
+        parts: Sequence[Tensor | None] = [None] * len(leaves)
+        if s.requires_grad:
+            parts = torch.autograd.grad(s, leaves, allow_unused=True)
+        analytic = sum(float((part * w).sum()) for part, w in zip(parts, u, strict=True) if part is not None)
+        # Relative; to s where both derivatives are rounding.
+        scale = max(abs(analytic), *map(abs, numeric), 1e-9 * float(s.detach().abs()), 1e-30)
+        error = min(abs(analytic - each) for each in numeric) / scale
+        noise = min(abs(a - b) for a, b in pairwise(numeric)) / scale
+        if not math.isfinite(scale) or (error > _TOLERANCE and noise > 0.1 * error):
+            return None  # computed in less than float64, or by chance, or at a kink
+        found.append(error)
+    return min(found)
+
+
+def _s(call: Call, x: Sequence[Tensor], c: Sequence[Tensor], v: Sequence[Tensor], *, graph: bool) -> Tensor:
+    """⟨backward of c at x, v⟩."""
+    x = [part if part.requires_grad else part.detach().requires_grad_() for part in x]
+    with torch.enable_grad():
+        outputs = _outputs(call, x)
+        found = torch.autograd.grad(outputs, list(x), list(c), create_graph=graph, allow_unused=True)
+        parts = [(part * w).sum() for part, w in zip(found, v, strict=True) if part is not None]
+        return torch.stack(parts).sum() if parts else v[0].new_zeros([])
+
+
+def _outputs(call: Call, x: Sequence[Tensor]) -> list[Tensor]:
+    """The outputs that have a derivative, with random numbers that are the same in every run."""
+    supply = iter(x)
+    args = []
+    for arg, trained in zip(call.args, call.trained, strict=True):
+        if trained:
+            args.append(next(supply).clone())  # a copy: a Function may write into its input
+        else:
+            args.append(arg.double() if isinstance(arg, Tensor) and arg.is_floating_point() else arg)
+    with preserved_randomness(x[0].device, seed=0):
+        result = call.function.apply(*args)
+    flat = result if isinstance(result, tuple) else (result,)
+    return [y for y in flat if isinstance(y, Tensor) and y.requires_grad and y.is_floating_point()]
+
+
+def _moved(
+    x: Sequence[Tensor], c: Sequence[Tensor], u: Sequence[Tensor], h: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    moved = [part + h * w for part, w in zip((*x, *c), u, strict=True)]
+    return moved[: len(x)], moved[len(x) :]
+
+
+def _random(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.device)
+
+
+def _size(part: Tensor) -> float:
+    """The usual size of an entry; 1 where all are 0."""
+    return float(part.detach().square().mean().sqrt()) or 1.0

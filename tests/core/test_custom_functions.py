@@ -1,0 +1,227 @@
+"""Custom autograd Functions: refused where their second derivative is wrong, named where nobody can tell."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from gradconsist import GradientConsistencyLoss
+from gradconsist.diagnostics import verify
+from gradconsist.errors import UnsupportedModuleError
+from support import compare
+from support.oracle import judge
+
+
+class Swish(Function):
+    """Right: it keeps its input as torch wants it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x.sigmoid()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        s = x.sigmoid()
+        return g * (s + x * s * (1 - s))
+
+
+class DetachedSwish(Swish):
+    """The first derivative is right; of the second one a part is missing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.x = x.detach()
+        return x * x.sigmoid()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        s = ctx.x.sigmoid()
+        return g * (s + ctx.x * s * (1 - s))
+
+
+class DetachedWeight(Function):
+    """A product whose backward forgets one of two ways."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x @ w.T
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return g @ w.detach(), g.T @ x
+
+
+class NewStyle(Swish):
+    """With a context of its own, as vmap wants it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:  # type: ignore[override]
+        return x * x.sigmoid()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+
+class StraightThrough(Function):
+    """No derivative of its forward, on purpose."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
+
+
+class Kinked(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slope: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.slope = slope
+        return torch.where(x > 0, x, slope * x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return torch.where(x > 0, g, ctx.slope * g), None
+
+
+class Scaled(Function):
+    """Chance in the forward, kept for the backward; it also writes into its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        return x.mul_(2.0)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2.0 * g
+
+
+class InFloat32(Swish):
+    """Computes in float32 whatever it is given: no differences can be taken."""
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        s = x.float().sigmoid()
+        return g * (s + x.float() * s * (1 - s)).to(g.dtype)
+
+
+class Only32(Swish):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        if x.dtype != torch.float32:
+            raise RuntimeError("kernel not implemented for this dtype")
+        ctx.save_for_backward(x)
+        return x * x.sigmoid()
+
+
+class Applies(nn.Module):
+    def __init__(self, function: type[Function], *args: Any) -> None:
+        super().__init__()
+        self.function, self.args = function, args
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function.apply(x * 1.0, *self.args)
+
+
+class AppliesWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.linspace(-1, 1, 64).view(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return DetachedWeight.apply(x, self.w)
+
+
+def network(layer: nn.Module) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(9, 8), layer, nn.Linear(8, 4))
+
+
+def views(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(1)
+    weak = torch.randn(4, 9, generator=g)
+    return weak.to(dtype), (weak + 0.5 * torch.randn(4, 9, generator=g)).to(dtype), torch.tensor([0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+@pytest.mark.parametrize("layer", [Applies(DetachedSwish), AppliesWeight()], ids=["detached input", "detached weight"])
+def test_a_wrong_second_derivative_is_refused(layer: nn.Module, engine: str) -> None:
+    model = network(layer).double()
+    with pytest.raises(UnsupportedModuleError, match=r"Detached\w+ \(in '1'\) has a wrong second.*off by \d+%"):
+        GradientConsistencyLoss(model, engine=engine)(*views())
+    GradientConsistencyLoss(model, engine=engine).measure(*views())  # needs the first derivative only
+    assert not verify(model, *views()).ok
+
+
+RIGHT = {
+    "Swish": Applies(Swish),
+    "NewStyle": Applies(NewStyle),
+    "StraightThrough": Applies(StraightThrough),
+    "Kinked": Applies(Kinked, 0.1),
+    "Scaled": Applies(Scaled),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_right_one_is_taken_and_known(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = network(RIGHT[name]).double()
+    forward = RIGHT[name].function.forward
+    gc = GradientConsistencyLoss(model, engine="loop")
+    gc(*views()).backward()
+    found = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    assert compare.relative(found, judge(model, *views()).flat) <= 1e-8
+    assert gc._probed.functions == {f"{name} (in '1')": True}
+    assert RIGHT[name].function.forward is forward
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("function", [InFloat32, Only32])
+def test_one_that_cannot_be_tested_is_told_once(function: type[Function], caplog: pytest.LogCaptureFixture) -> None:
+    model = network(Applies(function))
+    gc = GradientConsistencyLoss(model, engine="loop")
+    with caplog.at_level(logging.WARNING, "gradconsist"):
+        for _ in range(3):
+            gc(*views(torch.float32))
+        model.eval()
+        gc(*views(torch.float32))
+    (record,) = caplog.records
+    assert f"{function.__name__} (in '1')" in record.getMessage()
+    assert "diagnostics.verify" in record.getMessage()
+
+
+def test_an_operator_of_a_library_is_one_too() -> None:
+    """`torch.library.register_autograd` makes a Function of a formula, which may forget as much."""
+
+    @torch.library.custom_op("gradconsist_tests::square", mutates_args=())
+    def square(x: Tensor) -> Tensor:
+        return x * x
+
+    def keep(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.x = inputs[0].detach()
+
+    square.register_autograd(lambda ctx, g: 2 * ctx.x * g, setup_context=keep)
+
+    class Squares(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return square(x)
+
+    with pytest.raises(UnsupportedModuleError, match=r"square_default \(in '1'\) has a wrong second derivative"):
+        GradientConsistencyLoss(network(Squares()).double())(*views())
