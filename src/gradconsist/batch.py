@@ -1,30 +1,58 @@
-"""Inputs with a leading batch dimension: one tensor, or a dict, tuple or list of tensors.
+"""Inputs with a leading batch dimension: one tensor, or a dict, tuple or list of tensors and constants.
 
-Whatever the user passes is normalised once, by `check_inputs`, to a tensor, a dict or a tuple; the rest of the library
-meets nothing else.
+Constants are what a model is called with beside its tensors: None, flags, numbers, strings, dtypes and devices. Only
+tensors have rows; constants go to the model unchanged. Whatever the user passes is normalised once, by `check_inputs`,
+to a tensor, a dict or a tuple; the rest of the library meets nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from gradconsist.errors import InputShapeError, InputTypeError
-from gradconsist.types import Inputs
+from gradconsist.errors import InputShapeError, InputTypeError, InputValueError
+from gradconsist.types import Constant, Inputs
+
+_CONSTANTS = get_args(Constant)
 
 
-def leaves(inputs: Inputs) -> list[Tensor]:
-    """The tensors of `inputs`, in order."""
+def is_constant(member: object) -> bool:
+    """Whether a member of a mapping or sequence is passed on to the model as it is."""
+    return isinstance(member, _CONSTANTS)
+
+
+def same_constant(a: object, b: object) -> bool:
+    """Whether two constants are one for the model: True is not 1."""
+    return a is b or (is_constant(a) and type(a) is type(b) and a == b)
+
+
+def members(inputs: Inputs) -> list[Any]:
+    """The tensors and constants of `inputs`, in order."""
     if isinstance(inputs, Tensor):
         return [inputs]
     return list(inputs.values()) if isinstance(inputs, Mapping) else list(inputs)
 
 
+def leaves(inputs: Inputs) -> list[Tensor]:
+    """The tensors of `inputs`, in order."""
+    return [member for member in members(inputs) if isinstance(member, Tensor)]
+
+
+def constants(inputs: Inputs) -> Hashable:
+    """The constants of `inputs` with their places: the model may do something else for others."""
+    return tuple((place, repr(member)) for place, member in places("", inputs) if is_constant(member))
+
+
 def map_leaves(function: Callable[..., Any], *inputs: Any) -> Any:
-    """Applies `function` to corresponding tensors of equally built `inputs`; returns the same structure."""
+    """Applies `function` to corresponding tensors of equally built `inputs`; constants are those of the first."""
+    return map_members(lambda *row: function(*row) if isinstance(row[0], Tensor) else row[0], *inputs)
+
+
+def map_members(function: Callable[..., Any], *inputs: Any) -> Any:
+    """Applies `function` to corresponding members of equally built `inputs`; returns the structure of the first."""
     first = inputs[0]
     if isinstance(first, Tensor):
         return function(*inputs)
@@ -38,6 +66,19 @@ def rebuilt(template: Inputs, values: Sequence[Tensor]) -> Inputs:
     supply = iter(values)
     result: Inputs = map_leaves(lambda _: next(supply), template)
     return result
+
+
+def in_order_of(first: Inputs, second: Inputs) -> Inputs:
+    """`second` with its entries in the order of `first`: entries are paired by key, in whatever order they come."""
+    ordered: Inputs = map_members(lambda _, member: member, first, second)
+    return ordered
+
+
+def doubled(member: Any) -> Any:
+    """A member for a model in float64: floating tensors, without their graph, and floating dtypes become float64."""
+    if isinstance(member, torch.dtype):
+        return torch.float64 if member.is_floating_point else member
+    return member.detach().double() if isinstance(member, Tensor) and member.is_floating_point() else member
 
 
 def take(inputs: Inputs, index: Tensor | slice) -> Inputs:
@@ -55,8 +96,8 @@ def call(model: Callable[..., Any], inputs: Inputs) -> Any:
 
 def concatenable(first: Inputs, second: Inputs) -> bool:
     """Whether the tensors of both agree in all dimensions but the batch."""
-    second = map_leaves(lambda _, leaf: leaf, first, second)  # in the order of the first
-    return all(a.shape[1:] == b.shape[1:] for a, b in zip(leaves(first), leaves(second), strict=True))
+    both = zip(leaves(first), leaves(in_order_of(first, second)), strict=True)
+    return all(a.shape[1:] == b.shape[1:] for a, b in both)
 
 
 def concatenate(*batches: Inputs) -> Inputs:
@@ -69,7 +110,7 @@ def places(name: str, inputs: Any) -> list[tuple[str, Any]]:
     """The members of `inputs`, each with the expression that names it in a message, such as ``weak['mask']``."""
     if isinstance(inputs, Mapping):
         return [(f"{name}[{key!r}]", leaf) for key, leaf in inputs.items()]
-    if isinstance(inputs, tuple):
+    if isinstance(inputs, tuple | list):
         return [(f"{name}[{position}]", leaf) for position, leaf in enumerate(inputs)]
     return [(name, inputs)]
 
@@ -91,7 +132,8 @@ def check_inputs(name: str, inputs: Any) -> Inputs:
         A tensor, a dict or a tuple, with one common batch size.
 
     Raises:
-        InputTypeError: not a tensor, or a dict, tuple or list of tensors; or a tensor of a kind that is not handled.
+        InputTypeError: not a tensor, or a dict, tuple or list of tensors and constants; no tensor among them; or a
+            tensor of a kind that is not handled.
         InputShapeError: no batch dimension, an empty batch, or different batch sizes inside.
     """
     if isinstance(inputs, Mapping):
@@ -100,23 +142,33 @@ def check_inputs(name: str, inputs: Any) -> Inputs:
         normal = tuple(inputs)
     else:
         normal = inputs
-    members = dict(places(name, normal))
-    if not members:
+    given = dict(places(name, normal))
+    if not given:
         raise InputShapeError(f"`{name}` is empty: pass a tensor, or a dict, tuple or list of tensors, batch first.")
-    for place, leaf in members.items():
+    tensors = {place: member for place, member in given.items() if place == name or not is_constant(member)}
+    for place, leaf in tensors.items():
         _check_leaf(place, leaf)
-    sizes = {place: leaf.shape[0] for place, leaf in members.items()}
+    if not tensors:
+        raise InputTypeError(f"`{name}` holds no tensor: {_remedy(normal)}")
+    sizes = {place: leaf.shape[0] for place, leaf in tensors.items()}
     if len(set(sizes.values())) > 1:
         raise InputShapeError(f"`{name}` mixes batch sizes ({sizes}): every tensor needs the same first dimension.")
     return normal
 
 
+def _remedy(found: Any) -> str:
+    """What to pass instead of `found`."""
+    if isinstance(found, str) or (isinstance(found, Sequence) and any(isinstance(each, str) for each in found)):
+        return "tokenize texts first, and pass the tokenizer's tensors (return_tensors='pt')."
+    return (
+        "pass a tensor, or a flat dict, tuple or list of tensors, batch first, and constants such as None, flags and"
+        " strings (for NumPy arrays: torch.from_numpy; for lists of numbers: torch.tensor)."
+    )
+
+
 def _check_leaf(place: str, leaf: Any) -> None:
     if not isinstance(leaf, Tensor):
-        raise InputTypeError(
-            f"`{place}` is a {type(leaf).__name__}, not a tensor: pass a tensor, or a flat dict, tuple or list of"
-            " tensors, batch first (for NumPy arrays: torch.from_numpy)."
-        )
+        raise InputTypeError(f"`{place}` is a {type(leaf).__name__}, not a tensor: {_remedy(leaf)}")
     if leaf.is_nested or leaf.layout is not torch.strided or leaf.is_quantized or leaf.is_complex():
         kind = "nested" if leaf.is_nested else "quantized" if leaf.is_quantized else str(leaf.layout)
         kind = "complex" if leaf.is_complex() else kind
@@ -124,7 +176,9 @@ def _check_leaf(place: str, leaf: Any) -> None:
     if is_wrapper(leaf):
         raise InputTypeError(f"`{place}` is a {type(leaf).__name__}: pass an ordinary dense tensor.")
     if leaf.dim() == 0:
-        raise InputShapeError(f"`{place}` has no dimensions: the first one must be the batch.")
+        raise InputShapeError(
+            f"`{place}` has no dimensions: the first one must be the batch. Pass a constant as a Python number."
+        )
     if leaf.shape[0] == 0:
         raise InputShapeError(f"`{place}` has an empty batch (shape {tuple(leaf.shape)}): skip the step instead.")
 
@@ -136,3 +190,31 @@ def same_structure(first: Inputs, second: Inputs) -> bool:
     if isinstance(first, Tensor) or isinstance(second, Tensor):
         return isinstance(first, Tensor) and isinstance(second, Tensor)
     return isinstance(first, Sequence) and isinstance(second, Sequence) and len(first) == len(second)
+
+
+def check_constants(name: str, first: Inputs, other: str, second: Inputs) -> None:
+    """Views that are built alike must hold tensors at the same places, and equal constants at the others.
+
+    Args:
+        name: the first view's name, for the message.
+        first: a checked view.
+        other: the second view's name.
+        second: a checked view with the same keys, or of the same length.
+
+    Raises:
+        InputTypeError: a place holds a tensor in one view and a constant in the other.
+        InputValueError: two constants differ.
+    """
+    pairs = zip(places(name, first), places(other, in_order_of(first, second)), strict=True)
+    for (place, a), (its_place, b) in pairs:
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            continue
+        found = " and ".join(f"`{where}` is {_shown(member)}" for where, member in ((place, a), (its_place, b)))
+        if isinstance(a, Tensor) or isinstance(b, Tensor):
+            raise InputTypeError(f"{found}: pass a tensor in both, or the same constant in both.")
+        if not same_constant(a, b):
+            raise InputValueError(f"{found}: the model is called with one value for all, so pass the same in both.")
+
+
+def _shown(member: Any) -> str:
+    return "a tensor" if isinstance(member, Tensor) else f"{member!r:.80}"

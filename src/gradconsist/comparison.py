@@ -259,7 +259,7 @@ class _Run:
     def _chunk(self, problem: Problem, index: Tensor, weight: Tensor, buffer: GradientBuffer | None) -> Tensor:
         terms = self._terms(problem, index, weight)
         # The automatic engine may have changed, so it is part of the fact.
-        fact = Probed.fact(f"derivative by {self.options.engine!r}", self.options.model)
+        fact = Probed.fact(f"derivative by {self.options.engine!r}", self.options.model, problem.weak)
         first = terms.requires_grad and fact not in self.options.probed.passed  # `measure` has nothing to settle
         if first:
             expected = [*self.options.trainable.values(), *self.through]

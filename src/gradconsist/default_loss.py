@@ -26,6 +26,18 @@ def find_logits(output: Any) -> Tensor | None:
     return output if isinstance(output, Tensor) else None
 
 
+def described(output: Any) -> str:
+    """A model's output for a message, such as "a tuple (tensor [4, 3], NoneType)"."""
+    if isinstance(output, Tensor):
+        return f"a tensor {list(output.shape)}"
+    if not isinstance(output, tuple | list | Mapping):
+        return f"a {type(output).__name__}"
+    keys = [f"{key!r}: " for key in output] if isinstance(output, Mapping) else [""] * len(output)
+    parts = output.values() if isinstance(output, Mapping) else output
+    held = [key + described(part).removeprefix("a ").split(" (")[0] for key, part in zip(keys, parts, strict=True)]
+    return f"a {type(output).__name__} ({', '.join(held[:6])}{', ...' if len(held) > 6 else ''})"
+
+
 def cross_entropy(output: Any, target: Tensor) -> Tensor:
     """Cross-entropy per sample, in float32 at least.
 
@@ -49,10 +61,10 @@ def cross_entropy(output: Any, target: Tensor) -> Tensor:
     """
     logits = find_logits(output)
     if logits is None or logits.dim() != 2:
-        found = type(output).__name__ if logits is None else f"of shape {tuple(logits.shape)}"
+        found = described(output if logits is None else logits)
         raise LossContractError(
-            f"the model's output is {found}, not logits [B, C] or an object with `logits`: give a"
-            " `loss_fn(output, target)` that returns one loss per sample."
+            f"the model's output is {found}, not logits [B, C] or an object with `logits`: pass"
+            " `loss_fn=`, a function (output, target) that returns one loss per sample."
         )
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if not target.is_floating_point():

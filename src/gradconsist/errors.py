@@ -14,7 +14,7 @@ class ConfigError(GradConsistError, ValueError):
 
 
 class InputTypeError(GradConsistError, TypeError):
-    """A view, target or weight is not a tensor (or a dict, tuple or list of tensors) of a usable kind."""
+    """A view, target or weight is not a tensor (or a dict, tuple or list of tensors and constants) of a usable kind."""
 
 
 class InputShapeError(GradConsistError, ValueError):
@@ -22,7 +22,7 @@ class InputShapeError(GradConsistError, ValueError):
 
 
 class InputValueError(GradConsistError, ValueError):
-    """A target or a weight has entries outside its range."""
+    """A target or a weight has entries outside its range, or two views hold different constants."""
 
 
 class NonFiniteError(GradConsistError, ValueError):

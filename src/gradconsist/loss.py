@@ -167,7 +167,7 @@ class GradientConsistencyLoss:
         """L_g of a batch of pairs.
 
         Args:
-            weak: weakly augmented inputs: a tensor, or a dict, tuple or list of tensors, batch first.
+            weak: weakly augmented inputs: a tensor, or a dict, tuple or list of tensors, batch first, and constants.
             strong: strongly augmented inputs of the same samples, in the same order.
             target: pseudo-labels for both views: class indices [B] or probabilities [B, C]; used without their graph.
             weight: [B], non-negative, real or boolean; None is 1. Pairs of weight 0 enter BatchNorm's joint statistics

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from gradconsist.batch import leaves
+from gradconsist.batch import leaves, members, same_constant
 from gradconsist.errors import ConfigError
 from gradconsist.normalization import Constants, Statistics, batch_statistics
 from gradconsist.recall import CONVOLUTIONS, Memory, Output, Recalled, recalled
@@ -43,18 +43,23 @@ class _Forward:
 
     Attributes:
         inputs: the tensors that it was called with.
+        constants: what else it was called with: a flag may have sent it another way.
         statistics: of its BatchNorm calls in batch mode.
         outputs: of its convolutions.
     """
 
     inputs: list[Tensor]
+    constants: list[Any]
     statistics: list[Statistics] = field(default_factory=list)
     outputs: list[Output | None] = field(default_factory=list)
 
     def place(self, view: Inputs) -> int | None:
         """Row of the first sample of `view` where all are, in their order and side by side, among the inputs."""
-        parts = [view[name] for name in sorted(view)] if isinstance(view, Mapping) else leaves(view)
-        if len(parts) != len(self.inputs):
+        given = [view[name] for name in sorted(view)] if isinstance(view, Mapping) else members(view)
+        parts, constants = _sorted_out(given)
+        if len(parts) != len(self.inputs) or len(constants) != len(self.constants):
+            return None
+        if not all(map(same_constant, constants, self.constants)):
             return None
         for start in _places(self.inputs[0], parts[0]):
             pairs = zip(self.inputs, parts, strict=True)
@@ -98,8 +103,8 @@ class Observer(TorchFunctionMode):
 
     def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = (args, [kwargs[name] for name in sorted(kwargs)])
-        tensors = [leaf.detach() for leaf in tree_leaves(given) if isinstance(leaf, Tensor) and leaf.dim()]
-        self._forwards.append(_Forward(tensors))
+        tensors, constants = _sorted_out(tree_leaves(given))
+        self._forwards.append(_Forward([tensor.detach() for tensor in tensors if tensor.dim()], constants))
         self._inside += 1
 
     def _end(self, *_: Any) -> None:
@@ -160,15 +165,21 @@ class Observer(TorchFunctionMode):
         return Observed(statistics, recalled(weak.outputs, strong.outputs, (first, second), len(leaves(pair.weak)[0])))
 
 
+def _sorted_out(given: list[Any]) -> tuple[list[Tensor], list[Any]]:
+    """The tensors, and what is none."""
+    tensors = [part for part in given if isinstance(part, Tensor)]
+    return tensors, [part for part in given if not isinstance(part, Tensor)]
+
+
 def _forward_of(name: str, view: Inputs, found: list[_Forward]) -> tuple[_Forward, int]:
     """The forward that the view went through, and the row of its first sample."""
     own = [(forward, place) for forward in found if (place := forward.place(view)) is not None]
     if not own or not all(_same_statistics(own[0][0].statistics, other.statistics) for other, _ in own[1:]):
         raise ConfigError(
             "`batchnorm='observed'` needs, for each view, one forward of the model in train mode that it goes through"
-            f" in one piece; of {len(found)} that the method did in this step, {len(own)} held the {name} views of its"
-            " pair. Use `batchnorm='auto'`, or a method that forwards them so (FixMatch); calls of the model's parts"
-            " are not seen."
+            f" in one piece, called with the same constants (flags, None); of {len(found)} that the method did in this"
+            f" step, {len(own)} held the {name} views of its pair. Use `batchnorm='auto'`, or a method that forwards"
+            " them so (FixMatch); calls of the model's parts are not seen."
         )
     if any(each.samples == 1 < each.rows for each in own[0][0].statistics):
         raise ConfigError(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gradconsist.advice import warn_of_equal_views, warn_of_functions, warn_of_probabilities, warn_of_unreached
-from gradconsist.batch import concatenable, concatenate, leaves, map_leaves, take
+from gradconsist.batch import concatenable, concatenate, constants, doubled, leaves, map_members, take
 from gradconsist.custom_functions import check_custom_functions
 from gradconsist.default_loss import cross_entropy, find_logits
 from gradconsist.errors import InputShapeError, InputValueError, LossContractError, UnsupportedModuleError
@@ -46,10 +46,10 @@ class Probed:
         return first
 
     @staticmethod
-    def fact(check: str, model: nn.Module) -> Hashable:
-        """`check`, of the model as it is now: its modules, their modes, and which parameters are trained."""
+    def fact(check: str, model: nn.Module, inputs: Inputs) -> Hashable:
+        """`check`, of the model as it is now (modules, modes, what is trained) and as it is called: its constants."""
         modules = tuple((id(module), module.training) for module in model.modules())
-        return check, modules, tuple(parameter.requires_grad for parameter in model.parameters())
+        return check, modules, tuple(parameter.requires_grad for parameter in model.parameters()), constants(inputs)
 
 
 def probe_model(
@@ -71,7 +71,7 @@ def probe_model(
         InputValueError: a class index is outside the model's classes.
         InputShapeError: probabilities have another width than the logits.
     """
-    forward_fact, functions_fact = (Probed.fact(check, forward.model) for check in ("forward", "functions"))
+    forward_fact, functions_fact = (Probed.fact(check, forward.model, pairs.weak) for check in ("forward", "functions"))
     differentiated = torch.is_grad_enabled() and not probed.report_only  # `measure` needs no second derivative
     wanted = ({forward_fact} | ({functions_fact} if differentiated else set())) - probed.passed
     if wanted:
@@ -137,14 +137,13 @@ def _rounding(forward: PerSampleForward, numbers: list[Tensor]) -> float:
 
 def _only_rounding(forward: PerSampleForward, inputs: Inputs, target: Tensor, both: Tensor) -> bool:
     """Whether what differed between one sample and two was rounding, which deep models amplify: not so in float64."""
-    wide = lambda x: x.detach().double() if x.is_floating_point() else x  # noqa: E731
     tensors = {**dict(forward.model.named_buffers()), **dict(forward.model.named_parameters())}
     if all(tensor.dtype == torch.float64 for tensor in tensors.values() if tensor.is_floating_point()):
         return False  # it was float64 that differed
     # Those of whole numbers stay out: given as they are, a BatchNorm would count these forwards in the user's own.
-    double = {name: wide(tensor) for name, tensor in tensors.items() if tensor.is_floating_point()}
+    double = {name: doubled(tensor) for name, tensor in tensors.items() if tensor.is_floating_point()}
     exact = PerSampleForward(forward.model, forward.loss_fn, forward.batchnorm, parameters=double)
-    inputs, target = map_leaves(wide, take(inputs, both)), wide(target[both])
+    inputs, target = map_members(doubled, take(inputs, both)), doubled(target[both])
     try:
         with torch.no_grad(), torch.autocast(target.device.type, enabled=False):
             alone = _numbers(exact, take(inputs, slice(0, 1)), target[:1])

@@ -9,10 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 
-Inputs: TypeAlias = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
-"""What a model takes: a tensor (``model(x)``), a mapping (``model(**x)``) or a sequence (``model(*x)``)."""
+Constant: TypeAlias = bool | int | float | str | torch.dtype | torch.device | None
+"""What a mapping or sequence may hold beside tensors: it goes to the model unchanged, the same for every sample."""
+
+Inputs: TypeAlias = Tensor | Mapping[str, Tensor | Constant] | Sequence[Tensor | Constant]
+"""What a model takes: a tensor (``model(x)``), a mapping (``model(**x)``) or a sequence (``model(*x)``).
+
+A mapping or sequence holds tensors, batch first, and constants such as None, flags, numbers and strings.
+"""
 
 LossFunction: TypeAlias = Callable[[Any, Tensor], Tensor]
 """``(model output, target) -> per-sample losses [B]``."""
@@ -51,7 +58,7 @@ class StepOutput(NamedTuple):
 class SSLBatch(NamedTuple):
     """One step's data: labeled inputs with labels, and two views of the unlabeled inputs.
 
-    Inputs are tensors, or mappings or sequences of tensors (text models), all three built alike.
+    Inputs are tensors, or mappings or sequences of tensors and constants (text models), all three built alike.
 
     Attributes:
         x: labeled inputs.

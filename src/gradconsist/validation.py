@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradconsist.batch import check_inputs, leaves, map_leaves, places, same_structure
+from gradconsist.batch import (
+    check_constants,
+    check_inputs,
+    in_order_of,
+    leaves,
+    map_leaves,
+    places,
+    same_structure,
+)
 from gradconsist.errors import ConfigError, InputShapeError, InputTypeError, InputValueError, NonFiniteError
 from gradconsist.guards import check_one_device
 from gradconsist.types import Inputs
@@ -96,21 +104,22 @@ def check_pairs(
     Raises:
         InputTypeError: an argument is no tensor of a usable kind.
         InputShapeError: batch sizes or ranks do not belong together.
-        InputValueError: an entry is out of range.
+        InputValueError: an entry is out of range, or the views hold different constants.
         NonFiniteError: target or weight has NaN or infinite entries.
         ConfigError: an input requires grad, which `fused=True` cannot serve.
     """
     weak, strong = check_inputs("weak", weak), check_inputs("strong", strong)
     if not same_structure(weak, strong):
         raise InputTypeError("`weak` and `strong` are built differently: both need the same keys or number of tensors.")
-    if isinstance(weak, Mapping):  # tensors are paired by key, whatever order the two were built in
-        strong = {key: strong[key] for key in weak}
+    check_constants("weak", weak, "strong", strong)
+    strong = in_order_of(weak, strong)
     size = leaves(weak)[0].shape[0]
     if leaves(strong)[0].shape[0] != size:
         raise InputShapeError(
             f"`weak` has {size} samples and `strong` {leaves(strong)[0].shape[0]}: row i of both is one input."
         )
-    named = {place: leaf for name, view in (("weak", weak), ("strong", strong)) for place, leaf in places(name, view)}
+    both = [*places("weak", weak), *places("strong", strong)]
+    named = {place: member for place, member in both if isinstance(member, Tensor)}
     for name, leaf in named.items():
         if leaf.dtype == torch.uint8 and name in ("weak", "strong"):  # elsewhere it may be a mask
             raise InputTypeError(f"`{name}` is uint8: convert images to float and normalise them as in training.")

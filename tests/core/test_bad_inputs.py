@@ -424,8 +424,8 @@ TABLE: list[Bad | Refused | Handled | Elsewhere] = [
         49,
         "an output without logits",
         LossContractError,
-        "the model's output is dict, not logits.*give a `loss_fn",
-        lambda p: _with(p, lambda head, y: {"scores": head(y)}),
+        r"output is a dict \('scores': tensor \[1, 3\], 'all': tuple\), not logits.*pass `loss_fn=",
+        lambda p: _with(p, lambda head, y: {"scores": head(y), "all": (y, None)}),
     ),
     Refused(
         50,

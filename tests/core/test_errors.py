@@ -100,6 +100,50 @@ INPUTS = [
     Bad(
         "views of different structure", put(strong=lambda x: {"x": x}), (InputTypeError, InputShapeError), "strong|weak"
     ),
+    Bad(
+        "constants that differ",
+        put(weak=lambda x: {"input": x, "on": True}, strong=lambda x: {"on": False, "input": x}),
+        InputValueError,
+        r"`weak\['on'\]` is True and `strong\['on'\]` is False: .*pass the same in both",
+    ),
+    Bad(
+        "constants of two types",
+        put(weak=lambda x: (x, 1), strong=lambda x: (x, True)),
+        InputValueError,
+        r"`weak\[1\]` is 1 and `strong\[1\]` is True",
+    ),
+    Bad(
+        "a tensor for a constant",
+        put(weak=lambda x: {"input": x, "mask": x}, strong=lambda x: {"input": x, "mask": None}),
+        InputTypeError,
+        r"`weak\['mask'\]` is a tensor and `strong\['mask'\]` is None: pass a tensor in both, or the same constant",
+    ),
+    Bad(
+        "texts",
+        put(weak=lambda x: {"input": x, "text": ["a"] * 5}),
+        InputTypeError,
+        r"`weak\['text'\]` is a list, not a tensor: tokenize texts first",
+    ),
+    Bad("nothing but texts", put(weak=["a"] * 5), InputTypeError, "`weak` holds no tensor: tokenize texts first"),
+    Bad("one text", put(strong="a b c"), InputTypeError, "`strong` is a str, not a tensor: tokenize texts first"),
+    Bad(
+        "nothing but constants",
+        put(weak={"on": True, "mask": None}),
+        InputTypeError,
+        "`weak` holds no tensor: pass a tensor.*constants such as",
+    ),
+    Bad(
+        "arrays among tensors",
+        put(strong=lambda x: (x, x.numpy())),
+        InputTypeError,
+        r"`strong\[1\]` is a ndarray, not a tensor.*torch\.from_numpy",
+    ),
+    Bad(
+        "a number as a tensor",
+        put(weak=lambda x: (x, torch.tensor(2.0))),
+        InputShapeError,
+        r"`weak\[1\]` has no dim.*as a Python number",
+    ),
     Bad("an empty dict", put(weak={}, strong={}), (InputTypeError, InputShapeError), "weak"),
 ]
 
@@ -118,6 +162,21 @@ def test_inputs(bad: Bad, engine: str) -> None:
             call(**arguments)
         assert isinstance(caught.value, GradConsistError)
     assert state.differences(before, {**state.of_process(), **state.of_model(p.model)}) == []
+
+
+def test_49_a_tuple_that_holds_logits() -> None:
+    """What a model of transformers returns with ``return_dict=False``."""
+
+    class Flagged(nn.Linear):
+        def forward(self, input: Tensor, return_dict: bool) -> Any:  # type: ignore[override]
+            logits = super().forward(input)
+            return {"logits": logits} if return_dict else (logits, None)
+
+    p = CASES["mlp"].problem()
+    gc = GradientConsistencyLoss(Flagged(5, 3).double())
+    gc((p.weak, True), (p.strong, True), p.target)
+    with pytest.raises(LossContractError, match=r"output is a tuple \(tensor \[1, 3\], NoneType\), .*pass `loss_fn="):
+        gc((p.weak, False), (p.strong, False), p.target)
 
 
 def test_22_nan_in_a_parameter() -> None:

@@ -83,6 +83,24 @@ def test_a_module_that_changes_its_mode_is_tried_again() -> None:
         gc(*_views())
 
 
+def test_a_model_that_is_called_with_other_constants_is_tried_again() -> None:
+    class Switched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = _mlp()
+
+        def forward(self, x: Tensor, way: str) -> Tensor:
+            z = self.layers(x if way != "once" else SquareOnce.apply(self.layers[:2](x))[:, :4])
+            return z - 0.5 * z.mean(0) if way == "mixing" else z
+
+    gc = GradientConsistencyLoss(Switched(), engine="loop")
+    weak, strong, target = _views()
+    gc((weak, "plain"), (strong, "plain"), target)
+    for way, match in (("mixing", "other samples"), ("once", "second derivative")):
+        with pytest.raises(UnsupportedModuleError, match=match):
+            gc((weak, way), (strong, way), target)
+
+
 def test_identical_first_views_do_not_settle_independence() -> None:
     weak, strong, target = _views()
     gc = GradientConsistencyLoss(_Mixing())

@@ -729,6 +729,19 @@ def test_a_view_is_found_among_the_forwards_by_its_rows() -> None:
             observer.observed(ViewPair(view, [second + 1.0, ones], torch.zeros(5)))
 
 
+def test_a_forward_with_other_constants_is_not_the_views() -> None:
+    """A flag may send the model another way, with other statistics: the view must hold what the forward was given."""
+    model = Flagged()
+    x = torch.randn(5, 3)
+    with Observer(model) as observer:
+        model(x, None, shift=True)
+    view = {"x": x, "mask": None, "shift": True}
+    assert observer.observed(ViewPair(view, view, torch.zeros(5))).statistics[0].rows == 5
+    for other in (x, {**view, "shift": 1}, {**view, "shift": False}, {**view, "mask": 0.0}, [x, None]):
+        with pytest.raises(ConfigError, match=r"same constants .*of 1 that .*0 held the weak views"):
+            observer.observed(ViewPair(other, view, torch.zeros(5)))
+
+
 @pytest.mark.parametrize("seen", ["weak", "strong"])
 def test_a_view_that_was_never_forwarded_has_no_observed_statistics(seen: str) -> None:
     """As in Mean Teacher, whose student sees the strong views alone, and in pseudo-labelling."""
@@ -780,6 +793,17 @@ def test_one_sample_and_rows_that_may_not_be_its_own_are_refused() -> None:
     batch = SSLBatch(torch.zeros(0, 1, 5, 5), torch.zeros(0, dtype=torch.long), *torch.randn(2, 1, 1, 5, 5))
     with pytest.raises(ConfigError, match="met one sample alone in a forward, and a BatchNorm call on more rows"):
         GGCRWrapper(Views(model), consistency, warmup_steps=0)(batch)
+
+
+class Flagged(nn.Module):
+    """A BatchNorm on one of two ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor, mask: None = None, *, shift: bool) -> Tensor:
+        return self.norm(x + 1.0 if shift else x)
 
 
 class Sum(nn.Module):

@@ -212,6 +212,18 @@ BUGS = [
         PROBES, "tuple((id(module), module.training) for module", "tuple(id(module) for module",
     ),
     Bug(
+        "what was found out outlives other constants",
+        "a model that is called with other constants is tried again",
+        "test_trust.py::test_a_model_that_is_called_with_other_constants_is_tried_again",
+        PROBES, "for parameter in model.parameters()), constants(inputs)", "for parameter in model.parameters())",
+    ),
+    Bug(
+        "a flag and a number taken for one constant",
+        "views with different constants are refused",
+        "test_errors.py::test_inputs test_wrapper.py::test_a_forward_with_other_constants_is_not_the_views",
+        "batch.py", "type(a) is type(b) and a == b", "a == b",
+    ),
+    Bug(
         "a refusal holds for one call only",
         "what failed is tried again on every call",
         "test_trust.py::test_a_refusal_holds_on_every_call",

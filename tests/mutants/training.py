@@ -146,8 +146,8 @@ BUGS = [
         "weak and strong logits exchanged",
         "p = softmax f(weak)",
         PSEUDO_CODE,
-        METHOD, "labeled, weak, strong = joint_logits(model, batch.x, batch.weak, batch.strong)",
-        "labeled, strong, weak = joint_logits(model, batch.x, batch.weak, batch.strong)",
+        METHOD, "labeled, weak, strong = self._joint_logits(batch.x, batch.weak, batch.strong)",
+        "labeled, strong, weak = self._joint_logits(batch.x, batch.weak, batch.strong)",
     ),
     Bug(
         "the pair without its mask",

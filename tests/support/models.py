@@ -73,16 +73,30 @@ class Reused(nn.Module):
 
 
 class TextClassifier(nn.Module):
-    """Keyword arguments, a padding index and a mask; an output object that carries logits."""
+    """Keyword arguments, constants among them, a padding index and a mask; an output object that carries logits."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(9, 6, padding_idx=0)
         self.hidden, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Output:
-        x = torch.tanh(self.hidden(self.embedding(input_ids))) * attention_mask[..., None]
-        return Output(self.head(x.sum(1) / attention_mask.sum(1, keepdim=True)))
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        head_mask: None,
+        return_dict: bool,
+        scale: float,
+        pooling: str,
+        dtype: torch.dtype,
+    ) -> Output:
+        assert head_mask is None
+        assert return_dict is True
+        assert isinstance(scale, float)
+        assert pooling == "mean"
+        x = torch.tanh(self.hidden(self.embedding(input_ids.to(dtype)))) * attention_mask[..., None]
+        return Output(self.head(scale * x.sum(1) / attention_mask.sum(1, keepdim=True)))
 
 
 @dataclass

@@ -90,7 +90,7 @@ def tree_map(function: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
         return {key: tree_map(function, value) for key, value in tree.items()}
     if isinstance(tree, (tuple, list)):
         return type(tree)([tree_map(function, value) for value in tree])
-    return function(tree)
+    return function(tree) if isinstance(tree, Tensor) else tree  # a constant
 
 
 def tree_leaves(tree: Tree) -> list[Tensor]:
@@ -106,7 +106,7 @@ def tree_cat(first: Tree, second: Tree) -> Tree:
         return {key: tree_cat(first[key], second[key]) for key in first}
     if isinstance(first, (tuple, list)):
         return type(first)([tree_cat(a, b) for a, b in zip(first, second, strict=True)])
-    return torch.cat([first, second])
+    return torch.cat([first, second]) if isinstance(first, Tensor) else first
 
 
 def call(model: nn.Module, inputs: Tree) -> Any:

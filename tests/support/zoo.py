@@ -121,12 +121,14 @@ def tokens(vocabulary: int, length: int, *, low: int = 0) -> Callable[[torch.Gen
     return lambda g: torch.randint(low, vocabulary, (16, length), generator=g)
 
 
-def _text(g: torch.Generator) -> dict[str, Tensor]:
+def _text(g: torch.Generator) -> dict[str, Any]:
     ids = torch.randint(0, 9, (16, 6), generator=g)
     ids[:, 0] = 1 + ids[:, 0] % 8
     mask = torch.rand(16, 6, generator=g) < 0.8
     mask[:, 0] = True
-    return {"input_ids": ids, "attention_mask": mask}
+    # Between the tensors, what transformers' models are called with.
+    constants = {"head_mask": None, "return_dict": True, "scale": 1.0, "pooling": "mean", "dtype": torch.int64}
+    return {"input_ids": ids, **constants, "attention_mask": mask}
 
 
 def _two(g: torch.Generator) -> tuple[Tensor, Tensor]:

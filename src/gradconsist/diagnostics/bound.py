@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradconsist.batch import leaves, map_leaves
-from gradconsist.diagnostics.differences import doubled, names_in_copy, statistics_here
+from gradconsist.batch import check_inputs, doubled, in_order_of, leaves, map_leaves, map_members
+from gradconsist.diagnostics.differences import names_in_copy, statistics_here
 from gradconsist.engines import Engine
 from gradconsist.errors import ConfigError, InputTypeError, InputValueError
 from gradconsist.loss import GradientConsistencyLoss
@@ -171,8 +171,10 @@ def consistency_bound(
         copy.deepcopy(model).double(), encoder=names_in_copy(model, encoder), loss_fn=loss_fn, engine=engine,
         batchnorm=batchnorm, min_norm=min_norm,
     )  # fmt: skip
-    weak, strong, target = (map_leaves(doubled, inputs) for inputs in (weak, strong, target))
+    weak, strong = (map_members(doubled, check_inputs(*view)) for view in (("weak", weak), ("strong", strong)))
+    target = doubled(target)
     record = loss.measure(weak, strong, target, weight)  # also checks the arguments
+    strong = in_order_of(weak, strong)
     statistics = statistics_here(loss, weak, strong)
     distance = _distance(weak, strong)
     kept = record.compared & ~record.degenerate & (distance > 0)

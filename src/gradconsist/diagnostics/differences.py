@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradconsist.batch import concatenable, map_leaves
+from gradconsist.batch import check_inputs, concatenable, doubled, map_members
 from gradconsist.engines import Engine
 from gradconsist.errors import ConfigError, InputValueError
 from gradconsist.forward import PerSampleForward, comparison_scope
@@ -161,7 +161,8 @@ def verify(
     encoder = names_in_copy(model, encoder)
     double = copy.deepcopy(model).double()
     double.zero_grad()
-    weak, strong, target = (map_leaves(doubled, inputs) for inputs in (weak, strong, target))
+    weak, strong = (map_members(doubled, check_inputs(*view)) for view in (("weak", weak), ("strong", strong)))
+    target = doubled(target)
     loss = GradientConsistencyLoss(
         double,
         encoder=encoder,
@@ -251,11 +252,6 @@ def statistics_here(loss: GradientConsistencyLoss, weak: Inputs, strong: Inputs)
     with comparison_scope(loss.model, dropout=False):
         take_statistics(PerSampleForward(loss.model, loss.loss_fn, calls), weak, strong)
     return calls.recorded
-
-
-def doubled(tensor: Tensor) -> Tensor:
-    """`tensor` in float64 and without its graph; integers as they are."""
-    return tensor.detach().double() if tensor.is_floating_point() else tensor
 
 
 def names_in_copy(model: nn.Module, encoder: Any) -> Encoder:

@@ -69,7 +69,7 @@ def sharpness(
 
     Args:
         model: the user's model; it stays untouched.
-        inputs: a tensor, or a dict, tuple or list of tensors, batch first.
+        inputs: a tensor, or a dict, tuple or list of tensors, batch first, and constants.
         target: class indices [B] or probabilities [B, C].
         rho: radius of the ball, over all moved parameters as one flat vector.
         ascent_steps: number of ascent steps.

@@ -117,7 +117,7 @@ def landscape(
 
     Args:
         model: the user's model.
-        inputs: a tensor, or a dict, tuple or list of tensors, batch first.
+        inputs: a tensor, or a dict, tuple or list of tensors, batch first, and constants.
         target: class indices [B] or probabilities [B, C]; anything for a `loss_fn` of one's own.
         parameters: which of the trainable ones are moved, as `encoder` of the loss.
         loss_fn: as for the loss.

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.overrides import TorchFunctionMode
 
-from gradconsist.batch import leaves, rebuilt, take
+from gradconsist.batch import constants, leaves, rebuilt, take
 from gradconsist.engines.base import Problem, inner
 from gradconsist.engines.loop import refused_by_vmap
 from gradconsist.errors import GradConsistError, UnsupportedModuleError
@@ -38,7 +38,9 @@ class VmapEngine:
     """
 
     projects: ClassVar[bool] = True
-    _looked_at: WeakSet[nn.Module] = field(default_factory=WeakSet, init=False, repr=False, compare=False)
+    _looked_at: WeakKeyDictionary[nn.Module, set[Hashable]] = field(
+        default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
+    )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return VmapEngine, ()  # which models were looked at is not for a copy
@@ -46,7 +48,8 @@ class VmapEngine:
     def products(self, problem: Problem) -> GradProducts:
         """See `Engine.products`."""
         graph, model = problem.graph_weak or problem.graph_strong, problem.model
-        if graph and (model is None or model not in self._looked_at):
+        called = constants(problem.weak)  # which may choose another way through the model
+        if graph and (model is None or called not in self._looked_at.get(model, ())):
             _refuse_scripts(problem)
         try:
             weak = _gradients(problem, problem.weak, WEAK, problem.graph_weak)
@@ -59,7 +62,7 @@ class VmapEngine:
             raise refused_by_vmap(problem, error) from error
         check_batched([*weak, *strong])
         if graph and model is not None:
-            self._looked_at.add(model)
+            self._looked_at.setdefault(model, set()).add(called)
         if problem.projection is not None:
             weak, strong = problem.projection.sketches(weak), problem.projection.sketches(strong)
         return GradProducts(inner(weak, weak, keep=1), inner(strong, strong, keep=1), inner(weak, strong, keep=1))

@@ -11,8 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradconsist.batch import call, check_inputs, concatenable, concatenate, leaves, same_structure
-from gradconsist.default_loss import find_logits
+from gradconsist.batch import (
+    call,
+    check_constants,
+    check_inputs,
+    concatenable,
+    concatenate,
+    is_constant,
+    leaves,
+    members,
+    same_structure,
+)
+from gradconsist.default_loss import described, find_logits
 from gradconsist.errors import (
     ConfigError,
     InputShapeError,
@@ -25,6 +35,8 @@ from gradconsist.schedules import linear_ramp
 from gradconsist.types import Inputs, SSLBatch, StepOutput, ViewPair
 from gradconsist.validation import check_count, check_number
 
+LogitsFunction = Callable[[Any], Tensor]
+
 
 class Method(nn.Module):
     """L = L_s + mu(t) * L_u around a model, with a counter of the steps in train mode.
@@ -33,6 +45,8 @@ class Method(nn.Module):
         model: any module from inputs to logits [B, C].
         unlabeled_weight: mu after its ramp.
         unlabeled_ramp_steps: steps of this method in train mode over which mu grows from 0; 0 is none.
+        logits_fn: from the model's output to logits [B, C], for a model that returns a tuple or something else; None
+            takes the output itself, or its attribute or key ``logits``.
 
     Attributes:
         step: calls in train mode so far; part of ``state_dict()``.
@@ -43,11 +57,24 @@ class Method(nn.Module):
 
     _ramp: Callable[[int, int], float] = staticmethod(linear_ramp)
 
-    def __init__(self, model: nn.Module, *, unlabeled_weight: float, unlabeled_ramp_steps: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        unlabeled_weight: float,
+        unlabeled_ramp_steps: int,
+        logits_fn: LogitsFunction | None = None,
+    ) -> None:
         super().__init__()
         check_number("unlabeled_weight", unlabeled_weight, least=0.0)
         check_count("unlabeled_ramp_steps", unlabeled_ramp_steps, least=0)
+        if logits_fn is not None and (not callable(logits_fn) or isinstance(logits_fn, type | nn.Module)):
+            raise ConfigError(
+                f"`logits_fn` is {logits_fn!r:.80}: pass a function from the model's output to logits [B, C], or None"
+                " (layers belong in the model)."
+            )
         self.model = model
+        self.logits_fn = logits_fn
         self.unlabeled_weight = unlabeled_weight
         self.unlabeled_ramp_steps = unlabeled_ramp_steps
         self.step = 0
@@ -55,6 +82,78 @@ class Method(nn.Module):
     def ramp(self) -> float:
         """The share of `unlabeled_weight` that the coming step has."""
         return self._ramp(self.step, self.unlabeled_ramp_steps)
+
+    def _joint_logits(self, *batches: Inputs, model: nn.Module | None = None) -> list[Tensor]:
+        """Logits of several batches by one forward of all of them, in float32 at least.
+
+        Args:
+            *batches: inputs that are built alike, [n_i, ...] each.
+            model: None is the method's own.
+
+        Returns:
+            [n_i, C] for each.
+
+        Raises:
+            InputShapeError: the batches cannot be one.
+            LossContractError: no logits [B, C] are found in the model's output.
+        """
+        if not all(concatenable(batches[0], other) for other in batches[1:]):
+            shapes = " and ".join(str([tuple(leaf.shape) for leaf in leaves(batch)]) for batch in batches)
+            raise InputShapeError(
+                f"inputs of shapes {shapes} are forwarded as one batch: resize or pad them to one shape, or have weak"
+                " and strong views forwarded apart, where the method has `joint=False`."
+            )
+        sizes = [len(leaves(batch)[0]) for batch in batches]
+        joined = concatenate(*batches) if len(batches) > 1 else batches[0]
+        output = call(self.model if model is None else model, joined)
+        return list(wide(self._logits(output, sum(sizes))).split(sizes))
+
+    def _logits(self, output: Any, rows: int) -> Tensor:
+        """The logits [rows, C] in a model's output."""
+        logits = find_logits(output) if self.logits_fn is None else self.logits_fn(output)
+        if isinstance(logits, Tensor) and logits.dim() == 2 and len(logits) == rows and logits.is_floating_point():
+            return logits
+        if self.logits_fn is not None:
+            raise LossContractError(
+                f"`logits_fn` returned {described(logits)} for {rows} inputs, from {described(output)}: return logits"
+                " [B, C], floating point, one row per input."
+            )
+        raise LossContractError(
+            f"the model returned {described(output if logits is None else logits)} for {rows} inputs, and a method"
+            " needs logits [B, C], or an object with `logits`: pass `logits_fn=`, a function from the model's output to"
+            " logits, such as `lambda output: output[0]`."
+        )
+
+    def _without_graph(self, inputs: Inputs, model: nn.Module | None = None) -> Tensor:
+        """Logits [B, C] as constants, in float32 at least.
+
+        Autocast keeps the half-precision copies of the weights for the rest of its context, and in torch 2.6 to 2.8
+        copies made without a graph, too: the next forward would take them, and its weights would have no gradient,
+        without an error (pytorch#112583). So they are dropped here.
+        """
+        with torch.no_grad():
+            (logits,) = self._joint_logits(inputs, model=model)
+        if torch.is_autocast_enabled(logits.device.type):
+            torch.clear_autocast_cache()
+        return logits
+
+    def _view_logits(self, batch: SSLBatch, *, joint: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of labeled [n, C], weak (without graph) and strong inputs [m, C], in float32 at least.
+
+        Args:
+            batch: a checked batch.
+            joint: one forward of everything; otherwise one of labeled and strong inputs, after one without a graph of
+                the weak ones.
+
+        Returns:
+            The three.
+        """
+        if joint:
+            labeled, weak, strong = self._joint_logits(batch.x, batch.weak, batch.strong)
+            return labeled, weak.detach(), strong
+        weak = self._without_graph(batch.weak)
+        labeled, strong = self._joint_logits(batch.x, batch.strong)
+        return labeled, weak, strong
 
     def _finish(self, supervised: Tensor, unsupervised: Tensor, pair: ViewPair, **logs: float | Tensor) -> StepOutput:
         """The step's loss and logs; counts the step."""
@@ -116,12 +215,13 @@ def check_batch(batch: SSLBatch) -> None:
     Raises:
         InputTypeError: it is something else, or a part is no tensor.
         InputShapeError: its parts differ in length where they must not, or there is no labeled or no unlabeled input.
+        InputValueError: its parts hold different constants.
     """
     if not isinstance(batch, SSLBatch):
         raise InputTypeError(f"`batch` is a {type(batch).__name__}: pass SSLBatch(x, y, weak, strong).")
     for name, part in zip(("x", "y", "weak", "strong"), batch[:4], strict=True):
         if not isinstance(part, Tensor if name == "y" else Tensor | Mapping | Sequence):
-            remedy = "pass class indices [n]" if name == "y" else "pass a tensor, or a mapping or sequence of tensors"
+            remedy = "pass class indices [n]" if name == "y" else "pass a tensor, or a mapping or sequence with tensors"
             raise InputTypeError(
                 f"`batch.{name}` is a {type(part).__name__}: {remedy}; a method that trains on one view needs `strong`"
                 " for the pair that gradient consistency compares."
@@ -145,10 +245,11 @@ def check_batch(batch: SSLBatch) -> None:
                 f"`batch.x` and `batch.{name}` are built differently: labeled inputs and views need the same keys or"
                 " number of tensors."
             )
+        check_constants("batch.x", x_built, f"batch.{name}", view)
 
 
 def _rows(name: str, inputs: Inputs) -> int:
-    parts = leaves(inputs)
+    parts = [member for member in members(inputs) if not is_constant(member)]
     if not parts or not all(isinstance(part, Tensor) and part.dim() for part in parts):
         check_inputs(name, inputs)  # says what it is
     return len(parts[0])
@@ -206,78 +307,6 @@ def check_classes(logits: Tensor, classes: int) -> None:
 def wide(logits: Tensor) -> Tensor:
     """Logits in float32 at least: in bfloat16 the steps near 0.95 are 0.004 wide and a mask would flip."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def joint_logits(model: nn.Module, *batches: Inputs) -> list[Tensor]:
-    """Logits of several batches by one forward of all of them, in float32 at least.
-
-    Args:
-        model: from inputs to logits, or to an object with ``logits``.
-        batches: inputs that are built alike, [n_i, ...] each.
-
-    Returns:
-        [n_i, C] for each.
-
-    Raises:
-        InputShapeError: the batches cannot be one.
-        LossContractError: the model's output holds no logits [B, C].
-    """
-    if not all(concatenable(batches[0], other) for other in batches[1:]):
-        shapes = " and ".join(str([tuple(leaf.shape) for leaf in leaves(batch)]) for batch in batches)
-        raise InputShapeError(
-            f"inputs of shapes {shapes} are forwarded as one batch: resize or pad them to one shape, or have weak and"
-            " strong views forwarded apart, where the method has `joint=False`."
-        )
-    sizes = [len(leaves(batch)[0]) for batch in batches]
-    output = call(model, concatenate(*batches) if len(batches) > 1 else batches[0])
-    logits = find_logits(output)
-    if logits is None or logits.dim() != 2 or len(logits) != sum(sizes):
-        found = type(output).__name__ if logits is None else f"logits of shape {tuple(logits.shape)}"
-        raise LossContractError(
-            f"the model returned {found} for {sum(sizes)} inputs: a method needs logits [B, C], or an object with them."
-        )
-    return list(wide(logits).split(sizes))
-
-
-def without_graph(model: nn.Module, inputs: Inputs) -> Tensor:
-    """Logits as constants, in float32 at least.
-
-    Autocast keeps the half-precision copies of the weights for the rest of its context, and in torch 2.6 to 2.8 copies
-    made without a graph, too: the next forward would take them, and its weights would have no gradient, without an
-    error (pytorch#112583). So they are dropped here.
-
-    Args:
-        model: from inputs to logits.
-        inputs: [B, ...].
-
-    Returns:
-        [B, C].
-    """
-    with torch.no_grad():
-        (logits,) = joint_logits(model, inputs)
-    if torch.is_autocast_enabled(logits.device.type):
-        torch.clear_autocast_cache()
-    return logits
-
-
-def view_logits(model: nn.Module, batch: SSLBatch, *, joint: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits of labeled, weak (without graph) and strong inputs, in float32 at least.
-
-    Args:
-        model: from inputs to logits.
-        batch: a checked batch.
-        joint: one forward of everything; otherwise one of labeled and strong inputs, after one without a graph of the
-            weak ones.
-
-    Returns:
-        [n, C], [m, C] and [m, C].
-    """
-    if joint:
-        labeled, weak, strong = joint_logits(model, batch.x, batch.weak, batch.strong)
-        return labeled, weak.detach(), strong
-    weak = without_graph(model, batch.weak)
-    labeled, strong = joint_logits(model, batch.x, batch.strong)
-    return labeled, weak, strong
 
 
 def sharpen(probabilities: Tensor, temperature: float) -> Tensor:

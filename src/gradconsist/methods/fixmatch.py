@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import nn
 
-from gradconsist.methods.base import Method, check_batch, view_logits
+from gradconsist.methods.base import LogitsFunction, Method, check_batch
 from gradconsist.types import SSLBatch, StepOutput, ViewPair
 from gradconsist.validation import check_choice, check_number
 
@@ -29,6 +29,7 @@ class FixMatch(Method):
         joint: True forwards labeled, weak and strong inputs as one batch, so that BatchNorm sees all of them, as the
             reference code does; False forwards labeled and strong inputs together and the weak ones on their own
             without a graph, which is cheaper.
+        logits_fn: from the model's output to logits [B, C], for models that return a tuple or something else.
 
     Attributes:
         step: calls in train mode so far; part of ``state_dict()``.
@@ -48,8 +49,14 @@ class FixMatch(Method):
         unlabeled_ramp_steps: int = 0,
         brier_weight: float = 0.0,
         joint: bool = True,
+        logits_fn: LogitsFunction | None = None,
     ) -> None:
-        super().__init__(model, unlabeled_weight=unlabeled_weight, unlabeled_ramp_steps=unlabeled_ramp_steps)
+        super().__init__(
+            model,
+            unlabeled_weight=unlabeled_weight,
+            unlabeled_ramp_steps=unlabeled_ramp_steps,
+            logits_fn=logits_fn,
+        )
         check_number("threshold", threshold, least=0.0, most=1.0)
         check_number("brier_weight", brier_weight, least=0.0)
         check_choice("joint", joint, (True, False))
@@ -72,7 +79,7 @@ class FixMatch(Method):
             InputShapeError: its parts differ in length where they must not, or are empty.
         """
         check_batch(batch)
-        labeled, weak, strong = view_logits(self.model, batch, joint=self.joint)
+        labeled, weak, strong = self._view_logits(batch, joint=self.joint)
         confidence, target = weak.softmax(1).max(1)
         mask = (confidence >= self.threshold).to(strong.dtype)
         supervised = F.cross_entropy(labeled, batch.y)

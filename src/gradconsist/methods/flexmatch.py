@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradconsist.methods.base import Method, check_batch, check_index, view_logits
+from gradconsist.methods.base import LogitsFunction, Method, check_batch, check_index
 from gradconsist.methods.processes import gather, last_rows
 from gradconsist.types import SSLBatch, StepOutput, ViewPair
 from gradconsist.validation import check_choice, check_count, check_number
@@ -36,6 +36,7 @@ class FlexMatch(Method):
         unlabeled_ramp_steps: steps in train mode over which mu grows linearly from 0; 0 is none.
         threshold_warmup: whether samples without a selected label count in the denominator of beta.
         joint: one forward of labeled, weak and strong inputs, as in `FixMatch`.
+        logits_fn: from the model's output to logits [B, C], for models that return a tuple or something else.
 
     Attributes:
         step: calls in train mode so far.
@@ -59,8 +60,14 @@ class FlexMatch(Method):
         unlabeled_ramp_steps: int = 0,
         threshold_warmup: bool = True,
         joint: bool = True,
+        logits_fn: LogitsFunction | None = None,
     ) -> None:
-        super().__init__(model, unlabeled_weight=unlabeled_weight, unlabeled_ramp_steps=unlabeled_ramp_steps)
+        super().__init__(
+            model,
+            unlabeled_weight=unlabeled_weight,
+            unlabeled_ramp_steps=unlabeled_ramp_steps,
+            logits_fn=logits_fn,
+        )
         check_count("samples", samples)
         check_number("threshold", threshold, least=0.0, most=1.0)
         check_choice("threshold_warmup", threshold_warmup, (True, False))
@@ -105,7 +112,7 @@ class FlexMatch(Method):
         """
         check_batch(batch)
         index = check_index(batch, self.samples)
-        labeled, weak, strong = view_logits(self.model, batch, joint=self.joint)
+        labeled, weak, strong = self._view_logits(batch, joint=self.joint)
         confidence, target = weak.softmax(1).max(1)
         thresholds = self.thresholds(weak.shape[1], weak.dtype)
         mask = (confidence >= thresholds[target]).to(strong.dtype)

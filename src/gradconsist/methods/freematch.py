@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradconsist.errors import ConfigError
-from gradconsist.methods.base import Method, check_batch, check_classes, view_logits
+from gradconsist.methods.base import LogitsFunction, Method, check_batch, check_classes
 from gradconsist.methods.processes import gather, world
 from gradconsist.types import SSLBatch, StepOutput, ViewPair
 from gradconsist.validation import check_choice, check_count, check_number
@@ -38,6 +38,7 @@ class FreeMatch(Method):
         fairness_weight: of L_f.
         threshold_range: T(c) is clamped to it, as the paper does on SVHN with (0.9, 0.95); None for no clamp.
         joint: one forward of labeled, weak and strong inputs, as in `FixMatch`.
+        logits_fn: from the model's output to logits [B, C], for models that return a tuple or something else.
 
     Attributes:
         step: calls in train mode so far.
@@ -66,8 +67,14 @@ class FreeMatch(Method):
         fairness_weight: float = 0.001,
         threshold_range: tuple[float, float] | None = None,
         joint: bool = True,
+        logits_fn: LogitsFunction | None = None,
     ) -> None:
-        super().__init__(model, unlabeled_weight=unlabeled_weight, unlabeled_ramp_steps=unlabeled_ramp_steps)
+        super().__init__(
+            model,
+            unlabeled_weight=unlabeled_weight,
+            unlabeled_ramp_steps=unlabeled_ramp_steps,
+            logits_fn=logits_fn,
+        )
         check_count("classes", classes)
         check_number("ema_decay", ema_decay, least=0.0, most=1.0)
         check_number("fairness_weight", fairness_weight, least=0.0)
@@ -104,7 +111,7 @@ class FreeMatch(Method):
             ConfigError: the model has not `classes` classes.
         """
         check_batch(batch)
-        labeled, weak, strong = view_logits(self.model, batch, joint=self.joint)
+        labeled, weak, strong = self._view_logits(batch, joint=self.joint)
         check_classes(weak, self.classes)
         probability = weak.softmax(1)
         if self.training:

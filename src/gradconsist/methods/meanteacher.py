@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gradconsist.methods.base import Method, check_batch, joint_logits, without_graph
+from gradconsist.methods.base import LogitsFunction, Method, check_batch
 from gradconsist.schedules import sigmoid_ramp
 from gradconsist.types import SSLBatch, StepOutput, ViewPair
 from gradconsist.validation import check_number
@@ -42,6 +42,7 @@ class MeanTeacher(Method):
         unlabeled_weight: mu after its ramp.
         unlabeled_ramp_steps: steps in train mode of the ramp; 0 is none. TorchSSL takes 40 % of the run.
         ema_decay: the largest a; its k-th root with gradient accumulation over k batches.
+        logits_fn: from the model's output to logits [B, C], for models that return a tuple or something else.
 
     Attributes:
         step: calls in train mode so far.
@@ -63,8 +64,14 @@ class MeanTeacher(Method):
         unlabeled_weight: float = 50.0,
         unlabeled_ramp_steps: int = 0,
         ema_decay: float = 0.99,
+        logits_fn: LogitsFunction | None = None,
     ) -> None:
-        super().__init__(model, unlabeled_weight=unlabeled_weight, unlabeled_ramp_steps=unlabeled_ramp_steps)
+        super().__init__(
+            model,
+            unlabeled_weight=unlabeled_weight,
+            unlabeled_ramp_steps=unlabeled_ramp_steps,
+            logits_fn=logits_fn,
+        )
         check_number("ema_decay", ema_decay, least=0.0, most=1.0)
         self.ema_decay = ema_decay
         self.teacher = copy.deepcopy(model).requires_grad_(False)
@@ -86,8 +93,8 @@ class MeanTeacher(Method):
         check_batch(batch)
         if self.training:
             self._update_teacher()
-        target = without_graph(self.teacher, batch.weak).softmax(1)
-        labeled, strong = joint_logits(self.model, batch.x, batch.strong)
+        target = self._without_graph(batch.weak, self.teacher).softmax(1)
+        labeled, strong = self._joint_logits(batch.x, batch.strong)
         unsupervised = (strong.softmax(1) - target).square().mean()
         pair = ViewPair(batch.weak, batch.strong, target, target.new_full((len(target),), self.ramp()))
         return self._finish(F.cross_entropy(labeled, batch.y), unsupervised, pair)

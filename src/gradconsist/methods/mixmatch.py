@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gradconsist.batch import leaves, rebuilt, take
 from gradconsist.errors import InputTypeError, StateError
-from gradconsist.methods.base import Method, check_batch, joint_logits, sharpen, without_graph
+from gradconsist.methods.base import LogitsFunction, Method, check_batch, sharpen
 from gradconsist.types import Inputs, SSLBatch, StepOutput, ViewPair
 from gradconsist.validation import check_choice, check_number
 
@@ -38,12 +39,13 @@ class MixMatch(Method):
     so that close views had cosine -1 and the term drove them apart. L_u has q in any case.
 
     Args:
-        model: any module from inputs to logits [B, C]; inputs are floating point, to be mixed.
+        model: any module from inputs to logits [B, C]; inputs hold one tensor, floating point, to be mixed.
         unlabeled_weight: mu after its ramp; 100 on CIFAR-10, 150 on CIFAR-100 in later comparisons.
         unlabeled_ramp_steps: steps in train mode over which mu grows linearly from 0; 0 is none.
         temperature: of the sharpening.
         alpha: of the Beta distribution; 0 mixes nothing. The paper has 0.75, USB 0.5.
         joint: see above.
+        logits_fn: from the model's output to logits [B, C], for models that return a tuple or something else.
 
     Attributes:
         step: calls in train mode so far; part of ``state_dict()``, with the state of the generator that draws l and the
@@ -64,8 +66,14 @@ class MixMatch(Method):
         temperature: float = 0.5,
         alpha: float = 0.75,
         joint: bool = False,
+        logits_fn: LogitsFunction | None = None,
     ) -> None:
-        super().__init__(model, unlabeled_weight=unlabeled_weight, unlabeled_ramp_steps=unlabeled_ramp_steps)
+        super().__init__(
+            model,
+            unlabeled_weight=unlabeled_weight,
+            unlabeled_ramp_steps=unlabeled_ramp_steps,
+            logits_fn=logits_fn,
+        )
         check_number("temperature", temperature, least=1e-3)
         check_number("alpha", alpha, least=0.0)
         check_choice("joint", joint, (True, False))
@@ -90,15 +98,16 @@ class MixMatch(Method):
             InputShapeError: its parts differ in length where they must not, or are empty.
         """
         check_batch(batch)
-        x, weak, strong = (self._mixable(part) for part in (batch.x, batch.weak, batch.strong))
-        views = weak, strong
+        x, *tensors = (self._mixable(part) for part in (batch.x, batch.weak, batch.strong))
+        views = batch.weak, batch.strong
         with unrecorded(self.model):
-            one, two = (without_graph(self.model, view).softmax(1) for view in views)
+            one, two = (self._without_graph(view).softmax(1) for view in views)
         guess = sharpen((one + two) / 2, self.temperature)
         onehot = F.one_hot(batch.y, guess.shape[1]).to(guess.dtype)
         n = len(x)
-        inputs, targets = self._mixed(torch.cat([x, *views]), torch.cat([onehot, guess, guess]))
-        logits = joint_logits(self.model, inputs)[0] if self.joint else self._interleaved(inputs, n)
+        mixed, targets = self._mixed(torch.cat([x, *tensors]), torch.cat([onehot, guess, guess]))
+        inputs = rebuilt(batch.x, [mixed])
+        logits = self._joint_logits(inputs)[0] if self.joint else self._interleaved(inputs, n)
         supervised = F.cross_entropy(logits[:n], targets[:n])
         unsupervised = (logits[n:].softmax(1) - targets[n:]).square().mean()
         target = guess if self.temperature < 1 else guess.argmax(1)
@@ -107,11 +116,14 @@ class MixMatch(Method):
 
     @staticmethod
     def _mixable(inputs: Inputs) -> Tensor:
-        if not isinstance(inputs, Tensor):
-            raise InputTypeError(f"`batch` holds a {type(inputs).__name__} of inputs: MixUp mixes one tensor of each.")
-        if not inputs.is_floating_point():
+        tensors = leaves(inputs)
+        if len(tensors) != 1:
+            raise InputTypeError(
+                f"`batch` holds a {type(inputs).__name__} of {len(tensors)} tensors: MixUp mixes one tensor of each."
+            )
+        if not tensors[0].is_floating_point():
             raise InputTypeError("`batch` holds inputs that are not floating point: MixUp cannot mix them.")
-        return inputs
+        return tensors[0]
 
     def _mixed(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """W' of W."""
@@ -133,13 +145,14 @@ class MixMatch(Method):
 
         return mix(inputs), mix(targets)
 
-    def _interleaved(self, inputs: Tensor, n: int) -> Tensor:
+    def _interleaved(self, inputs: Inputs, n: int) -> Tensor:
         """Logits of all rows by three forwards of every third row of each source."""
-        sources = torch.arange(len(inputs), device=inputs.device).split([n, *[(len(inputs) - n) // 2] * 2])
+        (mixed,) = leaves(inputs)
+        sources = torch.arange(len(mixed), device=mixed.device).split([n, *[(len(mixed) - n) // 2] * 2])
         parts = [part for k in range(3) if len(part := torch.cat([source[k::3] for source in sources]))]
-        logits = joint_logits(self.model, inputs[parts[0]])
+        logits = self._joint_logits(take(inputs, parts[0]))
         with unrecorded(self.model):
-            logits += [joint_logits(self.model, inputs[part])[0] for part in parts[1:]]
+            logits += [self._joint_logits(take(inputs, part))[0] for part in parts[1:]]
         return torch.cat(logits)[torch.cat(parts).argsort()]
 
     def get_extra_state(self) -> dict[str, Any]:

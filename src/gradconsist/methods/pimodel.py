@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import nn
 
-from gradconsist.methods.base import Method, check_batch, joint_logits
+from gradconsist.methods.base import LogitsFunction, Method, check_batch
 from gradconsist.schedules import sigmoid_ramp
 from gradconsist.types import SSLBatch, StepOutput, ViewPair
 from gradconsist.validation import check_choice
@@ -33,6 +33,7 @@ class PiModel(Method):
         unlabeled_ramp_steps: steps in train mode of the ramp; 0 is none. TorchSSL takes 40 % of the run.
         joint: True forwards labeled, weak and strong inputs as one batch; False labeled and weak inputs in one forward
             and the strong ones in another, with BatchNorm statistics of their own, as the paper's two passes have.
+        logits_fn: from the model's output to logits [B, C], for models that return a tuple or something else.
 
     Attributes:
         step: calls in train mode so far; part of ``state_dict()``.
@@ -52,8 +53,14 @@ class PiModel(Method):
         unlabeled_weight: float = 10.0,
         unlabeled_ramp_steps: int = 0,
         joint: bool = True,
+        logits_fn: LogitsFunction | None = None,
     ) -> None:
-        super().__init__(model, unlabeled_weight=unlabeled_weight, unlabeled_ramp_steps=unlabeled_ramp_steps)
+        super().__init__(
+            model,
+            unlabeled_weight=unlabeled_weight,
+            unlabeled_ramp_steps=unlabeled_ramp_steps,
+            logits_fn=logits_fn,
+        )
         check_choice("joint", joint, (True, False))
         self.joint = joint
 
@@ -73,10 +80,10 @@ class PiModel(Method):
         """
         check_batch(batch)
         if self.joint:
-            labeled, *views = joint_logits(self.model, batch.x, batch.weak, batch.strong)
+            labeled, *views = self._joint_logits(batch.x, batch.weak, batch.strong)
         else:
-            labeled, first = joint_logits(self.model, batch.x, batch.weak)
-            views = [first, *joint_logits(self.model, batch.strong)]
+            labeled, first = self._joint_logits(batch.x, batch.weak)
+            views = [first, *self._joint_logits(batch.strong)]
         one, two = (view.softmax(1) for view in views)
         target = (one + two).detach().argmax(1)
         pair = ViewPair(batch.weak, batch.strong, target, one.new_full((len(one),), self.ramp()))

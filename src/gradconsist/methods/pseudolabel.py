@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import nn
 
-from gradconsist.methods.base import Method, check_batch, joint_logits
+from gradconsist.methods.base import LogitsFunction, Method, check_batch
 from gradconsist.types import SSLBatch, StepOutput, ViewPair
 from gradconsist.validation import check_number
 
@@ -27,6 +27,7 @@ class PseudoLabel(Method):
         unlabeled_weight: mu.
         unlabeled_ramp_steps: steps in train mode over which mu grows linearly from 0; 0 is none. TorchSSL takes 40 % of
             the run.
+        logits_fn: from the model's output to logits [B, C], for models that return a tuple or something else.
 
     Attributes:
         step: calls in train mode so far; part of ``state_dict()``.
@@ -44,8 +45,14 @@ class PseudoLabel(Method):
         threshold: float = 0.95,
         unlabeled_weight: float = 1.0,
         unlabeled_ramp_steps: int = 0,
+        logits_fn: LogitsFunction | None = None,
     ) -> None:
-        super().__init__(model, unlabeled_weight=unlabeled_weight, unlabeled_ramp_steps=unlabeled_ramp_steps)
+        super().__init__(
+            model,
+            unlabeled_weight=unlabeled_weight,
+            unlabeled_ramp_steps=unlabeled_ramp_steps,
+            logits_fn=logits_fn,
+        )
         check_number("threshold", threshold, least=0.0, most=1.0)
         self.threshold = threshold
 
@@ -64,7 +71,7 @@ class PseudoLabel(Method):
             InputShapeError: its parts differ in length where they must not, or are empty.
         """
         check_batch(batch)
-        labeled, weak = joint_logits(self.model, batch.x, batch.weak)
+        labeled, weak = self._joint_logits(batch.x, batch.weak)
         confidence, target = weak.detach().softmax(1).max(1)
         mask = (confidence >= self.threshold).to(weak.dtype)
         supervised = F.cross_entropy(labeled, batch.y)

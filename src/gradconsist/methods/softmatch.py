@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradconsist.methods.base import Method, check_batch, check_classes, view_logits
+from gradconsist.methods.base import LogitsFunction, Method, check_batch, check_classes
 from gradconsist.methods.processes import gather
 from gradconsist.types import SSLBatch, StepOutput, ViewPair
 from gradconsist.validation import check_choice, check_count, check_number
@@ -35,6 +35,7 @@ class SoftMatch(Method):
         width: n of the paper; a confidence one standard deviation below the mean has w = exp(-width^2 / 2).
         align: whether p' is aligned; False takes p itself.
         joint: one forward of labeled, weak and strong inputs, as in `FixMatch`.
+        logits_fn: from the model's output to logits [B, C], for models that return a tuple or something else.
 
     Attributes:
         step: calls in train mode so far.
@@ -63,8 +64,14 @@ class SoftMatch(Method):
         width: float = 2.0,
         align: bool = True,
         joint: bool = True,
+        logits_fn: LogitsFunction | None = None,
     ) -> None:
-        super().__init__(model, unlabeled_weight=unlabeled_weight, unlabeled_ramp_steps=unlabeled_ramp_steps)
+        super().__init__(
+            model,
+            unlabeled_weight=unlabeled_weight,
+            unlabeled_ramp_steps=unlabeled_ramp_steps,
+            logits_fn=logits_fn,
+        )
         check_count("classes", classes)
         check_number("ema_decay", ema_decay, least=0.0, most=1.0)
         check_number("width", width, least=0.0)
@@ -95,7 +102,7 @@ class SoftMatch(Method):
             ConfigError: the model has not `classes` classes.
         """
         check_batch(batch)
-        labeled, weak, strong = view_logits(self.model, batch, joint=self.joint)
+        labeled, weak, strong = self._view_logits(batch, joint=self.joint)
         check_classes(weak, self.classes)
         probability = weak.softmax(1)
         target = probability.argmax(1)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradconsist.methods.base import Method, check_batch, check_classes, check_index, joint_logits
+from gradconsist.methods.base import LogitsFunction, Method, check_batch, check_classes, check_index
 from gradconsist.methods.processes import gather
 from gradconsist.schedules import sigmoid_ramp
 from gradconsist.types import SSLBatch, StepOutput, ViewPair
@@ -41,6 +41,7 @@ class TemporalEnsembling(Method):
             the caller knows.
         unlabeled_ramp_steps: steps in train mode of the ramp; 0 is none.
         ema_decay: a.
+        logits_fn: from the model's output to logits [B, C], for models that return a tuple or something else.
 
     Attributes:
         step: calls in train mode so far.
@@ -66,8 +67,14 @@ class TemporalEnsembling(Method):
         unlabeled_weight: float = 30.0,
         unlabeled_ramp_steps: int = 0,
         ema_decay: float = 0.6,
+        logits_fn: LogitsFunction | None = None,
     ) -> None:
-        super().__init__(model, unlabeled_weight=unlabeled_weight, unlabeled_ramp_steps=unlabeled_ramp_steps)
+        super().__init__(
+            model,
+            unlabeled_weight=unlabeled_weight,
+            unlabeled_ramp_steps=unlabeled_ramp_steps,
+            logits_fn=logits_fn,
+        )
         check_count("samples", samples)
         check_count("classes", classes)
         check_number("ema_decay", ema_decay, least=0.0, most=0.9999)
@@ -96,7 +103,7 @@ class TemporalEnsembling(Method):
         """
         check_batch(batch)
         index = check_index(batch, self.samples)
-        labeled, weak = joint_logits(self.model, batch.x, batch.weak)
+        labeled, weak = self._joint_logits(batch.x, batch.weak)
         check_classes(weak, self.classes)
         z = weak.softmax(1)
         visits = self.visits[index]

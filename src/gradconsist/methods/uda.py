@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradconsist.errors import ConfigError
-from gradconsist.methods.base import Method, check_batch, view_logits
+from gradconsist.methods.base import LogitsFunction, Method, check_batch
 from gradconsist.methods.processes import total, world
 from gradconsist.types import SSLBatch, StepOutput, ViewPair
 from gradconsist.validation import check_choice, check_count, check_number
@@ -41,6 +41,7 @@ class UDA(Method):
         annealing: TSA's schedule; None for none.
         annealing_steps: T; with `annealing` only.
         joint: one forward of labeled, weak and strong inputs, as in `FixMatch`.
+        logits_fn: from the model's output to logits [B, C], for models that return a tuple or something else.
 
     Attributes:
         step: calls in train mode so far; part of ``state_dict()``.
@@ -62,8 +63,14 @@ class UDA(Method):
         annealing: Annealing | None = None,
         annealing_steps: int = 0,
         joint: bool = True,
+        logits_fn: LogitsFunction | None = None,
     ) -> None:
-        super().__init__(model, unlabeled_weight=unlabeled_weight, unlabeled_ramp_steps=unlabeled_ramp_steps)
+        super().__init__(
+            model,
+            unlabeled_weight=unlabeled_weight,
+            unlabeled_ramp_steps=unlabeled_ramp_steps,
+            logits_fn=logits_fn,
+        )
         check_number("threshold", threshold, least=0.0, most=1.0)
         check_number("temperature", temperature, least=1e-3)
         check_choice("annealing", annealing, (None, "linear", "log", "exp"))
@@ -94,7 +101,7 @@ class UDA(Method):
             InputShapeError: its parts differ in length where they must not, or are empty.
         """
         check_batch(batch)
-        labeled, weak, strong = view_logits(self.model, batch, joint=self.joint)
+        labeled, weak, strong = self._view_logits(batch, joint=self.joint)
         mask = (weak.softmax(1).amax(1) >= self.threshold).to(strong.dtype)
         target = (weak / self.temperature).softmax(1)
         supervised, kept = self._supervised(labeled, batch.y)

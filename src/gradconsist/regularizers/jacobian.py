@@ -103,7 +103,8 @@ class JacobianPenalty:
         """L_J of a batch.
 
         Args:
-            inputs: a tensor, or a dict, tuple or list of tensors, batch first; at least one of a floating type.
+            inputs: a tensor, or a dict, tuple or list of tensors and constants, batch first; at least one tensor of a
+                floating type.
             weight: [B], non-negative, real or boolean; None is 1. The mean runs over all B.
             generator: source of the projections; None is the penalty's own.
 
@@ -181,7 +182,7 @@ class JacobianPenalty:
                 " on the way cuts the graph (`.detach()`, `.sign()`, rounding, `no_grad`), or all is frozen. There is"
                 " nothing to penalise."
             )
-        fact = Probed.fact("derivative of the Jacobian", self.model)
+        fact = Probed.fact("derivative of the Jacobian", self.model, pairs.weak)
         if fact not in self._probed.passed:
             check_second_derivative(loss, list(trainable_parameters(self.model).values()), fused=False)
             self._probed.passed.add(fact)

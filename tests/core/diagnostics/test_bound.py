@@ -52,6 +52,24 @@ def test_both_sides_by_hand(segments: int) -> None:
     assert report.left_out == 0
 
 
+def test_entries_are_paired_by_key_and_constants_passed_on() -> None:
+    class Named(nn.Module):
+        def __init__(self, layers: nn.Module) -> None:
+            super().__init__()
+            self.layers = layers
+
+        def forward(self, x: Tensor, scale: Tensor, dtype: torch.dtype, mask: None) -> Tensor:
+            assert mask is None
+            return self.layers((x * scale).to(dtype))
+
+    model, weak, strong, y = problem()
+    ones = torch.ones_like(weak)
+    constants = {"dtype": torch.float32, "mask": None}  # the dtype follows the model into float64
+    named = {"x": weak, "scale": ones, **constants}, {"mask": None, "scale": ones, "dtype": torch.float32, "x": strong}
+    expected, found = consistency_bound(model, weak, strong, y), consistency_bound(Named(model), *named, y)
+    assert (found.left, found.right, found.sigma) == (expected.left, expected.right, expected.sigma)
+
+
 def test_finer_segments_find_no_smaller_constant() -> None:
     model, weak, strong, y = problem(noise=2.0)
     coarse, fine = (consistency_bound(model, weak, strong, y, segments=n) for n in (1, 6))

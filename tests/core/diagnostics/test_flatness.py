@@ -162,6 +162,19 @@ def test_a_subset_of_the_parameters() -> None:
     assert abs(report.value - float(torch.linalg.eigvalsh(hessian)[-1])) <= 1e-8
 
 
+def test_constants_are_passed_on() -> None:
+    class Switched(nn.Module):
+        def __init__(self, layers: nn.Module) -> None:
+            super().__init__()
+            self.layers = layers
+
+        def forward(self, x: Tensor, mask: None, on: bool) -> Tensor:
+            return self.layers(x if on and mask is None else 0 * x)
+
+    model, x, y = mlp()
+    assert sharpness(Switched(model), (x, None, True), y) == sharpness(model, x, y)
+
+
 def test_float32_reaches_its_tolerance() -> None:
     model, x, y = mlp()
     exact = top_eigenvalue(model, x, y, tolerance=1e-8).value

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
+from collections import UserDict
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +16,15 @@ from torch import nn
 
 import gradconsist.methods
 from gradconsist import GGCRWrapper, GradientConsistencyLoss, SSLBatch, StepOutput
-from gradconsist.errors import InputShapeError, InputTypeError, InputValueError, LossContractError, StateError
+from gradconsist.default_loss import cross_entropy
+from gradconsist.errors import (
+    ConfigError,
+    InputShapeError,
+    InputTypeError,
+    InputValueError,
+    LossContractError,
+    StateError,
+)
 from gradconsist.methods import FixMatch, MeanTeacher, PseudoLabel
 from support import methods as m
 from support import training
@@ -26,10 +37,12 @@ RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 PRIVATE = {"meanteacher": {"teacher"}}
 
 
-def build(name: str, *, dropout: float = 0.0) -> Any:
+def build(
+    name: str, *, dropout: float = 0.0, around: Callable[[nn.Module], nn.Module] = lambda network: network
+) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)  # MixMatch takes its seed from here
-        return m.METHODS[name](m.network(dropout=dropout)).train()
+        return m.METHODS[name](around(m.network(dropout=dropout))).train()
 
 
 def run(step: Any, batches: list[SSLBatch], optimizer: torch.optim.Optimizer) -> list[str]:
@@ -193,66 +206,105 @@ def test_bad_batches(name: str) -> None:
 
 
 class Named(nn.Module):
-    """The network behind named inputs, with an output that has logits, as language models have."""
+    """The network behind named inputs, constants among them; with an output that has logits, or with a tuple."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
-    def forward(self, pixels: torch.Tensor, on: torch.Tensor) -> SimpleNamespace:
-        assert on.dtype == torch.bool
-        return SimpleNamespace(logits=self.network(pixels * on))
+    def forward(self, pixels: torch.Tensor, on: torch.Tensor | None, mode: str, return_dict: bool) -> Any:
+        assert mode == "plain"
+        if on is not None:
+            assert on.dtype == torch.bool
+            pixels = pixels * on
+        logits = self.network(pixels)
+        return SimpleNamespace(logits=logits) if return_dict else ("hidden", logits)
 
 
-def named(x: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {"pixels": x, "on": torch.ones_like(x, dtype=torch.bool)}
+def named(x: torch.Tensor, **constants: Any) -> dict[str, Any]:
+    on = torch.ones_like(x, dtype=torch.bool)
+    return {"pixels": x, "mode": "plain", "on": on, "return_dict": True, **constants}
 
 
-@pytest.mark.parametrize("kind", ["mapping", "sequence"])
-@pytest.mark.parametrize("name", sorted({*NAMES} - {"mixmatch"}))
-def test_inputs_of_several_tensors(name: str, kind: str) -> None:
-    """The same numbers, the same bits, whether a model takes one tensor or several; with the term on top."""
-    plain, other = build(name), build(name)
-    other.model = Named(other.model)
-    if name == "meanteacher":
-        other.teacher = Named(other.teacher)
+# A mapping may be one of transformers' BatchEncoding, which is a UserDict.
+KINDS = {"mapping": dict, "userdict": UserDict, "sequence": lambda given: [given[k] for k in ORDER], "tuple": UserDict}
+ORDER = ("pixels", "on", "mode", "return_dict")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_inputs_of_several_members(name: str, kind: str) -> None:
+    """The same numbers, the same bits, whether a model takes one tensor or several, with constants; the term on top."""
+    constants: dict[str, Any] = {"return_dict": kind != "tuple"}
+    if name == "mixmatch":
+        constants["on"] = None  # it mixes one tensor
     results = []
-    for method in (plain, other):
-        gc = GradientConsistencyLoss(method.model)
+    for method in (build(name), build(name, around=Named)):
+        batches, loss_fn = DATA[:3], None
+        if isinstance(method.model, Named):
+            batches = [
+                batch._replace(
+                    **{k: KINDS[kind](named(getattr(batch, k), **constants)) for k in ("x", "weak", "strong")}
+                )
+                for batch in batches
+            ]
+            if kind == "tuple":
+                method.logits_fn = lambda output: output[1]
+                loss_fn = lambda output, target: cross_entropy(output[1], target)  # noqa: E731
+        gc = GradientConsistencyLoss(method.model, loss_fn=loss_fn)
         wrapper = GGCRWrapper(method, gc, weight=0.5, warmup_steps=1)
-        batches = DATA[:3]
-        if method is other:
-            batches = [
-                batch._replace(**{key: named(getattr(batch, key)) for key in ("x", "weak", "strong")})
-                for batch in batches
-            ]
-        if method is other and kind == "sequence":
-            batches = [
-                batch._replace(**{key: list(getattr(batch, key).values()) for key in ("x", "weak", "strong")})
-                for batch in batches
-            ]
         results.append(run(wrapper, batches, sgd(method.model)))
         assert gc.last.compared.any()
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("name", sorted({*NAMES} - {"mixmatch"}))
-def test_bad_inputs_of_several_tensors(name: str) -> None:
-    method, batch = build(name), DATA[0]
-    method.model = Named(method.model)
+@pytest.mark.parametrize("name", NAMES)
+def test_bad_inputs_of_several_members(name: str) -> None:
+    method, batch = build(name, around=Named), DATA[0]
     good = batch._replace(x=named(batch.x), weak=named(batch.weak), strong=named(batch.strong))
     pixels = good.weak["pixels"]
     for change, error, match in (
         ({"weak": batch.weak}, InputTypeError, "`batch.x` and `batch.weak` are built differently"),
         ({"strong": {"pixels": pixels}}, InputTypeError, "`batch.x` and `batch.strong` are built differently"),
-        ({"weak": {"on": None, "pixels": pixels}}, InputTypeError, r"`batch.weak\['on'\]` is a NoneType"),
+        (
+            {"weak": named(pixels, on=None)},
+            InputTypeError,
+            r"`batch.x\['on'\]` is a tensor and .*weak\['on'\]` is None",
+        ),
+        ({"strong": named(pixels, mode="x")}, InputValueError, r"`batch.strong\['mode'\]` is 'x': .*the same in both"),
+        ({"weak": named(pixels, on=pixels.numpy())}, InputTypeError, r"`batch.weak\['on'\]` is a ndarray"),
+        ({"x": {"text": ["a"] * 4}}, InputTypeError, r"`batch.x\['text'\]` is a list, not a tensor: tokenize"),
+        ({"x": ["a"] * 4}, InputTypeError, "`batch.x` holds no tensor: tokenize texts first"),
         ({"x": {}}, InputShapeError, "`batch.x` is empty"),
-        ({"x": "text"}, InputTypeError, r"`batch.x\[0\]` is a str|`batch.x` is a str"),
+        ({"x": "text"}, InputTypeError, "`batch.x` is a str, not a tensor: tokenize texts first"),
         ({"x": good.x | {"on": good.x["on"][:1]}}, InputShapeError, "`batch.x` mixes batch sizes"),
     ):
         with pytest.raises(error, match=match):
             method(good._replace(**change))
     assert method.step == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_fn(name: str) -> None:
+    kind, options = type(build(name)), {"samples": m.SAMPLES, "classes": m.CLASSES}
+    options = {key: value for key, value in options.items() if key in inspect.signature(kind).parameters}
+    for bad in (3, "logits", nn.Flatten(), dict):
+        with pytest.raises(ConfigError, match=r"`logits_fn` is .*: pass a function .* or None \(layers belong in the"):
+            kind(m.network(), logits_fn=bad, **options)
+    batch = SSLBatch(*(named(x, on=None, return_dict=False) if i in (0, 2, 3) else x for i, x in enumerate(DATA[0])))
+    for function, match in (
+        (None, r"returned a tuple \(str, tensor \[\d+, 3\]\) for \d+ inputs.*pass `logits_fn=`"),
+        (
+            lambda output: output[0],
+            r"`logits_fn` returned a str for \d+ inputs, from a tuple \(str, ten.*return logits",
+        ),
+        (lambda output: output[1][:2], r"`logits_fn` returned a tensor \[2, 3\] for \d+ inputs"),
+        (lambda output: output[1].sum(1), r"`logits_fn` returned a tensor \[\d+\] for \d+ inputs"),
+        (lambda output: output[1].argmax(1, keepdim=True), r"`logits_fn` returned .*return logits \[B, C\], floating"),
+    ):
+        method = kind(Named(m.network()), logits_fn=function, **options)
+        with pytest.raises(LossContractError, match=match):
+            method(batch)
 
 
 def test_a_list_of_samples_is_told_what_a_sequence_is() -> None:
@@ -267,7 +319,9 @@ def test_a_list_of_samples_is_told_what_a_sequence_is() -> None:
 def test_a_model_without_logits_for_each_input_is_refused(model: nn.Module) -> None:
     method, batch = build("fixmatch"), DATA[0]
     method.model = model
-    with pytest.raises(LossContractError, match=r"logits of shape .* for 22 inputs: a method needs logits \[B, C\]"):
+    with pytest.raises(
+        LossContractError, match=r"returned a tensor .* for 22 inputs, and a method needs logits \[B, C\]"
+    ):
         method(batch)
 
 

@@ -166,8 +166,9 @@ def test_integer_inputs_are_refused() -> None:
 
 
 def test_inputs_of_several_tensors_are_refused() -> None:
-    batch = DATA[0]._replace(x={"a": DATA[0].x}, weak={"a": DATA[0].weak}, strong={"a": DATA[0].strong})
-    with pytest.raises(InputTypeError, match="holds a dict of inputs: MixUp mixes one tensor"):
+    x, weak, strong = ({"a": part, "b": part} for part in (DATA[0].x, DATA[0].weak, DATA[0].strong))
+    batch = DATA[0]._replace(x=x, weak=weak, strong=strong)
+    with pytest.raises(InputTypeError, match="holds a dict of 2 tensors: MixUp mixes one tensor"):
         MixMatch(m.network())(batch)
 
 

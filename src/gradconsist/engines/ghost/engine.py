@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from gradconsist.batch import leaves, rebuilt
+from gradconsist.batch import constants, leaves, rebuilt
 from gradconsist.engines.base import Problem
 from gradconsist.engines.ghost.gram import pair_gram
 from gradconsist.engines.ghost.layers import culprit
@@ -41,7 +41,7 @@ class _Known:
 
     Attributes:
         looped: modules that run sample by sample, by path, with the reason.
-        kept: bytes that the graph of one pair keeps, by shapes.
+        kept: bytes that the graph of one pair keeps, by shapes and constants.
     """
 
     looped: dict[str, str] = field(default_factory=dict)
@@ -188,6 +188,7 @@ class GhostEngine:
             problem.graph_weak,
             problem.graph_strong,
             sketched,
+            constants(problem.weak),
             *((tensor.shape[1:], tensor.dtype) for tensor in tensors),
         )
         kept = self._known(problem).kept
