@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gradconsist.engines.base import Engine, Problem
 from gradconsist.errors import NonFiniteError
 from gradconsist.forward import PerSampleForward
-from gradconsist.fused import GradientBuffer, with_gradient
+from gradconsist.fused import GradientBuffer, zero
 from gradconsist.graph import check_second_derivative
 from gradconsist.normalization import (
     BatchNormCalls,
@@ -32,6 +32,7 @@ from gradconsist.projection import Projector
 from gradconsist.recall import Recalled, recall_bytes, take_statistics
 from gradconsist.scope import autocast_region, our_rules
 from gradconsist.similarity import Criterion, GradProducts, cosine, degenerate_pairs
+from gradconsist.sparse import aliases, sparse_parameters
 from gradconsist.subset import Subset, select
 from gradconsist.through import StatisticsPath, check_can_follow
 from gradconsist.types import ConsistencyRecord, LossFunction
@@ -140,8 +141,8 @@ class _Run:
         self.scale = _FLOAT16_LOSS_SCALE if half and own else 1.0
         self.drop_non_finite = half
         self.batchnorm = BatchNormCalls(options.batchnorm, options.statistics)
-        with torch.enable_grad():  # see GradientBuffer
-            self.aliases = {name: parameter.view_as(parameter) for name, parameter in options.trainable.items()}
+        self.sparse = sparse_parameters(options.model) - options.probed.dense
+        self.aliases = aliases(options.trainable, self.sparse)  # see GradientBuffer
         self.forward = PerSampleForward(
             options.model,
             options.loss_fn,
@@ -183,6 +184,7 @@ class _Run:
 
     def _loss(self) -> Tensor:
         probe_model(self.forward, self.pairs, self.selection.index, self.options.probed, self.options.compared)
+        self.sparse -= self.options.probed.dense  # in place: the aliases look at it
         problem = Problem(
             losses=self.forward.losses,
             parameters={name: self.aliases[name] for name in self.options.compared},
@@ -232,7 +234,7 @@ class _Run:
             return self._connected(total)
         if path:
             path.add_to(buffer)
-        return buffer.attach(list(options.trainable.values()))
+        return buffer.attach(options.trainable, self.sparse)
 
     def _path(self) -> StatisticsPath | None:
         """The way of the joint statistics, where L_g is differentiated through them."""
@@ -240,7 +242,8 @@ class _Run:
         if not options.through_statistics or self.batchnorm.recorded is None or not torch.is_grad_enabled():
             return None
         check_can_follow(given=options.statistics is not None, half=self.drop_non_finite)
-        return StatisticsPath(self.forward, self.pairs.weak, self.pairs.strong, options.trainable)
+        stand_ins = partial(aliases, options.trainable, self.sparse)
+        return StatisticsPath(self.forward, self.pairs.weak, self.pairs.strong, stand_ins)
 
     def _attempt(self, problem: Problem, index: Tensor, weight: Tensor, buffer: GradientBuffer | None) -> Tensor:
         """One chunk's terms; where torch refuses the engine and another one takes the chunk, everything starts anew."""
@@ -340,9 +343,7 @@ class _Run:
         """`total`, with a graph in any case: distributed reducers wait for every parameter, compared pairs or not."""
         if total.requires_grad or not torch.is_grad_enabled():
             return total
-        parameters = list(self.options.trainable.values())
-        zeros = [torch.zeros_like(parameter) for parameter in parameters]
-        return total + with_gradient(None, zeros, parameters).to(total.dtype)
+        return total + zero(self.options.trainable, self.sparse).to(total.dtype)
 
 
 class _EngineChangedError(Exception):

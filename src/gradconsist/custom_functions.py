@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from gradconsist.errors import UnsupportedModuleError
-from gradconsist.graph import cut_node, nodes
+from gradconsist.graph import cut_node, name_of, nodes
 from gradconsist.randomness import preserved_randomness
 
 _STEPS = (1e-5, 1e-6, 1e-7)  # of the inputs' own size; the smallest error counts, since a kink may lie on some
@@ -71,8 +71,8 @@ def custom_functions(loss: Tensor) -> tuple[list[type[Function]], list[str]]:
         function = getattr(type(node), "_forward_cls", None)
         if function is not None and not function.__module__.startswith("gradconsist."):
             found[function] = None
-        elif "CppNode<" in node.name():
-            foreign[node.name().partition("CppNode<")[2].rstrip(">").rpartition("::")[2]] = None
+        elif "CppNode<" in name_of(node):
+            foreign[name_of(node).partition("CppNode<")[2].rstrip(">").rpartition("::")[2]] = None
     return list(found), list(foreign)
 
 

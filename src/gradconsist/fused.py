@@ -6,13 +6,14 @@ number of pairs. Weights enter before the sum over samples: applied to the summe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradconsist.errors import GradModeError
+from gradconsist.sparse import in_its_form
 
 
 class GradientBuffer:
@@ -73,17 +74,26 @@ class GradientBuffer:
                 break
         return [None if part is None else part / factor for part in parts]
 
-    def attach(self, parameters: Sequence[Tensor]) -> Tensor:
+    def attach(self, parameters: Mapping[str, Tensor], sparse: Container[str] = ()) -> Tensor:
         """The value as a tensor whose backward hands the buffered gradient, scaled, to the parameters.
 
         Args:
-            parameters: the parameters, in the order of the aliases. One that no chunk depends on gets no gradient,
-                as in an ordinary backward.
+            parameters: the parameters by name, in the order of the aliases. One that no chunk depends on gets no
+                gradient, as in an ordinary backward.
+            sparse: names of those whose gradient is handed over in sparse form.
 
         Returns:
             Scalar tensor that requires grad.
         """
-        return with_gradient(self._value, self._gradients[: self._own], parameters)
+        found = zip(parameters, self._gradients[: self._own], strict=True)
+        gradients = [None if part is None else in_its_form(part, name in sparse) for name, part in found]
+        return with_gradient(self._value, gradients, list(parameters.values()))
+
+
+def zero(parameters: Mapping[str, Tensor], sparse: Container[str] = ()) -> Tensor:
+    """0 as a scalar with a derivative of 0 for each of the parameters."""
+    zeros = [in_its_form(torch.zeros_like(parameter), name in sparse) for name, parameter in parameters.items()]
+    return with_gradient(None, zeros, list(parameters.values()))
 
 
 def with_gradient(value: Tensor | None, gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:

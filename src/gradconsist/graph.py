@@ -22,9 +22,19 @@ _WRONG_UNDER_VMAP = {
 _CUTS = ("torch::autograd::Error", "Error", "DelayedError", "NotImplemented")
 
 
+def name_of(node: Any) -> str:
+    """What a node computes. By its class: a custom Function may set an attribute ``name`` of its own."""
+    return str(type(node).name(node))
+
+
+def leaf_of(node: Any) -> Tensor | None:
+    """The tensor that waits for a gradient at this node, if it is such a node."""
+    return node.variable if name_of(node) == "torch::autograd::AccumulateGrad" else None
+
+
 def cut_node(*tensors: Tensor) -> bool:
     """Whether the graph of `tensors` has a node that only raises."""
-    return any(node.name() in _CUTS for node in nodes(*tensors))
+    return any(name_of(node) in _CUTS for node in nodes(*tensors))
 
 
 def nodes(*tensors: Tensor, behind: Sequence[Tensor] = ()) -> Iterator[Any]:
@@ -42,7 +52,17 @@ def nodes(*tensors: Tensor, behind: Sequence[Tensor] = ()) -> Iterator[Any]:
 
 def leaves_of(*tensors: Tensor) -> set[int]:
     """Identities of the tensors that a backward of `tensors` would reach and give a gradient."""
-    return {id(node.variable) for node in nodes(*tensors) if hasattr(node, "variable")}
+    return {id(leaf) for node in nodes(*tensors) if (leaf := leaf_of(node)) is not None}
+
+
+def used_otherwise(loss: Tensor, tensors: Mapping[str, Tensor], kind: str) -> set[str]:
+    """Names of the leaves in `tensors` that another operation than `kind`, the name of its node, uses in the graph."""
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    found = set()
+    for node in nodes(loss) if tensors else ():
+        leaves = [leaf_of(parent) for parent, _ in node.next_functions if parent is not None]
+        found |= {names[id(leaf)] for leaf in leaves if id(leaf) in names and name_of(node) != kind}
+    return found
 
 
 def check_first_derivative(loss: Tensor, own: Mapping[str, Tensor]) -> None:
@@ -62,13 +82,13 @@ def check_first_derivative(loss: Tensor, own: Mapping[str, Tensor]) -> None:
     """
     names = {id(parameter): name for name, parameter in own.items()}
     for node in nodes(loss):
-        name = names.get(id(getattr(node, "variable", None)))
+        name = names.get(id(leaf_of(node)))
         if name is not None:
             raise UnsupportedModuleError(
                 f"parameter {name!r} is also used through a reference outside its module (a list, a closure, an alias),"
                 " where it cannot be followed: use it as an attribute of its module, in the forward or in `loss_fn`."
             )
-    names_of_nodes = {node.name() for node in nodes(loss)}
+    names_of_nodes = {name_of(node) for node in nodes(loss)}
     if "WeightNormInterfaceBackward0" in names_of_nodes:
         raise UnsupportedModuleError(
             "the model calls torch's weight_norm where it cannot be replaced (a scripted function, an operator of"
@@ -91,7 +111,7 @@ def check_batched(gradients: Sequence[Tensor]) -> None:
     Raises:
         UnsupportedModuleError: the model reaches an operator of torch that is wrong under vmap.
     """
-    for name in {node.name() for node in nodes(*gradients)} & set(_WRONG_UNDER_VMAP):
+    for name in {name_of(node) for node in nodes(*gradients)} & set(_WRONG_UNDER_VMAP):
         raise UnsupportedModuleError(
             f"the model calls torch's {_WRONG_UNDER_VMAP[name]} where it cannot be replaced (a scripted function, an"
             " operator of torch.ops), and its second derivative is wrong under vmap: call torch.nn.functional's from"
@@ -111,7 +131,7 @@ def check_scripts(loss: Tensor) -> None:
     Raises:
         UnsupportedModuleError: a scripted function is in the graph.
     """
-    if any("DifferentiableGraph" in node.name() for node in nodes(loss)):
+    if any("DifferentiableGraph" in name_of(node) for node in nodes(loss)):
         raise UnsupportedModuleError(
             "the model calls a function compiled by torch.jit.script, which vmap differentiates only once: use the"
             " Python function, or `engine='loop'` or 'auto'."
@@ -137,14 +157,14 @@ def check_second_derivative(loss: Tensor, parameters: Sequence[Tensor], *, fused
     foreign: list[Tensor] = []
     # Parameters may have a history of their own, where functional_call put other tensors in their place.
     for node in nodes(loss, behind=parameters):
-        if node.name() in _CUTS:
+        if name_of(node) in _CUTS:
             raise UnsupportedModuleError(
                 "the model contains a function without a second derivative (a custom autograd.Function marked"
                 " once_differentiable, or an operation that torch cannot differentiate twice): write its backward with"
                 " differentiable operations, or replace it."
             )
-        leaf = getattr(node, "variable", None)  # only AccumulateGrad nodes have one
-        if isinstance(leaf, Tensor) and id(leaf) not in expected:
+        leaf = leaf_of(node)
+        if leaf is not None and id(leaf) not in expected:
             foreign.append(leaf)
     if foreign and fused:
         raise ConfigError(

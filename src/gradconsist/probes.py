@@ -14,9 +14,10 @@ from gradconsist.custom_functions import check_custom_functions
 from gradconsist.default_loss import cross_entropy, find_logits
 from gradconsist.errors import InputShapeError, InputValueError, LossContractError, UnsupportedModuleError
 from gradconsist.forward import PerSampleForward, comparison_scope
-from gradconsist.graph import check_first_derivative, leaves_of
+from gradconsist.graph import check_first_derivative, leaves_of, used_otherwise
 from gradconsist.normalization import WEAK
 from gradconsist.randomness import preserved_randomness
+from gradconsist.sparse import sparse_parameters
 from gradconsist.types import Inputs
 from gradconsist.validation import Pairs
 
@@ -31,6 +32,7 @@ class Probed:
         functions: custom autograd Functions that the model runs, and whether their second derivative was tested.
         told: warnings that were given.
         report_only: whether a Function with a wrong second derivative is left for a report to tell, and not refused.
+        dense: parameters that are weights of sparse embeddings only, by the modules, and were found in another use.
     """
 
     passed: set[Hashable] = field(default_factory=set)
@@ -38,6 +40,7 @@ class Probed:
     functions: dict[str, bool] = field(default_factory=dict)
     told: set[str] = field(default_factory=set)
     report_only: bool = False
+    dense: set[str] = field(default_factory=set)
 
     def once(self, warning: str) -> bool:
         """Whether it has not been given yet; from now on it has."""
@@ -192,6 +195,8 @@ def _try_derivative(forward: PerSampleForward, pairs: Pairs, probed: Probed, com
     copies = {name: parameter.detach().clone().requires_grad_() for name, parameter in own.items()}
     loss = _one_loss(forward, pairs, copies)
     check_first_derivative(loss, own)
+    embedded = {name: copies[name] for name in sparse_parameters(forward.model) & set(copies)}
+    probed.dense |= used_otherwise(loss, embedded, "EmbeddingBackward0")
     if not loss.requires_grad:
         raise LossContractError(
             "the per-sample loss has no graph: `loss_fn` or the model detaches its result (`.detach()`, `.item()`,"

@@ -11,7 +11,7 @@ pairs for the product.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -76,15 +76,15 @@ class StatisticsPath:
         forward: whose BatchNorm calls answer with recorded statistics.
         weak: all weak views of the call.
         strong: all strong views.
-        parameters: of the model, by name.
+        stand_ins: makes views of the model's parameters, by name.
     """
 
     def __init__(
-        self, forward: PerSampleForward, weak: Inputs, strong: Inputs, parameters: Mapping[str, Tensor]
+        self, forward: PerSampleForward, weak: Inputs, strong: Inputs, stand_ins: Callable[[], dict[str, Tensor]]
     ) -> None:
         self._forward = forward
         self._inputs = weak, strong
-        self._parameters = parameters
+        self._stand_ins = stand_ins
 
     def cut(self) -> list[Tensor]:
         """Puts leaves in the place of the recorded statistics, for which the chunks can be differentiated: for dF/ds.
@@ -106,7 +106,7 @@ class StatisticsPath:
         sample's gradient would get the statistics' part in it, too.
         """
         own = self._forward.parameters
-        self._forward.parameters = {name: parameter.view_as(parameter) for name, parameter in self._parameters.items()}
+        self._forward.parameters = self._stand_ins()
         try:
             self._record()
         finally:

@@ -90,7 +90,11 @@ class Kinked(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, slope: float) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.slope = slope
+        ctx.slope, ctx.name, ctx.variable = (
+            slope,
+            "kinked",
+            nn.Parameter(x.clone()),
+        )  # names that a node's own methods have
         return torch.where(x > 0, x, slope * x)
 
     @staticmethod

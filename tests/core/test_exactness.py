@@ -151,18 +151,6 @@ def test_many_pairs_in_odd_chunks(engine: str) -> None:
         compare.assert_agrees(gc.last, loss, gradient, problem.judge().verdict(), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
-def test_sparse_embedding_gradients(engine: str) -> None:
-    """Embedding(sparse=True): the same numbers as its dense twin."""
-    dense = CASES["tied_embedding"].problem()
-    dense.model.output.weight = torch.nn.Parameter(dense.model.output.weight.detach().clone())
-    verdict = dense.judge().verdict()
-    dense.model.embedding.sparse = True
-    GradientConsistencyLoss(dense.model, engine=engine)(*dense.views).backward()
-    parts = [(p.grad.to_dense() if p.grad.is_sparse else p.grad).reshape(-1) for p in dense.model.parameters()]
-    assert compare.relative(torch.cat(parts), verdict.flat) <= 1e-8
-
-
 class _Difference(nn.Module):
     """Two inputs of one shape that must not be mixed up; a BatchNorm, so that statistics are taken from both views."""
 

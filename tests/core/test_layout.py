@@ -26,6 +26,7 @@ FORBIDDEN = {
                       "gradconsist.normalization", "gradconsist.selection", "gradconsist.methods"],
     "selection.py": ["gradconsist.engines", "gradconsist.loss", "gradconsist.wrapper", "gradconsist.methods"],
     "normalization.py": ["gradconsist.engines", "gradconsist.loss", "gradconsist.wrapper", "gradconsist.methods"],
+    "sparse.py": ["gradconsist"],
     "fused.py": ["gradconsist.engines", "gradconsist.loss", "gradconsist.wrapper", "gradconsist.methods"],
     "schedules.py": ["gradconsist.engines", "gradconsist.loss", "gradconsist.wrapper", "gradconsist.methods"],
     "engines/": ["gradconsist.loss", "gradconsist.wrapper", "gradconsist.fused", "gradconsist.methods",

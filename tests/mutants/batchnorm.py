@@ -77,8 +77,7 @@ BUGS = [
         "the statistics through the chunks' stand-ins",
         "a sample's gradient holds the statistics constant",
         THROUGH_TEST,
-        THROUGH, "name: parameter.view_as(parameter) for name, parameter in self._parameters.items()",
-        "name: parameter for name, parameter in own.items()",
+        THROUGH, "self._forward.parameters = self._stand_ins()", "self._forward.parameters = dict(own)",
     ),
     Bug(
         "another forward's statistics followed",

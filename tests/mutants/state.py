@@ -154,8 +154,8 @@ BUGS = [
         "a hook on a parameter runs once, in the user's backward",
         "test_trust.py::test_tensor_hooks_of_the_user_run_once_in_the_users_backward",
         "comparison.py",
-        "{name: parameter.view_as(parameter) for name, parameter in options.trainable.items()}",
-        "dict(options.trainable)",
+        "self.aliases = aliases(options.trainable, self.sparse)",
+        "self.aliases = dict(options.trainable)",
     ),
     Bug(
         "once_differentiable not noticed",

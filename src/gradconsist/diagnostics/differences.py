@@ -198,7 +198,7 @@ class _Trial:
         loss.evaluate(*arguments, statistics=self._statistics).backward()
         named = dict(loss.model.named_parameters())
         self.parameters = {name: p for name, p in named.items() if p.requires_grad}
-        self._gradient = {name: p.grad.clone() for name, p in self.parameters.items() if p.grad is not None}
+        self._gradient = {name: p.grad.to_dense().clone() for name, p in self.parameters.items() if p.grad is not None}
         self._weight = arguments[3]
         self._padding = {
             id(module.weight): module.padding_idx

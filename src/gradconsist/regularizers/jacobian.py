@@ -27,6 +27,7 @@ from gradconsist.normalization import BatchNormCalls, BatchNormPolicy
 from gradconsist.probes import Probed, probe_model
 from gradconsist.scope import autocast_region, our_rules
 from gradconsist.selection import trainable_parameters
+from gradconsist.sparse import aliases, sparse_parameters
 from gradconsist.types import Inputs
 from gradconsist.validation import Pairs, check_choice, check_count, check_weight
 
@@ -126,8 +127,14 @@ class JacobianPenalty:
         target = leaves(inputs)[0].new_zeros(size, dtype=torch.long)
         weight = check_weight(weight, target, fused=False)
         device = check_one_device(self.model, {"inputs": leaves(inputs)[0], "weight": weight})
+        sparse = sparse_parameters(self.model)
+        embeddings = {name: parameter for name, parameter in self.model.named_parameters() if name in sparse}
         forward = PerSampleForward(
-            self.model, self._sum_of_outputs, BatchNormCalls(self.batchnorm), autocast=autocast_region(device)
+            self.model,
+            self._sum_of_outputs,
+            BatchNormCalls(self.batchnorm),
+            parameters=aliases(embeddings, sparse),
+            autocast=autocast_region(device),
         )
         pairs = Pairs(inputs, inputs, target, weight, device)
         source = generator or self._generator  # which may be the global one, that nothing below may draw from
@@ -137,6 +144,7 @@ class JacobianPenalty:
                 # Twice the batch has the same statistics, and tells calls that normalise samples from others.
                 forward.output(concatenate(inputs, inputs), record=True)
             probe_model(forward, pairs, torch.arange(size, device=device), self._probed)
+            sparse -= self._probed.dense  # in place: the aliases look at it
             return self._penalty(forward, pairs, own)
 
     def _differentiable(self, inputs: Inputs) -> Inputs:
