@@ -20,7 +20,7 @@ _CONSTANTS = get_args(Constant)
 
 
 def is_constant(member: object) -> bool:
-    """Whether a member of a mapping or sequence is passed on to the model as it is."""
+    """Whether a member of a mapping or sequence is passed to the model unchanged."""
     return isinstance(member, _CONSTANTS)
 
 

@@ -78,7 +78,7 @@ class GradientBuffer:
         """The value as a tensor whose backward hands the buffered gradient, scaled, to the parameters.
 
         Args:
-            parameters: the parameters by name, in the order of the aliases. One that no chunk depends on gets no
+            parameters: the named parameters, in the order of the aliases. One that no chunk depends on gets no
                 gradient, as in an ordinary backward.
             sparse: names of those whose gradient is handed over in sparse form.
 

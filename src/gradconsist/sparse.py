@@ -39,12 +39,12 @@ def aliases(parameters: Mapping[str, Tensor], sparse: Container[str]) -> dict[st
     """Views of the parameters with a graph, which send a gradient on in the parameter's own form.
 
     Args:
-        parameters: by name.
+        parameters: each with its name.
         sparse: names of those whose gradient is sparse; looked at in the backward, since a use that makes a gradient
             dense may be found after the views were made.
 
     Returns:
-        Views by name.
+        The views, with the same names.
     """
     with torch.enable_grad():
         views: dict[str, Tensor] = {
