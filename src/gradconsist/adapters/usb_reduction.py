@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradconsist.errors import UnsupportedModuleError
 from gradconsist.fused import with_gradient
+from gradconsist.graph import leaves_of
 
 
 def reduced_with(base: Tensor, total: Tensor, parameters: Mapping[str, nn.Parameter]) -> Tensor:
@@ -30,7 +30,7 @@ def reduced_with(base: Tensor, total: Tensor, parameters: Mapping[str, nn.Parame
     Raises:
         UnsupportedModuleError: the term depends on a parameter that `base` does not depend on.
     """
-    known = _parameters_below(base)
+    known = leaves_of(base)
     found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
     gradients = dict(zip(parameters, found, strict=True))
     for name, gradient in gradients.items():
@@ -44,19 +44,3 @@ def reduced_with(base: Tensor, total: Tensor, parameters: Mapping[str, nn.Parame
         total.detach() - base.detach(), [gradients[name] for name in used], [parameters[name] for name in used]
     )
     return base + term
-
-
-def _parameters_below(loss: Tensor) -> set[int]:
-    """Identities of the leaves that the graph of `loss` ends in."""
-    found: set[int] = set()
-    seen: set[Any] = set()
-    waiting: list[Any] = [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.add(id(node.variable))
-        waiting += [after for after, _ in node.next_functions]
-    return found
