@@ -107,12 +107,13 @@ def compare(options: Comparison, pairs: Pairs) -> tuple[Tensor, ConsistencyRecor
 
     Raises:
         GradConsistError: the model cannot be compared exactly, or a gradient is not finite.
-        RuntimeError: an error of the user's own model, as it was.
+        ModelError: the model or `loss_fn` failed with an error of torch's or Python's own.
     """
     selection = select(pairs, options.max_pairs, options.reduction, options.generator, _wide(options))
     seed = _seed(options.generator) if options.dropout else None
     autocast = autocast_region(pairs.device)
-    with our_rules(options.model, pairs.device, seed=seed, dropout=options.dropout):
+    views = {"weak": pairs.weak, "strong": pairs.strong}
+    with our_rules(options.model, pairs.device, views, seed=seed, dropout=options.dropout):
         return _Run(options, pairs, selection, autocast).result()
 
 

@@ -45,6 +45,10 @@ class LossContractError(GradConsistError, ValueError):
     """`loss_fn`, the model's output or a wrapped method does not return what the contract asks for."""
 
 
+class ModelError(GradConsistError, RuntimeError):
+    """The model's forward or `loss_fn` failed with an error of torch's or Python's own, which is the cause."""
+
+
 class UnsupportedModuleError(GradConsistError, NotImplementedError):
     """A module or operation for which the result could not be exact; the message says what to use instead."""
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from gradconsist.batch import call, leaves
+from gradconsist.batch import leaves
 from gradconsist.errors import LossContractError, UnsupportedModuleError
 from gradconsist.isolation import as_written
 from gradconsist.normalization import BatchNormCalls, Statistics, affine, scaled, standardized
@@ -33,6 +33,7 @@ from gradconsist.norms import NORMS
 from gradconsist.remembered import nothing_kept
 from gradconsist.replacement import call_with
 from gradconsist.types import Inputs, LossFunction
+from gradconsist.with_loss import ModelWithLoss
 
 # Functions whose first argument is returned unchanged while dropout is off.
 _DROPOUTS = [
@@ -241,19 +242,6 @@ def _is_bare(module: nn.Module) -> bool:
     return not (module._parameters or module._buffers or module._modules)
 
 
-class _ModelWithLoss(nn.Module):
-    """Model and loss as one module, so that both see replaced parameters."""
-
-    def __init__(self, model: nn.Module, loss_fn: LossFunction) -> None:
-        super().__init__()
-        self.model = model
-        self.loss_fn = loss_fn
-
-    def forward(self, inputs: Inputs, target: Tensor | None) -> tuple[Any, Any]:
-        output = call(self.model, inputs)
-        return output, None if target is None else self.loss_fn(output, target)
-
-
 class PerSampleForward:
     """The user's model and loss as a function from a batch to per-sample losses.
 
@@ -285,7 +273,7 @@ class PerSampleForward:
         self.dropout = dropout
         self.autocast = autocast
         self.loss_scale = loss_scale
-        self._both = _ModelWithLoss(model, loss_fn)
+        self._both = ModelWithLoss(model, loss_fn)
 
     def output(self, inputs: Inputs, view: int | None = None, *, record: bool = False) -> Any:
         """The model's output; with `record`, takes BatchNorm statistics on the way."""

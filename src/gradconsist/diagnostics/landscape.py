@@ -138,7 +138,7 @@ def landscape(
     forward = PerSampleForward(
         model, loss_fn or cross_entropy, BatchNormCalls(batchnorm), autocast=autocast_region(pairs.device)
     )
-    with one_comparison(), torch.inference_mode(False), our_rules(model, pairs.device):
+    with one_comparison(), torch.inference_mode(False), our_rules(model, pairs.device, {"inputs": pairs.weak}):
         with torch.no_grad():
             # Twice the batch has the same statistics, and tells calls that normalise samples from others.
             forward.output(concatenate(pairs.weak, pairs.weak), record=True)

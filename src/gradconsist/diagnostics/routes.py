@@ -113,7 +113,7 @@ def check(
         The report; ``print(report)`` shows it as a table.
 
     Raises:
-        RuntimeError: an error of the model itself, as it is.
+        ModelError: the model or `loss_fn` failed with an error of torch's or Python's own.
 
     Example:
         >>> import torch

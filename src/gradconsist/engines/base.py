@@ -139,6 +139,10 @@ _LIMITS = (
     ("does not currently support double backward", "a compiled part of the model: use the uncompiled module"),
     ("trying to differentiate twice a function that was marked with @once_differentiable", "a custom autograd.Function"
      " without a second derivative: write its backward with differentiable operations"),
+    ("double backwards on", "an operation of torchvision without a second derivative: replace it (a deformable"
+     " convolution by Conv2d), or freeze it and everything before it"),
+    ("modified by an inplace operation", "a layer overwrites what the derivative needs: pass inplace=False, or write it"
+     " without in-place operations"),
     ("derivative for", "an operation without a second derivative: replace it, or leave its parameters out"),
     ("Double backward", "an operation without a second derivative: replace it, or leave its parameters out"),
     ("Batching rule not implemented", "`engine='loop'`"),

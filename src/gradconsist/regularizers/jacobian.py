@@ -117,7 +117,7 @@ class JacobianPenalty:
             InputTypeError: no input tensor has a derivative.
             LossContractError: the output is no tensor with one row a sample.
             NonFiniteError: the Jacobian has NaN or infinite entries.
-            RuntimeError: an error of the user's own model, as it was.
+            ModelError: the model failed with an error of torch's or Python's own.
         """
         if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             raise GradModeError("JacobianPenalty was called where no graph can be built (no_grad): call it outside.")
@@ -139,7 +139,7 @@ class JacobianPenalty:
         pairs = Pairs(inputs, inputs, target, weight, device)
         source = generator or self._generator  # which may be the global one, that nothing below may draw from
         own = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=source, device=source.device)))
-        with one_comparison(), our_rules(self.model, device):
+        with one_comparison(), our_rules(self.model, device, {"inputs": inputs}):
             with torch.no_grad():
                 # Twice the batch has the same statistics, and tells calls that normalise samples from others.
                 forward.output(concatenate(inputs, inputs), record=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradconsist.errors import ConfigError, LossContractError
+from gradconsist.failures import innermost
 from gradconsist.replacement import call_with
 
 LayerGradients = Callable[[Any, Any, Tensor], Mapping[str, Tensor]]
@@ -115,15 +115,11 @@ def culprit(model: nn.Module | None, error: BaseException) -> str | None:
         The innermost module's path; None if it is the model itself, or one that holds a BatchNorm, whose calls are
         counted by forward and not by sample.
     """
-    if model is None:
+    found = None if model is None else innermost(model, error)
+    if found is None:
         return None
-    paths = {id(module): path for path, module in model.named_modules()}
-    path, innermost = "", model
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        module = frame.f_locals.get("self")
-        if isinstance(module, nn.Module) and id(module) in paths:
-            path, innermost = paths[id(module)], module
-    counted = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in innermost.modules())
+    path, module = found
+    counted = any(isinstance(inside, nn.modules.batchnorm._BatchNorm) for inside in module.modules())
     return path if path and not counted else None
 
 
