@@ -16,6 +16,24 @@ from torch import Tensor
 
 from gradconsist.errors import LossContractError
 
+# What the default loss is not for, with a loss that is.
+REGRESSION = (
+    "for regression pass `loss_fn=lambda output, target: (output.squeeze(1) - target).square()`, or"
+    " `(output - target).square().mean(1)` for several columns"
+)
+SEVERAL_LABELS = (
+    "for several labels per sample pass `loss_fn=lambda output, target:"
+    " F.binary_cross_entropy_with_logits(output, target, reduction='none').mean(1)` with a floating target"
+)
+DENSE = (
+    "for one class per pixel or token pass `loss_fn=lambda output, target: F.cross_entropy(output, target,"
+    " reduction='none').flatten(1).mean(1)`, with classes in dimension 1 of the output"
+)
+ONE_LOGIT = (
+    "for two classes with one logit pass `loss_fn=lambda output, target:"
+    " F.binary_cross_entropy_with_logits(output.flatten(), target.float(), reduction='none')`"
+)
+
 
 def find_logits(output: Any) -> Tensor | None:
     """The logits in a model's output: itself, or its attribute or key ``logits``; None where there are none."""
@@ -57,21 +75,39 @@ def cross_entropy(output: Any, target: Tensor) -> Tensor:
         Losses [B].
 
     Raises:
-        LossContractError: there are no such logits.
+        LossContractError: there are no such logits, or only one for each sample.
     """
     logits = find_logits(output)
     if logits is None or logits.dim() != 2:
-        found = described(output if logits is None else logits)
+        dims = 0 if logits is None else logits.dim()
+        examples = f"; {ONE_LOGIT}; {REGRESSION}" if dims == 1 else f"; {DENSE}" if dims > 2 else ""
         raise LossContractError(
-            f"the model's output is {found}, not logits [B, C] or an object with `logits`: pass"
-            " `loss_fn=`, a function (output, target) that returns one loss per sample."
+            f"the model's output is {described(output if logits is None else logits)}, not logits [B, C] or an object"
+            f" with `logits`: pass `loss_fn=`, a function (output, target) that returns one loss per sample{examples}."
         )
+    check_several(logits.shape[1])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if not target.is_floating_point():
         return _hard(logits, target)
     target = target.to(logits.dtype)
     # Probabilities that are a class index in disguise get its accuracy.
     return torch.where(target.amax(1) == 1, _hard(logits, target.argmax(1)), _soft(logits, target))
+
+
+def check_several(classes: int) -> None:
+    """Cross-entropy needs two classes at least.
+
+    Args:
+        classes: columns of the logits.
+
+    Raises:
+        LossContractError: there is one.
+    """
+    if classes == 1:
+        raise LossContractError(
+            "the model's output has one logit per sample, and the default loss is cross-entropy over the logits, which"
+            f" is 0 for every output with a single one: {ONE_LOGIT}; {REGRESSION}."
+        )
 
 
 def _hard(logits: Tensor, target: Tensor) -> Tensor:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from gradconsist.advice import warn_of_equal_views, warn_of_functions, warn_of_probabilities, warn_of_unreached
 from gradconsist.batch import concatenable, concatenate, constants, doubled, leaves, map_members, take
 from gradconsist.custom_functions import check_custom_functions
-from gradconsist.default_loss import cross_entropy, find_logits
+from gradconsist.default_loss import check_several, cross_entropy, find_logits
 from gradconsist.errors import InputShapeError, InputValueError, LossContractError, UnsupportedModuleError
 from gradconsist.forward import PerSampleForward, comparison_scope
 from gradconsist.graph import check_first_derivative, leaves_of, used_otherwise
+from gradconsist.mixing import mixing_refusal
 from gradconsist.normalization import WEAK
 from gradconsist.randomness import preserved_randomness
 from gradconsist.sparse import sparse_parameters
@@ -122,10 +123,11 @@ def _try_forward(forward: PerSampleForward, pairs: Pairs, probed: Probed) -> boo
         together = _numbers(quiet, take(everything, both), target[both])
         differ = _differ(alone, [part[:1] for part in together], _rounding(forward, alone))
         if differ and not _only_rounding(quiet, everything, target, both):
-            raise UnsupportedModuleError(
-                "a sample's output or loss changes with the other samples of the batch, beyond BatchNorm: a layer or"
-                " `loss_fn` normalises, mixes, sorts or routes over the batch. A per-sample gradient is not defined"
-                " there: put that layer in eval mode, or replace it."
+            raise mixing_refusal(
+                forward.model,
+                lambda: _numbers(quiet, take(everything, slice(0, 1)), target[:1]),
+                lambda: _numbers(quiet, take(everything, both), target[both]),
+                _rounding(forward, alone),
             )
     return bool(torch.isfinite(torch.cat([alone[-1], together[-1]])).all())  # the losses; NaN compares with nothing
 
@@ -228,6 +230,7 @@ def _try_functions(forward: PerSampleForward, pairs: Pairs, probed: Probed) -> N
 def _check_classes(forward: PerSampleForward, target: Tensor, classes: int | None) -> None:
     if forward.loss_fn is not cross_entropy or classes is None:
         return
+    check_several(classes)
     if target.dim() == 1 and int(target.max()) >= classes:
         raise InputValueError(
             f"`target` has class {int(target.max())}, the model has {classes} classes (0 to {classes - 1})."

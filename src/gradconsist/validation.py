@@ -20,6 +20,7 @@ from gradconsist.batch import (
     places,
     same_structure,
 )
+from gradconsist.default_loss import DENSE, REGRESSION, SEVERAL_LABELS
 from gradconsist.errors import ConfigError, InputShapeError, InputTypeError, InputValueError, NonFiniteError
 from gradconsist.guards import check_one_device
 from gradconsist.types import Inputs
@@ -122,7 +123,11 @@ def check_pairs(
     named = {place: member for place, member in both if isinstance(member, Tensor)}
     for name, leaf in named.items():
         if leaf.dtype == torch.uint8 and name in ("weak", "strong"):  # elsewhere it may be a mask
-            raise InputTypeError(f"`{name}` is uint8: convert images to float and normalise them as in training.")
+            last = leaf.dim() == 4 and leaf.shape[-1] in (1, 3, 4) and leaf.shape[1] not in (1, 3, 4)
+            order = " These are channels-last images: also pass `x.permute(0, 3, 1, 2)`." if last else ""
+            raise InputTypeError(
+                f"`{name}` is uint8: convert images to float and normalise them as in training.{order}"
+            )
         if fused and leaf.requires_grad:
             raise ConfigError(
                 f"`{name}` requires grad, but `fused=True` forms gradients for the model's parameters only: pass"
@@ -163,16 +168,19 @@ def check_target(target: Any, size: int, default_loss: bool) -> Tensor:
         return target
     if target.is_floating_point():
         if target.dim() != 2:
+            example = REGRESSION if target.dim() == 1 else "for other targets pass `loss_fn=`, one loss per sample"
             raise InputTypeError(
-                f"`target` is {target.dtype} of shape {tuple(target.shape)}: class indices must be integers [B],"
-                " probabilities floating point [B, C]."
+                f"`target` is {target.dtype} of shape {tuple(target.shape)}: class indices must be integers [B]"
+                f" (`target.long()`), probabilities floating point [B, C]; {example}."
             )
         _check_probabilities(target)
         return target
     if target.dtype == torch.bool or target.is_complex() or target.dim() != 1:
+        binary = target.dtype == torch.bool or (target.dim() == 2 and bool(((target == 0) | (target == 1)).all()))
+        examples = f"; {SEVERAL_LABELS if binary else DENSE}" if target.dim() > 1 and not target.is_complex() else ""
         raise InputTypeError(
             f"`target` is {target.dtype} of shape {tuple(target.shape)}: pass class indices [B] (an integer type) or"
-            " probabilities [B, C] (a floating type)."
+            f" probabilities [B, C] (a floating type){examples}."
         )
     if bool((target < 0).any()):
         raise InputValueError(
@@ -188,7 +196,11 @@ def _check_probabilities(target: Tensor) -> None:
     # A row of C rounded entries is off by up to C / 2 units in the last place.
     tolerance = max(1e-3, target.shape[1] * torch.finfo(target.dtype).eps)
     if bool((target < 0).any()) or bool(((total - 1).abs() > tolerance).any()):
-        raise InputValueError("`target` rows are not probabilities (non-negative, sum 1): pass softmax outputs.")
+        binary = bool(((target == 0) | (target == 1)).all())
+        examples = SEVERAL_LABELS if binary else REGRESSION
+        raise InputValueError(
+            f"`target` rows are not probabilities (non-negative, sum 1): pass softmax outputs; {examples}."
+        )
 
 
 def check_weight(weight: Any, target: Tensor, fused: bool) -> Tensor:
