@@ -29,6 +29,12 @@ _WRAPPERS = {
     ),
     "torch.jit._script.ScriptModule": "a scripted or traced module cannot be taken apart: pass the Python module",
 }
+# Layers of other libraries without a second derivative, by their qualified names.
+_ONCE = {
+    "torchvision.ops.deform_conv.DeformConv2d",
+    "mmcv.ops.deform_conv.DeformConv2d",
+    "mmcv.ops.modulated_deform_conv.ModulatedDeformConv2d",
+}
 
 
 def check_model(model: object) -> None:
@@ -49,6 +55,11 @@ def check_model(model: object) -> None:
             remedy = _WRAPPERS.get(f"{kind.__module__}.{kind.__qualname__}")
             if remedy is not None:
                 raise UnsupportedModuleError(f"{where} is a {kind.__name__}: {remedy}.")
+        if _is_of(module, _ONCE) and any(parameter.requires_grad for parameter in module.parameters()):
+            raise UnsupportedModuleError(
+                f"{where} is a {type(module).__name__}, a deformable convolution, which has no second derivative: use"
+                " Conv2d, or freeze it and every layer before it."
+            )
         if getattr(module, "_compiled_call_impl", None) is not None:
             raise UnsupportedModuleError(
                 f"{where} was compiled in place (`.compile()`), and a compiled module cannot be differentiated twice:"
@@ -67,6 +78,10 @@ def check_model(model: object) -> None:
                 " the wrapper."
             )
         _check_module(where, module)
+
+
+def _is_of(module: nn.Module, names: Collection[str]) -> bool:
+    return any(f"{kind.__module__}.{kind.__qualname__}" in names for kind in type(module).__mro__)
 
 
 def _composed(module: nn.Module) -> Collection[str]:

@@ -7,6 +7,7 @@ of the model, because the compared gradients depend on all of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from typing import TypeAlias
 
 from torch import nn
@@ -49,21 +50,29 @@ def compared_parameters(model: nn.Module, encoder: Encoder) -> dict[str, Paramet
         Parameters by name, in the model's order. Frozen parameters are left out: they have no gradient to compare.
 
     Raises:
-        ParameterSelectionError: nothing is selected, a module is not part of the model, all selected are frozen, or one
-            of them is complex.
+        ParameterSelectionError: nothing is selected, a module is not part of the model, the encoder is frozen, or
+            one of its parameters is complex.
     """
     trainable = trainable_parameters(model)
     if encoder is None:
         encoder = _everything
+    if isinstance(encoder, str):
+        raise ParameterSelectionError(_not_by_name(model, encoder, "`encoder`"))
     if isinstance(encoder, nn.Module):
         encoder = [encoder]
     if isinstance(encoder, Sequence):
         wanted = _parameters_of(model, encoder)
+        named = [name for name, parameter in model.named_parameters() if id(parameter) in wanted]
+        unfreeze = "`for module in encoder: module.requires_grad_(True)`"
+        if len(encoder) == 1:
+            unfreeze = "`encoder.requires_grad_(True)`"
         chosen = {name: parameter for name, parameter in trainable.items() if id(parameter) in wanted}
-        what = "the modules given as `encoder`"
+        what = "the modules given as `encoder` select"
     elif callable(encoder):
         chosen = {name: parameter for name, parameter in trainable.items() if encoder(name)}
-        what = "the predicate given as `encoder`"
+        named = list(chosen) or [name for name, _ in model.named_parameters() if encoder(name)]
+        unfreeze = "`[p.requires_grad_(True) for name, p in model.named_parameters() if encoder(name)]`"
+        what = "the predicate given as `encoder` selects"
     else:
         raise ParameterSelectionError(
             f"`encoder` is a {type(encoder).__name__}: pass a module, a sequence of modules, a predicate on parameter"
@@ -75,13 +84,31 @@ def compared_parameters(model: nn.Module, encoder: Encoder) -> dict[str, Paramet
                 f"the compared parameter {name!r} is {parameter.dtype}, and the cosine of complex gradients is not"
                 " defined here: leave it out by `encoder`, or keep its real and imaginary parts as the parameter."
             )
-    if not chosen:
-        names = ", ".join(list(trainable)[:5])
+    if not chosen and named:
         raise ParameterSelectionError(
-            f"{what} selects none of the {len(trainable)} trainable parameters ({names}, ...): check the names, or"
-            " unfreeze the encoder."
+            f"the encoder is frozen: none of the {len(named)} parameters that `encoder` selects ({_some(named)}) has"
+            f" requires_grad=True, so there is no gradient to compare. Unfreeze them with {unfreeze}, or select"
+            " parameters that you train."
+        )
+    if not chosen:
+        raise ParameterSelectionError(
+            f"{what} none of the {len(trainable)} trainable parameters ({_some(list(trainable))}): check the names."
         )
     return chosen
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join([*names[:5], *(["..."] if len(names) > 5 else [])])
+
+
+def _not_by_name(model: nn.Module, name: str, place: str) -> str:
+    paths = [path for path, _ in model.named_modules() if path]
+    near = name if name in paths else next(iter(get_close_matches(name, paths, n=1)), "")
+    module = f"the module itself, such as `model.get_submodule({near!r})`" if near else "the module itself"
+    return (
+        f"{place} is the string {name!r}: pass {module}, or a predicate on parameter names such as"
+        f" `lambda name: name.startswith({name + '.'!r})`."
+    )
 
 
 def _everything(name: str) -> bool:
@@ -94,6 +121,8 @@ def _parameters_of(model: nn.Module, modules: Sequence[nn.Module]) -> set[int]:
     own = {id(parameter) for parameter in model.parameters()}
     wanted: set[int] = set()
     for position, module in enumerate(modules):
+        if isinstance(module, str):
+            raise ParameterSelectionError(_not_by_name(model, module, f"`encoder[{position}]`"))
         if not isinstance(module, nn.Module):
             raise ParameterSelectionError(
                 f"`encoder[{position}]` is a {type(module).__name__}, not a module: pass modules, or a predicate on"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradconsist import GradientConsistencyLoss, errors
+from gradconsist.engines.base import explain
 from gradconsist.errors import (
     ConfigError,
     DeviceError,
@@ -20,6 +21,7 @@ from gradconsist.errors import (
     InputTypeError,
     InputValueError,
     LossContractError,
+    ModelError,
     NonFiniteError,
     ParameterSelectionError,
     UnsupportedModuleError,
@@ -41,6 +43,7 @@ def test_one_family() -> None:
         "GradModeError": RuntimeError,
         "ParameterSelectionError": ValueError,
         "LossContractError": ValueError,
+        "ModelError": RuntimeError,
         "UnsupportedModuleError": NotImplementedError,
         "StateError": ValueError,
     }
@@ -194,13 +197,167 @@ def test_24_all_weights_zero_is_valid() -> None:
     assert float(loss.detach()) == 0.0
 
 
-def test_one_contiguous_wrong_channel_count_names_the_view() -> None:
-    """2: the model's own error passes through, or is wrapped: in both cases nothing is left behind."""
-    p = CASES["cnn_batchnorm_train"].problem()
-    before = {**state.of_process(), **state.of_model(p.model)}
-    with pytest.raises((RuntimeError, GradConsistError), match="channels"):
-        GradientConsistencyLoss(p.model)(p.weak[:, :2], p.strong[:, :2], p.target)
-    assert state.differences(before, {**state.of_process(), **state.of_model(p.model)}) == []
+# -- the user's model fails -------------------------------------------------------------------------------------------
+
+
+class Text(nn.Module):
+    """Ids [n, 4] and a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(7, 2), nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor, mask: Tensor, scale: float = 1.0) -> Tensor:
+        return self.head((self.words(ids) * mask[:, :, None]).flatten(1)) * scale
+
+
+class AnyKeys(Text):
+    def forward(self, **views: Tensor) -> Tensor:
+        return super().forward(views["ids"], views["mask"])
+
+
+class OneSize(nn.Module):
+    """A forward for batches that `shaped` takes."""
+
+    def __init__(self, shaped: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.shaped = nn.Linear(5, 3), shaped
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.shaped(x)).log_softmax(1)
+
+
+class Guarded(nn.Module):
+    """Says what an exported program says of a batch of another size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) != 8:
+            raise AssertionError("Guard failed: x.size()[0] == 8")
+        return self.layer(x)
+
+
+IDS, MASK = torch.arange(20).reshape(5, 4) % 7, torch.ones(5, 4)
+IMAGES = torch.linspace(-1, 1, 5 * 3 * 6 * 6).reshape(5, 3, 6, 6)
+VECTORS = torch.linspace(-1, 1, 25).reshape(5, 5)
+
+
+def _mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+
+
+def _cnn() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+
+
+@dataclass(frozen=True)
+class Fails:
+    """A model, its weak and strong views, and what is said of its failure."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    weak: Any
+    strong: Any
+    match: str
+    error: type[Exception] = ModelError
+    cause: type[Exception] = RuntimeError
+
+
+FAILS = [
+    Fails("width", _mlp, VECTORS[:, :4], VECTORS[:, 1:], r"`weak` and `strong` \(torch.float32, shape \(5, 4\)\) in"
+          r" `model\.0` \(Linear\): RuntimeError: .*\. The Linear takes in_features=5"),
+    Fails("width of one view", _mlp, VECTORS, VECTORS[:, :4], r"failed on `strong` .* in_features=5"),
+    Fails("width inside", _cnn, IMAGES[:, :2], IMAGES[:, :2], r"`model\.0` \(Conv2d\).*in_channels=3 as the size"),
+    Fails("channels last", _cnn, IMAGES.movedim(1, 3), IMAGES.movedim(1, 3), r"channels-last.*permute\(0, 3, 1, 2\)"),
+    Fails("too small", _cnn, IMAGES[:, :, :2], IMAGES[:, :, :2], r"\(5, 3, 2, 6\)\) in `model\.0` .*one sample"),
+    Fails("float64", _mlp, VECTORS.double(), VECTORS.double(), r"torch\.float64.* are torch\.float32: convert"
+          r" the inputs with `\.float\(\)`, or the model with `\.double\(\)`"),
+    Fails("half images", _cnn, IMAGES.half(), IMAGES.half(), r"`\.float\(\)`, or the model with `\.half\(\)`"),
+    Fails("integers", _mlp, VECTORS.long(), VECTORS.long(), r"torch\.int64.*convert the inputs with `\.float\(\)`\.$"),
+    Fails("ids as floats", Text, {"ids": IDS.float(), "mask": MASK}, {"ids": IDS.float(), "mask": MASK},
+          r"`weak\['ids'\]` .*`strong\['mask'\]` .*`model\.words` \(Embedding\).*integers: pass ids with `\.long\(\)`"),
+    Fails("ids too large", Text, {"ids": IDS, "mask": MASK}, {"ids": IDS + 1, "mask": MASK},
+          r"failed on `strong\['ids'\]` .*`model\.words`.*ids from 0 to 6 \(num_embeddings=7\)", cause=IndexError),
+    Fails("a key less", Text, {"ids": IDS}, {"ids": IDS}, r"`weak` has the keys 'ids', and the forward of Text takes"
+          r" 'ids', 'mask', 'scale' \(optional\) \(missing 'mask'\)", InputTypeError, TypeError),
+    Fails("a key more", Text, {"ids": IDS, "mask": MASK, "y": IDS}, {"ids": IDS, "mask": MASK, "y": IDS},
+          r"`weak` has the keys 'ids', 'mask', 'y', .*\(extra 'y'\)", InputTypeError, TypeError),
+    Fails("another key", Text, {"ids": IDS, "msk": MASK}, {"ids": IDS, "msk": MASK}, r"\(missing 'mask'; extra 'msk'\)",
+          InputTypeError, TypeError),
+    Fails("a key less of any", AnyKeys, {"ids": IDS, "msk": MASK}, {"ids": IDS, "msk": MASK},
+          r"`model` \(AnyKeys\): KeyError: 'mask'.*does not name the keys 'ids', 'msk'", cause=KeyError),
+    Fails("a tensor for two", Text, IDS, IDS, r"`weak` gives the model 1 tensor, .* missing .*'mask'\. Pass a tuple",
+          InputTypeError, TypeError),
+    Fails("two for one", _mlp, (VECTORS, VECTORS), (VECTORS, VECTORS), "`weak` gives the model 2 tensors.*takes 'in",
+          InputTypeError, TypeError),
+    Fails("batches of 5", lambda: OneSize(lambda x: x.view(5, 5)), VECTORS, VECTORS, "batches of size 5,.*any batch",
+          UnsupportedModuleError),
+    Fails("batches of 1", lambda: OneSize(lambda x: x.view(1, 5)), VECTORS, VECTORS, "batches of size 1,.*any batch",
+          UnsupportedModuleError),
+    Fails("batches of 2 or more", lambda: OneSize(lambda x: x.squeeze()), VECTORS, VECTORS, "batches of size 2 or more",
+          UnsupportedModuleError, IndexError),
+    Fails("exported for batches of 8", Guarded, VECTORS, VECTORS, "only batches of size 8,.*dynamic_shapes=",
+          UnsupportedModuleError, AssertionError),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FAILS, ids=lambda case: case.name)
+def test_failures_of_the_model(case: Fails) -> None:
+    """Named with view, module and remedy, from torch's own error, and nothing is left behind."""
+    with torch.random.fork_rng(devices=[]):
+        gc = GradientConsistencyLoss(case.build())
+    before = {**state.of_process(), **state.of_model(gc.model)}
+    for call in (gc, gc.measure):
+        with pytest.raises(case.error, match=case.match) as caught:
+            call(case.weak, case.strong, torch.arange(5) % 3)
+        assert isinstance(caught.value.__cause__, case.cause)
+    assert state.differences(before, {**state.of_process(), **state.of_model(gc.model)}) == []
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
+def test_a_failure_in_a_later_call(engine: str) -> None:
+    """After the first call nothing is tried any more, so that it is the comparison that fails."""
+    with torch.random.fork_rng(devices=[]):
+        gc = GradientConsistencyLoss(_mlp(), engine=engine)
+    gc(VECTORS, VECTORS.flip(1), torch.arange(5) % 3)
+    with pytest.raises(ModelError, match=r"`weak` and `strong` .*\(4, 3\)\) in `model\.0` \(Linear\).*in_features=5"):
+        gc(VECTORS[:4, :3], VECTORS[:4, 1:4], torch.arange(4) % 3)
+
+
+def test_a_failure_inside_the_comparison_only() -> None:
+    """The model runs by itself; what fails is a forward whose parameters are stand-ins."""
+
+    class Picky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if torch.is_grad_enabled():
+                raise ValueError("not like this")
+            return self.layer(x)
+
+    with pytest.raises(
+        ModelError, match=r"runs on `weak`.* alone, but failed .*`model` \(Picky\): ValueError: not like"
+    ):
+        GradientConsistencyLoss(Picky())(VECTORS, VECTORS.flip(0), torch.arange(5) % 3)
+
+
+class UsersError(RuntimeError):
+    """An exception class that is not torch's."""
+
+
+@pytest.mark.parametrize("error", [UsersError, torch.OutOfMemoryError], ids=lambda error: error.__name__)
+def test_other_exceptions_pass_unchanged(error: type[Exception]) -> None:
+    def shaped(x: Tensor) -> Tensor:
+        raise error("as it is")
+
+    with pytest.raises(error, match=r"^as it is$") as caught:
+        GradientConsistencyLoss(OneSize(shaped))(VECTORS, VECTORS, torch.arange(5) % 3)
+    assert not isinstance(caught.value, GradConsistError)
 
 
 # -- grad mode and selection -------------------------------------------------------------------------------------------
@@ -244,29 +401,52 @@ def test_30_everything_frozen(engine: str) -> None:
         GradientConsistencyLoss(p.model, engine=engine)(*p.views)
 
 
+def _frozen(*positions: int) -> Callable[[nn.Module], Any]:
+    """Freezes layers and selects them: one as a module, several as a list."""
+
+    def select(model: nn.Module) -> Any:
+        layers = [model[position].requires_grad_(False) for position in positions]
+        return layers[0] if len(layers) == 1 else layers
+
+    return select
+
+
+def _frozen_by_name(model: nn.Module) -> Any:
+    model[0].requires_grad_(False)
+    return lambda name: name.startswith("0.")
+
+
+FROZEN = r"the encoder is frozen: none of the {} parameters .*{}.* Unfreeze them with `{}"
 SELECTIONS: list[tuple[str, Callable[[nn.Module], Any], str]] = [
-    ("31 a predicate that matches nothing", lambda m: lambda name: False, "encoder"),
-    ("an empty sequence", lambda m: [], "encoder"),
-    ("a module without parameters", lambda m: m[1], "encoder"),
-    ("a module of another model", lambda m: nn.Linear(2, 2), "encoder"),
-    ("a name", lambda m: "encoder", "encoder"),
-    ("parameters instead of modules", lambda m: list(m.parameters()), "encoder"),
-    ("a number", lambda m: 3, "encoder"),
+    (
+        "31 a predicate that matches nothing",
+        lambda m: lambda name: False,
+        "the predicate .*selects none of the 6 .*names",
+    ),
+    ("an empty sequence", lambda m: [], "`encoder` select none of the 6"),
+    ("a module without parameters", lambda m: m[1], "`encoder` select none of the 6"),
+    ("a module of another model", lambda m: nn.Linear(2, 2), "`encoder` contains a Linear.*not a copy"),
+    ("a path", lambda m: "0", r"`encoder` is the string '0': pass .*get_submodule\('0'\).*startswith\('0\.'\)"),
+    ("a word", lambda m: "encoder", r"`encoder` is the string 'encoder': pass the module itself, or a predicate"),
+    ("names", lambda m: ["2.weight"], r"`encoder\[0\]` is the string '2.weight': pass .*predicate"),
+    ("parameters in a list", lambda m: list(m.parameters()), r"`encoder\[0\]` is a Parameter, not a module"),
+    ("parameters", lambda m: m.parameters(), "`encoder` is a generator: pass a module"),
+    ("a number", lambda m: 3, "`encoder` is a int: pass a module"),
+    ("a frozen module", _frozen(0), FROZEN.format(2, r"0\.weight, 0\.bias", "encoder.requires_grad_")),
+    ("frozen modules", _frozen(0, 2), FROZEN.format(4, r"2\.weight", "for module in encoder: module.requires_grad_")),
+    (
+        "frozen, by a predicate",
+        _frozen_by_name,
+        FROZEN.format(2, r"0\.weight", r"\[p\.requires_grad_\(True\) for name"),
+    ),
 ]
 
 
 @pytest.mark.parametrize(("encoder", "match"), [s[1:] for s in SELECTIONS], ids=[s[0] for s in SELECTIONS])
 def test_selection(encoder: Callable[[nn.Module], Any], match: str) -> None:
     p = CASES["mlp"].problem()
-    with pytest.raises((ParameterSelectionError, ConfigError), match=match):
-        GradientConsistencyLoss(p.model, encoder=encoder(p.model))(*p.views)
-
-
-def test_an_encoder_that_is_all_frozen() -> None:
-    p = CASES["mlp"].problem()
-    p.model[0].requires_grad_(False)
-    with pytest.raises((ParameterSelectionError, GradModeError), match="encoder"):
-        GradientConsistencyLoss(p.model, encoder=p.model[0])(*p.views)
+    with pytest.raises(ParameterSelectionError, match=match):
+        GradientConsistencyLoss(p.model, encoder=encoder(p.model))
 
 
 def test_a_compared_parameter_that_no_sample_uses_is_fine() -> None:
@@ -289,6 +469,51 @@ LOSSES: list[tuple[str, Callable[[Tensor, Tensor], Any], str]] = [
     ("36 not a tensor", lambda z, t: 1.0, "loss_fn"),
     ("36 none", lambda z, t: None, "loss_fn"),
 ]
+
+
+def _flat(layer: nn.Module) -> nn.Module:
+    return nn.Sequential(layer, nn.Flatten(0))
+
+
+BINARY = "F.binary_cross_entropy_with_logits"
+SEVERAL = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 0, 1], [0, 1, 0], [1, 1, 1]])
+PIXELS = torch.zeros(5, 6, 6, dtype=torch.long)
+CLASSES = torch.arange(5) % 3
+
+# What the default loss is not for, with the loss that is.
+OTHER_TASKS: list[tuple[str, Callable[[], nn.Module], Tensor, Tensor, type[Exception], str]] = [
+    ("regression [B]", _mlp, VECTORS, VECTORS[:, 0], InputTypeError, r"`target\.long\(\)`.*regression pass `loss_fn="),
+    ("regression [B, k]", _mlp, VECTORS, VECTORS[:, :3], InputValueError, "not prob.*for regression pass `loss_fn="),
+    ("several labels", _mlp, VECTORS, SEVERAL.float(), InputValueError, f"several labels .*`loss_fn=lambda.*{BINARY}"),
+    ("several whole labels", _mlp, VECTORS, SEVERAL, InputTypeError, f"several labels .*`loss_fn=lambda.*{BINARY}"),
+    ("several flags", _mlp, VECTORS, SEVERAL.bool(), InputTypeError, f"several labels .*`loss_fn=lambda.*{BINARY}"),
+    ("a class a pixel", _cnn, IMAGES, PIXELS, InputTypeError, r"pixel or token pass `loss_fn=.*flatten\(1\)"),
+    ("logits a pixel", lambda: nn.Conv2d(3, 3, 1), IMAGES, CLASSES, LossContractError, "pixel or token pass `loss_fn="),
+    ("one logit [B, 1]", lambda: nn.Linear(5, 1), VECTORS, CLASSES, LossContractError, f"one logit .*is 0.*{BINARY}"),
+    ("one logit [B]", lambda: _flat(nn.Linear(5, 1)), VECTORS, CLASSES, LossContractError, f"one logit.*{BINARY}"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("build", "x", "target", "error", "match"), [row[1:] for row in OTHER_TASKS], ids=[row[0] for row in OTHER_TASKS]
+)
+def test_other_tasks_are_told_their_loss(
+    build: Callable[[], nn.Module], x: Tensor, target: Tensor, error: type[Exception], match: str
+) -> None:
+    with pytest.raises(error, match=match):
+        GradientConsistencyLoss(build())(x, x.flip(0), target)
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
+def test_a_loss_that_fails(engine: str) -> None:
+    def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.binary_cross_entropy_with_logits(output, target, reduction="none").mean(1)
+
+    match = (
+        r"`loss_fn` failed on an output \(torch.float32, shape \(1, 3\)\) and a target \(torch.int64, .*: ValueError"
+    )
+    with pytest.raises(ModelError, match=match):
+        GradientConsistencyLoss(_mlp(), loss_fn=loss_fn, engine=engine)(VECTORS, VECTORS.flip(0), CLASSES)
 
 
 @pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
@@ -334,23 +559,17 @@ class Bag(nn.Module):
         return self.head(self.bag(x))
 
 
-class Mixed(nn.Module):
-    """Attention across the samples of a batch: no per-sample gradient exists, and no module type says so."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.tanh(self.stem(x))
-        return self.head(x - x.mean(0, keepdim=True))
-
-
 class Distances(nn.Module):
     """Between the points of a sample and their images."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cdist(x, x.cos(), p=3.0)
+
+
+def _deformable(module: str = "torchvision.ops.deform_conv") -> nn.Module:
+    """A layer that has the qualified name of torchvision's."""
+    kind = type("DeformConv2d", (nn.Linear,), {"__module__": module, "__qualname__": "DeformConv2d"})
+    return nn.Sequential(nn.Linear(5, 6), nn.Sequential(kind(6, 3)))
 
 
 TOKENS = CASES["tied_embedding"].inputs(torch.Generator().manual_seed(0))[:5]
@@ -371,6 +590,12 @@ REFUSED: list[tuple[str, Callable[[], nn.Module], Any, str]] = [
         lambda: nn.Sequential(nn.Linear(5, 6), nn.Unflatten(1, (3, 2)), Distances(), nn.Flatten(), nn.Linear(9, 3)),
         "vector",
         "without a second derivative.*_cdist_backward",
+    ),
+    (
+        "deformable convolution",
+        _deformable,
+        "vector",
+        r"`model\.1\.0` is a DeformConv2d.*no second derivative: use Conv2d",
     ),
     ("embedding with max_norm", lambda: _embedding(max_norm=1.0), "tokens", "max_norm"),
     ("embedding with scale_grad_by_freq", lambda: _embedding(scale_grad_by_freq=True), "tokens", "scale_grad_by_freq"),
@@ -399,6 +624,28 @@ def test_41_scripted_models_are_refused() -> None:
         GradientConsistencyLoss(model)(x, x.flip(0), torch.arange(5) % 3)
 
 
+def test_a_frozen_deformable_convolution_is_taken() -> None:
+    """Nothing is differentiated twice through it, if it is the first layer."""
+    model = _deformable()
+    model[1].requires_grad_(False)
+    assert torch.isfinite(GradientConsistencyLoss(model)(VECTORS, VECTORS.flip(0), torch.arange(5) % 3))
+    model[1].requires_grad_(True)
+    with pytest.raises(UnsupportedModuleError, match="DeformConv2d"):
+        GradientConsistencyLoss(model)
+    GradientConsistencyLoss(_deformable("mine"))
+
+
+# Functions of torchvision without a second derivative, by what they raise.
+NO_DOUBLE = ["deform_conv2d", "roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool"]
+
+
+@pytest.mark.parametrize("name", NO_DOUBLE)
+def test_functions_of_torchvision_are_explained(name: str) -> None:
+    refusal = explain(RuntimeError(f"double backwards on {name} not supported"))
+    with pytest.raises(UnsupportedModuleError, match=f"torchvision without a second derivative: replace it .*{name}"):
+        raise refusal
+
+
 def test_43_raw_ddp_is_refused(tmp_path: Any) -> None:
     if not torch.distributed.is_available():
         pytest.skip("this torch build has no torch.distributed")
@@ -411,12 +658,91 @@ def test_43_raw_ddp_is_refused(tmp_path: Any) -> None:
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
-def test_a_model_that_mixes_samples_is_refused(engine: str) -> None:
+class Own(nn.Module):
+    """A layer, then a function in the module's own forward."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner, self.function = nn.Linear(6, 6), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.inner(x))
+
+
+class Mixed(nn.Module):
+    """Between its layers: no module's type says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.stem(x))
+        return self.head(x - x.mean(0, keepdim=True))
+
+
+class Centred(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sub_(x.mean(0, keepdim=True))  # in place: what went in must have been kept
+
+
+class Stacked(nn.Module):
+    """Tokens, with the batch in dimension 1 as long as `layer` runs."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.head = layer, nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x[:, :4].reshape(-1, 2, 2).repeat(1, 1, 3).transpose(0, 1))
+        return self.head(y.mean(0))
+
+
+def _between(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 6), *layers, nn.Linear(6, 3))
+
+
+def _centred_loss(z: Tensor, t: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(z - z.mean(0), t, reduction="none")
+
+
+MIXING: list[tuple[str, Callable[[], nn.Module], Any, str]] = [
+    ("a layer that centres", lambda: _between(Centred()), None, r"from `model\.1` \(Centred\), which"),
+    ("softmax over samples", lambda: _between(nn.Softmax(0)), None, r"from `model\.1` \(Softmax\), which"),
+    ("in another order", lambda: _between(Own(lambda x: x.flip(0))), None, r"`model\.1` \(Own\), in its own forward,"),
+    (
+        "the norm of all",
+        lambda: _between(Own(lambda x: x / x.norm())),
+        None,
+        r"`model\.1` \(Own\), in its own forward,",
+    ),
+    (
+        "a nested layer",
+        lambda: _between(nn.BatchNorm1d(6), nn.Sequential(nn.Tanh(), nn.Sequential(nn.ReLU(), Centred()))),
+        None,
+        r"from `model\.2\.1\.1` \(Centred\), which",
+    ),
+    ("the model's forward", Mixed, None, r"from the forward of `model` \(Mixed\), outside its layers, which"),
+    ("loss_fn", lambda: _between(nn.Tanh()), _centred_loss, r"from `loss_fn` \(the model's output does not change\)"),
+    (
+        "attention over samples",
+        lambda: Stacked(nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)),
+        None,
+        r"`model\.layer\.self_attn` \(Multihead",
+    ),
+]
+
+
+@pytest.mark.parametrize(("build", "loss_fn", "match"), [m[1:] for m in MIXING], ids=[m[0] for m in MIXING])
+def test_a_model_that_mixes_samples_is_refused(build: Callable[[], nn.Module], loss_fn: Any, match: str) -> None:
     """Its output for one sample depends on the others: a per-sample gradient would be of another function."""
-    model, x = Mixed(), torch.randn(5, 5)
-    with pytest.raises(GradConsistError, match=r"(?i)batch|sample"):
-        GradientConsistencyLoss(model, engine=engine)(x, x.flip(0), torch.arange(5) % 3)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, x = build(), torch.randn(5, 5)
+    before = state.of_model(model)
+    with pytest.raises(UnsupportedModuleError, match="changes with the other samples.*" + match):
+        GradientConsistencyLoss(model, loss_fn=loss_fn)(x, x.flip(0), torch.arange(5) % 3)
+    assert state.differences(before, state.of_model(model)) == []
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")

@@ -186,7 +186,7 @@ BUGS = [
     Bug(
         "neighbours not noticed",
         "a sample's output that depends on its neighbours is refused",
-        "test_errors.py::test_a_model_that_mixes_samples_is_refused[loop]",
+        "test_errors.py::test_a_model_that_mixes_samples_is_refused",
         PROBES,
         "if differ and not _only_rounding(",
         "if False and not _only_rounding(",
