@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradconsist.errors import ConfigError, LossContractError, StateError
+from gradconsist.loading import check_keys
 from gradconsist.loss import GradientConsistencyLoss
 from gradconsist.observation import Observer
 from gradconsist.randomness import preserved_randomness
@@ -226,6 +227,23 @@ class GGCRWrapper(nn.Module):
         self.step = state["step"]
         if "method" in expected:
             self.method.load_state_dict(state["method"])  # type: ignore[attr-defined]
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Continues where `state_dict` was taken.
+
+        Args:
+            state_dict: what ``wrapper.state_dict()`` returned.
+            strict: as in torch.
+            assign: as in torch.
+
+        Returns:
+            Missing and unexpected keys, as in torch.
+
+        Raises:
+            StateError: it is the state of something else, such as the bare model or the method.
+        """
+        check_keys(self, state_dict, "wrapper")
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def _has_own_state(self) -> bool:
         stateful = hasattr(self.method, "state_dict") and hasattr(self.method, "load_state_dict")

@@ -29,6 +29,7 @@ from gradconsist.errors import (
 from gradconsist.methods import FixMatch
 from gradconsist.observation import Observer
 from support import compare, state, training
+from support.methods import same_state
 from support.oracle import Judge
 
 DATA = [SSLBatch(*batch) for batch in training.batches(20)]
@@ -502,11 +503,74 @@ def test_the_state_of_a_method_that_is_no_module_comes_back() -> None:
         second.load_state_dict({"_extra_state": {"step": 0, "consistency": first.consistency.state_dict()}})
 
 
-def test_a_state_dict_of_something_else_is_refused() -> None:
-    method, wrapper = make()
-    with pytest.raises((GradConsistError, RuntimeError), match=r"(?i)missing|key|state"):
-        wrapper.load_state_dict(method.state_dict())
-    assert wrapper.step == 0
+def _fixmatch(seed: int) -> GGCRWrapper:
+    model = training.network(dropout=0.0, seed=seed)
+    return GGCRWrapper(FixMatch(model), GradientConsistencyLoss(model))
+
+
+def _prefixed(prefix: str, state_dict: dict[str, Any]) -> dict[str, Any]:
+    return {prefix + key: value for key, value in state_dict.items()}
+
+
+OTHER_STATES: dict[str, tuple[str, Callable[[GGCRWrapper], Any], str]] = {
+    "the bare model's": (
+        "wrapper",
+        lambda w: w.method.model.state_dict(),
+        r"keys of the bare model, not those of a GGCRWrapper.*`wrapper\.method\.model\.load_state_dict",
+    ),
+    "the method's": ("wrapper", lambda w: w.method.state_dict(), r"`method` alone.*`wrapper\.method\.load_state_dict"),
+    "of a DDP wrapper": (
+        "wrapper",
+        lambda w: _prefixed("module.", w.state_dict()),
+        r"start with 'module\.', as DistributedDataParallel.*removeprefix.*`wrapper\.load_state_dict",
+    ),
+    "of a DDP model": (
+        "wrapper",
+        lambda w: _prefixed("module.", w.method.model.state_dict()),
+        r"start with 'module\.', .*`wrapper\.method\.model\.load_state_dict",
+    ),
+    "of a compiled wrapper": (
+        "wrapper",
+        lambda w: _prefixed("_orig_mod.", w.state_dict()),
+        r"start with '_orig_mod\.', as torch\.compile",
+    ),
+    "nothing": ("wrapper", lambda w: None, r"`state_dict` is a NoneType: pass what `wrapper\.state_dict\(\)`"),
+    "the bare model's, for a method": (
+        "method",
+        lambda w: w.method.model.state_dict(),
+        r"keys of the bare model, not those of a FixMatch: .*`method\.model\.load_state_dict",
+    ),
+    "the wrapper's, for a method": (
+        "method",
+        lambda w: w.state_dict(),
+        r"keys of a GGCRWrapper around a FixMatch: load it into the wrapper, or",
+    ),
+    "of a DDP method, for a method": (
+        "method",
+        lambda w: _prefixed("module.", w.method.state_dict()),
+        r"start with 'module\.', .*`method\.load_state_dict",
+    ),
+}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("case", OTHER_STATES)
+def test_a_state_dict_of_something_else_is_refused(case: str, strict: bool) -> None:
+    """With `strict=False` too, where torch would load nothing and say nothing; and nothing is loaded."""
+    into, other, match = OTHER_STATES[case]
+    source, wrapper = _fixmatch(0), _fixmatch(1)
+    before = copy.deepcopy(wrapper.state_dict())
+    with pytest.raises(StateError, match=match):
+        {"wrapper": wrapper, "method": wrapper.method}[into].load_state_dict(other(source), strict=strict)
+    assert same_state(before, wrapper.state_dict())
+
+
+def test_a_part_of_the_own_state_is_loaded_as_torch_does() -> None:
+    wrapper = _fixmatch(0)
+    kept = {key: value for key, value in wrapper.state_dict().items() if key.startswith("method.model.")}
+    assert wrapper.load_state_dict(kept, strict=False).missing_keys == ["_extra_state", "method._extra_state"]
+    with pytest.raises(RuntimeError, match=r"(?s)Missing key.*method\._extra_state"):
+        wrapper.load_state_dict(kept)
 
 
 def test_deepcopy_and_pickle() -> None:

@@ -31,6 +31,8 @@ from gradconsist.errors import (
     LossContractError,
     StateError,
 )
+from gradconsist.loading import check_keys
+from gradconsist.methods.calls import check_call, step_failure
 from gradconsist.schedules import linear_ramp
 from gradconsist.types import Inputs, SSLBatch, StepOutput, ViewPair
 from gradconsist.validation import check_count, check_number
@@ -78,6 +80,34 @@ class Method(nn.Module):
         self.unlabeled_weight = unlabeled_weight
         self.unlabeled_ramp_steps = unlabeled_ramp_steps
         self.step = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """One step, see `forward`. Where torch fails, the error names the part of the batch and the layer."""
+        check_call(type(self).__name__, args, kwargs)
+        try:
+            return super().__call__(*args, **kwargs)
+        except Exception as error:
+            refusal = step_failure(self, error, args[0] if args else kwargs["batch"])
+            if refusal is None:
+                raise
+            raise refusal from error
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Continues where `state_dict` was taken.
+
+        Args:
+            state_dict: what ``method.state_dict()`` returned.
+            strict: as in torch.
+            assign: as in torch.
+
+        Returns:
+            Missing and unexpected keys, as in torch.
+
+        Raises:
+            StateError: it is the state of something else, such as the bare model.
+        """
+        check_keys(self, state_dict, "method")
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def ramp(self) -> float:
         """The share of `unlabeled_weight` that the coming step has."""
@@ -222,10 +252,12 @@ def check_batch(batch: SSLBatch) -> None:
     for name, part in zip(("x", "y", "weak", "strong"), batch[:4], strict=True):
         if not isinstance(part, Tensor if name == "y" else Tensor | Mapping | Sequence):
             remedy = "pass class indices [n]" if name == "y" else "pass a tensor, or a mapping or sequence with tensors"
+            remedy += " (for NumPy arrays: torch.from_numpy)" if hasattr(part, "__array__") else ""
             raise InputTypeError(
                 f"`batch.{name}` is a {type(part).__name__}: {remedy}; a method that trains on one view needs `strong`"
                 " for the pair that gradient consistency compares."
             )
+    _check_labels(batch.y)
     x, y, weak, strong = (_rows(f"batch.{name}", getattr(batch, name)) for name in ("x", "y", "weak", "strong"))
     if x != y or weak != strong:
         raise InputShapeError(
@@ -246,6 +278,21 @@ def check_batch(batch: SSLBatch) -> None:
                 " number of tensors."
             )
         check_constants("batch.x", x_built, f"batch.{name}", view)
+
+
+def _check_labels(y: Tensor) -> None:
+    """Whole numbers [n], as torch's cross-entropy takes them; rows of probabilities are left to it."""
+    if y.is_floating_point() and y.dim() == 2 and y.shape[1] > 1:
+        return
+    if y.dtype not in (torch.int64, torch.uint8):
+        whole = not y.is_floating_point() and not y.is_complex() and y.dtype != torch.bool
+        remedy = "" if whole else " if it holds class indices; a method trains a classifier"
+        raise InputTypeError(f"`batch.y` is {y.dtype}, expected class indices of torch.int64: pass `y.long()`{remedy}.")
+    if y.dim() != 1:
+        raise InputShapeError(
+            f"`batch.y` has shape {tuple(y.shape)}, expected class indices [n]: pass `y.flatten()` for [n, 1], or"
+            " `y.argmax(1)` for rows with a single 1."
+        )
 
 
 def _rows(name: str, inputs: Inputs) -> int:

@@ -19,10 +19,12 @@ from gradconsist import GGCRWrapper, GradientConsistencyLoss, SSLBatch, StepOutp
 from gradconsist.default_loss import cross_entropy
 from gradconsist.errors import (
     ConfigError,
+    DeviceError,
     InputShapeError,
     InputTypeError,
     InputValueError,
     LossContractError,
+    ModelError,
     StateError,
 )
 from gradconsist.methods import FixMatch, MeanTeacher, PseudoLabel
@@ -305,6 +307,70 @@ def test_logits_fn(name: str) -> None:
         method = kind(Named(m.network()), logits_fn=function, **options)
         with pytest.raises(LossContractError, match=match):
             method(batch)
+
+
+CALLS: dict[str, Callable[[nn.Module, SSLBatch], Any]] = {
+    "4 positional arguments": lambda method, b: method(b.x, b.y, b.weak, b.strong),
+    "the keywords 'x', 'y', 'weak', 'strong'": lambda method, b: method(x=b.x, y=b.y, weak=b.weak, strong=b.strong),
+    "1 positional argument and the keyword 'index'": lambda method, b: method(b, index=b.index),
+    "nothing": lambda method, b: method(),
+}
+
+
+@pytest.mark.parametrize("found", CALLS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_is_one_argument(name: str, found: str) -> None:
+    method, kind = build(name), type(build(name)).__name__
+    with pytest.raises(InputTypeError, match=rf"{kind} was called with {found}, .*SSLBatch\(x, y, weak, strong\)"):
+        CALLS[found](method, DATA[0])
+    assert method.step == 0
+    assert torch.isfinite(method(batch=DATA[0]).loss)
+
+
+LABELS: list[tuple[str, Callable[[torch.Tensor], Any], type[Exception], str]] = [
+    ("floats", lambda y: y.float(), InputTypeError, r"`batch\.y` is torch\.float32.*pass `y\.long\(\)` if it holds"),
+    ("flags", lambda y: y > 0, InputTypeError, r"`batch\.y` is torch\.bool, expected class indices"),
+    ("int32", lambda y: y.int(), InputTypeError, r"`batch\.y` is torch\.int32.*: pass `y\.long\(\)`\.$"),
+    ("a column", lambda y: y[:, None], InputShapeError, r"`batch\.y` has shape \(.*, 1\).*`y\.flatten\(\)`"),
+    ("one-hot", lambda y: nn.functional.one_hot(y), InputShapeError, r"`y\.argmax\(1\)` for rows"),
+    ("too large", lambda y: y + 100, InputValueError, r"`batch\.y` has classes from 10\d to 10\d.*fewer logits"),
+    ("NumPy", lambda y: y.numpy(), InputTypeError, r"`batch\.y` is a ndarray.*torch\.from_numpy"),
+    ("elsewhere", lambda y: y.to("meta"), DeviceError, r"`batch\.x` on cpu, `batch\.y` on meta.*move them"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "match"), [row[1:] for row in LABELS], ids=[row[0] for row in LABELS])
+@pytest.mark.parametrize("name", NAMES)
+def test_bad_labels(name: str, change: Callable[[torch.Tensor], Any], error: type[Exception], match: str) -> None:
+    method = build(name)
+    with pytest.raises(error, match=match):
+        method(DATA[0]._replace(y=change(DATA[0].y)))
+    assert method.step == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_that_fails_is_named(name: str) -> None:
+    """By an input of another dtype than the model's float64."""
+    method, batch = build(name), DATA[0]
+    narrow = batch._replace(**{part: getattr(batch, part).float() for part in ("x", "weak", "strong")})
+    match = r"`batch\.x`.*`batch\.weak`.*torch\.float32.* in `(model|teacher)\.\d+`.*`\.double\(\)`"
+    with pytest.raises(ModelError, match=match):
+        method(narrow)
+
+
+class UsersError(RuntimeError):
+    """An exception class that is not torch's."""
+
+
+def test_a_models_own_exception_passes_unchanged() -> None:
+    class Failing(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise UsersError("as it is")
+
+    method = build("fixmatch")
+    method.model = Failing()
+    with pytest.raises(UsersError, match=r"^as it is$"):
+        method(DATA[0])
 
 
 def test_a_list_of_samples_is_told_what_a_sequence_is() -> None:

@@ -1,0 +1,77 @@
+"""How a method may be called, and what is said of a call that fails inside torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from gradconsist.batch import places
+from gradconsist.errors import DeviceError, GradConsistError, InputTypeError, InputValueError
+from gradconsist.failures import innermost, model_failure
+from gradconsist.types import SSLBatch
+
+_PARTS = ("x", "y", "weak", "strong")
+
+
+def check_call(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """A method takes one argument, ``batch``.
+
+    Args:
+        name: of the method's class.
+        args: what it was called with.
+        kwargs: what it was called with by keyword.
+
+    Raises:
+        InputTypeError: there are other arguments, such as the parts of a batch one by one.
+    """
+    if (len(args) == 1 and not kwargs) or (not args and set(kwargs) == {"batch"}):
+        return
+    given = [f"{len(args)} positional argument{'s' if len(args) > 1 else ''}"] if args else []
+    given += [f"the keyword{'s' if len(kwargs) > 1 else ''} {', '.join(map(repr, kwargs))}"] if kwargs else []
+    raise InputTypeError(
+        f"{name} was called with {' and '.join(given) or 'nothing'}, and takes one batch: pass"
+        " SSLBatch(x, y, weak, strong)."
+    )
+
+
+def step_failure(method: nn.Module, error: Exception, batch: Any) -> GradConsistError | None:
+    """The library's own error for one that torch raised in a method's step.
+
+    Args:
+        method: the method.
+        error: with its traceback.
+        batch: what the method was called with.
+
+    Returns:
+        The error to raise from `error`; None where it should pass unchanged.
+    """
+    if isinstance(error, GradConsistError) or not isinstance(batch, SSLBatch):
+        return None
+    said = str(error)
+    parts = {f"batch.{name}": getattr(batch, name) for name in _PARTS}
+    if isinstance(error, RuntimeError) and "device" in said:
+        devices = {
+            place: str(leaf.device)
+            for name, part in parts.items()
+            for place, leaf in places(name, tuple(part) if isinstance(part, list) else part)
+            if isinstance(leaf, Tensor)
+        }
+        models = sorted({str(parameter.device) for parameter in method.parameters()})
+        if len({*devices.values(), *models}) > 1:
+            found = ", ".join(f"`{name}` on {device}" for name, device in devices.items())
+            found += f", the model on {' and '.join(models)}"
+            return DeviceError(f"the step needs tensors of one device, and has {found}: move them with `.to(device)`.")
+    place = innermost(method, error)
+    if place is not None and place[0] != "":
+        del parts["batch.y"]
+        return model_failure(error, method, parts, root="")
+    if isinstance(batch.y, Tensor) and ("out of bounds" in said or "Class values must be" in said):
+        return InputValueError(
+            f"`batch.y` has classes from {int(batch.y.min())} to {int(batch.y.max())}, and the model has fewer logits"
+            f" ({said.rstrip('.')}): give class indices from 0 to the number of logits - 1."
+        )
+    if isinstance(batch.y, Tensor) and "one_hot is only applicable" in said:
+        return InputTypeError(f"`batch.y` is {batch.y.dtype}, and this method needs class indices [n] of torch.int64.")
+    return None
