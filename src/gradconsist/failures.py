@@ -121,7 +121,7 @@ def model_failure(
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or ["no message"]
-    return lines[0][:200].rstrip(".")
+    return lines[0][:200].rstrip(".!")
 
 
 def _failed_loss(error: Exception) -> tuple[Any, Tensor] | None:
@@ -210,6 +210,8 @@ def _tried(views: Mapping[str, Inputs], works: Works) -> tuple[dict[str, Inputs]
 
 
 def _remedy(said: str, module: nn.Module, views: Mapping[str, Inputs]) -> str:
+    if re.search(r"\bdevice\b", said):
+        return "Register the tensors that the model keeps as buffers, so that `.to(device)` moves them with it."
     tensors = [leaf for view in views.values() for leaf in leaves(view) if isinstance(leaf, Tensor)]
     own = next((p.dtype for p in module.parameters(recurse=False)), None)
     if isinstance(module, nn.Embedding) and "IndexError" in said:

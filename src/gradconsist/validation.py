@@ -135,9 +135,10 @@ def check_pairs(
             )
     # Inference tensors cannot be saved for a derivative; their copies can.
     weak, strong = (map_leaves(lambda leaf: leaf.clone() if leaf.is_inference() else leaf, v) for v in (weak, strong))
+    others = {name: value for name, value in (("target", target), ("weight", weight)) if isinstance(value, Tensor)}
+    device = check_one_device(model, named | others)  # before a number is read, which a meta tensor does not have
     target = check_target(target, size, default_loss)
     weight = check_weight(weight, target, fused)
-    device = check_one_device(model, named | {"target": target, "weight": weight})
     return Pairs(weak, strong, target, weight, device)
 
 
@@ -159,7 +160,8 @@ def check_target(target: Any, size: int, default_loss: bool) -> Tensor:
     """
     if not isinstance(target, Tensor):
         raise InputTypeError(
-            f"`target` is a {type(target).__name__}, not a tensor: pass class indices or probabilities."
+            f"`target` is a {type(target).__name__}, not a tensor: pass class indices or probabilities (for NumPy"
+            " arrays: torch.from_numpy)."
         )
     if target.dim() == 0 or target.shape[0] != size:
         raise InputShapeError(f"`target` has shape {tuple(target.shape)}, the views {size} samples: one row a pair.")
@@ -225,7 +227,9 @@ def check_weight(weight: Any, target: Tensor, fused: bool) -> Tensor:
         return torch.ones(target.shape[0], device=target.device)
     if not isinstance(weight, Tensor) or weight.is_complex():
         found = "a complex tensor" if isinstance(weight, Tensor) else f"a {type(weight).__name__}"
-        raise InputTypeError(f"`weight` is {found}: pass a real or boolean tensor [B].")
+        raise InputTypeError(
+            f"`weight` is {found}: pass a real or boolean tensor [B] (for NumPy arrays: torch.from_numpy)."
+        )
     if weight.shape != target.shape[:1]:
         raise InputShapeError(f"`weight` has shape {tuple(weight.shape)}, expected ({target.shape[0]},): one a pair.")
     if fused and weight.requires_grad:

@@ -97,6 +97,12 @@ INPUTS = [
     Bad("weight of another size", put(weight=torch.ones(4)), InputShapeError, "weight"),
     Bad("weight of two dimensions", put(weight=torch.ones(5, 1)), InputShapeError, "weight"),
     Bad("nan weight", put(weight=torch.full((5,), float("nan"))), NonFiniteError, "weight"),
+    Bad("NumPy labels", put(target=lambda t: t.numpy()), InputTypeError, r"`target` is a ndarray.*torch\.from_numpy"),
+    Bad(
+        "NumPy weights", put(weight=torch.ones(5).numpy()), InputTypeError, r"`weight` is a ndarray.*torch\.from_numpy"
+    ),
+    Bad("labels elsewhere", put(target=lambda t: t.to("meta")), DeviceError, "`target` is on meta, the model on cpu"),
+    Bad("weight elsewhere", put(weight=torch.ones(5, device="meta")), DeviceError, "`weight` is on meta, the model"),
     Bad("weight is a list", put(weight=[1, 1, 1, 1, 1]), InputTypeError, "weight"),
     Bad("soft target of another width", put(target=torch.full((5, 4), 0.25).double()), InputShapeError, "target"),
     Bad("27 meta tensors", put(weak=lambda x: x.to("meta"), strong=lambda x: x.to("meta")), DeviceError, "weak|meta"),
@@ -266,6 +272,13 @@ class Fails:
     cause: type[Exception] = RuntimeError
 
 
+class Elsewhere(nn.Linear):
+    """Adds a tensor that is no buffer, and stays where it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.zeros(3, device="meta")
+
+
 FAILS = [
     Fails("width", _mlp, VECTORS[:, :4], VECTORS[:, 1:], r"`weak` and `strong` \(torch.float32, shape \(5, 4\)\) in"
           r" `model\.0` \(Linear\): RuntimeError: .*\. The Linear takes in_features=5"),
@@ -276,6 +289,7 @@ FAILS = [
     Fails("float64", _mlp, VECTORS.double(), VECTORS.double(), r"torch\.float64.* are torch\.float32: convert"
           r" the inputs with `\.float\(\)`, or the model with `\.double\(\)`"),
     Fails("half images", _cnn, IMAGES.half(), IMAGES.half(), r"`\.float\(\)`, or the model with `\.half\(\)`"),
+    Fails("a tensor elsewhere", lambda: Elsewhere(5, 3), VECTORS, VECTORS, r"\(Elsewhere\): .*device.*as buffers"),
     Fails("integers", _mlp, VECTORS.long(), VECTORS.long(), r"torch\.int64.*convert the inputs with `\.float\(\)`\.$"),
     Fails("ids as floats", Text, {"ids": IDS.float(), "mask": MASK}, {"ids": IDS.float(), "mask": MASK},
           r"`weak\['ids'\]` .*`strong\['mask'\]` .*`model\.words` \(Embedding\).*integers: pass ids with `\.long\(\)`"),

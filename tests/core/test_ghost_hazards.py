@@ -16,7 +16,7 @@ from gradconsist.engines import GhostEngine
 from gradconsist.engines.ghost.coverage import check_coverage
 from gradconsist.engines.ghost.record import Use
 from gradconsist.engines.ghost.rules import Bias
-from gradconsist.errors import UnsupportedModuleError
+from gradconsist.errors import ModelError, UnsupportedModuleError
 from support import compare, state
 from support.layer_zoo import LAYER_CASES
 from support.oracle import judge
@@ -369,7 +369,7 @@ def test_an_exception_in_the_middle_leaves_no_trace(form: Any, fused: bool) -> N
     for last in range(1, count + 1):
         calls, at = 0, last
         gc = GradientConsistencyLoss(model, engine=GhostEngine(form=form), fused=fused, chunk_size=2)
-        with pytest.raises(KeyError, match="boom"):
+        with pytest.raises(ModelError, match=r"`model\.3` \(Net\): KeyError: 'boom'"):
             gc(*arguments)
         assert state.differences(before, {**state.of_process(), **state.of_model(model)}) == []
 
