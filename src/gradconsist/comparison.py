@@ -110,15 +110,12 @@ def compare(options: Comparison, pairs: Pairs) -> tuple[Tensor, ConsistencyRecor
         ModelError: the model or `loss_fn` failed with an error of torch's or Python's own.
     """
     selection = select(pairs, options.max_pairs, options.reduction, options.generator, _wide(options))
-    seed = _seed(options.generator) if options.dropout else None
+    source = options.generator
+    seed = int(torch.randint(2**62, (), generator=source, device=source.device)) if options.dropout else None
     autocast = autocast_region(pairs.device)
     views = {"weak": pairs.weak, "strong": pairs.strong}
     with our_rules(options.model, pairs.device, views, seed=seed, dropout=options.dropout):
         return _Run(options, pairs, selection, autocast).result()
-
-
-def _seed(generator: torch.Generator) -> int:
-    return int(torch.randint(2**62, (), generator=generator, device=generator.device))
 
 
 def _wide(options: Comparison) -> torch.dtype:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import nn
 
-from gradconsist.methods.base import LogitsFunction, Method, check_batch
+from gradconsist.methods.base import LogitsFunction, Method
+from gradconsist.methods.checks import check_batch
 from gradconsist.types import SSLBatch, StepOutput, ViewPair
 from gradconsist.validation import check_choice, check_number
 

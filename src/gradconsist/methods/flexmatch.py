@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradconsist.methods.base import LogitsFunction, Method, check_batch, check_index
+from gradconsist.methods.base import LogitsFunction, Method
+from gradconsist.methods.checks import check_batch, check_index
 from gradconsist.methods.processes import gather, last_rows
 from gradconsist.types import SSLBatch, StepOutput, ViewPair
 from gradconsist.validation import check_choice, check_count, check_number

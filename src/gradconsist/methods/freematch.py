@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradconsist.errors import ConfigError
-from gradconsist.methods.base import LogitsFunction, Method, check_batch, check_classes
+from gradconsist.methods.base import LogitsFunction, Method
+from gradconsist.methods.checks import check_batch, check_classes
 from gradconsist.methods.processes import gather, world
 from gradconsist.types import SSLBatch, StepOutput, ViewPair
 from gradconsist.validation import check_choice, check_count, check_number

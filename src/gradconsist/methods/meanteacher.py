@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gradconsist.methods.base import LogitsFunction, Method, check_batch
+from gradconsist.methods.base import LogitsFunction, Method
+from gradconsist.methods.checks import check_batch
 from gradconsist.schedules import sigmoid_ramp
 from gradconsist.types import SSLBatch, StepOutput, ViewPair
 from gradconsist.validation import check_number

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from gradconsist.batch import leaves, rebuilt, take
 from gradconsist.errors import InputTypeError, StateError
-from gradconsist.methods.base import LogitsFunction, Method, check_batch, sharpen
+from gradconsist.methods.base import LogitsFunction, Method, sharpen
+from gradconsist.methods.checks import check_batch
 from gradconsist.types import Inputs, SSLBatch, StepOutput, ViewPair
 from gradconsist.validation import check_choice, check_number
 

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradconsist.methods.base import LogitsFunction, Method, check_batch, check_classes, check_index
+from gradconsist.methods.base import LogitsFunction, Method
+from gradconsist.methods.checks import check_batch, check_classes, check_index
 from gradconsist.methods.processes import gather
 from gradconsist.schedules import sigmoid_ramp
 from gradconsist.types import SSLBatch, StepOutput, ViewPair

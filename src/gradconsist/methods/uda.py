@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradconsist.errors import ConfigError
-from gradconsist.methods.base import LogitsFunction, Method, check_batch
+from gradconsist.methods.base import LogitsFunction, Method
+from gradconsist.methods.checks import check_batch
 from gradconsist.methods.processes import total, world
 from gradconsist.types import SSLBatch, StepOutput, ViewPair
 from gradconsist.validation import check_choice, check_count, check_number
