@@ -1,6 +1,8 @@
-"""Half precision: within twice the error that the plain loop of the same dtype makes; sums kept in float32."""
+"""Float32: rounding and kinks, nothing else. Half precision: within twice the error of the same dtype's plain loop."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
@@ -9,11 +11,59 @@ from gradconsist import GradientConsistencyLoss
 from gradconsist.default_loss import cross_entropy
 from gradconsist.errors import UnsupportedModuleError
 from support import compare
+from support.oracle import Judge
 from support.zoo import CASES
 
 MODELS = ["mlp", "mlp_layernorm", "cnn_groupnorm", "cnn_batchnorm_train", "cnn_batchnorm_eval", "vit", "tied_embedding"]
 # The error of a same-dtype loop is one draw of rounding noise; its floor is a few units in the last place of bf16.
 FLOOR_COSINE, FLOOR_GRADIENT = 4e-3, 2e-2
+
+
+class Residual(torch.nn.Module):
+    """A residual network of 25 convolutions with BatchNorm; the sides of 0 that activations are on may be given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norms = torch.nn.ModuleList(torch.nn.BatchNorm2d(8) for _ in range(24))
+        self.convolutions = torch.nn.ModuleList(torch.nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(24))
+        self.head = torch.nn.Linear(8, 4)
+        self.noted: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor, *sides: torch.Tensor) -> torch.Tensor:
+        h, given = self.stem(x), list(sides)
+        for i in range(0, 24, 2):
+            y = self.convolutions[i](self._leaky(self.norms[i](h), given))
+            h = h + self.convolutions[i + 1](self._leaky(self.norms[i + 1](y), given))
+        return self.head(h.mean((2, 3)))
+
+    def _leaky(self, x: torch.Tensor, given: list[torch.Tensor]) -> torch.Tensor:
+        if not given:
+            self.noted.append(x > 0)
+        return torch.where(given.pop(0) if given else self.noted[-1], x, 0.1 * x)
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
+def test_float32_is_within_rounding_once_the_sides_of_activations_are_held(engine: str) -> None:
+    """In a deep network float32 moves some activation over its kink, where the derivative jumps; nothing else is off.
+
+    So the contract's bounds cannot hold for every deep network (benchmarks/float32_error.py). Here the sides are those
+    of a float64 forward, and a twentieth of the bounds (for the gradient a fortieth) holds.
+    """
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = Residual()
+        weak = torch.randn(4, 3, 8, 8)
+        strong, target = weak + torch.randn_like(weak), torch.randint(4, (4,))
+        wide = copy.deepcopy(model).double()
+        with torch.no_grad():
+            wide(torch.cat([weak, strong]).double())
+        views = tuple((x, *(side[i : i + 4] for side in wide.noted)) for x, i in ((weak, 0), (strong, 4)))
+        verdict = Judge(model, *views, target).verdict()
+        gc = GradientConsistencyLoss(model, engine=engine)
+        flat = compare.gradient_of(gc(*views, target), model)
+        assert compare.cosine_error(gc.last.cosine, verdict.cosine) <= 1e-6
+        assert compare.relative(flat, verdict.flat) <= 5e-6
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "graph"])
