@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flatness_page import flatness_section
+from float32_page import float32_section
 from matrix_page import summary_table
 from runs_page import methods_table, methods_text, runs_table, statistics_table
 from shared import RATIO, command, made, result_of, table
@@ -38,6 +39,10 @@ compared in five quantities with a float64 loop over samples that shares no code
 {summary_table(exact)}
 
 Made by `{command(exact)}` with torch {exact["environment"]["torch"]} on a CPU.
+
+### Float32 on whole networks
+
+{float32_section(result_of("float32_error"))}
 
 ## Cost
 

@@ -75,6 +75,9 @@ explain what an engine is off.
 
 {bounds_table(result)}
 
+In float32 a deep ReLU network may be further off than that, with any engine:
+[why, and how far](evidence.md#float32-on-whole-networks).
+
 ## By engine and precision
 
 {summary_table(result)}
