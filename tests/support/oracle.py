@@ -257,7 +257,9 @@ class Judge:
                 g_s = g_s.detach()
             norms[0, i], norms[1, i] = g_w.detach().double().norm(), g_s.detach().double().norm()
             degenerate = bool(norms[:, i].min() <= self.min_norm)
-            cosines.append(None if degenerate else (g_w @ g_s) / (g_w.norm() * g_s.norm()))
+            # Not `@` and `norm`, whose float32 sums lose digits over millions of entries.
+            ww, ss, ws = ((a * b).sum() for a, b in ((g_w, g_w), (g_s, g_s), (g_w, g_s)))
+            cosines.append(None if degenerate else ws / (ww.sqrt() * ss.sqrt()))
         return cosines, norms[0], norms[1], norms.min(dim=0).values <= self.min_norm
 
     def terms(self, cosines: list[Tensor | None]) -> Tensor:
