@@ -201,7 +201,8 @@ def _check_probabilities(target: Tensor) -> None:
         binary = bool(((target == 0) | (target == 1)).all())
         examples = SEVERAL_LABELS if binary else REGRESSION
         raise InputValueError(
-            f"`target` rows are not probabilities (non-negative, sum 1): pass softmax outputs; {examples}."
+            f"`target` rows are not probabilities (non-negative, sum 1), which the default loss takes: {examples}; for"
+            " soft pseudo-labels pass the model's `.softmax(1)`."
         )
 
 
