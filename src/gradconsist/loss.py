@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from gradconsist.advice import IdleCalls
 from gradconsist.comparison import Comparison, compare
 from gradconsist.default_loss import cross_entropy
-from gradconsist.engines import Engine, make_engine
+from gradconsist.engines import Engine
 from gradconsist.errors import ConfigError, GradModeError, StateError
 from gradconsist.guards import check_model
 from gradconsist.isolation import one_comparison, uncompiled
@@ -20,12 +22,10 @@ from gradconsist.probes import Probed
 from gradconsist.projection import RandomProjection
 from gradconsist.recall import Recalled
 from gradconsist.selection import Encoder, compared_parameters, trainable_parameters
+from gradconsist.settings import OPTIONS, Reduction, Settings
 from gradconsist.similarity import Criterion, Disagreement
-from gradconsist.through import check_through_statistics
 from gradconsist.types import ConsistencyRecord, Inputs, LossFunction
-from gradconsist.validation import Pairs, check_choice, check_count, check_number, check_pairs
-
-Reduction = Literal["mean", "sum", "none"]
+from gradconsist.validation import Pairs, check_pairs
 
 
 class GradientConsistencyLoss:
@@ -112,42 +112,10 @@ class GradientConsistencyLoss:
         reduction: Reduction = "mean",
         fused: bool = True,
     ) -> None:
-        check_model(model)
-        if projection is not None and not isinstance(projection, RandomProjection):
-            raise ConfigError(f"`projection` is {projection!r}: pass RandomProjection(dim, kind, seed=...), or None.")
-        if loss_fn is not None and (not callable(loss_fn) or isinstance(loss_fn, type)):
-            raise ConfigError(f"`loss_fn` is {loss_fn!r}: pass a function (output, target) -> [B], or None.")
-        check_choice("batchnorm", batchnorm, ("auto", "batch", "running", "observed"))
-        check_choice("dropout", dropout, ("off", "on"))
-        check_choice("stop_gradient", stop_gradient, (None, "weak", "strong"))
-        check_choice("reduction", reduction, ("mean", "sum", "none"))
-        check_choice("fused", fused, (True, False))
-        if chunk_size is not None and chunk_size != "auto":
-            check_count("chunk_size", chunk_size)
-        if max_pairs is not None:
-            check_count("max_pairs", max_pairs)
-        check_number("min_norm", min_norm, least=1e-18)  # its square must be a normal float32
-        check_through_statistics(through_statistics, batchnorm, dropout)
-        if reduction == "none" and fused:
-            raise ConfigError(
-                "`reduction='none'` needs `fused=False`: the fused gradient is already summed over the pairs, so"
-                " weights applied to the result would be lost."
-            )
-        compared_parameters(model, encoder)
-        self.model = model
-        self.encoder = encoder
-        self.loss_fn: LossFunction = cross_entropy if loss_fn is None else loss_fn
-        self.engine = make_engine(engine, projection)
-        self.projection = projection
-        self.batchnorm: BatchNormPolicy = batchnorm
-        self.through_statistics = through_statistics
-        self.dropout = dropout
-        self.chunk_size = chunk_size
-        self.max_pairs = max_pairs
-        self.stop_gradient = stop_gradient
-        self.min_norm = min_norm
-        self.reduction = reduction
-        self.fused = fused
+        self.settings = Settings(
+            model, encoder, cross_entropy if loss_fn is None else loss_fn, engine, projection, batchnorm,  # type: ignore[arg-type]
+            through_statistics, dropout, chunk_size, max_pairs, stop_gradient, min_norm, reduction, fused,
+        )  # fmt: skip
         self.last: ConsistencyRecord | None = None
         # Reading the seed does not draw from the global generator; drawing from our own does not either.
         self._generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
@@ -182,6 +150,32 @@ class GradientConsistencyLoss:
             GradConsistError: one of the family, each naming argument or module path, finding and remedy.
         """
         return self.evaluate(weak, strong, target, weight, generator=generator)
+
+    def __getattr__(self, name: str) -> Any:
+        """Options are read, and set between calls, like attributes of the loss."""
+        settings = vars(self).get("settings")
+        if name in OPTIONS and settings is not None:
+            return getattr(settings, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in OPTIONS:
+            name, value = "settings", replace(self.settings, **{name: value})
+        super().__setattr__(name, value)
+
+    def with_options(self, **changes: Any) -> GradientConsistencyLoss:
+        """A loss with the same options but these, and with nothing that this one has learnt, drawn or seen.
+
+        Args:
+            **changes: options, by the names of the constructor's arguments.
+
+        Returns:
+            A new loss.
+        """
+        options = {name: getattr(self.settings, name) for name in OPTIONS} | {
+            "engine": copy.deepcopy(self.settings.engine)
+        }
+        return type(self)(**{**options, **changes})
 
     @uncompiled
     def evaluate(
@@ -220,10 +214,10 @@ class GradientConsistencyLoss:
                 " `measure(...)`, which needs none."
             )
         with one_comparison():
-            pairs = self._check(weak, strong, target, weight, fused=self.fused)
+            pairs = self._check(weak, strong, target, weight, fused=self.settings.fused)
             loss, self.last = compare(self._comparison(generator, statistics, recalled), pairs)
             self._calls += 1
-            self._idle.watch(self.last, pairs.target, self.min_norm, self.criterion)
+            self._idle.watch(self.last, pairs.target, self.settings.min_norm, self.criterion)
         return loss
 
     @uncompiled
@@ -267,7 +261,7 @@ class GradientConsistencyLoss:
         With a projection also the number of calls, which tells its matrices.
         """
         state = {"generator": self._generator.get_state()}
-        return state if self.projection is None else state | {"calls": torch.tensor(self._calls)}
+        return state if self.settings.projection is None else state | {"calls": torch.tensor(self._calls)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continues where `state_dict` was taken.
@@ -278,7 +272,7 @@ class GradientConsistencyLoss:
         Raises:
             StateError: it is something else.
         """
-        expected = {"generator"} if self.projection is None else {"generator", "calls"}
+        expected = {"generator"} if self.settings.projection is None else {"generator", "calls"}
         known = isinstance(state, Mapping) and set(state) == expected
         if not known or not all(isinstance(part, Tensor) for part in state.values()):
             found = sorted(state) if isinstance(state, Mapping) else type(state).__name__
@@ -295,9 +289,7 @@ class GradientConsistencyLoss:
         self._calls = int(calls)
 
     def __repr__(self) -> str:
-        names = "projection batchnorm through_statistics dropout chunk_size max_pairs stop_gradient min_norm"
-        options = ", ".join(f"{name}={getattr(self, name)!r}" for name in [*names.split(), "reduction", "fused"])
-        return f"{type(self).__name__}({type(self.model).__name__}, engine={self.engine!r}, {options})"
+        return f"{type(self).__name__}({type(self.settings.model).__name__}, {self.settings!r})"
 
     def __getstate__(self) -> dict[str, Any]:
         # Generators cannot be copied or pickled in every supported torch.
@@ -309,9 +301,9 @@ class GradientConsistencyLoss:
         self._generator.set_state(state["_generator"])
 
     def _check(self, weak: Any, strong: Any, target: Any, weight: Any, *, fused: bool) -> Pairs:
-        check_model(self.model)
-        default = self.loss_fn is cross_entropy
-        return check_pairs(self.model, weak, strong, target, weight, default_loss=default, fused=fused)
+        own = self.settings
+        check_model(own.model)
+        return check_pairs(own.model, weak, strong, target, weight, default_loss=own.default_loss, fused=fused)
 
     def _comparison(
         self,
@@ -321,30 +313,31 @@ class GradientConsistencyLoss:
         *,
         measure: bool = False,
     ) -> Comparison:
-        if self.batchnorm == "observed" and statistics is None:
+        own = self.settings
+        if own.batchnorm == "observed" and statistics is None:
             raise ConfigError(
                 "`batchnorm='observed'` takes the statistics of the method's own forward: call the loss through"
                 " GGCRWrapper, or use `batchnorm='auto'`."
             )
         return Comparison(
-            model=self.model,
-            loss_fn=self.loss_fn,
+            model=own.model,
+            loss_fn=own.loss_fn,
             criterion=self.criterion,
-            engine=self.engine,
-            compared=compared_parameters(self.model, self.encoder),
-            trainable=trainable_parameters(self.model),
-            batchnorm=self.batchnorm,
+            engine=own.engine,
+            compared=compared_parameters(own.model, own.encoder),
+            trainable=trainable_parameters(own.model),
+            batchnorm=own.batchnorm,
             statistics=statistics,
             recalled=recalled,
-            through_statistics=self.through_statistics and not measure,
-            dropout=self.dropout == "on",
-            chunk_size=self.chunk_size,
-            max_pairs=self.max_pairs,
-            constant=("weak", "strong") if measure else (self.stop_gradient,),
-            min_norm=self.min_norm,
-            reduction="none" if measure else self.reduction,
-            fused=self.fused and not measure,
+            through_statistics=own.through_statistics and not measure,
+            dropout=own.dropout == "on",
+            chunk_size=own.chunk_size,
+            max_pairs=own.max_pairs,
+            constant=("weak", "strong") if measure else (own.stop_gradient,),
+            min_norm=own.min_norm,
+            reduction="none" if measure else own.reduction,
+            fused=own.fused and not measure,
             generator=generator or self._generator,
             probed=self._probed,
-            projection=None if self.projection is None else self.projection.projector(self._calls),
+            projection=None if own.projection is None else own.projection.projector(self._calls),
         )

@@ -35,7 +35,7 @@ def try_on_one_pair(consistency: GradientConsistencyLoss, pair: ViewPair, statis
         GradConsistError: whatever the loss itself would raise for such a step.
     """
     with one_comparison():
-        pairs = consistency._check(*pair, fused=consistency.fused)
+        pairs = consistency._check(*pair, fused=consistency.settings.fused)
         positive = pairs.weight.detach().nonzero().flatten()
         index = positive[:1] if len(positive) else positive.new_zeros(1)
         weak, strong = take(pairs.weak, index), take(pairs.strong, index)

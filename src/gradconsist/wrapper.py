@@ -86,11 +86,11 @@ class GGCRWrapper(nn.Module):
             )
         if not isinstance(consistency, GradientConsistencyLoss):
             raise ConfigError(f"`consistency` is a {type(consistency).__name__}: pass a GradientConsistencyLoss.")
-        if consistency.reduction == "none":
+        if consistency.settings.reduction == "none":
             raise ConfigError("`consistency` has reduction='none': the wrapper adds a scalar, use 'mean' or 'sum'.")
         if isinstance(method, nn.Module):
             own = {id(parameter) for parameter in method.parameters()}
-            if not all(id(parameter) in own for parameter in trainable_parameters(consistency.model).values()):
+            if not all(id(parameter) in own for parameter in trainable_parameters(consistency.settings.model).values()):
                 raise ConfigError(
                     "`consistency` compares a model that `method` does not train: give both the same model object."
                 )
@@ -137,9 +137,10 @@ class GGCRWrapper(nn.Module):
         """
         weight = self.current_weight()
         trial = not (weight > 0 or self._tried) and self.training and self.weight > 0 and torch.is_grad_enabled()
-        observe = (weight > 0 or trial) and self.consistency.batchnorm == "observed"
-        keep = recall_bytes(self.consistency.engine, dropout=self.consistency.dropout == "on")
-        observer = Observer(self.consistency.model, keep=keep) if observe else nullcontext()
+        observe = (weight > 0 or trial) and self.consistency.settings.batchnorm == "observed"
+        settings = self.consistency.settings
+        keep = recall_bytes(settings.engine, dropout=settings.dropout == "on")
+        observer = Observer(settings.model, keep=keep) if observe else nullcontext()
         with observer:
             output = self.method(*args, **kwargs)
         base = as_step_output(output)

@@ -6,6 +6,7 @@ More models, and every single forward in turn: test_state.
 from __future__ import annotations
 
 import random
+from collections import UserList
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -61,7 +62,7 @@ class _Layer(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[Tensor] = []
+        self.calls: UserList[Tensor] = UserList()  # no list, which every forward would meet as it was before the call
         self.act: Callable[[int, Tensor], Tensor] = lambda call, x: x
 
     def forward(self, x: Tensor) -> Tensor:
