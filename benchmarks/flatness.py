@@ -108,7 +108,7 @@ def measured(model: Network, x: Tensor, y: Tensor, test_x: Tensor, test_y: Tenso
     with torch.no_grad():
         target = model(weak).argmax(1)
         accuracy = float((model(test_x).argmax(1) == test_y).float().mean())
-    bound = consistency_bound(model, weak, strong, target, encoder=model.encoder)
+    bound = consistency_bound(GradientConsistencyLoss(model, encoder=model.encoder), weak, strong, target)
     return {
         "accuracy": accuracy, "loss": one.loss, "sharpness": one.sharpness, "sharpness_5": five.sharpness,
         "eigenvalue": top.value, "residual": top.residual, "gc": bound.left, "bound": bound.right,

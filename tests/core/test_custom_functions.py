@@ -172,7 +172,7 @@ def test_a_wrong_second_derivative_is_refused(layer: nn.Module, engine: str) -> 
     with pytest.raises(UnsupportedModuleError, match=r"Detached\w+ \(in '1'\) has a wrong second.*off by \d+%"):
         GradientConsistencyLoss(model, engine=engine)(*views())
     GradientConsistencyLoss(model, engine=engine).measure(*views())  # needs the first derivative only
-    assert not verify(model, *views()).ok
+    assert not verify(GradientConsistencyLoss(model), *views()).ok
 
 
 RIGHT = {

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradconsist import diagnostics
-from gradconsist.errors import GradConsistError, UnsupportedModuleError
+from gradconsist import GradientConsistencyLoss, RandomProjection, diagnostics
+from gradconsist.errors import ConfigError, GradConsistError, UnsupportedModuleError
+from gradconsist.regularizers import GradientNormPenalty
 from support import state
 from support.zoo import CASES
 
@@ -39,7 +40,9 @@ def test_it_passes_on_the_zoo(name: str, dtype: torch.dtype) -> None:
     """Also for a float32 model: the test itself is run in float64, on a copy."""
     p = CASES[name].problem(dtype=dtype)
     before = {**state.of_process(), **state.of_model(p.model)}
-    report = diagnostics.verify(*p.arguments, loss_fn=p.case.loss_fn, encoder=p.case.encoder)
+    report = diagnostics.verify(
+        GradientConsistencyLoss(p.model, loss_fn=p.case.loss_fn, encoder=p.case.encoder), *p.views
+    )
     assert report.ok, str(report)
     assert report.worst < 1e-5
     assert state.differences(before, {**state.of_process(), **state.of_model(p.model)}) == []
@@ -48,7 +51,7 @@ def test_it_passes_on_the_zoo(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
 def test_it_passes_with_both_engines(engine: str) -> None:
     p = CASES["cnn_batchnorm_train"].problem()
-    assert diagnostics.verify(*p.arguments, engine=engine).ok
+    assert diagnostics.verify(GradientConsistencyLoss(p.model, engine=engine), *p.views).ok
 
 
 class _WrongSecondDerivative(torch.autograd.Function):
@@ -79,7 +82,7 @@ class Planted(nn.Module):
 def test_it_fails_on_a_wrong_second_derivative(engine: str) -> None:
     p = CASES["mlp"].problem()
     p.model[3] = Planted()
-    report = diagnostics.verify(*p.arguments, engine=engine)
+    report = diagnostics.verify(GradientConsistencyLoss(p.model, engine=engine), *p.views)
     assert not report.ok
     assert report.worst > 1e-4
     assert "fail" in str(report).lower() or "wrong" in str(report).lower() or "not" in str(report).lower()
@@ -94,24 +97,24 @@ def test_it_fails_on_a_small_error() -> None:
 
     p = CASES["mlp"].problem()
     p.model[1] = Slightly()
-    assert not diagnostics.verify(*p.arguments).ok
+    assert not diagnostics.verify(GradientConsistencyLoss(p.model), *p.views).ok
 
 
 def test_it_fails_on_a_term_that_is_small_as_a_whole() -> None:
     """Errors are relative: with weights of 1e-5 a wrong derivative is as wrong as before."""
     p = CASES["mlp"].problem()
     p.model[3] = Planted()
-    report = diagnostics.verify(*p.arguments, torch.full((5,), 1e-5))
+    report = diagnostics.verify(GradientConsistencyLoss(p.model), *p.views, torch.full((5,), 1e-5))
     assert not report.ok
     p.model[3] = nn.Tanh()
-    assert diagnostics.verify(*p.arguments, torch.full((5,), 1e-5)).ok
+    assert diagnostics.verify(GradientConsistencyLoss(p.model), *p.views, torch.full((5,), 1e-5)).ok
 
 
 def test_the_parameters_that_disagree_are_named() -> None:
     p = CASES["mlp"].problem()
-    assert diagnostics.verify(*p.arguments).suspects == []
+    assert diagnostics.verify(GradientConsistencyLoss(p.model), *p.views).suspects == []
     p.model[3] = Planted()
-    report = diagnostics.verify(*p.arguments)
+    report = diagnostics.verify(GradientConsistencyLoss(p.model), *p.views)
     names = {entry.name for entry in report.suspects}
     assert "2.weight" in names
     assert all(name in str(report) for name in names)
@@ -130,7 +133,7 @@ def test_it_sees_through_both_engines_layer_norm() -> None:
     for name in ("mlp_layernorm", "vit", "cnn_instancenorm"):
         p = CASES[name].problem()
         try:
-            report = diagnostics.verify(*p.arguments, engine="vmap")
+            report = diagnostics.verify(GradientConsistencyLoss(p.model, engine="vmap"), *p.views)
         except UnsupportedModuleError:
             continue
         assert report.ok, str(report)
@@ -138,10 +141,10 @@ def test_it_sees_through_both_engines_layer_norm() -> None:
 
 def test_report() -> None:
     p = CASES["mlp"].problem()
-    report = diagnostics.verify(*p.arguments, directions=3, seed=5)
-    again = diagnostics.verify(*p.arguments, directions=3, seed=5)
+    report = diagnostics.verify(GradientConsistencyLoss(p.model), *p.views, directions=3, seed=5)
+    again = diagnostics.verify(GradientConsistencyLoss(p.model), *p.views, directions=3, seed=5)
     assert report.worst == again.worst
-    assert diagnostics.verify(*p.arguments, directions=3, seed=6).worst != report.worst
+    assert diagnostics.verify(GradientConsistencyLoss(p.model), *p.views, directions=3, seed=6).worst != report.worst
     assert isinstance(report.ok, bool)
     assert f"{report.worst:.0e}"[:2] in str(report) or "worst" in str(report).lower()
 
@@ -149,12 +152,28 @@ def test_report() -> None:
 def test_weights_and_options_are_part_of_what_is_verified() -> None:
     p = CASES["cnn_batchnorm_train"].problem()
     weight = torch.tensor([1.0, 0.0, 0.5, 2.0, 1.0])
-    assert diagnostics.verify(*p.arguments, weight, encoder=p.model[0]).ok
+    assert diagnostics.verify(GradientConsistencyLoss(p.model, encoder=p.model[0]), *p.views, weight).ok
 
 
 def test_bad_options() -> None:
     p = CASES["mlp"].problem()
     with pytest.raises(GradConsistError, match="directions"):
-        diagnostics.verify(*p.arguments, directions=0)
+        diagnostics.verify(GradientConsistencyLoss(p.model), *p.views, directions=0)
     with pytest.raises(GradConsistError, match="target"):
-        diagnostics.verify(p.model, p.weak, p.strong, p.target[:2])
+        diagnostics.verify(GradientConsistencyLoss(p.model), p.weak, p.strong, p.target[:2])
+
+
+def test_it_verifies_the_loss_that_is_trained() -> None:
+    """Chance with the same draws everywhere, a projection that changes with every call, another criterion."""
+    p = CASES["vit_dropout"].problem(pairs=2)
+    encoder = lambda name: "blocks.0" in name or "head" in name or name.endswith("0.weight")  # noqa: E731
+    for options in ({"dropout": "on"}, {"projection": RandomProjection(3, "kronecker", resample_every=1)}):
+        gc = GradientConsistencyLoss(p.model, encoder=encoder, max_pairs=1, stop_gradient="weak", **options)
+        assert diagnostics.verify(gc, *p.views, directions=2).ok, options
+        assert gc.last is None
+    p = CASES["mlp"].problem()
+    assert diagnostics.verify(GradientNormPenalty(p.model), *p.views, directions=2).ok
+    observed = GradientConsistencyLoss(CASES["cnn_batchnorm_train"].problem().model, batchnorm="observed")
+    assert diagnostics.verify(observed, *CASES["cnn_batchnorm_train"].problem().views, directions=1).ok
+    with pytest.raises(ConfigError, match="`consistency` is a Sequential: pass the GradientConsistencyLoss"):
+        diagnostics.verify(p.model, *p.views)

@@ -64,7 +64,7 @@ def _around(middle: nn.Module) -> nn.Module:
 def test_a_module_that_vmap_refuses_runs_sample_by_sample(engine: str) -> None:
     model = _around(Branching(nn.Linear(6, 6)))
     _assert_exact(model, engine)
-    report = check(model, *_views(), engine=engine)
+    report = check(GradientConsistencyLoss(model, engine=engine), *_views())
     assert report.ok
     assert "GhostEngine" in report.engine
     assert "runs sample by sample" in report.notes["2"]
@@ -88,7 +88,7 @@ def test_an_engine_that_serves_two_models_keeps_them_apart() -> None:
     _assert_exact(plain, engine)
     assert set(engine.looped(branching)) == {"2"}
     assert engine.looped(plain) == {}
-    routes = {row.parameter: row.route for row in check(plain, *_views(), engine=engine).rows}
+    routes = {row.parameter: row.route for row in check(GradientConsistencyLoss(plain, engine=engine), *_views()).rows}
     assert routes["2.weight"].startswith("linear"), "not sample by sample, as the other model's module of that name"
 
 

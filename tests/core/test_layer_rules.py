@@ -257,7 +257,10 @@ def test_the_report_lists_every_parameter(name: str, engine: str) -> None:
     problem = ALL[name].problem()
     case = problem.case
     before = {**state.of_process(), **state.of_model(problem.model)}
-    report = diagnostics.check(*problem.arguments, encoder=case.encoder, loss_fn=case.loss_fn, engine=engine)
+    report = diagnostics.check(
+        GradientConsistencyLoss(problem.model, encoder=case.encoder, loss_fn=case.loss_fn, engine=engine),
+        *problem.views,
+    )
     assert state.differences(before, {**state.of_process(), **state.of_model(problem.model)}) == []
     assert [row.parameter for row in report.rows] == [name for name, _ in problem.model.named_parameters()]
     assert [row.size for row in report.rows] == [p.numel() for p in problem.model.parameters()]
@@ -285,7 +288,9 @@ def test_the_report_lists_every_parameter(name: str, engine: str) -> None:
 def test_the_routes() -> None:
     def route(name: str, parameter: str) -> str:
         problem = ALL[name].problem()
-        report = diagnostics.check(*problem.arguments, encoder=problem.case.encoder, engine="ghost")
+        report = diagnostics.check(
+            GradientConsistencyLoss(problem.model, encoder=problem.case.encoder, engine="ghost"), *problem.views
+        )
         return next(row.route for row in report.rows if row.parameter == parameter)
 
     assert "linear" in route("mlp", "0.weight")
@@ -303,7 +308,7 @@ def test_the_routes() -> None:
 @pytest.mark.parametrize("form", ["gradient", "gram"])
 def test_the_form_of_a_route_is_the_one_that_runs(form: Any) -> None:
     problem = ALL["mlp"].problem()
-    rows = diagnostics.check(*problem.arguments, engine=GhostEngine(form=form)).rows
+    rows = diagnostics.check(GradientConsistencyLoss(problem.model, engine=GhostEngine(form=form)), *problem.views).rows
     assert [row.route for row in rows if row.parameter.endswith("weight")] == [f"linear, {form} form"] * 3
     assert [row.route for row in rows if row.parameter.endswith("bias")] == ["bias, gradient form"] * 3
 
@@ -312,15 +317,20 @@ def test_the_notes_say_which_statistics_are_held() -> None:
     problem = ALL["cnn_batchnorm_mixed"].problem()
     joint, running = "BatchNorm2d with joint statistics of both views", "BatchNorm2d with running statistics"
     for batchnorm, first, second in (("auto", running, joint), ("batch", joint, joint), ("running", running, running)):
-        notes = diagnostics.check(*problem.arguments, batchnorm=batchnorm).notes
+        notes = diagnostics.check(GradientConsistencyLoss(problem.model, batchnorm=batchnorm), *problem.views).notes
         assert notes["1"].startswith(first)
         assert notes["4"].startswith(second)
 
 
 def test_a_model_that_nothing_takes() -> None:
-    model = nn.Sequential(nn.EmbeddingBag(9, 4), nn.Linear(4, 3))
-    ids = torch.randint(9, (4, 5))
-    report = diagnostics.check(model, ids, ids.flip(0), torch.arange(4) % 3)
+    class Centred(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x - x.mean(0)
+
+    model = nn.Sequential(nn.Linear(5, 4), Centred(), nn.Linear(4, 3))
+    x = torch.randn(4, 5)
+    report = diagnostics.check(GradientConsistencyLoss(model), x, x.flip(0), torch.arange(4) % 3)
     assert not report.ok
-    assert "EmbeddingBag" in str(report)
-    assert len(report.rows) == 3
+    assert str(report).startswith("REFUSED: ")
+    assert "`model.1` (Centred)" in str(report).splitlines()[0]
+    assert [row.route for row in report.rows] == ["refused"] * 4

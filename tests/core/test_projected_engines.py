@@ -227,7 +227,7 @@ def test_a_registered_rule_is_projected_too(kind: Any) -> None:
     register_rule(_Squared, lambda m, x, d: {"weight": (2 * (x @ m.weight.T) * d).unsqueeze(2) * x.unsqueeze(1)})
     try:
         loss = GradientConsistencyLoss(model, engine="ghost", projection=projection)(weak, strong, target)
-        report = check(model, weak, strong, target, projection=projection)
+        report = check(GradientConsistencyLoss(model, projection=projection), weak, strong, target)
     finally:
         unregister_rule(_Squared)
     assert compare.relative(compare.gradient_of(loss, model), verdict.flat) <= 1e-8
@@ -236,15 +236,18 @@ def test_a_registered_rule_is_projected_too(kind: Any) -> None:
 
 def test_check_tells_what_is_projected() -> None:
     problem = CASES["tied_embedding"].problem()
-    report = check(problem.model, *problem.views, projection=RandomProjection(2, seed=1))
+    report = check(GradientConsistencyLoss(problem.model, projection=RandomProjection(2, seed=1)), *problem.views)
     routes = {row.parameter: row.route for row in report.rows}
     assert routes["embedding.weight"] == "embedding, factors projected + linear, factors projected (2 uses as one)"
     assert str(report).startswith("inner products unbiased by RandomProjection(dim=2, kind='kronecker', seed=1")
     assert all("projected" in route for name, route in routes.items() if name.endswith("weight"))
     problem = CASES["bare_parameters"].problem()
-    report = check(problem.model, *problem.views, projection=RandomProjection(3, "gaussian"))
+    report = check(GradientConsistencyLoss(problem.model, projection=RandomProjection(3, "gaussian")), *problem.views)
     assert all("projected" in row.route for row in report.rows)
-    report = check(problem.model, *problem.views, engine="vmap", projection=RandomProjection(3, "gaussian"))
+    report = check(
+        GradientConsistencyLoss(problem.model, engine="vmap", projection=RandomProjection(3, "gaussian")),
+        *problem.views,
+    )
     assert report.ok
     assert report.engine == "VmapEngine()"
 

@@ -207,11 +207,11 @@ FOUND = {
 def test_verify_finds_it_without_our_handling(function: Any, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = _problem(function)
     if function in (weight_norm, layer_norm, instance_norm):
-        assert diagnostics.verify(*problem, engine=engine, directions=2).ok
+        assert diagnostics.verify(GradientConsistencyLoss(problem[0], engine=engine), *problem[1:], directions=2).ok
     monkeypatch.setattr(forward_module, "_ComparisonMode", _Nothing)
     monkeypatch.setattr(probes, "check_first_derivative", lambda loss, own: None)
     monkeypatch.setattr(vmap_module, "check_batched", lambda gradients: None)
-    report = diagnostics.verify(*problem, engine=engine, directions=2)
+    report = diagnostics.verify(GradientConsistencyLoss(problem[0], engine=engine), *problem[1:], directions=2)
     assert not report.ok
     assert report.worst > 1e-3, str(report)
     assert report.suspects
@@ -221,12 +221,12 @@ def test_max_norm_is_found_without_our_refusal(monkeypatch: pytest.MonkeyPatch) 
     problem = CASES["tied_embedding"].problem()
     problem.model.embedding.max_norm = 0.3
     with pytest.raises(UnsupportedModuleError, match="max_norm"):
-        diagnostics.verify(*problem.arguments, loss_fn=problem.case.loss_fn)
+        diagnostics.verify(GradientConsistencyLoss(problem.model, loss_fn=problem.case.loss_fn), *problem.views)
     monkeypatch.setattr(forward_module, "_ComparisonMode", _Nothing)
     monkeypatch.setattr(guards, "_check_module", lambda where, module: None)
     # A forward that writes into the weights is found before any derivative is.
     with pytest.raises(UnsupportedModuleError, match="changes with the other samples"):
-        diagnostics.verify(*problem.arguments, loss_fn=problem.case.loss_fn)
+        diagnostics.verify(GradientConsistencyLoss(problem.model, loss_fn=problem.case.loss_fn), *problem.views)
 
 
 # L_g by gradcheck: every parameter at once, against differences of the library's own value.

@@ -150,7 +150,7 @@ def test_training_with_a_scaler_and_an_optimizer_that_takes_sparse_gradients_onl
 
 def test_verify_takes_it_and_a_third_derivative_is_there() -> None:
     weak, strong, target = views()
-    assert verify(build(sparse=True), weak, strong, target, directions=2).ok
+    assert verify(GradientConsistencyLoss(build(sparse=True)), weak, strong, target, directions=2).ok
     found = []
     for sparse in (False, True):
         model = build(sparse=sparse)

@@ -162,8 +162,8 @@ def test_means_that_are_all_rounding(fused: bool) -> None:
 
 def test_verify_looks_at_it() -> None:
     model, pairs = network(), views()
-    assert diagnostics.verify(model, *pairs, through_statistics=True).ok
-    assert diagnostics.verify(model, *pairs).ok
+    assert diagnostics.verify(GradientConsistencyLoss(model, through_statistics=True), *pairs).ok
+    assert diagnostics.verify(GradientConsistencyLoss(model), *pairs).ok
 
 
 def test_of_the_gradient_norm() -> None:

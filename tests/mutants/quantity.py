@@ -221,19 +221,19 @@ BUGS = [
         "L_g is differentiated for the encoder only",
         "L_g is differentiated for every trainable parameter",
         "test_exactness.py::test_what_is_compared_and_what_is_differentiated[loop]",
-        LOSS, "trainable=trainable_parameters(self.model)", "trainable=compared_parameters(self.model, self.encoder)",
+        LOSS, "trainable=trainable_parameters(own.model)", "trainable=compared_parameters(own.model, own.encoder)",
     ),
     Bug(
         "stop_gradient on the other view",
         "stop_gradient='weak' makes the weak view's gradient a constant",
         "test_loss.py::test_stop_gradient[mlp-weak-fused-loop]",
-        LOSS, "else (self.stop_gradient,)", 'else ({"weak": "strong", "strong": "weak"}.get(self.stop_gradient),)',
+        LOSS, "else (own.stop_gradient,)", 'else ({"weak": "strong", "strong": "weak"}.get(own.stop_gradient),)',
     ),
     Bug(
         "stop_gradient ignored",
         "stop_gradient='weak' makes the weak view's gradient a constant",
         "test_loss.py::test_stop_gradient[mlp-weak-fused-loop]",
-        LOSS, "else (self.stop_gradient,)", "else (None,)",
+        LOSS, "else (own.stop_gradient,)", "else (None,)",
     ),
     Bug(
         "generator ignored",

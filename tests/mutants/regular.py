@@ -91,7 +91,7 @@ BUGS = [
     Bug(
         "every does not spread the seconds",
         "seconds are those of an average step",
-        "diagnostics/test_memory.py::test_rows_predictions_and_the_models_state",
-        MEMORY, "seconds = None if row.seconds is None else row.seconds / every", "seconds = row.seconds",
+        "diagnostics/test_memory.py::test_rows_and_the_models_state",
+        MEMORY, "else row.seconds / every)", "else row.seconds)",
     ),
 ]  # fmt: skip

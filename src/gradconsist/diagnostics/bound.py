@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradconsist.batch import check_inputs, doubled, in_order_of, leaves, map_leaves, map_members
-from gradconsist.diagnostics.differences import names_in_copy, statistics_here
-from gradconsist.engines import Engine
-from gradconsist.errors import ConfigError, InputTypeError, InputValueError
+from gradconsist.diagnostics.same_loss import double_of, statistics_here
+from gradconsist.errors import InputTypeError, InputValueError
 from gradconsist.loss import GradientConsistencyLoss
-from gradconsist.normalization import BatchNormPolicy, Statistics
-from gradconsist.types import Inputs, LossFunction
+from gradconsist.normalization import Statistics
+from gradconsist.types import Inputs
 from gradconsist.validation import check_count
 
 
@@ -107,20 +105,15 @@ class BoundReport:
 
 
 def consistency_bound(
-    model: nn.Module,
+    consistency: GradientConsistencyLoss,
     weak: Inputs,
     strong: Inputs,
     target: Tensor,
     weight: Tensor | None = None,
     *,
     segments: int = 1,
-    encoder: Any = None,
-    loss_fn: LossFunction | None = None,
-    engine: str | Engine = "auto",
-    batchnorm: BatchNormPolicy = "auto",
-    min_norm: float = 1e-8,
 ) -> BoundReport:
-    """Measures E[GC] and 1 - L^2 sigma^2 / ||g||^2 (the paper's Proposition 1) on `model`.
+    """Measures E[GC] and 1 - L^2 sigma^2 / ||g||^2 (the paper's Proposition 1) on a loss's own model.
 
     With g(x) the gradient of one sample's loss with respect to E, as the loss compares it, and w and s the two views:
 
@@ -134,23 +127,19 @@ def consistency_bound(
     segments too, and dropout off. Costs `segments` + 1 calls of ``measure``, in float64.
 
     Args:
-        model: the user's model; it is copied and stays untouched.
+        consistency: the loss; its model is copied and stays untouched, and its `loss_fn` must work in float64.
+            ``batchnorm="observed"`` is tried with joint statistics, ``dropout="on"`` with none.
         weak: weak views, as for the loss.
         strong: strong views, as for the loss.
         target: targets, as for the loss.
         weight: pairs of weight 0 are left out; other weights count as 1.
         segments: into how many parts the segment from w to s is cut.
-        encoder: what to compare: a submodule (or sequence) of `model`, a predicate on names, or None.
-        loss_fn: as for the loss; it must work in float64.
-        engine: as for the loss.
-        batchnorm: as for the loss, but not "observed".
-        min_norm: as for the loss.
 
     Returns:
         The report; ``print(report)`` says where the bound is vacuous.
 
     Raises:
-        ConfigError: an option has no such value.
+        ConfigError: `segments` is no count, or `consistency` no loss.
         InputTypeError: the views differ in a tensor that is not floating, where there is no distance.
         InputValueError: no pair has a cosine.
 
@@ -160,17 +149,13 @@ def consistency_bound(
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
         >>> x = torch.randn(6, 4)
-        >>> report = consistency_bound(model, x, x + 0.05 * torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2]))
+        >>> gc = GradientConsistencyLoss(model)
+        >>> report = consistency_bound(gc, x, x + 0.05 * torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2]))
         >>> report.left >= report.right_by_pair >= report.right
         True
     """
     check_count("segments", segments)
-    if batchnorm == "observed":
-        raise ConfigError("`batchnorm='observed'` has no method here to observe: use 'auto', 'batch' or 'running'.")
-    loss = GradientConsistencyLoss(
-        copy.deepcopy(model).double(), encoder=names_in_copy(model, encoder), loss_fn=loss_fn, engine=engine,
-        batchnorm=batchnorm, min_norm=min_norm,
-    )  # fmt: skip
+    loss = double_of(consistency, dropout="off", reduction="mean")
     weak, strong = (map_members(doubled, check_inputs(*view)) for view in (("weak", weak), ("strong", strong)))
     target = doubled(target)
     record = loss.measure(weak, strong, target, weight)  # also checks the arguments

@@ -1,4 +1,4 @@
-"""`memory_report`: what the loss will cost on a model, setting by setting, and which setting to take."""
+"""`memory_report`: what a loss costs on its model, setting by setting, and which setting to take."""
 
 from __future__ import annotations
 
@@ -9,15 +9,57 @@ from itertools import product
 from typing import Any
 
 import torch
-from torch import nn
 
-from gradconsist.diagnostics.trials import CostRow, Trials
-from gradconsist.engines import Engine
-from gradconsist.errors import ConfigError, InputTypeError
+from gradconsist.diagnostics.peaks import peak_of, seconds_of
+from gradconsist.diagnostics.same_loss import unobserved
+from gradconsist.engines import ENGINES, Engine
+from gradconsist.errors import GradConsistError, InputTypeError, InputValueError
 from gradconsist.loss import GradientConsistencyLoss
 from gradconsist.selection import Encoder, trainable_parameters
-from gradconsist.types import LossFunction, ViewPair
-from gradconsist.validation import check_choice, check_count, check_number
+from gradconsist.types import ViewPair
+from gradconsist.validation import check_count, check_number
+
+
+@dataclass(frozen=True)
+class CostRow:
+    """One setting, and what it costs.
+
+    Attributes:
+        encoder: name of the compared part, as it was given.
+        engine: as for the loss.
+        chunk_size: as for the loss.
+        max_pairs: as for the loss.
+        every: as for `GGCRWrapper`; seconds are those of an average step.
+        stop_gradient: as for the loss.
+        pairs: how many pairs a call compares.
+        seconds: of a whole call and its backward, divided by `every`; None if it was not run.
+        bytes: their peak; None if it was not run.
+        reason: why it was not run, or what was refused.
+    """
+
+    encoder: str
+    engine: str
+    chunk_size: int | str | None
+    max_pairs: int | None
+    every: int
+    stop_gradient: str | None
+    pairs: int = 0
+    seconds: float | None = None
+    bytes: int | None = None
+    reason: str | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether every pair is compared in every step, with both gradients differentiated."""
+        return self.max_pairs is None and self.every == 1 and self.stop_gradient is None
+
+    def options(self) -> str:
+        """The setting as arguments."""
+        parts = [f"engine={self.engine}", f"chunk_size={self.chunk_size!r}"]
+        parts += [f"max_pairs={self.max_pairs}"] if self.max_pairs is not None else []
+        parts += [f"stop_gradient={self.stop_gradient!r}"] if self.stop_gradient is not None else []
+        parts += [f"every={self.every}"] if self.every > 1 else []
+        return f"{self.encoder}: " + ", ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -35,105 +77,101 @@ class CostReport:
     peak: str
 
     def __str__(self) -> str:
-        lines = [f"{'seconds':>9} {'predicted':>9} {'MB':>8} {'predicted':>9}  setting"]
+        chosen = self.recommended.options() if self.recommended else "none of these keeps the limits"
+        lines = [f"recommended: {chosen}", f"{'seconds':>9} {'MB':>8}  setting"]
         for row in self.rows:
             seconds = "-" if row.seconds is None else f"{row.seconds:.3f}"
             size = "-" if row.bytes is None else f"{row.bytes / 1e6:.1f}"
-            lines.append(
-                f"{seconds:>9} {row.predicted_seconds:>9.3f} {size:>8} {row.predicted_bytes / 1e6:>9.1f}"
-                f"  {row.options()}" + (f" ({row.reason})" if row.reason else "")
-            )
-        chosen = self.recommended.options() if self.recommended else "none of these keeps the limits"
-        return "\n".join([*lines, f"MB: {self.peak}", f"recommended: {chosen}"])
+            lines.append(f"{seconds:>9} {size:>8}  {row.options()}" + (f" ({row.reason})" if row.reason else ""))
+        return "\n".join([*lines, f"MB: {self.peak}"])
 
 
 def memory_report(
-    model: nn.Module,
+    consistency: GradientConsistencyLoss,
     batch: ViewPair | Sequence[Any],
     *,
     encoders: Mapping[str, Encoder] | None = None,
-    engines: Iterable[str | Engine] = ("auto",),
+    engines: Iterable[str | Engine] | None = None,
     chunk_sizes: Iterable[int | str | None] = ("auto", None),
     max_pairs: Iterable[int | None] = (None,),
     every: Iterable[int] = (1,),
     stop_gradient: Iterable[str | None] = (None, "weak"),
-    loss_fn: LossFunction | None = None,
-    batchnorm: Any = "auto",
     max_bytes: float = math.inf,
     max_seconds: float = math.inf,
-    measure: bool = True,
 ) -> CostReport:
-    """Predicts and measures time and peak memory of L_g with its gradient, for every combination of the options given.
+    """Measures time and peak memory of L_g with its gradient, for every combination of the options given.
 
-    **Prediction.** Three calls with 1, 4 and 4 pairs of positive weight (the 4 in one chunk and in four), on all inputs
-    of the batch, so that the forward that takes BatchNorm's statistics is in them as it will be, give the seconds as
-    ``fixed + a * chunks + b * pairs``. Bytes are those of the 4, and what a pair adds: the difference between batches
-    of 2 and of 6, in their peaks or in what their graphs keep, whichever is more. A setting whose prediction is beyond
-    a limit is not run.
+    Each setting runs three times: to warm up, for its seconds, and for its peak. On a CPU bytes are what torch's
+    allocator holds at most, above what it held before; on CUDA its own peak (which is reset). The method's own part of
+    the step is in neither: add it to both, except that the peaks of two parts that run one after the other do not add
+    up. Smaller chunks run first, and once one is beyond `max_bytes`, larger ones are not run.
 
-    **Measurement.** One call and its backward after a warm-up call, and one more under the profiler. On a CPU bytes are
-    what torch's allocator holds at most, above what it held before; on CUDA its own peak (which is reset). The method's
-    own part of the step is in neither: add it to both, except that the peaks of two parts that run one after the other
-    do not add up.
-
-    **Recommendation.** Of the settings within the limits the fastest exact one, or else the one that compares the most
-    pairs a step, constant views last; encoders count in the order in which they are given.
-
-    The model's buffers, modes, ``.grad`` and the random state stay untouched.
+    The recommendation is, of the settings within the limits, the fastest exact one, or else the one that compares the
+    most pairs per step, constant views last; encoders count in the order in which they are given.
 
     Args:
-        model: the user's model.
+        consistency: the loss, whose other options are those that it is trained with. It and its model stay untouched.
+            ``batchnorm="observed"`` is tried with joint statistics.
         batch: a `ViewPair`, or weak and strong views, target and perhaps weight; give it the size of a training step.
-        encoders: what to compare, by a name of your own; None is ``{"all": None}``.
-        engines: names or engine objects.
+        encoders: what to compare, by a name of your own; None is the loss's encoder.
+        engines: names or engine objects; None is the loss's engine.
         chunk_sizes: as for the loss.
         max_pairs: as for the loss.
         every: as for `GGCRWrapper`.
         stop_gradient: as for the loss.
-        loss_fn: as for the loss.
-        batchnorm: as for the loss, but not "observed".
         max_bytes: limit on the peak.
         max_seconds: limit on the seconds of an average step.
-        measure: False predicts only.
 
     Returns:
-        The report; ``print(report)`` shows it as a table.
+        The report; ``print(report)`` shows it as a table, the recommendation first.
 
     Raises:
-        ConfigError: an option has no such value.
+        ConfigError: an option has no such value, or `consistency` is no loss.
         InputTypeError: `batch` is no pair of views with a target.
         InputValueError: no pair has a positive weight.
 
     Example:
         >>> _ = torch.manual_seed(0)
-        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        >>> gc = GradientConsistencyLoss(torch.nn.Linear(4, 3))
         >>> x, target = torch.randn(16, 4), torch.zeros(16, dtype=torch.long)
-        >>> report = memory_report(model, (x, x + 0.1, target), chunk_sizes=(4, None), stop_gradient=(None,))
+        >>> report = memory_report(gc, (x, x + 0.1, target), chunk_sizes=(4, None), stop_gradient=(None,))
         >>> len(report.rows), report.recommended.exact
         (2, True)
     """
-    pair = _pair(batch)
+    own, pair = unobserved(consistency), _pair(batch)
     check_number("max_bytes", min(max_bytes, 1e300), least=0.0)
     check_number("max_seconds", min(max_seconds, 1e300), least=0.0)
-    check_choice("measure", measure, (True, False))
-    if batchnorm == "observed":
-        raise ConfigError("`batchnorm='observed'` has no method here to observe: use 'auto', 'batch' or 'running'.")
-    rows: list[CostRow] = []
-    strides, sizes, subsets = list(every), list(chunk_sizes), list(max_pairs)
+    strides = list(every)
     for stride in strides:
         check_count("every", stride)
-    parts = list(product((encoders or {"all": None}).items(), engines, stop_gradient))
-    for ((_, encoder), engine, constant), size, most in product(parts, sizes, subsets):
-        given: Any = {"engine": engine, "stop_gradient": constant, "chunk_size": size, "max_pairs": most}
-        # A mistake is told before anything runs.
-        GradientConsistencyLoss(model, encoder=encoder, loss_fn=loss_fn, batchnorm=batchnorm, **given)
-    device = next(iter(trainable_parameters(model).values())).device
-    for (name, encoder), engine, constant in parts:
-        part = Trials(model, pair, encoder, engine, constant, loss_fn, batchnorm, device)
-        for size, most in product(sizes, subsets):
-            row = CostRow(name, str(engine), size, most, 1, constant)
-            row = part.cost(row, max_bytes, max_seconds * max(strides), measure=measure)
-            rows += [_spread(row, stride) for stride in strides]
+    compared = len(pair.target) if pair.weight is None else int((pair.weight != 0).sum())
+    if compared == 0:
+        raise InputValueError("no pair of `batch` has a positive weight, so nothing is compared: give one.")
+    choices = product(
+        (encoders or {"all" if own.encoder is None else "encoder": own.encoder}).items(),
+        (own.engine,) if engines is None else engines,
+        stop_gradient, list(max_pairs), list(chunk_sizes),
+    )  # fmt: skip
+    settings = []
+    for (name, encoder), engine, constant, most, size in choices:
+        loss = consistency.with_options(  # all of them first: a mistake is told before anything runs
+            encoder=encoder, engine=engine, stop_gradient=constant, max_pairs=most, chunk_size=size,
+            batchnorm=own.batchnorm, fused=True, reduction="mean",
+        )  # fmt: skip
+        row = CostRow(name, _name(engine), size, most, 1, constant, min(compared, most or compared))
+        settings.append((row, loss))
+    device = next(iter(trainable_parameters(own.model).values())).device
+    found: dict[int, CostRow] = {}
+    too_large: set[tuple[Any, ...]] = set()
+    for number in sorted(range(len(settings)), key=lambda number: _size(settings[number][0])):
+        row, loss = settings[number]
+        kind = (row.encoder, row.engine, row.stop_gradient, row.max_pairs)
+        if kind in too_large:
+            found[number] = replace(row, reason="not run: a smaller chunk was beyond `max_bytes`")
+            continue
+        found[number] = row = _measured(row, loss, pair, device)
+        too_large |= {kind} if row.bytes is not None and row.bytes > max_bytes else set()
+    rows = [_spread(found[number], stride) for number in range(len(settings)) for stride in strides]
     return CostReport(rows, _best(rows, max_bytes, max_seconds), _meaning(device))
 
 
@@ -145,6 +183,30 @@ def _pair(batch: Any) -> ViewPair:
     return ViewPair(*batch)
 
 
+def _name(engine: str | Engine) -> str:
+    """As the argument `engine` would be written."""
+    if isinstance(engine, str):
+        return repr(engine)
+    return next((repr(name) for name, build in ENGINES.items() if repr(build()) == repr(engine)), repr(engine))
+
+
+def _size(row: CostRow) -> float:
+    return {"auto": 0.0, None: math.inf}.get(row.chunk_size, row.chunk_size)  # type: ignore[arg-type,return-value]
+
+
+def _measured(row: CostRow, loss: GradientConsistencyLoss, pair: ViewPair, device: torch.device) -> CostRow:
+    parameters = list(trainable_parameters(loss.settings.model).values())
+
+    def call() -> None:
+        torch.autograd.grad(loss(*pair), parameters, allow_unused=True)
+
+    try:
+        call()
+        return replace(row, seconds=seconds_of(call, device), bytes=peak_of(call, device))
+    except (GradConsistError, torch.OutOfMemoryError) as error:
+        return replace(row, reason=str(error))
+
+
 def _meaning(device: torch.device) -> str:
     if device.type == "cuda":
         return "peak of torch's CUDA allocator above what was allocated before"
@@ -153,21 +215,19 @@ def _meaning(device: torch.device) -> str:
 
 def _spread(row: CostRow, every: int) -> CostRow:
     """The same call on every k-th step."""
-    seconds = None if row.seconds is None else row.seconds / every
-    return replace(row, every=every, seconds=seconds, predicted_seconds=row.predicted_seconds / every)
+    return replace(row, every=every, seconds=None if row.seconds is None else row.seconds / every)
 
 
 def _best(rows: list[CostRow], max_bytes: float, max_seconds: float) -> CostRow | None:
-    """The recommendation; by predictions where nothing was measured."""
     order = list(dict.fromkeys(row.encoder for row in rows))
 
     def worth(row: CostRow) -> tuple[Any, ...]:
-        seconds = row.predicted_seconds if row.seconds is None else row.seconds
-        return (not row.exact, row.stop_gradient is not None, order.index(row.encoder), -row.pairs / row.every, seconds)
+        pairs = -row.pairs / row.every
+        return (not row.exact, row.stop_gradient is not None, order.index(row.encoder), pairs, row.seconds)
 
     def fits(row: CostRow) -> bool:
-        seconds = row.predicted_seconds if row.seconds is None else row.seconds
-        size = row.predicted_bytes if row.bytes is None else row.bytes
-        return row.reason is None and size <= max_bytes and seconds <= max_seconds
+        return (
+            row.seconds is not None and row.bytes is not None and row.bytes <= max_bytes and row.seconds <= max_seconds
+        )
 
     return min((row for row in rows if fits(row)), key=worth, default=None)

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -21,23 +20,6 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
-
-
-def kept_by(call: Callable[[], object]) -> int:
-    """Bytes that the graphs of a call keep, all of them together; 0 where torch does not let one look."""
-    kept: dict[int, int] = {}
-
-    def weigh(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(weigh, lambda tensor: tensor):
-            call()
-    except RuntimeError:
-        return 0
-    return sum(kept.values())
 
 
 def peak_of(call: Callable[[], object], device: torch.device) -> int:

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradconsist.diagnostics import consistency_bound
+from gradconsist import GradientConsistencyLoss
+from gradconsist.diagnostics import BoundReport, consistency_bound
 from gradconsist.errors import ConfigError, InputTypeError, InputValueError
 
 
@@ -40,7 +41,7 @@ def test_both_sides_by_hand(segments: int) -> None:
     lipschitz = torch.stack([(b - a).norm(dim=1) * segments / distance for a, b in itertools.pairwise(at)])
     lipschitz = lipschitz.amax(0)
     norm, cosine = at[0].norm(dim=1), F.cosine_similarity(at[0], at[-1], dim=1)
-    report = consistency_bound(model, weak, strong, y, segments=segments)
+    report = consistency_bound(GradientConsistencyLoss(model), weak, strong, y, segments=segments)
     torch.testing.assert_close(report.lipschitz, lipschitz, rtol=1e-8, atol=0.0)
     assert abs(report.left - float(cosine.mean())) <= 1e-12
     assert abs(report.sigma - float(distance.square().mean().sqrt())) <= 1e-12
@@ -66,24 +67,31 @@ def test_entries_are_paired_by_key_and_constants_passed_on() -> None:
     ones = torch.ones_like(weak)
     constants = {"dtype": torch.float32, "mask": None}  # the dtype follows the model into float64
     named = {"x": weak, "scale": ones, **constants}, {"mask": None, "scale": ones, "dtype": torch.float32, "x": strong}
-    expected, found = consistency_bound(model, weak, strong, y), consistency_bound(Named(model), *named, y)
+    expected, found = (
+        consistency_bound(GradientConsistencyLoss(model), weak, strong, y),
+        consistency_bound(GradientConsistencyLoss(Named(model)), *named, y),
+    )
     assert (found.left, found.right, found.sigma) == (expected.left, expected.right, expected.sigma)
 
 
 def test_finer_segments_find_no_smaller_constant() -> None:
     model, weak, strong, y = problem(noise=2.0)
-    coarse, fine = (consistency_bound(model, weak, strong, y, segments=n) for n in (1, 6))
+    coarse, fine = (consistency_bound(GradientConsistencyLoss(model), weak, strong, y, segments=n) for n in (1, 6))
     assert bool((fine.lipschitz >= coarse.lipschitz * (1 - 1e-9)).all())
     assert float(fine.lipschitz.max()) > float(coarse.lipschitz.max())
 
 
+def bound_of(model: nn.Module, *arguments: Tensor) -> BoundReport:
+    return consistency_bound(GradientConsistencyLoss(model), *arguments)
+
+
 def test_near_views_satisfy_it_and_far_ones_make_it_vacuous() -> None:
-    near = consistency_bound(*problem(noise=0.01))
+    near = bound_of(*problem(noise=0.01))
     assert near.covered == near.covered_by_pair == 1.0
     assert near.holds
     assert not near.vacuous
     assert near.left >= near.right_by_pair >= near.right > 0.9
-    far = consistency_bound(*problem(noise=20.0))
+    far = bound_of(*problem(noise=20.0))
     assert far.vacuous
     assert "VACUOUS" in str(far)
 
@@ -100,7 +108,9 @@ def test_the_claim_fails_between_what_is_proved_and_what_is_trivial() -> None:
             return (x * self.w).sum(1)
 
     weak = torch.ones(3, 2)
-    report = consistency_bound(Scale(), weak, -0.1 * weak, torch.zeros(3), loss_fn=lambda z, t: z)
+    report = consistency_bound(
+        GradientConsistencyLoss(Scale(), loss_fn=lambda z, t: z), weak, -0.1 * weak, torch.zeros(3)
+    )
     assert abs(report.left + 1) <= 1e-12
     assert abs(report.right_by_pair + 0.21) <= 1e-6
     assert not report.holds
@@ -112,7 +122,7 @@ def test_pairs_without_a_cosine_are_left_out_and_the_model_stays() -> None:
     model, weak, strong, y = problem()
     before = copy.deepcopy(model.state_dict())
     strong[2] = weak[2]
-    report = consistency_bound(model, weak, strong, y, torch.tensor([1.0, 0, 1, 1, 0.5, 1, 1]))
+    report = consistency_bound(GradientConsistencyLoss(model), weak, strong, y, torch.tensor([1.0, 0, 1, 1, 0.5, 1, 1]))
     assert report.left_out == 2
     assert len(report.cosine) == 5
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -124,7 +134,7 @@ def test_batchnorm_keeps_its_statistics_on_the_segments() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3))
     weak = torch.randn(7, 4)
     strong, y = weak + 0.01 * torch.randn(7, 4), torch.randint(3, [7])
-    coarse, fine = (consistency_bound(model, weak, strong, y, segments=n) for n in (1, 4))
+    coarse, fine = (consistency_bound(GradientConsistencyLoss(model), weak, strong, y, segments=n) for n in (1, 4))
     # Close views: g is about linear between them, so finer parts see the same secant.
     torch.testing.assert_close(fine.lipschitz, coarse.lipschitz, rtol=0.05, atol=0.0)
 
@@ -132,14 +142,14 @@ def test_batchnorm_keeps_its_statistics_on_the_segments() -> None:
 def test_bad_arguments() -> None:
     model, weak, strong, y = problem()
     with pytest.raises(ConfigError, match="`segments` is 0"):
-        consistency_bound(model, weak, strong, y, segments=0)
-    with pytest.raises(ConfigError, match="`batchnorm='observed'` has no method"):
-        consistency_bound(model, weak, strong, y, batchnorm="observed")
+        consistency_bound(GradientConsistencyLoss(model), weak, strong, y, segments=0)
+    with pytest.raises(ConfigError, match="`consistency` is a Sequential: pass the GradientConsistencyLoss"):
+        consistency_bound(model, weak, strong, y)  # type: ignore[arg-type]
     with pytest.raises(InputValueError, match="no pair is left"):
-        consistency_bound(model, weak, weak, y)
+        consistency_bound(GradientConsistencyLoss(model), weak, weak, y)
     table = nn.Sequential(nn.Embedding(5, 3), nn.Flatten(), nn.Linear(6, 3))
     tokens = torch.randint(5, [7, 2])
     with pytest.raises(InputTypeError, match="has no floating tensor"):
-        consistency_bound(table, tokens, tokens, y)
+        consistency_bound(GradientConsistencyLoss(table), tokens, tokens, y)
     with pytest.raises(InputTypeError, match="differ in an integer tensor"):
-        consistency_bound(table, tokens, 4 - tokens, y)
+        consistency_bound(GradientConsistencyLoss(table), tokens, 4 - tokens, y)

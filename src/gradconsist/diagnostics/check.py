@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,15 +10,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gradconsist.engines import AutoEngine, Engine, GhostEngine, make_engine
+from gradconsist.diagnostics.same_loss import unobserved
+from gradconsist.engines import AutoEngine, Engine, GhostEngine
 from gradconsist.engines.base import Problem
 from gradconsist.errors import GradConsistError
 from gradconsist.loss import GradientConsistencyLoss
 from gradconsist.normalization import BatchNormPolicy
 from gradconsist.projection import RandomProjection
-from gradconsist.selection import Encoder, compared_parameters
+from gradconsist.selection import compared_parameters
 from gradconsist.similarity import GradProducts
-from gradconsist.types import Inputs, LossFunction
+from gradconsist.types import Inputs
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class CheckReport:
         fallback: why it is not the one that ran first; None if it is.
         refusal: the message of the refusal, with its remedy; None if the model is taken.
         projection: what is compared in place of the gradients; None for these themselves.
+        looped: modules that run sample by sample, which costs time.
+        untested: custom autograd code whose second derivative could not be tested.
     """
 
     rows: list[CheckRow]
@@ -58,6 +62,8 @@ class CheckReport:
     fallback: str | None = None
     refusal: str | None = None
     projection: RandomProjection | None = None
+    looped: list[str] = field(default_factory=list)
+    untested: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -67,6 +73,12 @@ class CheckReport:
     def __str__(self) -> str:
         how = "exact" if self.projection is None else f"inner products unbiased by {self.projection}"
         lines = [f"REFUSED: {self.refusal}"] if self.refusal else [f"{how}, by {self.engine}"]
+        if self.looped:
+            lines.insert(0, f"SLOW: {', '.join(map(repr, self.looped))} runs sample by sample (reasons below)")
+        if self.fallback and not self.refusal:
+            lines.insert(0, "SLOW: the per-sample loop stands in for the fast engine (reason below)")
+        if self.untested:
+            lines.insert(0, f"UNPROVEN: {', '.join(self.untested)}: test it by diagnostics.verify")
         if self.fallback:
             lines.append(f"instead of the fast engine, because: {self.fallback}")
         columns = [("parameter", "in", "entries", "compared by")]
@@ -78,49 +90,35 @@ class CheckReport:
         return "\n".join(lines)
 
 
-def check(
-    model: nn.Module,
-    weak: Inputs,
-    strong: Inputs,
-    target: Tensor,
-    *,
-    encoder: Encoder = None,
-    loss_fn: LossFunction | None = None,
-    engine: str | Engine = "auto",
-    batchnorm: BatchNormPolicy = "auto",
-    projection: RandomProjection | None = None,
-) -> CheckReport:
-    """Tells how the loss will treat each parameter of `model`, by evaluating it and its gradient on two pairs.
+def check(consistency: GradientConsistencyLoss, weak: Inputs, strong: Inputs, target: Tensor) -> CheckReport:
+    """Tells how a loss will treat each parameter of its model, by evaluating it and its gradient on two pairs.
 
     A route is a rule with the form that is chosen for it ("linear, gram form"), "per-sample gradient" where there is no
     rule and the gradient of each sample is formed (exact, and fine for small parameters; a large one costs its size
     times the samples of a chunk: `gradconsist.engines.register_rule` is the remedy), the engine that stands in, or why
     the parameter is not compared. With a projection it says what is projected: "factors" before the gradient is formed,
-    or the "gradient" after it. Nothing of the model changes.
+    or the "gradient" after it. Neither the loss nor its model changes.
 
     Args:
-        model: the user's model.
+        consistency: the loss, with the options that it will be trained with. ``batchnorm="observed"`` is tried with
+            joint statistics, since there is no method here to observe.
         weak: weak views, as for the loss; BatchNorm's statistics come from all of them.
         strong: strong views, as for the loss.
         target: targets, as for the loss.
-        encoder: as for the loss.
-        loss_fn: as for the loss.
-        engine: as for the loss.
-        batchnorm: as for the loss, but not "observed".
-        projection: as for the loss.
 
     Returns:
-        The report; ``print(report)`` shows it as a table.
+        The report; ``print(report)`` shows it as a table. Its first line says the worst that was found.
 
     Raises:
-        ModelError: the model or `loss_fn` failed with an error of torch's or Python's own.
+        ConfigError: `consistency` is no loss.
+        ModelError: the model failed with an error of torch's or Python's own.
 
     Example:
         >>> import torch
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
         >>> x = torch.randn(2, 4)
-        >>> print(check(model, x, x + 1, torch.tensor([0, 1]), encoder=model[0]))
+        >>> print(check(GradientConsistencyLoss(model, encoder=model[0]), x, x + 1, torch.tensor([0, 1])))
         exact, by GhostEngine(form='auto')
           parameter  in      entries  compared by
           0.weight   Linear       32  linear, gram form
@@ -128,30 +126,29 @@ def check(
           2.weight   Linear       24  not compared; L_g is differentiated for it
           2.bias     Linear        3  not compared; L_g is differentiated for it
     """
-    witness = _Witness(make_engine(engine))
+    own = unobserved(consistency)
+    model, projection = own.model, own.projection
+    witness = _Witness(copy.deepcopy(own.engine))
+    loss = consistency.with_options(engine=witness, batchnorm=own.batchnorm, max_pairs=None)
     try:
-        loss = GradientConsistencyLoss(
-            model, encoder=encoder, loss_fn=loss_fn, engine=witness, batchnorm=batchnorm, projection=projection
-        )
         weight = target.new_zeros(len(target), dtype=next(model.parameters()).dtype)
         weight[:2] = 1
         loss(weak, strong, target, weight)
-        compared = set(compared_parameters(model, encoder))
     except GradConsistError as error:
         rows = _rows(model, {}, set(), "refused")
         return CheckReport(rows, refusal=str(error), fallback=witness.reason, projection=projection)
     running = witness.running()
-    notes = _notes(model, batchnorm)
-    if isinstance(running, GhostEngine):
-        notes |= {
-            path: f"runs sample by sample, since torch refused it in one batch: {why}"
-            for path, why in running.looped(model).items()
-        }
-    for name, tested in loss._probed.functions.items():
-        how = "tested on one sample" if tested else "NOT tested: see diagnostics.verify"
+    notes = _notes(model, own.batchnorm, own.dropout)
+    looped = running.looped(model) if isinstance(running, GhostEngine) else {}
+    notes |= {
+        path: f"runs sample by sample, since torch refused it in one batch: {why}" for path, why in looped.items()
+    }
+    untested = [name for name, tested in loss._probed.functions.items() if not tested]
+    for name in loss._probed.functions:
+        how = "NOT tested: see diagnostics.verify" if name in untested else "tested on one sample"
         notes[f"custom autograd code {name}"] = f"second derivative {how}"
-    rows = _rows(model, witness.routes, compared, repr(running))
-    return CheckReport(rows, notes, repr(running), witness.reason, projection=projection)
+    rows = _rows(model, witness.routes, set(compared_parameters(model, own.encoder)), repr(running))
+    return CheckReport(rows, notes, repr(running), witness.reason, None, projection, list(looped), untested)
 
 
 class _Witness:
@@ -214,7 +211,7 @@ def _route(name: str, parameter: Tensor, routes: dict[str, str], compared: set[s
     return routes.get(name) or "the loss does not depend on it: its gradient is zero"
 
 
-def _notes(model: nn.Module, batchnorm: BatchNormPolicy) -> dict[str, str]:
+def _notes(model: nn.Module, batchnorm: BatchNormPolicy, dropout: str) -> dict[str, str]:
     notes = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -222,7 +219,8 @@ def _notes(model: nn.Module, batchnorm: BatchNormPolicy) -> dict[str, str]:
             source = "joint statistics of both views" if joint else "running statistics"
             notes[path] = f"{type(module).__name__} with {source}, held constant"
         elif isinstance(module, nn.modules.dropout._DropoutNd) and module.training:
-            notes[path] = f"{type(module).__name__}, off inside the comparison (dropout='off')"
+            how = "off inside the comparison" if dropout == "off" else "with a draw for each view and sample"
+            notes[path] = f"{type(module).__name__}, {how} (dropout={dropout!r})"
         elif isinstance(module, nn.RNNBase):
             notes[path] = f"{type(module).__name__}, as linear layers and pointwise functions under the ghost engine"
     return notes

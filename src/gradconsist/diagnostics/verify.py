@@ -7,23 +7,20 @@ silence; a list of them goes stale, a measurement on the model at hand does not.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gradconsist.batch import check_inputs, concatenable, doubled, map_members
-from gradconsist.engines import Engine
-from gradconsist.errors import ConfigError, InputValueError
-from gradconsist.forward import PerSampleForward, comparison_scope
+from gradconsist.batch import check_inputs, doubled, map_members
+from gradconsist.diagnostics.same_loss import double_of, statistics_here
+from gradconsist.errors import InputValueError
 from gradconsist.loss import GradientConsistencyLoss
-from gradconsist.normalization import BatchNormCalls, BatchNormPolicy, Statistics, needs_statistics
-from gradconsist.recall import take_statistics
-from gradconsist.selection import Encoder
-from gradconsist.types import Inputs, LossFunction
+from gradconsist.normalization import Statistics
+from gradconsist.similarity import GradProducts
+from gradconsist.types import ConsistencyRecord, Inputs
 from gradconsist.validation import check_count, check_number
 
 _STEPS = (1e-4, 1e-5, 1e-6)
@@ -92,48 +89,38 @@ class VerifyReport:
 
 
 def verify(
-    model: nn.Module,
+    consistency: GradientConsistencyLoss,
     weak: Inputs,
     strong: Inputs,
     target: Tensor,
     weight: Tensor | None = None,
     *,
-    encoder: Any = None,
-    loss_fn: LossFunction | None = None,
-    engine: str | Engine = "auto",
-    batchnorm: BatchNormPolicy = "auto",
-    through_statistics: bool = False,
-    min_norm: float = 1e-8,
     directions: int = 4,
     seed: int = 0,
     tolerance: float = 1e-4,
 ) -> VerifyReport:
-    """Tests the gradient of L_g on `model` by directional finite differences in float64.
+    """Tests the gradient of a loss on its own model by directional finite differences in float64.
 
     For random directions v, scaled tensor by tensor to the parameters' own norms, compares
 
         ⟨dL_g/dtheta, v⟩    with    (L_g(theta + h v) - L_g(theta - h v)) / (2 h),    h = 1e-4, 1e-5, 1e-6
 
-    on a float64 copy of the model, with dropout off and BatchNorm's statistics held at their values in theta, or taken
-    anew where the gradient goes through them. Where a direction fails, each parameter is tested by itself, and those
-    that disagree are named.
+    on a float64 copy of the model, with BatchNorm's statistics held at their values in theta, or taken at each point
+    where the gradient goes through them. With ``dropout="on"`` all evaluations draw the same numbers. Where a direction
+    fails, each parameter is tested by itself, and those that disagree are named.
 
     Costs about ``2 + 6 * directions`` evaluations of L_g, and ``6`` more per parameter tensor after a failure. A
     handful of pairs is enough. A model with kinks (ReLU, max-pooling) may fail at single steps; the smallest error
     counts.
 
     Args:
-        model: the user's model; it is copied and stays untouched.
+        consistency: the loss, with the options that it is trained with, and a `loss_fn` that works in float64. All
+            pairs are compared and both views differentiated, whatever `max_pairs` and `stop_gradient` say;
+            ``batchnorm="observed"`` is tried with joint statistics.
         weak: weak views, as for the loss.
         strong: strong views, as for the loss.
         target: targets, as for the loss.
         weight: weights, as for the loss.
-        encoder: what to compare: a submodule (or sequence) of `model`, a predicate on names, or None.
-        loss_fn: as for the loss; it must work in float64.
-        engine: as for the loss.
-        batchnorm: as for the loss, but not "observed".
-        through_statistics: as for the loss.
-        min_norm: as for the loss.
         directions: number of random directions.
         seed: their seed.
         tolerance: bound on the relative error.
@@ -142,39 +129,23 @@ def verify(
         The report; ``report.ok`` is the verdict and ``print(report)`` the evidence.
 
     Raises:
-        ConfigError: an option is out of range.
+        ConfigError: an option is out of range, or `consistency` is no loss.
         InputValueError: no pair is left to compare, or all are degenerate.
 
     Example:
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
         >>> x = torch.randn(3, 4)
-        >>> verify(model, x, x + 0.1 * torch.randn(3, 4), torch.tensor([0, 1, 2])).ok
+        >>> gc = GradientConsistencyLoss(model)
+        >>> verify(gc, x, x + 0.1 * torch.randn(3, 4), torch.tensor([0, 1, 2])).ok
         True
     """
     check_count("directions", directions)
     check_number("tolerance", tolerance, least=1e-12)
-    if batchnorm == "observed":
-        raise ConfigError(
-            "`batchnorm='observed'` has no method here to observe: verify with 'auto', 'batch' or 'running'."
-        )
-    encoder = names_in_copy(model, encoder)
-    double = copy.deepcopy(model).double()
-    double.zero_grad()
+    loss = double_of(consistency, reduction="sum", fused=True)
     weak, strong = (map_members(doubled, check_inputs(*view)) for view in (("weak", weak), ("strong", strong)))
-    target = doubled(target)
-    loss = GradientConsistencyLoss(
-        double,
-        encoder=encoder,
-        loss_fn=loss_fn,
-        engine=engine,
-        batchnorm=batchnorm,
-        through_statistics=through_statistics,
-        min_norm=min_norm,
-        reduction="sum",
-    )
     loss._probed.report_only = True  # what the loss itself would refuse is to show here, with numbers
-    trial = _Trial(loss, weak, strong, target, weight)
+    trial = _Trial(loss, weak, strong, doubled(target), weight)
     generator = torch.Generator().manual_seed(seed)
     tested = [trial.test("all parameters", trial.parameters, generator) for _ in range(directions)]
     suspects: list[DirectionError] = []
@@ -190,19 +161,21 @@ class _Trial:
     def __init__(self, loss: GradientConsistencyLoss, *arguments: Any) -> None:
         self._loss = loss
         self._arguments = arguments
-        record = loss.measure(*arguments)  # also checks the arguments
+        self._statistics: list[Statistics] | None = None
+        record = self._measure()  # also checks the arguments
         if record is None or not bool((record.compared & ~record.degenerate).any()):
             raise InputValueError("no pair has a cosine: give pairs of positive weight whose gradients do not vanish.")
-        held = not loss.through_statistics
-        self._statistics = statistics_here(loss, arguments[0], arguments[1]) if held else None
-        loss.evaluate(*arguments, statistics=self._statistics).backward()
-        named = dict(loss.model.named_parameters())
+        if not loss.settings.through_statistics:
+            self._statistics = statistics_here(loss, arguments[0], arguments[1])
+        loss.evaluate(*arguments, statistics=self._statistics, generator=_same_draws()).backward()
+        loss._calls = 0  # with a projection, the matrices of that call
+        named = dict(loss.settings.model.named_parameters())
         self.parameters = {name: p for name, p in named.items() if p.requires_grad}
         self._gradient = {name: p.grad.to_dense().clone() for name, p in self.parameters.items() if p.grad is not None}
         self._weight = arguments[3]
         self._padding = {
             id(module.weight): module.padding_idx
-            for module in loss.model.modules()
+            for module in loss.settings.model.modules()
             if isinstance(module, nn.Embedding) and module.padding_idx is not None
         }
 
@@ -234,31 +207,20 @@ class _Trial:
         try:
             for key, direction in v.items():
                 self.parameters[key].add_(direction, alpha=h)
-            record = self._loss.measure(*self._arguments, statistics=self._statistics)
+            record = self._measure()
         finally:
             for key, value in before.items():
                 self.parameters[key].copy_(value)
-        terms = 1.0 - record.cosine
+        w, s, cosine = record.norm_weak, record.norm_strong, record.cosine.nan_to_num(0.0)
+        products = GradProducts(w.square(), s.square(), cosine * w * s)
+        terms = self._loss.criterion.terms(products, cosine, record.degenerate)
         if self._weight is not None:
             terms = terms * self._weight
-        return float(terms.nansum())
+        return float(terms[record.compared].sum())
+
+    def _measure(self) -> ConsistencyRecord:
+        return self._loss.measure(*self._arguments, statistics=self._statistics, generator=_same_draws())
 
 
-def statistics_here(loss: GradientConsistencyLoss, weak: Inputs, strong: Inputs) -> list[Statistics] | None:
-    """The statistics that the loss takes at this point, to be held there; None where it needs none."""
-    if not concatenable(weak, strong) and not needs_statistics(loss.model, loss.batchnorm):
-        return None
-    calls = BatchNormCalls(loss.batchnorm)
-    with comparison_scope(loss.model, dropout=False):
-        take_statistics(PerSampleForward(loss.model, loss.loss_fn, calls), weak, strong)
-    return calls.recorded
-
-
-def names_in_copy(model: nn.Module, encoder: Any) -> Encoder:
-    """An encoder that also names the parameters of a copy of the model: modules become predicates on names."""
-    if encoder is None or (callable(encoder) and not isinstance(encoder, nn.Module)):
-        return encoder
-    modules: Iterable[nn.Module] = [encoder] if isinstance(encoder, nn.Module) else encoder
-    wanted = {id(parameter) for module in modules for parameter in module.parameters()}
-    names = {name for name, parameter in model.named_parameters() if id(parameter) in wanted}
-    return names.__contains__
+def _same_draws() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
