@@ -76,7 +76,7 @@ class StopHereError(Exception):
 
 
 class Small(nn.Module):
-    """A convolution, so that outputs are recalled; a BatchNorm; and a dropout."""
+    """A convolution, a BatchNorm and a dropout."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gradconsist import GGCRWrapper, GradientConsistencyLoss, RandomProjection, SSLBatch, ViewPair
 from gradconsist.engines import GhostEngine
 from gradconsist.methods import FixMatch
-from gradconsist.observation import Observer
+from gradconsist.observer import Observer
 
 WEIGHT = 0.1
 PLAIN = "without the term"
@@ -181,10 +181,10 @@ class Step:
 
     def _term(self, weak: Tensor, strong: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         if self.wrapper is not None:  # what it does, but with weights of our own
-            with Observer(self.model, keep=2**28) as observer:  # as the wrapper
+            with Observer(self.model) as observer:
                 self.method(self.batch)
-            observed = observer.observed(ViewPair(weak, strong, target))
-            loss = self.term.evaluate(weak, strong, target, weight, **observed._asdict())
+            statistics = observer.observed(ViewPair(weak, strong, target))
+            loss = self.term.evaluate(weak, strong, target, weight, statistics=statistics)
         else:
             loss = self.term(weak, strong, target, weight)
         cosine: Tensor = self.term.cosine if self.variant.kind == "backpack" else self.term.last.cosine

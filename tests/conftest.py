@@ -13,9 +13,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core: more threads woul
 
 import pytest
 import torch
-from torch import Tensor
-
-from gradconsist.recall import Recalled
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -33,19 +30,3 @@ def _logger_as_it_was() -> Iterator[None]:
     level = logger.level
     yield
     logger.setLevel(level)
-
-
-@pytest.fixture
-def recalls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """One entry a convolution that asks; whether it was answered."""
-    found: list[bool] = []
-    original = Recalled.output
-
-    def output(self: Recalled, call: int, x: Tensor) -> Tensor | None:
-        found.append(False)
-        known = original(self, call, x)
-        found[-1] = known is not None
-        return known
-
-    monkeypatch.setattr(Recalled, "output", output)
-    return found

@@ -29,12 +29,11 @@ from gradconsist.normalization import (
 )
 from gradconsist.probes import Probed, probe_model
 from gradconsist.projection import Projector
-from gradconsist.recall import Recalled, recall_bytes, take_statistics
 from gradconsist.scope import autocast_region, our_rules
 from gradconsist.similarity import Criterion, GradProducts, cosine, degenerate_pairs
 from gradconsist.sparse import aliases, sparse_parameters
+from gradconsist.statistics import StatisticsPath, check_can_follow, take_statistics
 from gradconsist.subset import Subset, select
-from gradconsist.through import StatisticsPath, check_can_follow
 from gradconsist.types import ConsistencyRecord, LossFunction
 from gradconsist.validation import Pairs, non_finite_tensor
 
@@ -59,7 +58,6 @@ class Comparison:
         trainable: what L_g is differentiated for, by name.
         batchnorm: policy.
         statistics: given constants of the BatchNorm calls, of both views or for each; or None.
-        recalled: what convolutions returned in the forwards of these statistics, or None.
         through_statistics: whether the joint statistics are differentiated, too.
         dropout: whether random layers stay on.
         chunk_size: pairs at a time.
@@ -81,7 +79,6 @@ class Comparison:
     trainable: Mapping[str, Tensor]
     batchnorm: BatchNormPolicy
     statistics: Constants | None
-    recalled: Recalled | None
     through_statistics: bool
     dropout: bool
     chunk_size: int | str | None
@@ -150,7 +147,6 @@ class _Run:
             autocast=autocast,
             loss_scale=self.scale,
         )
-        self.recalled = options.recalled
         self.through: list[Tensor] = []  # joint statistics for which the chunks are differentiated
         self.wide = _wide(options)
         count = len(pairs)
@@ -177,8 +173,7 @@ class _Run:
         return loss, record
 
     def _take_statistics(self) -> None:
-        keep = recall_bytes(self.options.engine, dropout=self.options.dropout)
-        self.recalled = take_statistics(self.forward, self.pairs.weak, self.pairs.strong, keep=keep)
+        take_statistics(self.forward, self.pairs.weak, self.pairs.strong)
 
     def _loss(self) -> Tensor:
         probe_model(self.forward, self.pairs, self.selection.index, self.options.probed, self.options.compared)
@@ -193,7 +188,6 @@ class _Run:
             graph_strong="strong" not in self.options.constant,
             random=self.options.dropout,
             model=self.options.model,
-            recalled=self.recalled,
             projection=self.options.projection,
         )
         with suppress(_EngineChangedError):

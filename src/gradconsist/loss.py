@@ -20,7 +20,6 @@ from gradconsist.isolation import one_comparison, uncompiled
 from gradconsist.normalization import BatchNormPolicy, Constants
 from gradconsist.probes import Probed
 from gradconsist.projection import RandomProjection
-from gradconsist.recall import Recalled
 from gradconsist.selection import Encoder, compared_parameters, trainable_parameters
 from gradconsist.settings import OPTIONS, Reduction, Settings
 from gradconsist.similarity import Criterion, Disagreement
@@ -187,7 +186,6 @@ class GradientConsistencyLoss:
         *,
         generator: torch.Generator | None = None,
         statistics: Constants | None = None,
-        recalled: Recalled | None = None,
     ) -> Tensor:
         """`__call__` with given BatchNorm statistics, one entry for each BatchNorm call of a forward.
 
@@ -199,7 +197,6 @@ class GradientConsistencyLoss:
             generator: as in `__call__`.
             statistics: constants for the BatchNorm calls in batch mode, instead of this call's own: a list, or a tuple
                 of two for the weak and the strong views.
-            recalled: what convolutions returned in the forwards that these were taken in; None computes it again.
 
         Returns:
             As `__call__`.
@@ -215,7 +212,7 @@ class GradientConsistencyLoss:
             )
         with one_comparison():
             pairs = self._check(weak, strong, target, weight, fused=self.settings.fused)
-            loss, self.last = compare(self._comparison(generator, statistics, recalled), pairs)
+            loss, self.last = compare(self._comparison(generator, statistics), pairs)
             self._calls += 1
             self._idle.watch(self.last, pairs.target, self.settings.min_norm, self.criterion)
         return loss
@@ -306,12 +303,7 @@ class GradientConsistencyLoss:
         return check_pairs(own.model, weak, strong, target, weight, default_loss=own.default_loss, fused=fused)
 
     def _comparison(
-        self,
-        generator: torch.Generator | None,
-        statistics: Constants | None,
-        recalled: Recalled | None = None,
-        *,
-        measure: bool = False,
+        self, generator: torch.Generator | None, statistics: Constants | None, *, measure: bool = False
     ) -> Comparison:
         own = self.settings
         if own.batchnorm == "observed" and statistics is None:
@@ -328,7 +320,6 @@ class GradientConsistencyLoss:
             trainable=trainable_parameters(own.model),
             batchnorm=own.batchnorm,
             statistics=statistics,
-            recalled=recalled,
             through_statistics=own.through_statistics and not measure,
             dropout=own.dropout == "on",
             chunk_size=own.chunk_size,

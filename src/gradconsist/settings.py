@@ -14,7 +14,7 @@ from gradconsist.guards import check_model
 from gradconsist.normalization import BatchNormPolicy
 from gradconsist.projection import RandomProjection
 from gradconsist.selection import Encoder, compared_parameters
-from gradconsist.through import check_through_statistics
+from gradconsist.statistics import check_through_statistics
 from gradconsist.types import LossFunction
 from gradconsist.validation import check_choice, check_count, check_number
 

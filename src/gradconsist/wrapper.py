@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from gradconsist.errors import ConfigError, LossContractError, StateError
 from gradconsist.loading import check_keys
 from gradconsist.loss import GradientConsistencyLoss
-from gradconsist.observation import Observer
+from gradconsist.observer import Observer
 from gradconsist.randomness import preserved_randomness
-from gradconsist.recall import recall_bytes
 from gradconsist.schedules import warmup_then_ramp
 from gradconsist.selection import trainable_parameters
 from gradconsist.trial import try_on_one_pair
@@ -137,10 +136,9 @@ class GGCRWrapper(nn.Module):
         """
         weight = self.current_weight()
         trial = not (weight > 0 or self._tried) and self.training and self.weight > 0 and torch.is_grad_enabled()
-        observe = (weight > 0 or trial) and self.consistency.settings.batchnorm == "observed"
         settings = self.consistency.settings
-        keep = recall_bytes(settings.engine, dropout=settings.dropout == "on")
-        observer = Observer(settings.model, keep=keep) if observe else nullcontext()
+        observe = (weight > 0 or trial) and settings.batchnorm == "observed"
+        observer = Observer(settings.model) if observe else nullcontext()
         with observer:
             output = self.method(*args, **kwargs)
         base = as_step_output(output)
@@ -150,8 +148,8 @@ class GGCRWrapper(nn.Module):
         if pair is None:
             result = base._replace(logs={**base.logs, "ggcr_weight": 0.0})
         else:
-            observed = observer.observed(pair)._asdict() if isinstance(observer, Observer) else {}
-            term = self.consistency.evaluate(*self._gated(pair), **observed)
+            statistics = observer.observed(pair) if isinstance(observer, Observer) else None
+            term = self.consistency.evaluate(*self._gated(pair), statistics=statistics)
             self._tried = True
             logs = {**base.logs, "ggcr_weight": weight, **self._logs(term)}
             result = StepOutput(base.loss + weight * term, pair, logs)
@@ -166,7 +164,7 @@ class GGCRWrapper(nn.Module):
         with preserved_randomness(base.loss.device, seed=0):  # of a `pair_fn`, which would not be called yet
             pair = self._pair(args, kwargs, output, base)
         if pair is not None:
-            statistics = observer.observed(pair).statistics if isinstance(observer, Observer) else None
+            statistics = observer.observed(pair) if isinstance(observer, Observer) else None
             self._tried = try_on_one_pair(self.consistency, self._gated(pair), statistics)
 
     def _pair(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, base: StepOutput) -> ViewPair | None:

@@ -124,16 +124,6 @@ def test_two_calls_are_bitwise_equal_and_chunks_agree(name: str, form: Any) -> N
         assert compare.cosine_error(gc.last.cosine, seen[None][2]) <= 1e-13
 
 
-def test_convolutions_of_the_statistics_forward_are_recalled(recalls: list[bool]) -> None:
-    """Exact without it, too: that it happens at all, with short chunks and pairs of weight 0, shows only here."""
-    problem = ALL["wrn_slice"].problem()
-    convolutions = sum(isinstance(module, nn.Conv2d) for module in problem.model.modules())
-    gc = _loss(problem, engine="ghost", chunk_size=3)
-    gradient = compare.gradient_of(gc(*problem.views, WEIGHT), problem.model)
-    assert compare.relative(gradient, _verdict("wrn_slice", DOUBLE, weighted=True).flat) <= 1e-8
-    assert recalls == [True] * (2 * convolutions), "two chunks"
-
-
 class _Lengths(nn.Module):
     """A bag of words with a convolution and attention, for texts of any length."""
 

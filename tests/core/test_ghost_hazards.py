@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from gradconsist import GradientConsistencyLoss, recall
+from gradconsist import GradientConsistencyLoss, statistics
 from gradconsist.engines import GhostEngine
 from gradconsist.engines.ghost.coverage import check_coverage
 from gradconsist.engines.ghost.record import Use
@@ -170,7 +170,7 @@ def test_positions_that_cancel_in_float32(kind: str, left: float) -> None:
             assert error <= max(tolerance, 5 * loop), (name, errors)
 
 
-# -- outputs that an earlier forward knows -----------------------------------------------------------------------------
+# -- what a model does around a convolution ----------------------------------------------------------------------------
 
 
 def _in_place_activation(net: Any, x: Tensor) -> Tensor:
@@ -207,17 +207,17 @@ def _stems(net: Any, x: Tensor) -> Tensor:
 
 
 def _with_bias(net: Any, x: Tensor) -> Tensor:
-    """No later convolution would notice that the bias was added twice."""
+    """A bias that is another layer's, too."""
     return net.norm(F.conv2d(x, net.conv.weight, net.head.bias, padding=1))
 
 
-RECALLED = [_in_place_activation, _in_place_residual, _in_place_slice, _reordered, _twice, _stems, _with_bias]
+AROUND = [_in_place_activation, _in_place_residual, _in_place_slice, _reordered, _twice, _stems, _with_bias]
 
 
 @FORMS
-@pytest.mark.parametrize("function", RECALLED, ids=lambda function: function.__name__.strip("_"))
-def test_outputs_of_the_statistics_forward_are_those_of_the_layer(function: Any, form: Any) -> None:
-    """With BatchNorm in train mode the engine may take a convolution's outputs from the forward before the chunks."""
+@pytest.mark.parametrize("function", AROUND, ids=lambda function: function.__name__.strip("_"))
+def test_a_convolution_is_exact_whatever_the_model_does_around_it(function: Any, form: Any) -> None:
+    """Its output written into, the batch reordered, its weight used again."""
 
     def forward(net: Any, x: Tensor) -> Tensor:
         return net.head(torch.tanh(function(net, x)).mean((2, 3)))
@@ -227,22 +227,6 @@ def test_outputs_of_the_statistics_forward_are_those_of_the_layer(function: Any,
     weak, strong = _views(3, 4, 4)
     for options in ({"chunk_size": 3}, {"fused": False, "chunk_size": None}, {"stop_gradient": "weak"}):
         _agrees(model, weak, strong, engine=GhostEngine(form=form), **options)
-
-
-@pytest.mark.parametrize("name", ["wrn_slice", "basic_block", "cnn_batchnorm_twice", "in_place"])
-def test_recalling_changes_nothing(name: str) -> None:
-    """Subsets of pairs, weights and short chunks included."""
-    problem = {**CASES, **LAYER_CASES}[name].problem(pairs=6)
-    weight = torch.tensor([1.0, 0.0, 0.5, 1.0, 0.0, 2.0], dtype=DOUBLE)
-    for options in ({"chunk_size": 2}, {"max_pairs": 2, "chunk_size": 1}, {"reduction": "sum"}):
-        found = []
-        for engine in (GhostEngine(), GhostEngine(recall_bytes=0), GhostEngine(recall_bytes=3000), "loop"):
-            gc = GradientConsistencyLoss(problem.model, engine=engine, **options)
-            generator = torch.Generator().manual_seed(3)
-            loss = gc(*problem.views, weight, generator=generator)
-            found.append(compare.gradient_of(loss, problem.model))
-        for gradient in found[:-1]:
-            assert compare.relative(gradient, found[-1]) <= 1e-10
 
 
 def _upsampling() -> nn.Module:
@@ -260,10 +244,12 @@ def test_statistics_by_parts_of_the_batch_change_nothing(name: str, monkeypatch:
         model(weak)
     found = []
     for size in (2**24, 5 * weak[:1].nbytes):
-        monkeypatch.setattr(recall, "_PART_BYTES", size)
+        monkeypatch.setattr(statistics, "_PART_BYTES", size)
         found.append(compare.gradient_of(GradientConsistencyLoss(model, chunk_size=2)(*problem.views), model))
     assert compare.relative(found[1], found[0]) <= 1e-12
-    monkeypatch.setattr(recall, "_in_parts", lambda func, input, *args, **kwargs: func(2.0 * input, *args, **kwargs))
+    monkeypatch.setattr(
+        statistics, "_in_parts", lambda func, input, *args, **kwargs: func(2.0 * input, *args, **kwargs)
+    )
     wrong = compare.gradient_of(GradientConsistencyLoss(model, chunk_size=2)(*problem.views), model)
     assert compare.relative(wrong, found[0]) > 1e-6, "the statistics come from there"
 

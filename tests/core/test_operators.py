@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradconsist import GradientConsistencyLoss, ViewPair
 from gradconsist.errors import UnsupportedModuleError
-from gradconsist.observation import Observer
+from gradconsist.observer import Observer
 from support import compare
 from support.operator_zoo import OPERATOR_CASES, REFUSED
 from support.oracle import tree_cat, tree_leaves
@@ -102,10 +102,10 @@ def test_observed_statistics_of_a_parameter_have_a_graph(engine: str) -> None:
     problem = case.problem()
     problem.model.insert(3, nn.BatchNorm2d(4).double())
     judge = problem.judge()
-    with Observer(problem.model, keep=2**20) as observer:
+    with Observer(problem.model) as observer:
         problem.model(tree_cat(problem.weak, problem.strong))
     gc = GradientConsistencyLoss(problem.model, engine=engine, batchnorm="observed")
-    loss = gc.evaluate(*problem.views, **observer.observed(ViewPair(*problem.views))._asdict())
+    loss = gc.evaluate(*problem.views, statistics=observer.observed(ViewPair(*problem.views)))
     gradient = compare.gradient_of(loss, problem.model)
     compare.assert_agrees(gc.last, loss, gradient, judge.verdict(), dtype=torch.float64)
 

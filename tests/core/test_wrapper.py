@@ -27,7 +27,7 @@ from gradconsist.errors import (
     UnsupportedModuleError,
 )
 from gradconsist.methods import FixMatch
-from gradconsist.observation import Observer
+from gradconsist.observer import Observer
 from support import compare, state, training
 from support.methods import same_state
 from support.oracle import Judge
@@ -775,6 +775,30 @@ def test_observed_statistics_of_two_forwards_are_each_views_own(
         assert compare.relative(gradient, verdict.flat) <= 1e-8
 
 
+@pytest.mark.parametrize("joint", [True, False])
+@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
+def test_observed_statistics_of_a_forward_in_inference_mode(engine: str, joint: bool) -> None:
+    """They are tensors that autograd may not save."""
+    model = training.network(dropout=0.0).double()
+    batch = SSLBatch(*(v.double() if v is not None and v.is_floating_point() else v for v in DATA[0]))
+    target = torch.arange(len(batch.weak)) % 3
+
+    def method(batch: SSLBatch) -> StepOutput:
+        with torch.inference_mode():
+            model(torch.cat([batch.weak, batch.strong]) if joint else batch.weak)
+        loss = model(batch.x if joint else batch.strong).square().mean()
+        return StepOutput(loss, ViewPair(batch.weak, batch.strong, target))
+
+    consistency = GradientConsistencyLoss(model, batchnorm="observed", engine=engine, chunk_size=2)
+    out = GGCRWrapper(method, consistency, warmup_steps=0, weight=1.0)(batch)
+    views = torch.cat([batch.weak, batch.strong])
+    seen = (views, views) if joint else (batch.weak, batch.strong)
+    verdict = Judge(model, batch.weak, batch.strong, target, observed=seen[0], observed_strong=seen[1]).verdict()
+    assert float(out.logs["ggcr_loss"]) == pytest.approx(float(verdict.loss), abs=1e-10)
+    bare = compare.gradient_of(model(batch.x if joint else batch.strong).square().mean(), model)
+    assert compare.relative(compare.gradient_of(out.loss, model) - bare, verdict.flat) <= 1e-8
+
+
 def test_a_view_is_found_among_the_forwards_by_its_rows() -> None:
     """Views with NaN in a pair, mappings, several tensors; and what cannot be told is refused."""
     model = Sum()
@@ -784,9 +808,7 @@ def test_a_view_is_found_among_the_forwards_by_its_rows() -> None:
         model(torch.cat([second, first]), b=torch.zeros(9, 3))
         model(second + 1.0, b=torch.ones(4, 3))
     zeros, ones = torch.zeros(5, 3), torch.ones(4, 3)
-    weak, strong = observer.observed(
-        ViewPair({"a": first, "b": zeros}, [second + 1.0, ones], torch.zeros(5))
-    ).statistics
+    weak, strong = observer.observed(ViewPair({"a": first, "b": zeros}, [second + 1.0, ones], torch.zeros(5)))
     assert (weak[0].rows, strong[0].rows) == (9, 4)
     for view in ({"a": first.flip(0), "b": zeros}, {"a": first, "b": zeros + 1.0}, first):
         with pytest.raises(ConfigError, match="of 2 that the method did in this step, 0 held the weak views"):
@@ -800,7 +822,7 @@ def test_a_forward_with_other_constants_is_not_the_views() -> None:
     with Observer(model) as observer:
         model(x, None, shift=True)
     view = {"x": x, "mask": None, "shift": True}
-    assert observer.observed(ViewPair(view, view, torch.zeros(5))).statistics[0].rows == 5
+    assert observer.observed(ViewPair(view, view, torch.zeros(5)))[0].rows == 5
     for other in (x, {**view, "shift": 1}, {**view, "shift": False}, {**view, "mask": 0.0}, [x, None]):
         with pytest.raises(ConfigError, match=r"same constants .*of 1 that .*0 held the weak views"):
             observer.observed(ViewPair(other, view, torch.zeros(5)))

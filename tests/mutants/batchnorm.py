@@ -1,14 +1,13 @@
-"""Bugs in the forward: BatchNorm's constants, replaced formulas, dropout, autocast, what is recalled."""
+"""Bugs in the forward: BatchNorm's constants, replaced formulas, dropout, autocast."""
 
 from __future__ import annotations
 
 from mutants.bug import Bug
 
-NORM, FORWARD, RECALL, COMPARISON = "normalization.py", "forward.py", "recall.py", "comparison.py"
-OBSERVATION, THROUGH = "observation.py", "through.py"
+NORM, FORWARD, COMPARISON = "normalization.py", "forward.py", "comparison.py"
+OBSERVER, STATISTICS = "observer.py", "statistics.py"
 THROUGH_TEST = "test_through_statistics.py"
 JOINT = "test_normalization.py::test_statistics_are_joint_over_both_views_and_all_chunks test_normalization.py"
-RECALLED = "test_ghost_hazards.py::test_outputs_of_the_statistics_forward_are_those_of_the_layer test_ghost_hazards.py"
 RANDOM = 'randomness="different" if problem.random'
 
 BUGS = [
@@ -27,7 +26,7 @@ BUGS = [
         "statistics of the weak view",
         "BatchNorm's statistics are joint over both views",
         "test_normalization.py::test_statistics_are_joint_over_both_views_and_all_chunks[loop]",
-        RECALL,
+        STATISTICS,
         "forward.output(concatenate(weak, strong), record=True)",
         "forward.output(concatenate(weak, weak), record=True)",
     ),
@@ -36,10 +35,9 @@ BUGS = [
         "pairs of weight 0 count in the statistics",
         "test_normalization.py::test_weight_zero_pairs_count_in_the_statistics",
         COMPARISON,
-        "take_statistics(self.forward, self.pairs.weak, self.pairs.strong, keep=keep)",
+        "take_statistics(self.forward, self.pairs.weak, self.pairs.strong)",
         "take_statistics(\n"
-        "            self.forward, self.pairs.weak[self.selection.index], "
-        "self.pairs.strong[self.selection.index], keep=0\n"
+        "            self.forward, self.pairs.weak[self.selection.index], self.pairs.strong[self.selection.index]\n"
         "        )",
     ),
     Bug(
@@ -58,38 +56,38 @@ BUGS = [
         "statistics with gradient",
         "BatchNorm's statistics are constants",
         "test_exactness.py::test_the_defaults_are_exact_on_every_model[cnn_batchnorm_train]",
-        RECALL, "with torch.no_grad(), recorder:", "with recorder:",
+        STATISTICS, "with torch.no_grad(), _InParts():", "with _InParts():",
     ),
     Bug(
         "no part of the gradient by the statistics",
         "through_statistics follows the statistics to the parameters",
         THROUGH_TEST,
-        THROUGH, "buffer.add_through(self._record())", "self._record()",
+        STATISTICS, "buffer.add_through(self._record())", "self._record()",
     ),
     Bug(
         "variances not followed",
         "through_statistics follows means and variances",
         THROUGH_TEST,
-        THROUGH, "variance=each.variance.detach().requires_grad_())", "variance=each.variance.detach())",
-        THROUGH, "for part in (each.mean, each.variance)]", "for part in (each.mean,)]",
+        STATISTICS, "variance=each.variance.detach().requires_grad_())", "variance=each.variance.detach())",
+        STATISTICS, "for part in (each.mean, each.variance)]", "for part in (each.mean,)]",
     ),
     Bug(
         "the statistics through the chunks' stand-ins",
         "a sample's gradient holds the statistics constant",
         THROUGH_TEST,
-        THROUGH, "self._forward.parameters = self._stand_ins()", "self._forward.parameters = dict(own)",
+        STATISTICS, "self._forward.parameters = self._stand_ins()", "self._forward.parameters = dict(own)",
     ),
     Bug(
         "another forward's statistics followed",
         "the statistics that are followed are those that were used",
         THROUGH_TEST,
-        THROUGH, " or not all(map(_about_equal, now, before)):", ":",
+        STATISTICS, " or not all(map(_about_equal, now, before)):", ":",
     ),
     Bug(
         "statistics of the weak views followed",
         "the statistics that are followed are those that were used",
         THROUGH_TEST,
-        THROUGH, "concatenate(*self._inputs)", "concatenate(self._inputs[0], self._inputs[0])",
+        STATISTICS, "concatenate(*self._inputs)", "concatenate(self._inputs[0], self._inputs[0])",
     ),
     Bug(
         "unbiased variance",
@@ -142,29 +140,29 @@ BUGS = [
         "observed statistics of whichever forward came last",
         "'observed' takes the constants of each view's own forward",
         "test_wrapper.py::test_observed_statistics_of_two_forwards_are_each_views_own[None-loop-None]",
-        "observation.py",
+        OBSERVER,
         "    if not own or not all(_same_statistics",
-        "    own = [(found[-1], 0)]\n    if not own or not all(_same_statistics",
+        "    own = [found[-1].statistics]\n    if not own or not all(_same_statistics",
     ),
     Bug(
         "observed statistics of the first of several forwards that hold a view",
         "'observed' refuses where it is not clear which forward was a view's",
         "test_wrapper.py::test_observing_needs_one_forward[2]",
-        "observation.py", "if not own or not all(", "if not own or False and not all(",
+        OBSERVER, "if not own or not all(", "if not own or False and not all(",
     ),
     Bug(
         "the views' observed statistics exchanged",
         "'observed' takes the constants of each view's own forward",
         "test_wrapper.py::test_observed_statistics_of_two_forwards_are_each_views_own[None-loop-None]",
-        "observation.py", "else (weak.statistics, strong.statistics)", "else (strong.statistics, weak.statistics)",
+        OBSERVER, "else (weak, strong)", "else (strong, weak)",
     ),
     Bug(
         "a single observed forward taken for both views",
         "'observed' takes the constants of each view's own forward",
         "test_wrapper.py::test_a_view_that_was_never_forwarded_has_no_observed_statistics[weak]",
-        "observation.py",
-        "(place := forward.place(view)) is not None]",
-        "(place := 0 if len(found) == 1 else forward.place(view)) is not None]",
+        OBSERVER,
+        "for forward in found if forward.holds(view)]",
+        "for forward in found if len(found) == 1 or forward.holds(view)]",
     ),
     Bug(
         "a forward of as many samples taken for weight standardisation",
@@ -182,9 +180,9 @@ BUGS = [
         "BatchNorms outside the model observed",
         "'observed' takes the calls of the compared model, not those of another module",
         "test_wrapper.py::test_only_the_compared_model_is_observed",
-        "observation.py",
-        "if not self._inside:",
-        "if not self._forwards:",
+        OBSERVER,
+        "if self._inside and func",
+        "if self._forwards and func",
     ),
     Bug(
         "LayerNorm with the unbiased variance",
@@ -280,70 +278,6 @@ BUGS = [
         "engines/ghost/gram.py",
         "_PairGram.apply(rows.to(torch.promote_types(rows.dtype, torch.float32)))",
         "_PairGram.apply(rows)",
-    ),
-    Bug(
-        "recall without comparing inputs",
-        "an output is recalled for the input that it came from, or not at all",
-        "test_ghost_hazards.py::test_outputs_of_the_statistics_forward_are_those_of_the_layer",
-        RECALL,
-        "if len(before) != len(x) or bool(((digest - before).abs() > bound).any()):",
-        "if len(before) != len(x):",
-    ),
-    Bug(
-        "recall of the other view's rows",
-        "an output is recalled for the input that it came from, or not at all",
-        "test_ghost.py::test_every_model_is_exact_in_every_form[wrn_slice-gram]",
-        RECALL,
-        "if len(before) != len(x) or bool(((digest - before).abs() > bound).any()):",
-        "if len(before) != len(x):",
-        RECALL, "[pairs + self.first[0], pairs + self.first[1]]", "[pairs + self.first[1], pairs + self.first[0]]",
-    ),
-    Bug(
-        "recall of the first rows in every chunk",
-        "chunks recall their own rows",
-        "test_ghost.py::test_every_model_is_exact_in_every_form[wrn_slice-auto]"
-        " test_ghost.py::test_every_model_is_exact_in_every_form[wrn_slice-gram]"
-        " test_ghost.py::test_every_model_is_exact_in_every_form[wrn_slice-gradient]",
-        RECALL,
-        "if len(before) != len(x) or bool(((digest - before).abs() > bound).any()):",
-        "if len(before) != len(x):",
-        RECALL, "rows=index if self.rows is None", "rows=torch.arange(len(index)) if self.rows is None",
-    ),
-    Bug(
-        "recall of an output that was overwritten",
-        "what is recalled is what the convolution returned",
-        RECALLED,
-        RECALL, "return self.rows._version == self.version", "return True",
-    ),
-    Bug(
-        "recall of an output with its bias",
-        "the bias is added once",
-        "test_ghost_hazards.py::test_outputs_of_the_statistics_forward_are_those_of_the_layer[with_bias-auto]",
-        RECALL, 'if bias is not None or padding == "same" or', 'if padding == "same" or',
-    ),
-    Bug(
-        "observed recall with weights that changed since",
-        "an output is recalled while its weight is what it was",
-        "test_observed_recall.py::test_other_forwards_change_nothing[None-weights_after]",
-        OBSERVATION, "same and all(before.equal(weight) for", "same and all(True for",
-    ),
-    Bug(
-        "observed recall with weights that changed in between",
-        "an output is recalled while its weight is what it was",
-        "test_observed_recall.py::test_other_forwards_change_nothing[None-weights_between_only]",
-        OBSERVATION, "return self._before[id(weight)][1].equal(weight)", "return True",
-    ),
-    Bug(
-        "observed recall after a parameter was replaced",
-        "an output is recalled while its weight is the model's",
-        "test_observed_recall.py::test_other_forwards_change_nothing[None-replaced]",
-        OBSERVATION, "all(now[name] is p for name, p in self._parameters.items())", "True",
-    ),
-    Bug(
-        "observed recall of another precision",
-        "an output is recalled in the dtype that is computed in",
-        "test_observed_recall.py::test_other_forwards_change_nothing[None-half]",
-        RECALL, "if known is None or any(each.rows.dtype != x.dtype for each in known):", "if known is None:",
     ),
     Bug(
         "float16: pairs of large gradients left out",

@@ -135,7 +135,7 @@ BUGS = [
         "hooks of the observer left behind",
         "no hook stays in the model",
         "test_wrapper.py::test_observing_leaves_no_trace",
-        "observation.py", "for hook in self._hooks:", "for hook in self._hooks[:1]:",
+        "observer.py", "for hook in self._hooks:", "for hook in self._hooks[:1]:",
     ),
     Bug(
         "replaced forwards left behind",

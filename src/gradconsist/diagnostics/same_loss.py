@@ -14,9 +14,9 @@ from gradconsist.errors import ConfigError
 from gradconsist.forward import PerSampleForward, comparison_scope
 from gradconsist.loss import GradientConsistencyLoss
 from gradconsist.normalization import BatchNormCalls, Statistics, needs_statistics
-from gradconsist.recall import take_statistics
 from gradconsist.selection import Encoder
 from gradconsist.settings import Settings
+from gradconsist.statistics import take_statistics
 from gradconsist.types import Inputs
 
 

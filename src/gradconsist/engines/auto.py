@@ -34,11 +34,6 @@ class AutoEngine:
         """What the engine in use prefers."""
         return self.engine.preferred_chunk(problem)
 
-    @property
-    def recall_bytes(self) -> int:
-        """What the engine in use makes of an earlier forward."""
-        return getattr(self.engine, "recall_bytes", 0)
-
     @contextmanager
     def fall_back(self, error: RuntimeError) -> Iterator[None]:
         """After `error`, the block is tried with the loop; if that fails too, its error counts and nothing changes.

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from gradconsist.batch import take
 from gradconsist.errors import UnsupportedModuleError
 from gradconsist.projection import Projector
-from gradconsist.recall import Recalled
 from gradconsist.similarity import GradProducts
 from gradconsist.types import Inputs
 
@@ -60,7 +59,6 @@ class Problem:
         graph_strong: whether the strong view's gradient keeps its graph.
         random: whether the forward may draw random numbers.
         model: whose modules run, for engines with rules for modules; None if unknown.
-        recalled: what convolutions returned for these inputs in an earlier forward; None if unknown.
         projection: whose sketches of the gradients are to be compared; None for the gradients themselves.
     """
 
@@ -73,18 +71,11 @@ class Problem:
     graph_strong: bool = True
     random: bool = False
     model: nn.Module | None = None
-    recalled: Recalled | None = None
     projection: Projector | None = None
 
     def take(self, index: Tensor) -> Problem:
         """The same problem for the pairs `index`."""
-        return replace(
-            self,
-            weak=take(self.weak, index),
-            strong=take(self.strong, index),
-            target=self.target[index],
-            recalled=None if self.recalled is None else self.recalled.take(index),
-        )
+        return replace(self, weak=take(self.weak, index), strong=take(self.strong, index), target=self.target[index])
 
 
 class Engine(Protocol):
@@ -92,9 +83,8 @@ class Engine(Protocol):
 
     It may also have ``preferred_chunk(problem) -> int``, the number of pairs at a time that `chunk_size="auto"` takes
     (without it, all pairs go at once), ``fall_back(error)``, a context manager in which a chunk that failed is tried
-    once more, ``recall_bytes``, how much of an earlier forward it would like to be told (`Problem.recalled`), and
-    ``projects = True``, which says that `products` follows `Problem.projection`: the products are then those of
-    ``problem.projection.sketches(gradients)``. Without it a projection is refused.
+    once more, and ``projects = True``, which says that `products` follows `Problem.projection`: the products are then
+    those of ``problem.projection.sketches(gradients)``. Without it a projection is refused.
     """
 
     def products(self, problem: Problem) -> GradProducts:

@@ -24,7 +24,6 @@ from gradconsist.engines.ghost.layers import LayerCall, LayerGradients, LayerPar
 from gradconsist.engines.ghost.operators import Operators
 from gradconsist.engines.ghost.record import rows
 from gradconsist.errors import UnsupportedModuleError
-from gradconsist.recall import CONVOLUTIONS
 from gradconsist.remembered import SampleStates
 
 
@@ -45,7 +44,6 @@ class Capture(Operators, TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if self._paused:
-            self.convolutions += func in CONVOLUTIONS
             return func(*args, **(kwargs or {}))
         return self.replacements.get(func, func)(*args, **(kwargs or {}))
 
@@ -121,12 +119,10 @@ class Capture(Operators, TorchFunctionMode):
         modes = _get_current_function_mode_stack()
 
         def compute(n: int, per_sample: list[bool], *tensors: Tensor) -> tuple[Tensor, ...]:
-            before = self.convolutions
             columns = [x.unbind(0) if each else (x,) * n for x, each in zip(tensors, per_sample, strict=False)]
             outputs = []
             with self._passing(modes):
                 for row in zip(*columns, strict=True):
-                    self.convolutions = before
                     filled = list(given)
                     for place, tensor in zip(places, row, strict=True):
                         filled[place] = tensor
@@ -158,7 +154,6 @@ class Capture(Operators, TorchFunctionMode):
     def release(self) -> None:
         """Lets go of everything: the replacements are methods of this object, so it would outlive its use."""
         self.replacements.clear()
-        self._recalled = None
         self.uses = []
 
     def _inside(self, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ A per-sample weight gradient is a WeightGradient with the samples as groups.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -55,20 +55,13 @@ class Geometry:
 
 
 class Convolution(torch.autograd.Function):
-    """y = conv(x, w): x [B, C, ...], w as torch has it, y [B, p, ...], computed unless it is `known`."""
+    """y = conv(x, w): x [B, C, ...], w as torch has it, y [B, p, ...]."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        w: Tensor,
-        geometry: Geometry,
-        stage: Stage | None = None,
-        known: Callable[[], Tensor] | None = None,  # a bare tensor would be an input that is returned as it is
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w: Tensor, geometry: Geometry, stage: Stage | None = None) -> Tensor:
         ctx.save_for_backward(x, w)
         ctx.geometry, ctx.stage = geometry, stage
-        return torch.convolution(x, w, None, *geometry.arguments()) if known is None else known()
+        return torch.convolution(x, w, None, *geometry.arguments())
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
@@ -78,7 +71,7 @@ class Convolution(torch.autograd.Function):
             gx = InputGradient.apply(gy, w, x.shape, ctx.geometry)
         if ctx.needs_input_grad[1] and not (ctx.stage and ctx.stage.outputs_only):
             gw = WeightGradient.apply(x, gy, w.shape, ctx.geometry)
-        return gx, gw, None, None, None
+        return gx, gw, None, None
 
 
 class InputGradient(torch.autograd.Function):

@@ -22,7 +22,6 @@ from gradconsist.engines.loop import refused_by_vmap
 from gradconsist.errors import GradConsistError
 from gradconsist.normalization import STRONG, WEAK
 from gradconsist.randomness import preserved_randomness
-from gradconsist.recall import OtherForwardError
 from gradconsist.similarity import GradProducts
 from gradconsist.types import Inputs
 from gradconsist.validation import check_choice
@@ -77,7 +76,6 @@ class GhostEngine:
 
     projects: ClassVar[bool] = True
     form: Form = "auto"
-    recall_bytes: int = field(default=2**28, repr=False)
     _measured: dict[Hashable, str] = field(default_factory=dict, init=False, repr=False, compare=False)
     _models: WeakKeyDictionary[Any, _Known] = field(
         default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
@@ -88,7 +86,7 @@ class GhostEngine:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # What was found out belongs to models and to this machine: a copy finds out for itself.
-        return GhostEngine, (self.form, self.recall_bytes)
+        return GhostEngine, (self.form,)
 
     def products(self, problem: Problem) -> GradProducts:
         """See `Engine.products`."""
@@ -135,13 +133,7 @@ class GhostEngine:
         """Both views as one batch."""
         samples, target = _interleaved(problem.weak, problem.strong), problem.target.repeat_interleave(2, 0)
         view = torch.tensor([WEAK, STRONG], device=target.device).repeat(len(problem.target))
-        looped = self._known(problem).looped
-        if problem.recalled is not None and problem.recalled.usable and not looped:
-            try:
-                return see(problem, samples, target, view, problem.graph_weak, looped, problem.recalled)
-            except OtherForwardError:
-                problem.recalled.dismiss()
-        return see(problem, samples, target, view, problem.graph_weak, looped)
+        return see(problem, samples, target, view, problem.graph_weak, self._known(problem).looped)
 
     def _see_one(self, problem: Problem, view: int) -> Seen:
         samples, graph = ((problem.weak, problem.graph_weak), (problem.strong, problem.graph_strong))[view]

@@ -14,7 +14,6 @@ from gradconsist.engines.ghost.pointwise import ChannelAffine, LeakyRelu, Standa
 from gradconsist.engines.ghost.record import Record, rows
 from gradconsist.engines.ghost.rules import Bias, ConvolutionWeight, EmbeddingWeight, LinearWeight
 from gradconsist.normalization import scaled, standardized
-from gradconsist.recall import Recalled
 
 
 class Operators(Record):
@@ -24,24 +23,14 @@ class Operators(Record):
         parameters: see `Record`.
         stand_ins: see `Record`.
         stage: told to the convolutions.
-        recalled: what convolutions returned for these samples in an earlier forward, or None.
 
     Attributes:
-        convolutions: calls of convolutions so far.
         replacements: by the function that they stand in for.
     """
 
-    def __init__(
-        self,
-        parameters: Mapping[str, Tensor],
-        stand_ins: Mapping[str, Tensor],
-        stage: Stage,
-        recalled: Recalled | None = None,
-    ) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], stand_ins: Mapping[str, Tensor], stage: Stage) -> None:
         super().__init__(parameters, stand_ins)
         self._stage = stage
-        self._recalled = recalled
-        self.convolutions = 0
         self.replacements: dict[Any, Callable[..., Any]] = {
             F.linear: self._linear,
             F.embedding: self._embedding,
@@ -117,14 +106,13 @@ class Operators(Record):
         # Inside only beside a compared weight: the output of any other may be one convolution a sample.
         bias_name, b = self._own(None if w is None else bias)
         unbatched = input.dim() == dims + 1
-        call, self.convolutions = self.convolutions, self.convolutions + 1
 
         def compute(n: int, per_sample: list[bool], x: Tensor, given: Tensor) -> Tensor:
             x = rows(x, per_sample[0], n)
             if w is None and per_sample[1]:  # made by the model from parameters: a weight for every sample
                 return per_sample_convolution(x, _autocast(given), geometry)
             given = _autocast(given) if w is None else _autocast(w)
-            y: Tensor = Convolution.apply(x.flatten(0, 1), given, geometry, self._stage, self._known(call, x))
+            y: Tensor = Convolution.apply(x.flatten(0, 1), given, geometry, self._stage)
             self._note(name, w, ConvolutionWeight(tuple(given.shape), geometry), (x,), y)
             if b is not None:
                 y = y + _autocast(b).view(-1, *[1] * dims)
@@ -135,14 +123,6 @@ class Operators(Record):
         if bias is not None and b is None:
             y = y + _autocast(bias).view(-1, *[1] * dims)
         return y.squeeze(0) if unbatched else y
-
-    def _known(self, call: int, x: Tensor) -> Callable[[], Tensor] | None:
-        """What the `call`-th convolution of a forward returned for the samples [N, 1, ...] before."""
-        recalled = self._recalled
-        if recalled is None or x.shape[1] != 1 or call >= len(recalled.calls):
-            return None
-        output = recalled.output(call, x.squeeze(1))
-        return None if output is None else lambda: output
 
     def _scaled(self, x: Tensor, scale: Tensor | None, shift: Tensor | None, dim: int) -> Tensor:
         if scale is None and shift is None:

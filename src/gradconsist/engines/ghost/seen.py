@@ -17,7 +17,6 @@ from gradconsist.engines.ghost.conv import Stage
 from gradconsist.engines.ghost.coverage import check_coverage, check_inputs
 from gradconsist.engines.ghost.layers import intercepted
 from gradconsist.engines.ghost.record import Use
-from gradconsist.recall import OtherForwardError, Recalled
 from gradconsist.types import Inputs
 
 
@@ -56,7 +55,6 @@ def see(
     view: Tensor,
     graph: bool,
     looped: Container[str] = (),
-    recalled: Recalled | None = None,
 ) -> Seen:
     """One forward and one backward, to the outputs of layers, for a batch of samples.
 
@@ -67,13 +65,9 @@ def see(
         view: which view each is, [N].
         graph: whether the result can be differentiated.
         looped: paths of modules that run sample by sample.
-        recalled: what convolutions returned for these samples in an earlier forward, or None.
 
     Returns:
         What was seen.
-
-    Raises:
-        OtherForwardError: the forward that was recalled had other calls.
     """
     is_tensor = isinstance(inputs, Tensor)
     columns = leaves(inputs)
@@ -83,16 +77,13 @@ def see(
     def loss(stand_ins: Mapping[str, Tensor], target: Tensor, view: Tensor, *sample: Tensor) -> Tensor:
         batched = [leaf.unsqueeze(0) for leaf in sample]
         one: Inputs = batched[0] if is_tensor else rebuilt(inputs, batched)
-        capture = Capture(problem.parameters, stand_ins, stage, recalled)
+        capture = Capture(problem.parameters, stand_ins, stage)
         try:
             with intercepted(problem.model, capture.layer, capture.one_by_one, looped), capture:
                 result = problem.losses(one, target.unsqueeze(0), stand_ins, view).squeeze(0)
             uses.extend(capture.uses)
-            calls = capture.convolutions
         finally:
             capture.release()
-        if recalled is not None and calls != len(recalled.calls):
-            raise OtherForwardError
         return result
 
     in_dims = (0, 0, 0, *[0] * len(columns))
