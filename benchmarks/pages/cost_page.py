@@ -137,8 +137,8 @@ stays exact, and so do biases and scales of norms. Both views meet the same matr
 in every engine, chunk and process; `resample_every=1` draws new ones for every call, and the count of calls is part of
 `gc.state_dict()`.
 
-The flat kinds, `"gaussian"`, `"rademacher"` and `"sparse"`, project the per-sample gradient after it was formed, which
-comes on top of forming it. They are there for studies of what a projection does.
+`"gaussian"` multiplies the per-sample gradient, once it is formed, by one dense matrix, so it costs more than the exact
+term. It is the reference for studies of what a projection does.
 
 ### Error against rank
 

@@ -9,20 +9,26 @@ Index letters: N samples, k = dim, [n, m] a weight read as a matrix, P entries o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from gradconsist.counter import buckets, derive, normals, signs
+from gradconsist.errors import ConfigError
 from gradconsist.validation import check_choice, check_count
 
-Kind: TypeAlias = Literal["kronecker", "gaussian", "rademacher", "sparse"]
-KINDS = ("kronecker", "gaussian", "rademacher", "sparse")
+Kind: TypeAlias = Literal["kronecker", "gaussian"]
+KINDS = ("kronecker", "gaussian")
+_REMOVED = ("rademacher", "sparse")
 
 _BLOCK = 2**22  # entries of a projection matrix at a time
+
+# SplitMix64 (Steele, Lea and Flood, 2014): a hash of 64 bits.
+_GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_MASK = 2**64 - 1
 
 
 @dataclass(frozen=True)
@@ -43,10 +49,6 @@ class RandomProjection:
 
     The kinds differ in P and in cost:
 
-    - "gaussian": k rows of independent normal numbers of variance 1/k. Var⟨Pa, Pb⟩ = (|a|²|b|² + ⟨a, b⟩²) / k.
-    - "rademacher": entries ±1/sqrt(k), the variance less 2 Σ a_j² b_j² / k.
-    - "sparse": every column has one entry ±1, in a random row (a count sketch); the variance of "rademacher", at the
-      cost of one pass over the gradient.
     - "kronecker": weights with two dimensions or more are read as matrices [n, m] = [first, all others]. Where
       k < min(n, m), the gradient G is replaced by S = L G Rᵀ [k, k] with independent entries ±1/sqrt(k) in L [k, n]
       and R [k, m]; E⟨L A Rᵀ, L B Rᵀ⟩ = tr(E[LᵀL] A E[RᵀR] Bᵀ) = ⟨A, B⟩. All other parameters (biases, scales of
@@ -54,11 +56,12 @@ class RandomProjection:
       t, S = Σ_t (L d_t)(R a_t)ᵀ: `GhostEngine` projects inputs and output gradients of linear layers, convolutions of
       all kinds and embeddings, and never forms G. Var |S|² <= (4/k + 2/k²) |GGᵀ|² + (2/k²) |G|⁴: about 4/k of |G|⁴
       where G has rank one, and towards 2/k² where its rank is high, since |GGᵀ|² >= |G|⁴ / rank.
+    - "gaussian": k rows of independent normal numbers of variance 1/k. Var⟨Pa, Pb⟩ = (|a|²|b|² + ⟨a, b⟩²) / k. It
+      needs the per-sample gradient first and adds to its cost: a reference to compare with, never faster than the
+      exact products.
 
-    The flat kinds need the per-sample gradient first and add to its cost; they serve to study projections. Only
-    "kronecker" can be faster than the exact products: docs/guides/cost.md has the measurements. P is drawn by blocks
-    from a hash of (seed, number of the draw, position), and is the same in every engine, chunk and device, and in
-    every process that has made as many calls.
+    docs/guides/cost.md has measurements. P follows from (seed, number of the draw, the parameter's position) alone. It
+    is the same in every engine, chunk and device, and in every process that has made as many calls.
 
     Args:
         dim: k, the rows of P, or of each factor. A "kronecker" projection with k >= min(n, m) for every weight is
@@ -73,13 +76,13 @@ class RandomProjection:
         ConfigError: an option has no such value.
 
     Example:
-        >>> projection = RandomProjection(3, "rademacher", seed=1)
+        >>> projection = RandomProjection(3, "gaussian", seed=1)
         >>> p = projection.matrix([(2, 2), (2,)])
-        >>> p.shape, torch.allclose(p.abs(), torch.tensor(3.0).double().rsqrt())
+        >>> p.shape, torch.equal(p, projection.matrix([(2, 2), (2,)]))
         (torch.Size([3, 6]), True)
 
-    Source: Johnson and Lindenstrauss (1984); Achlioptas (2003) for signs; Charikar, Chen and Farach-Colton (2002) for
-    the sparse kind; factors of layers as in LoGra (Choe et al., 2024).
+    Source: Johnson and Lindenstrauss (1984); Achlioptas (2003) for signs; factors of layers as in LoGra (Choe et al.,
+    2024).
     """
 
     dim: int
@@ -89,6 +92,11 @@ class RandomProjection:
 
     def __post_init__(self) -> None:
         check_count("dim", self.dim)
+        if self.kind in _REMOVED:
+            raise ConfigError(
+                f"`kind` is {self.kind!r}, which is gone: it forms the per-sample gradients first, so it cost more than"
+                " the exact term. Take 'kronecker', which projects before they exist, or 'gaussian', the reference."
+            )
         check_choice("kind", self.kind, KINDS)
         check_count("seed", self.seed, least=0, most=2**63 - 1)
         if self.resample_every is not None:
@@ -104,7 +112,7 @@ class RandomProjection:
             What engines use.
         """
         draw = call // self.resample_every if self.resample_every else 0
-        return Projector(self.kind, self.dim, derive(self.seed, draw))
+        return Projector(self.kind, self.dim, _derive(self.seed, draw))
 
     def matrix(self, shapes: Sequence[Sequence[int]], *, call: int = 0) -> Tensor:
         """P as a whole, to look at and to test with: large for all but small models.
@@ -115,16 +123,16 @@ class RandomProjection:
             call: as in `projector`.
 
         Returns:
-            float64 [rows, P]: k rows for a flat kind; for "kronecker" the blocks L ⊗ R, and I for exact parameters.
+            float64 [rows, P]: k rows for "gaussian"; for "kronecker" the blocks L ⊗ R, and I for exact parameters.
         """
-        projector, start, cpu = self.projector(call), 0, torch.device("cpu")
+        projector, start, like = self.projector(call), 0, torch.zeros((), dtype=torch.float64, device="cpu")
         parts = []
         for shape in map(torch.Size, shapes):
             size = shape.numel()
             if projector.flat:
-                parts.append(projector.columns(start, start + size, cpu).T)
+                parts += [block for _, block in projector.blocks(like, start, size)]
             elif projector.shrinks(shape):
-                parts.append(torch.kron(*projector.factors(shape, start, torch.float64, cpu)))
+                parts.append(torch.kron(*projector.factors(shape, start, like.dtype, like.device)))
             else:
                 parts.append(torch.eye(size, dtype=torch.float64))
             start += size
@@ -162,7 +170,7 @@ class Projector:
             gradients: [N, *shape] of all compared parameters, in order.
 
         Returns:
-            One tensor [N, k] for a flat kind; one a parameter for "kronecker". In float32 at least.
+            One tensor [N, k] for "gaussian"; one per parameter for "kronecker". In float32 at least.
         """
         start, found = 0, []
         for gradient in gradients:
@@ -171,7 +179,7 @@ class Projector:
         return [torch.stack(found).sum(0)] if self.flat else found
 
     def sketch(self, gradient: Tensor, start: int) -> Tensor:
-        """The part of one parameter: what is to be added up for a flat kind, and stands alone for "kronecker".
+        """The part of one parameter: what is to be added up for "gaussian", and stands alone for "kronecker".
 
         Args:
             gradient: [N, *shape].
@@ -182,7 +190,9 @@ class Projector:
         """
         wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
         if self.flat:
-            projected: Tensor = _Projected.apply(wide.reshape(len(wide), -1), self, start)
+            flat = wide.reshape(len(wide), -1)
+            blocks = partial(self.blocks, start=start, size=flat.shape[1])
+            projected: Tensor = _Projected.apply(flat, self.dim, blocks, False)
             return projected
         shape = gradient.shape[1:]
         if not self.shrinks(shape):
@@ -207,74 +217,78 @@ class Projector:
         key = (start, tuple(shape), dtype, device)
         if key not in self._factors:
             sides = enumerate((shape[0], math.prod(shape[1:])))
-            drawn = [signs(derive(self.key, start, side), 0, size, self.dim, device) for side, size in sides]
+            drawn = [_signs(_derive(self.key, start, side), size, self.dim, device) for side, size in sides]
             left, right = (part.T.to(dtype) / math.sqrt(self.dim) for part in drawn)
             self._factors[key] = left, right
         return self._factors[key]
 
-    def columns(self, start: int, stop: int, device: torch.device) -> Tensor:
-        """Columns start, ..., stop - 1 of a flat kind's P, transposed: float64 [stop - start, k]."""
-        if self.kind == "gaussian":
-            return normals(self.key, start, stop, self.dim, device) / math.sqrt(self.dim)
-        if self.kind == "rademacher":
-            return signs(self.key, start, stop, self.dim, device).double() / math.sqrt(self.dim)
-        bucket, sign = buckets(self.key, start, stop, self.dim, device)
-        zeros = torch.zeros(stop - start, self.dim, dtype=torch.float64, device=device)
-        return zeros.scatter_(1, bucket[:, None], sign[:, None].double())
+    def blocks(self, like: Tensor, start: int, size: int) -> Iterator[tuple[slice, Tensor]]:
+        """The columns of "gaussian" for one parameter, as many at a time as memory bears.
 
-    def blocks(self, start: int, size: int) -> list[tuple[int, int]]:
-        """Bounds of blocks of columns, relative to `start`, that are drawn at a time."""
-        step = _BLOCK if self.kind == "sparse" else max(1, _BLOCK // self.dim)
-        return [(at, min(at + step, size)) for at in range(0, size, step)]
+        Args:
+            like: has the dtype and device of the result.
+            start: as in `sketch`.
+            size: of the parameter.
 
-    def project(self, flat: Tensor, start: int) -> Tensor:
-        """[N, size] -> [N, k], block by block."""
-        result = flat.new_zeros(len(flat), self.dim)
-        for first, last in self.blocks(start, flat.shape[1]):
-            part = flat[:, first:last]
-            if self.kind == "sparse":
-                bucket, sign = buckets(self.key, start + first, start + last, self.dim, flat.device)
-                result.index_add_(1, bucket, part * sign)
-            else:
-                result.addmm_(part, self.columns(start + first, start + last, flat.device).to(flat.dtype))
-        return result
-
-    def lift(self, sketch: Tensor, start: int, size: int) -> Tensor:
-        """The transposed map, [N, k] -> [N, size]."""
-        result = sketch.new_empty(len(sketch), size)
-        for first, last in self.blocks(start, size):
-            if self.kind == "sparse":
-                bucket, sign = buckets(self.key, start + first, start + last, self.dim, sketch.device)
-                result[:, first:last] = sketch[:, bucket] * sign
-            else:
-                block = self.columns(start + first, start + last, sketch.device).to(sketch.dtype)
-                result[:, first:last] = sketch @ block.T
-        return result
+        Yields:
+            Which columns, and a block [k, n] of P. Drawn on the CPU in float64, so that P depends on nothing else.
+        """
+        generator = torch.Generator(device="cpu").manual_seed(_derive(self.key, start))
+        step = max(1, _BLOCK // self.dim)
+        for first in range(0, size, step):
+            place = slice(first, min(first + step, size))
+            shape = place.stop - first, self.dim
+            block = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") / math.sqrt(self.dim)
+            yield place, block.to(like).T
 
 
 class _Projected(torch.autograd.Function):
-    """g -> P g; nothing is kept for the derivative, which draws the same P again."""
+    """x -> P x, or Pᵀ x; nothing is kept for the derivative, which draws the same P again."""
 
     @staticmethod
-    def forward(ctx: Any, flat: Tensor, projector: Projector, start: int) -> Tensor:
-        ctx.projector, ctx.start, ctx.size = projector, start, flat.shape[1]
-        return projector.project(flat, start)
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None]:
-        lifted: Tensor = _Lifted.apply(cotangent, ctx.projector, ctx.start, ctx.size)
-        return lifted, None, None
-
-
-class _Lifted(torch.autograd.Function):
-    """v -> Pᵀ v."""
-
-    @staticmethod
-    def forward(ctx: Any, sketch: Tensor, projector: Projector, start: int, size: int) -> Tensor:
-        ctx.projector, ctx.start = projector, start
-        return projector.lift(sketch, start, size)
+    def forward(
+        ctx: Any, x: Tensor, width: int, blocks: Callable[[Tensor], Iterator[tuple[slice, Tensor]]], transposed: bool
+    ) -> Tensor:
+        ctx.width, ctx.blocks, ctx.transposed = x.shape[1], blocks, transposed
+        result = x.new_zeros(len(x), width)
+        for place, block in blocks(x):
+            if transposed:
+                result[:, place] = x @ block
+            else:
+                result.addmm_(x[:, place], block.T)
+        return result
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None, None]:
-        projected: Tensor = _Projected.apply(cotangent, ctx.projector, ctx.start)
+        projected: Tensor = _Projected.apply(cotangent, ctx.width, ctx.blocks, not ctx.transposed)
         return projected, None, None, None
+
+
+def _derive(key: int, *parts: int) -> int:
+    """A key in [0, 2^64) for a part of what `key` stands for; non-negative integers tell it from other parts."""
+    for part in (0, *parts):
+        z = (key + (part + 1) * _GOLDEN) & _MASK
+        z = ((z ^ (z >> 30)) * _FIRST) & _MASK
+        z = ((z ^ (z >> 27)) * _SECOND) & _MASK
+        key = z ^ (z >> 31)
+    return key
+
+
+def _signs(key: int, size: int, width: int, device: torch.device) -> Tensor:
+    """Independent signs, int8 [size, width] of -1 and 1: bits of a hash of (key, position), alike on every device."""
+    per_row = -(-width // 64)
+    z = torch.arange(1, size * per_row + 1, device=device) * _signed(_GOLDEN) + _signed(key)
+    z = (z ^ _shifted(z, 30)) * _signed(_FIRST)
+    z = (z ^ _shifted(z, 27)) * _signed(_SECOND)
+    bits = (z ^ _shifted(z, 31)).view(-1, per_row, 1)
+    place = torch.arange(min(width, 64), device=device)
+    return (((bits >> place) & 1).to(torch.int8).flatten(1)[:, :width] * 2).sub_(1)
+
+
+def _signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _shifted(z: Tensor, by: int) -> Tensor:
+    """To the right, with zeros: torch's own shift repeats the sign."""
+    return (z >> by) & ((1 << (64 - by)) - 1)

@@ -26,14 +26,14 @@ ENGINE = pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
 
 # What each model is there for, and the settings that it is run with: (kind, fused, chunk_size, stop_gradient).
 MODELS: dict[str, tuple[str, bool, int | str | None, str | None]] = {
-    "mlp": ("rademacher", True, 3, None),
+    "mlp": ("gaussian", True, 3, None),
     "mlp_encoder": ("gaussian", False, None, "weak"),  # a part of the parameters
     "cnn_batchnorm_train": ("kronecker", True, 3, None),  # constants of joint statistics
-    "wrn_slice": ("sparse", True, "auto", None),
+    "wrn_slice": ("gaussian", True, "auto", None),
     "vit": ("kronecker", False, 3, "strong"),  # bare parameters, attention
     "tied_embedding": ("kronecker", True, None, None),  # one weight as embedding and as linear layer: cross terms
     "reused_linear": ("kronecker", True, 1, "weak"),
-    "bare_parameters": ("sparse", False, 3, None),
+    "bare_parameters": ("gaussian", False, 3, None),
     "conv_grouped": ("kronecker", False, None, None),
     "conv_depthwise": ("kronecker", True, 3, "strong"),
     "conv_transposed": ("kronecker", True, 1, None),
@@ -149,7 +149,7 @@ def test_weights_subset_and_reduction_stay_inside(engine: str) -> None:
 def test_half_precision_forward() -> None:
     """Sketches of gradients that autocast makes bfloat16 are taken in float32: as close as the exact products are."""
     problem = CASES["cnn_batchnorm_train"].problem(dtype=torch.float32)
-    for projection in (None, RandomProjection(2), RandomProjection(5, "sparse")):
+    for projection in (None, RandomProjection(2), RandomProjection(5, "gaussian")):
         gc = GradientConsistencyLoss(problem.model, projection=projection)
         full = gc.measure(*problem.views).cosine
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -217,7 +217,7 @@ class _Squared(nn.Module):
         return (x @ self.weight.T).square()
 
 
-@pytest.mark.parametrize("kind", ["kronecker", "sparse"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_registered_rule_is_projected_too(kind: Any) -> None:
     model = nn.Sequential(_Squared(), nn.Linear(6, 3)).double()
     weak, strong, target = torch.randn(4, 5).double(), torch.randn(4, 5).double(), torch.tensor([0, 1, 2, 0])

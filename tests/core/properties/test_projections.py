@@ -42,7 +42,7 @@ def test_p13_sketches(engine: str, plan: Plan, kind: Any, dim: int, seed: int) -
     again = outcome(p, engine=engine, projection=RandomProjection(dim, kind, seed=seed))
     same("cosine with the same seed", again.cosine, found.cosine)
     same("gradient with the same seed", again.gradient, found.gradient)
-    if found.degenerate.any():  # a count sketch of few entries may vanish: counted, and told
+    if found.degenerate.any():  # a sketch of few numbers may vanish: counted, and told
         return
     cosine, gradient = sketched(p, projection)
     within("cosine", compare.cosine_error(found.cosine, cosine), 1e-9)

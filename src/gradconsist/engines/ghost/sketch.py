@@ -35,7 +35,7 @@ def sketches(seen: Seen, parameters: Mapping[str, Tensor], projector: Projector)
         projector: the matrices.
 
     Returns:
-        For a flat kind one sketch [N, k], under an empty name; for "kronecker" the sketch [N, k, k] of each weight that
+        For "gaussian" one sketch [N, k], under an empty name; for "kronecker" the sketch [N, k, k] of each weight that
         shrinks, by name. What the losses do not depend on is left out.
     """
     found: dict[str, Tensor] = {}
