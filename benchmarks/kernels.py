@@ -8,10 +8,10 @@ positions), by unfold + bmm with torch's own derivatives, and by a grouped F.con
 as vmap(grad) has it. Then, separately, the chain through a convolution: its input gradient, differentiated for weight
 and output gradient, by the engine's closed `Convolution` and by F.conv2d.
 
-"choice" tells which form the cost model ("auto") and the engine's own timing ("measured") take; "loss" is its time over
-the faster form's, and a star marks more than 10 %; where both forms are about as fast, a star is noise. Errors are
-those of the cosine and of its derivative (relative), against unfold + bmm (convolutions) or the "gradient" form, in
-float64. Forms alternate with a rotating order. What fails or does not apply is a row with the reason.
+"choice" tells which form the cost model ("auto") takes; "loss" is its time over the faster form's, and a star marks
+more than 10 %; where both forms are about as fast, a star is noise. Errors are those of the cosine and of its
+derivative (relative), against unfold + bmm (convolutions) or the "gradient" form, in float64. Forms alternate with a
+rotating order. What fails or does not apply is a row with the reason.
 """
 
 from __future__ import annotations
@@ -110,10 +110,9 @@ def main() -> None:
         d = _views(samples, positions, features).to(options.device)
         rule_ = EmbeddingWeight((count, features), None)
         rows += _case(f"embedding {count}x{features}, {positions} positions", rule_, x, d, {}, options)
-    for way, what in (("auto", "The cost model"), ("measured", "The choice by measurement")):
-        losses = [row["loss"] for row in rows if way in row.get("choice", "")]
-        wrong = sum(loss > 1.1 for loss in losses)
-        print(f"{what} is more than 10 % from the fastest form in {wrong} of {len(losses)} layers.")
+    losses = [row["loss"] for row in rows if row.get("choice")]
+    wrong = sum(loss > 1.1 for loss in losses)
+    print(f"The cost model is more than 10 % from the fastest form in {wrong} of {len(losses)} layers.")
     if options.output:
         write_result(options.output, {"setting": setting(options, "pairs", "rounds"), "rows": rows})
 
@@ -137,7 +136,7 @@ def _case(
 ) -> list[Row]:
     """Every form of one layer; `lift` gives the input the shape that the rule takes."""
     forms: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-        form: lambda x, d, form=form: products(rule, lift(x), d, form, {})  # type: ignore[misc]
+        form: lambda x, d, form=form: products(rule, lift(x), d, form)  # type: ignore[misc]
         for form in FORMS
     }
     failed: dict[str, str] = {}
@@ -150,8 +149,8 @@ def _case(
         {name: _differentiated(call, x, d) for name, call in calls.items()},
         options.rounds, clock=options.clock, device=options.device,
     )  # fmt: skip
-    choices = {way: chosen(rule, lift(x), d, way, {}) for way in ("auto", "measured")}
-    oracle = oracle or (lambda x, d: products(rule, lift(x), d, "gradient", {}))
+    choice = chosen(rule, lift(x), d, "auto")
+    oracle = oracle or (lambda x, d: products(rule, lift(x), d, "gradient"))
     right = _cosines(oracle, _wide(x), d.double())
     rows = []
     for name in [*FORMS, *stock]:
@@ -163,7 +162,7 @@ def _case(
         row["cosine_error"] = float((cosine.double() - right[0]).abs().max())
         row["gradient_error"] = relative(gradient, right[1])
         fastest = min(_milliseconds(timing, form)["milliseconds"] for form in FORMS if form in timing.rounds)
-        row["choice"] = " ".join(way for way, form in choices.items() if form == name)
+        row["choice"] = "auto" if choice == name else ""
         if row["choice"]:
             row["loss"] = row["milliseconds"] / fastest
             row["choice"] += " *" if row["loss"] > 1.1 else ""

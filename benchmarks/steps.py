@@ -66,7 +66,6 @@ VARIANTS: dict[str, Variant] = {
     "ghost, chunk 28": _ghost(28),
     "ghost, all pairs": _ghost(None),
     "ghost, form 'gradient'": Variant("loss", {"engine": GhostEngine(form="gradient")}),
-    "ghost, form 'measured'": Variant("loss", {"engine": GhostEngine(form="measured")}),
     "ghost, form 'gram'": Variant("loss", {"engine": GhostEngine(form="gram")}),
     "vmap, chunk 4": _vmap(4),
     "vmap, chunk 8": _vmap(8),

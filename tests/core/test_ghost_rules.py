@@ -225,7 +225,7 @@ def test_several_calls_of_one_linear_layer_are_one_with_more_positions() -> None
     x, d = rules.joined(calls)
     expected = sum(rules.LinearWeight().gradients(a, b) for a, b in calls)
     assert torch.allclose(rules.LinearWeight().gradients(x, d), expected, rtol=1e-12)
-    assert torch.allclose(rules.products(rules.LinearWeight(), x, d, "gram", {}), _pairs(expected), rtol=1e-10)
+    assert torch.allclose(rules.products(rules.LinearWeight(), x, d, "gram"), _pairs(expected), rtol=1e-10)
 
 
 @FEW
@@ -298,7 +298,7 @@ def test_forms_give_way_where_positions_cancel_in_float32(left: float) -> None:
         wide = x.double() if x.is_floating_point() else x
         expected = gram.pair_gram(rule.gradients(wide, d.double()))
         formed = _error(gram.pair_gram(rule.gradients(x, d)), expected)
-        assert _error(rules.products(rule, x, d, "gram", {}), expected) <= max(2e-5, 2 * formed), rule
+        assert _error(rules.products(rule, x, d, "gram"), expected) <= max(2e-5, 2 * formed), rule
 
 
 def _error(found: Tensor, expected: Tensor) -> float:

@@ -67,16 +67,13 @@ class GhostEngine:
     turns by itself.
 
     Args:
-        form: "auto" chooses by a count of multiplications and passes over memory, the same in every run. "measured"
-            times both on first use, for each layer and shape, and keeps the faster: for hardware that the count does
-            not fit; since a clock decides, two runs may differ by rounding, and a resumed run from the uninterrupted
-            one. "gradient" and "gram" force one form wherever a layer has both. In float32, "gram" gives way to
-            "gradient" where positions cancel so far that accuracy would suffer.
+        form: "auto" chooses by a count of multiplications and passes over memory, the same in every run. "gradient"
+            and "gram" force one form wherever a layer has both. In float32, "gram" gives way to "gradient" where
+            positions cancel so far that accuracy would suffer.
     """
 
     projects: ClassVar[bool] = True
     form: Form = "auto"
-    _measured: dict[Hashable, str] = field(default_factory=dict, init=False, repr=False, compare=False)
     _models: WeakKeyDictionary[Any, _Known] = field(
         default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
     )
@@ -85,7 +82,7 @@ class GhostEngine:
         check_choice("form", self.form, FORMS)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # What was found out belongs to models and to this machine: a copy finds out for itself.
+        # What was found out belongs to models: a copy finds out for itself.
         return GhostEngine, (self.form,)
 
     def products(self, problem: Problem) -> GradProducts:
@@ -162,7 +159,7 @@ class GhostEngine:
         single = _single(name, seen)
         form = "gradient"
         if single is not None and paired:
-            form = chosen(*single, self.form, self._measured)
+            form = chosen(*single, self.form)
         parts = list(dict.fromkeys([f"{use.rule.name}, {form} form" for use, _ in uses] + rest))
         count = len(uses) + len(rest)
         return " + ".join(parts) + (f" ({count} uses as one)" if count > 1 else "")
@@ -226,7 +223,7 @@ class GhostEngine:
         """M of one parameter, from samples that come interleaved."""
         single = _single(name, seen)
         if single is not None:
-            return products(*single, self.form, self._measured)
+            return products(*single, self.form)
         gradient = seen.gradient(name)
         return None if gradient is None else pair_gram(gradient)
 
@@ -238,7 +235,7 @@ class GhostEngine:
             d_weak, d_strong = (d.unflatten(0, (samples, -1)) for d in (d_weak, d_strong))
             if a.rule == b.rule and d_weak.shape == d_strong.shape and _shape(a.input) == _shape(b.input):
                 x = None if a.input is None or b.input is None else _pairwise(a.input, b.input)
-                return products(a.rule, x, _pairwise(d_weak, d_strong).flatten(0, 1), self.form, self._measured)
+                return products(a.rule, x, _pairwise(d_weak, d_strong).flatten(0, 1), self.form)
         return _gram_of_rows(weak.gradient(name), strong.gradient(name))
 
 

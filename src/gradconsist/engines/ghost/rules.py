@@ -8,7 +8,7 @@ through the gradients themselves. Everything is differentiable in x and d.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
@@ -18,10 +18,9 @@ from torch import Tensor
 from gradconsist.engines.ghost.conv import Geometry, sample_gradients
 from gradconsist.engines.ghost.gram import cancels, pair_gram, position_gram, row_gram
 from gradconsist.engines.ghost.pixel import has_pixel_form, pixel_gram
-from gradconsist.engines.ghost.timing import faster
 
-Form: TypeAlias = Literal["auto", "measured", "gradient", "gram"]
-FORMS = ("auto", "measured", "gradient", "gram")
+Form: TypeAlias = Literal["auto", "gradient", "gram"]
+FORMS = ("auto", "gradient", "gram")
 
 # An elementwise pass over a number costs about as much as this many multiplications inside a matrix product.
 _PASS = 20
@@ -232,37 +231,27 @@ class EmbeddingWeight:
         return ids, d
 
 
-def chosen(rule: Rule, x: Tensor | None, d: Tensor, form: Form, measured: dict[Hashable, str]) -> str:
+def chosen(rule: Rule, x: Tensor | None, d: Tensor, form: Form) -> str:
     """The form that one use takes: the one asked for, or the cheaper; "gradient" where there is no choice.
 
     Args:
         rule: of the use.
         x: its input, interleaved.
         d: gradients of its output.
-        form: "auto", "measured", or a form.
-        measured: what was measured so far, by rule and shapes; added to.
+        form: "auto" or a form.
 
     Returns:
         "gradient" or "gram".
     """
     formed, direct = rule.costs(x, d)
-    if form == "gradient" or not math.isfinite(direct):
+    if not math.isfinite(direct):
         return "gradient"
     if form == "auto":
         return "gram" if direct < formed else "gradient"
-    if form == "gram":
-        return "gram"
-    key = (rule, None if x is None else x.shape, d.shape, d.dtype, d.device)
-    if key not in measured:
-        measured[key] = faster(lambda a, b, which: _by_form(rule, a, b, which), x, d)
-    return measured[key]
+    return form
 
 
-def products(rule: Rule, x: Tensor | None, d: Tensor, form: Form, measured: dict[Hashable, str]) -> Tensor:
+def products(rule: Rule, x: Tensor | None, d: Tensor, form: Form) -> Tensor:
     """M of one use, with the arguments of `chosen`: [n, 2, 2], differentiable."""
-    gram = _by_form(rule, x, d, chosen(rule, x, d, form, measured))
+    gram = rule.gram(x, d) if chosen(rule, x, d, form) == "gram" else None
     return pair_gram(rule.gradients(x, d)) if gram is None else gram
-
-
-def _by_form(rule: Rule, x: Tensor | None, d: Tensor, form: str) -> Tensor | None:
-    return rule.gram(x, d) if form == "gram" else pair_gram(rule.gradients(x, d))
