@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gradconsist.errors import LossContractError
+from gradconsist.precision import wide
 
 # What the default loss is not for, with a loss that is.
 REGRESSION = (
@@ -86,7 +87,7 @@ def cross_entropy(output: Any, target: Tensor) -> Tensor:
             f" with `logits`: pass `loss_fn=`, a function (output, target) that returns one loss per sample{examples}."
         )
     check_several(logits.shape[1])
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = wide(logits)
     if not target.is_floating_point():
         return _hard(logits, target)
     target = target.to(logits.dtype)

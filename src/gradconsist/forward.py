@@ -30,6 +30,7 @@ from gradconsist.errors import LossContractError, UnsupportedModuleError
 from gradconsist.isolation import as_written
 from gradconsist.normalization import BatchNormCalls, Statistics, affine, scaled, standardized
 from gradconsist.norms import NORMS
+from gradconsist.precision import wide
 from gradconsist.remembered import nothing_kept
 from gradconsist.replacement import call_with
 from gradconsist.types import Inputs, LossFunction
@@ -93,8 +94,7 @@ def _layer_norm(
     del cudnn_enable
     if list(input.shape[-len(normalized_shape) :]) != list(normalized_shape):
         return F.layer_norm(input, normalized_shape, weight, bias, eps)  # torch tells what is wrong
-    wide = input.to(torch.promote_types(input.dtype, torch.float32))
-    y = standardized(wide, len(normalized_shape), eps).flatten(-len(normalized_shape))
+    y = standardized(wide(input), len(normalized_shape), eps).flatten(-len(normalized_shape))
     weight, bias = (None if given is None else given.flatten() for given in (weight, bias))
     return scaled(y, weight, bias, y.dim() - 1).view(input.shape).to(input.dtype)
 
@@ -115,8 +115,7 @@ def _instance_norm(
         if running_mean is None or running_var is None:
             raise UnsupportedModuleError("InstanceNorm without input statistics needs running ones: none are there.")
         return affine(input, Statistics(running_mean, running_var), weight, bias, eps)
-    wide = input.to(torch.promote_types(input.dtype, torch.float32))
-    return scaled(standardized(wide, input.dim() - 2, eps), weight, bias, 1).to(input.dtype)
+    return scaled(standardized(wide(input), input.dim() - 2, eps), weight, bias, 1).to(input.dtype)
 
 
 def _torch_instance_norm(
@@ -307,7 +306,7 @@ class PerSampleForward:
                 f"`loss_fn` returned {found}, expected one loss per sample, shape {tuple(target.shape[:1])}: use"
                 " reduction='none' and reduce over everything but the batch (each sample comes as a batch of one)."
             )
-        return value.to(torch.promote_types(value.dtype, torch.float32)) * self.loss_scale
+        return wide(value) * self.loss_scale
 
     def _run(
         self,

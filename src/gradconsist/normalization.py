@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
 from gradconsist.errors import ConfigError, InputShapeError, UnsupportedModuleError
+from gradconsist.precision import wide
 
 BatchNormPolicy: TypeAlias = Literal["auto", "batch", "running", "observed"]
 WEAK, STRONG = 0, 1  # which view a sample is, where the views have constants of their own
@@ -71,14 +72,14 @@ def batch_statistics(x: Tensor) -> Statistics:
             " call, or `batchnorm='running'`."
         )
     dims = [dim for dim in range(x.dim()) if dim != 1]
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    values = wide(x)
     # Two sums and not torch.var_mean, which takes as long as a convolution on a CPU; as accurate, since centered.
-    mean = wide.mean(dims)
+    mean = values.mean(dims)
     shape = [1, -1] + [1] * (x.dim() - 2)
-    if torch.is_grad_enabled() and wide.requires_grad:
-        return Statistics(mean, (wide - mean.view(shape)).square().mean(dims), len(x))
+    if torch.is_grad_enabled() and values.requires_grad:
+        return Statistics(mean, (values - mean.view(shape)).square().mean(dims), len(x))
     # By samples, so that no second tensor of the input's size is needed.
-    squares = sum((part - mean.view(shape)).square_().sum(dims) for part in wide.split(64))
+    squares = sum((part - mean.view(shape)).square_().sum(dims) for part in values.split(64))
     return Statistics(mean, squares / (x.numel() // x.shape[1]), len(x))
 
 
@@ -173,7 +174,7 @@ class BatchNormCalls:
         statistics = self._statistics(input, running_mean, running_var, training)
         # Another number of samples and as many rows: these do not belong to samples.
         if self._samples != statistics.samples and statistics.rows == len(input):
-            channels = input.to(torch.promote_types(input.dtype, torch.float32)).transpose(0, 1)
+            channels = wide(input).transpose(0, 1)
             y = standardized(channels.flatten(1), 1, eps).view(channels.shape).transpose(0, 1)
             return scaled(y, weight, bias, 1).to(input.dtype)
         return affine(input, statistics, weight, bias, eps)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gradconsist.errors import ConfigError
+from gradconsist.precision import wide
 from gradconsist.validation import check_choice, check_count
 
 Kind: TypeAlias = Literal["kronecker", "gaussian"]
@@ -188,17 +189,17 @@ class Projector:
         Returns:
             [N, k], [N, k, k], or the gradient itself where it is not projected.
         """
-        wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        gradient = wide(gradient)
         if self.flat:
-            flat = wide.reshape(len(wide), -1)
+            flat = gradient.reshape(len(gradient), -1)
             blocks = partial(self.blocks, start=start, size=flat.shape[1])
             projected: Tensor = _Projected.apply(flat, self.dim, blocks, False)
             return projected
         shape = gradient.shape[1:]
         if not self.shrinks(shape):
-            return wide
-        left, right = self.factors(shape, start, wide.dtype, wide.device)
-        return left @ wide.flatten(2) @ right.T
+            return gradient
+        left, right = self.factors(shape, start, gradient.dtype, gradient.device)
+        return left @ gradient.flatten(2) @ right.T
 
     def factors(
         self, shape: Sequence[int], start: int, dtype: torch.dtype, device: torch.device

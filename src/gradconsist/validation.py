@@ -23,6 +23,7 @@ from gradconsist.batch import (
 from gradconsist.default_loss import DENSE, REGRESSION, SEVERAL_LABELS
 from gradconsist.errors import ConfigError, InputShapeError, InputTypeError, InputValueError, NonFiniteError
 from gradconsist.guards import check_one_device
+from gradconsist.precision import wide
 from gradconsist.types import Inputs
 
 
@@ -238,7 +239,7 @@ def check_weight(weight: Any, target: Tensor, fused: bool) -> Tensor:
             "`weight` requires grad, but `fused=True` forms gradients for the model's parameters only: detach it, or"
             " pass `fused=False`."
         )
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    weight = wide(weight)
     if not bool(torch.isfinite(weight).all()):
         raise NonFiniteError("`weight` has NaN or infinite entries: pass finite, non-negative numbers.")
     if bool((weight < 0).any()):

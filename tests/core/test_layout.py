@@ -20,6 +20,7 @@ ALLOWED = {"torch", "typing_extensions", "gradconsist"}
 FORBIDDEN = {
     "errors.py": ["gradconsist"],
     "types.py": ["gradconsist"],
+    "precision.py": ["gradconsist"],
     "projection.py": ["gradconsist.engines", "gradconsist.loss", "gradconsist.wrapper", "gradconsist.forward"],
     "similarity.py": ["gradconsist.engines", "gradconsist.loss", "gradconsist.wrapper", "gradconsist.forward",
                       "gradconsist.normalization", "gradconsist.selection", "gradconsist.methods"],

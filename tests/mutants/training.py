@@ -173,7 +173,7 @@ BUGS = [
         "confidence in half precision",
         "probabilities and losses are in float32 at least",
         PSEUDO_CODE,
-        METHOD, "return logits.to(torch.promote_types(logits.dtype, torch.float32))", "return logits",
+        METHOD, "return list(wide(self._logits(output, sum(sizes)))", "return list((self._logits(output, sum(sizes)))",
     ),
     Bug(
         "FixMatch's ramp starts anew after a resume",

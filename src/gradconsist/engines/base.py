@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gradconsist.batch import take
 from gradconsist.errors import UnsupportedModuleError
+from gradconsist.precision import wide, wide_dtype
 from gradconsist.projection import Projector
 from gradconsist.similarity import GradProducts
 from gradconsist.types import Inputs
@@ -115,8 +116,7 @@ def inner(first: list[Tensor], second: list[Tensor], keep: int = 0) -> Tensor:
     """
     terms = []
     for a, b in zip(first, second, strict=True):
-        wide = torch.promote_types(a.dtype, torch.float32)
-        product = a.to(wide) * b.to(wide)
+        product = wide(a) * b.to(wide_dtype(a))
         terms.append(product.flatten(keep).sum(-1) if product.dim() > keep else product)
     return torch.stack(terms).sum(0)
 

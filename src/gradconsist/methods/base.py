@@ -26,6 +26,7 @@ from gradconsist.errors import (
 )
 from gradconsist.loading import check_keys
 from gradconsist.methods.calls import check_call, step_failure
+from gradconsist.precision import wide, wide_dtype
 from gradconsist.schedules import linear_ramp
 from gradconsist.types import Inputs, SSLBatch, StepOutput, ViewPair
 from gradconsist.validation import check_count, check_number
@@ -129,6 +130,7 @@ class Method(nn.Module):
         sizes = [len(leaves(batch)[0]) for batch in batches]
         joined = concatenate(*batches) if len(batches) > 1 else batches[0]
         output = call(self.model if model is None else model, joined)
+        # In bfloat16 the steps near 0.95 are 0.004 wide, and a mask would flip.
         return list(wide(self._logits(output, sum(sizes))).split(sizes))
 
     def _logits(self, output: Any, rows: int) -> Tensor:
@@ -195,7 +197,7 @@ class Method(nn.Module):
     def _remember(self, name: str, value: Tensor) -> None:
         """Registers state on the model's device; floating point in the model's precision, in float32 at least."""
         like = next((p for p in self.model.parameters() if p.is_floating_point()), torch.empty(0))
-        dtype = torch.promote_types(like.dtype, torch.float32) if value.is_floating_point() else value.dtype
+        dtype = wide_dtype(like) if value.is_floating_point() else value.dtype
         self.register_buffer(name, value.to(device=like.device, dtype=dtype))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Method:
@@ -206,7 +208,7 @@ class Method(nn.Module):
             new = self._buffers[name]
             if old is None or new is None or not old.is_floating_point():
                 continue
-            if torch.promote_types(new.dtype, torch.float32) != new.dtype:
+            if wide_dtype(new) != new.dtype:
                 self._buffers[name] = old.to(new.device)
         return self
 
@@ -227,11 +229,6 @@ class Method(nn.Module):
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
             raise StateError(f"`state_dict` holds {state!r:.80} for {type(self).__name__}: load the method's own.")
         self.step = step
-
-
-def wide(logits: Tensor) -> Tensor:
-    """Logits in float32 at least: in bfloat16 the steps near 0.95 are 0.004 wide and a mask would flip."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def sharpen(probabilities: Tensor, temperature: float) -> Tensor:

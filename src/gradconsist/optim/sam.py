@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradconsist.errors import ConfigError, StateError
+from gradconsist.precision import wide
 from gradconsist.validation import check_choice, check_number
 
 
@@ -235,11 +236,10 @@ def _ascent(parameter: Tensor, adaptive: bool) -> tuple[Tensor, Tensor]:
     gradient: Any = parameter.grad
     if gradient.is_sparse:
         gradient = gradient.coalesce().to_dense()
-    wide = torch.promote_types(gradient.dtype, torch.float32)
-    gradient = gradient.to(wide)
+    gradient = wide(gradient)
     if not adaptive:
         return gradient, torch.linalg.vector_norm(gradient)
-    size = parameter.detach().abs().to(wide)
+    size = parameter.detach().abs().to(gradient.dtype)
     return size.square() * gradient, torch.linalg.vector_norm(size * gradient)
 
 
@@ -247,8 +247,8 @@ def _norm(lengths: list[Tensor]) -> Tensor:
     """The norm of a vector from those of its parts, on the first one's device."""
     if not lengths:
         return torch.zeros(())
-    wide = torch.float64 if any(length.dtype == torch.float64 for length in lengths) else torch.float32
-    return torch.linalg.vector_norm(torch.stack([length.to(lengths[0].device, wide) for length in lengths]))
+    dtype = torch.float64 if any(length.dtype == torch.float64 for length in lengths) else torch.float32
+    return torch.linalg.vector_norm(torch.stack([length.to(lengths[0].device, dtype) for length in lengths]))
 
 
 @contextmanager

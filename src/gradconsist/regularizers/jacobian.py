@@ -24,6 +24,7 @@ from gradconsist.graph import check_second_derivative
 from gradconsist.guards import check_model, check_one_device
 from gradconsist.isolation import one_comparison, uncompiled
 from gradconsist.normalization import BatchNormCalls, BatchNormPolicy
+from gradconsist.precision import wide
 from gradconsist.probes import Probed, probe_model
 from gradconsist.scope import autocast_region, our_rules
 from gradconsist.selection import trainable_parameters
@@ -175,8 +176,8 @@ class JacobianPenalty:
             v.requires_grad_()
             # Of one sample's output for its own input: under our rules no sample depends on another.
             found = torch.autograd.grad((rows * v).sum(), x, create_graph=True, allow_unused=True)
-            wide = [part.flatten(1).to(rows.dtype).square().sum(1) for part in found if part is not None]
-            total = total + torch.stack(wide).sum(0) if wide else total
+            squares = [part.flatten(1).to(rows.dtype).square().sum(1) for part in found if part is not None]
+            total = total + torch.stack(squares).sum(0) if squares else total
         scale = 1.0 if self.projections is None else width / self.projections
         loss = (pairs.weight * total).sum() * (scale / size)
         if not bool(torch.isfinite(loss)):
@@ -214,7 +215,7 @@ class JacobianPenalty:
                 f"the model's output is {what}, expected a floating tensor with {size} rows or an object with"
                 " `logits`: give `output_fn`, a function from the output to such a tensor."
             )
-        return found.reshape(size, -1).to(torch.promote_types(found.dtype, torch.float32))
+        return wide(found.reshape(size, -1))
 
     def _sum_of_outputs(self, output: Any, target: Tensor) -> Tensor:
         """What stands in for a loss where the model is tried: whether samples are independent, and the graph whole."""

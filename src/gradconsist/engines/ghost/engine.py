@@ -21,6 +21,7 @@ from gradconsist.engines.ghost.sketch import route, sketches
 from gradconsist.engines.loop import refused_by_vmap
 from gradconsist.errors import GradConsistError
 from gradconsist.normalization import STRONG, WEAK
+from gradconsist.precision import wide_dtype
 from gradconsist.randomness import preserved_randomness
 from gradconsist.similarity import GradProducts
 from gradconsist.types import Inputs
@@ -272,7 +273,7 @@ def _total(problem: Problem, grams: list[Tensor | None]) -> GradProducts:
     found = [gram for gram in grams if gram is not None]
     parameter = next(iter(problem.parameters.values()))
     if not found:
-        zeros = parameter.new_zeros(len(problem.target), dtype=torch.promote_types(parameter.dtype, torch.float32))
+        zeros = parameter.new_zeros(len(problem.target), dtype=wide_dtype(parameter))
         return GradProducts(zeros, zeros.clone(), zeros.clone())
     total = torch.stack(found).sum(0)
     return GradProducts(total[:, 0, 0], total[:, 1, 1], total[:, 0, 1])

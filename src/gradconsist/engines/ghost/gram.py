@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradconsist.precision import wide
+
 
 class _RowGram(torch.autograd.Function):
     """rows [n, r, K] -> rows rows^T [n, r, r]. Autograd would form both terms of the derivative one by one."""
@@ -39,7 +41,7 @@ def row_gram(rows: Tensor) -> Tensor:
     Returns:
         [n, r, r].
     """
-    gram: Tensor = _RowGram.apply(rows.to(torch.promote_types(rows.dtype, torch.float32)))
+    gram: Tensor = _RowGram.apply(wide(rows))
     return gram
 
 
@@ -64,7 +66,7 @@ def pair_gram(gradients: Tensor) -> Tensor:
         [n, 2, 2].
     """
     rows = gradients.reshape(gradients.shape[0] // 2, 2, -1)
-    gram: Tensor = _PairGram.apply(rows.to(torch.promote_types(rows.dtype, torch.float32)))
+    gram: Tensor = _PairGram.apply(wide(rows))
     return gram
 
 

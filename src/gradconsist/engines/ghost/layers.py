@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gradconsist.errors import ConfigError, LossContractError
 from gradconsist.failures import innermost
+from gradconsist.precision import wide_dtype
 from gradconsist.replacement import call_with
 
 LayerGradients = Callable[[Any, Any, Tensor], Mapping[str, Tensor]]
@@ -171,10 +172,10 @@ class LayerCall:
         """What the rule returns, once for all parameters."""
         if self._last is None or self._last[0] is not d:
             # Under autocast the output is narrower than the parameters.
-            wide = torch.promote_types(d.dtype, torch.float32)
-            inputs = tuple(x.to(wide) if x.is_floating_point() else x for x in self.inputs)
+            dtype = wide_dtype(d)
+            inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in self.inputs)
             x = inputs[0] if len(inputs) == 1 else inputs
-            found = WithState(self.layer, lambda *args: self.rule(self.layer, *args)).run(self.state, x, d.to(wide))
+            found = WithState(self.layer, lambda *args: self.rule(self.layer, *args)).run(self.state, x, d.to(dtype))
             self._last = (d, found)
         return self._last[1]
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gradconsist.engines.ghost.conv import Geometry
 from gradconsist.engines.ghost.gram import cancels
+from gradconsist.precision import wide, wide_dtype
 
 
 def has_pixel_form(geometry: Geometry) -> bool:
@@ -39,8 +40,7 @@ def pixel_gram(x: Tensor, gy: Tensor, kernel: tuple[int, ...], geometry: Geometr
     Returns:
         [n, 2, 2], or None where positions cancel so far that float32 would lose accuracy.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    gram, uncancelled = _PixelGram.apply(x.to(wide), gy.to(wide), kernel, geometry)
+    gram, uncancelled = _PixelGram.apply(wide(x), gy.to(wide_dtype(x)), kernel, geometry)
     if cancels(gram.diagonal(dim1=1, dim2=2), uncancelled):
         return None
     result: Tensor = gram

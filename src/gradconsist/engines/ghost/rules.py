@@ -18,6 +18,7 @@ from torch import Tensor
 from gradconsist.engines.ghost.conv import Geometry, sample_gradients
 from gradconsist.engines.ghost.gram import cancels, pair_gram, position_gram, row_gram
 from gradconsist.engines.ghost.pixel import has_pixel_form, pixel_gram
+from gradconsist.precision import wide
 
 Form: TypeAlias = Literal["auto", "gradient", "gram"]
 FORMS = ("auto", "gradient", "gram")
@@ -167,7 +168,7 @@ class Bias:
     def gradients(self, x: Tensor | None, d: Tensor) -> Tensor:
         """See `Rule`."""
         d = d.unflatten(0, (-1, self.maps)).movedim(self.channel, -1)
-        return d.to(torch.promote_types(d.dtype, torch.float32)).flatten(1, -2).sum(1)
+        return wide(d).flatten(1, -2).sum(1)
 
     def gram(self, x: Tensor | None, d: Tensor) -> Tensor | None:
         """See `Rule`."""
@@ -225,7 +226,7 @@ class EmbeddingWeight:
         x = _given(x)
         ids = x.reshape(x.shape[0], -1)
         d = d.reshape(*ids.shape, -1)
-        d = d.to(torch.promote_types(d.dtype, torch.float32))
+        d = wide(d)
         if self.padding is not None:
             d = d.masked_fill((ids == self.padding).unsqueeze(2), 0.0)
         return ids, d

@@ -21,6 +21,7 @@ from torch import Tensor
 from gradconsist.engines.ghost.conv import Convolution
 from gradconsist.engines.ghost.rules import ConvolutionWeight, EmbeddingWeight, LinearWeight, Rule
 from gradconsist.engines.ghost.seen import Seen
+from gradconsist.precision import wide_dtype
 from gradconsist.projection import Projector
 
 _FACTORED = (LinearWeight, ConvolutionWeight, EmbeddingWeight)
@@ -81,7 +82,7 @@ def of_use(rule: Rule, x: Tensor | None, d: Tensor, shape: torch.Size, start: in
     """
     if not isinstance(rule, _FACTORED):
         return projector.sketch(rule.gradients(x, d), start)
-    left, right = projector.factors(shape, start, torch.promote_types(d.dtype, torch.float32), d.device)
+    left, right = projector.factors(shape, start, wide_dtype(d), d.device)
     if isinstance(rule, LinearWeight):
         a, d = rule.rows(x, d)
         return (d.to(left.dtype) @ left.T).transpose(1, 2) @ (a.to(left.dtype) @ right.T)
