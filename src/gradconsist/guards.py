@@ -129,14 +129,15 @@ def _check_module(where: str, module: nn.Module) -> None:
             f"{where} is an Embedding(scale_grad_by_freq=True), which scales a sample's gradient by the rest of the"
             " batch: set it to False."
         )
-    if isinstance(module, nn.SyncBatchNorm) and module.training and _processes() > 1:
+    if isinstance(module, nn.SyncBatchNorm) and module.training and process_count() > 1:
         raise UnsupportedModuleError(
-            f"{where} is a SyncBatchNorm in train mode among {_processes()} processes, whose joint statistics this"
+            f"{where} is a SyncBatchNorm in train mode among {process_count()} processes, whose joint statistics this"
             " library does not gather: put it in eval mode, or use `batchnorm='running'` with BatchNorm2d or GroupNorm."
         )
 
 
-def _processes() -> int:
+def process_count() -> int:
+    """W, the number of processes of the default group; 1 where there is none."""
     ready = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if ready else 1
 

@@ -6,7 +6,7 @@ of the model, because the compared gradients depend on all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from typing import TypeAlias
 
@@ -36,6 +36,12 @@ def trainable_parameters(model: nn.Module) -> dict[str, Parameter]:
             f"`model` ({type(model).__name__}) has no parameter with requires_grad=True: unfreeze what you train."
         )
     return found
+
+
+def holds(module: nn.Module, parameters: Iterable[Parameter]) -> bool:
+    """Whether `parameters` are parameters of `module`, so that what trains `module` trains them."""
+    own = {id(parameter) for parameter in module.parameters()}
+    return all(id(parameter) in own for parameter in parameters)
 
 
 def compared_parameters(model: nn.Module, encoder: Encoder) -> dict[str, Parameter]:

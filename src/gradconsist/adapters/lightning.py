@@ -16,8 +16,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from gradconsist.errors import ConfigError, LossContractError, StateError
+from gradconsist.guards import process_count
 from gradconsist.loss import GradientConsistencyLoss
-from gradconsist.selection import trainable_parameters
+from gradconsist.selection import holds, trainable_parameters
 from gradconsist.types import StepOutput
 from gradconsist.wrapper import GGCRWrapper
 
@@ -61,8 +62,7 @@ def attach(module: Any, consistency: GradientConsistencyLoss, **options: Any) ->
     if any(isinstance(value, _Replacement) for value in vars(module).values()):
         raise ConfigError("`module` has a term attached already: call that handle's detach() first.")
     handle = Attachment(module, consistency, options)
-    own = {id(parameter) for parameter in module.parameters()}
-    if not all(id(parameter) in own for parameter in trainable_parameters(consistency.model).values()):
+    if not holds(module, trainable_parameters(consistency.model).values()):
         raise ConfigError(
             "`consistency` compares a model that `module` does not train: give it a submodule of `module`, and attach"
             " after the layers exist."
@@ -227,8 +227,8 @@ class Attachment:
         self._original("on_save_checkpoint")(checkpoint)
         state = self.wrapper.get_extra_state()
         generators = [state["consistency"]]
-        if _processes() > 1:
-            generators *= _processes()
+        if process_count() > 1:
+            generators *= process_count()
             dist.all_gather_object(generators, state["consistency"])
         checkpoint[CHECKPOINT_KEY] = {"step": state["step"], "consistency": generators}
 
@@ -245,7 +245,7 @@ class Attachment:
                 " state: it was saved without one. To start the term anew from its weights, load them before `attach`,"
                 " or set `module.strict_loading = False`."
             )
-        rank = dist.get_rank() if _processes() > 1 else 0
+        rank = dist.get_rank() if process_count() > 1 else 0
         known = state["consistency"]
         # With more processes than before, a new one keeps the generator that its seed gave it.
         own = known[rank] if rank < len(known) else self.wrapper.consistency.state_dict()
@@ -270,7 +270,3 @@ class _Replacement:
 
 class _SkippedError(Exception):
     """The module's training_step returned None."""
-
-
-def _processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

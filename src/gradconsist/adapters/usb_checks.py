@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gradconsist.errors import ConfigError, LossContractError
+from gradconsist.selection import holds
 
 _NEEDED = ("train_step", "get_save_dict", "load_model", "consistency_loss", "compute_prob", "model", "it")
 # GradScaler may leave out the first steps, and a loop may accumulate gradients over a few.
@@ -42,8 +43,7 @@ def check_same_model(algorithm: Any, compared: Sequence[nn.Parameter]) -> None:
     Raises:
         ConfigError: it is another, such as the EMA model or a copy.
     """
-    own = {id(parameter) for parameter in algorithm.model.parameters()}
-    if not all(id(parameter) in own for parameter in compared):
+    if not holds(algorithm.model, compared):
         raise ConfigError(
             "`consistency` compares a model that `algorithm` does not train: build GradientConsistencyLoss on"
             " `algorithm.model` itself (inside DistributedDataParallel: `algorithm.model.module`)."

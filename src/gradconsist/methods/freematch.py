@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradconsist.errors import ConfigError
+from gradconsist.guards import process_count
 from gradconsist.methods.base import LogitsFunction, Method
 from gradconsist.methods.checks import check_batch, check_classes
-from gradconsist.methods.processes import gather, world
+from gradconsist.methods.processes import gather
 from gradconsist.types import SSLBatch, StepOutput, ViewPair
 from gradconsist.validation import check_choice, check_count, check_number
 
@@ -141,7 +142,7 @@ class FreeMatch(Method):
         everywhere = gather(q) if self.training else q.detach()
         if len(everywhere) == 0:
             return q.sum()  # zero, with a graph
-        processes = world() if self.training else 1
+        processes = process_count() if self.training else 1
         # All samples enter the mean, of which this process can differentiate its own. The gradients of the processes
         # are averaged afterwards, so its own count W times.
         own = q.sum(0)

@@ -8,12 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, distributed
 
-
-def world() -> int:
-    """W, the number of processes of the default group; 1 where there is none."""
-    if not distributed.is_available() or not distributed.is_initialized():
-        return 1
-    return distributed.get_world_size()
+from gradconsist.guards import process_count
 
 
 def gather(rows: Tensor) -> Tensor:
@@ -26,9 +21,9 @@ def gather(rows: Tensor) -> Tensor:
         [sum of k, ...], the same on every process.
     """
     rows = rows.detach()
-    if world() == 1:
+    if process_count() == 1:
         return rows
-    sizes = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(world())]
+    sizes = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(process_count())]
     distributed.all_gather(sizes, torch.tensor([len(rows)], device=rows.device))
     counts = [int(size) for size in sizes]
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
@@ -41,7 +36,7 @@ def gather(rows: Tensor) -> Tensor:
 def total(value: Tensor) -> Tensor:
     """The sum of a tensor over all processes, without graph."""
     value = value.detach()
-    return value if world() == 1 else gather(value[None]).sum(0)
+    return value if process_count() == 1 else gather(value[None]).sum(0)
 
 
 def last_rows(index: Tensor) -> tuple[Tensor, Tensor]:

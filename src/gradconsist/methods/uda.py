@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradconsist.errors import ConfigError
+from gradconsist.guards import process_count
 from gradconsist.methods.base import LogitsFunction, Method
 from gradconsist.methods.checks import check_batch
-from gradconsist.methods.processes import total, world
+from gradconsist.methods.processes import total
 from gradconsist.types import SSLBatch, StepOutput, ViewPair
 from gradconsist.validation import check_choice, check_count, check_number
 
@@ -122,5 +123,5 @@ class UDA(Method):
         keep = ((-losses.detach()).exp() <= eta).to(losses.dtype)
         # The mean of the processes' losses is the sum over all of them by the number kept by all of them.
         count = total(keep.sum()) if self.training else keep.sum()
-        processes = world() if self.training else 1
+        processes = process_count() if self.training else 1
         return processes * (keep * losses).sum() / count.clamp(min=1), keep.mean()
