@@ -26,25 +26,8 @@ class SAM(Optimizer):
     The weights are kept and put back bitwise, so a step costs a copy of them, beside two forwards and backwards. Where
     the gradient is zero or not finite, e is 0 and the step is the base optimizer's own.
 
-    ``step(closure)`` does all of it. Loops that need their own order call the parts:
-
-        loss(...).backward();  sam.first_step();  loss(...).backward();  sam.second_step();  sam.zero_grad()
-
-    **GradScaler.** e does not depend on the gradient's scale, so the first pass needs no ``unscale_``. What the scaler
-    is told is ``sam.base``, also for clipping: ``scaler.unscale_(sam.base)``, or it would divide twice. The scaler must
-    step the base optimizer, with the weights put back before, because it may skip the step:
-
-        scaler.scale(loss(...)).backward();  sam.first_step()
-        scaler.scale(loss(...)).backward();  sam.restore();  scaler.step(sam.base);  scaler.update()
-
-    **Several processes.** Under DDP as it is, both passes average gradients and all processes perturb alike: one large
-    batch. With the first pass under ``ddp.no_sync()`` each perturbs by its own gradient (the paper's m-sharpness), at
-    half of the communication; the weights stay equal, because the second gradient is averaged.
-
-    **BatchNorm.** The second forward would update running statistics once more, at weights that are never kept:
-    `model` prevents that in ``step(closure)``, and `kept_running_statistics` in a loop of one's own.
-
-    Learning-rate schedulers are attached to `base`, whose parameter groups these are.
+    ``step(closure)`` does all of it. Loops that need their own order call `first_step`, `restore` and `second_step`:
+    docs/guides/penalties-and-sam.md has them for a GradScaler, several processes and BatchNorm.
 
     Args:
         base: any optimizer but one that needs a closure of its own (LBFGS).
@@ -155,10 +138,8 @@ class SAM(Optimizer):
         """One whole step.
 
         Args:
-            closure: clears the gradients, computes the loss, calls backward and returns the loss; it is called twice.
-                A method that counts its calls or remembers something (`GGCRWrapper`, most of `gradconsist.methods`)
-                counts both: with `every=2` the term would be in the first gradient only, which is thrown away. Put such
-                state back before the second call, as examples/recipes/sam.py does.
+            closure: clears the gradients, computes the loss, calls backward and returns the loss. It is called twice:
+                put the state of a method that counts its calls or remembers something back before the second one.
 
         Returns:
             What the first call returned: the loss at the weights themselves.
