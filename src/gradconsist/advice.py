@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping
 
-import torch
 from torch import Tensor
 
 from gradconsist.similarity import Criterion, Disagreement
@@ -80,8 +79,8 @@ class IdleCalls:
     """Notices that no pair has had a cosine for several calls: L_g is then exactly 0, and stays so in silence."""
 
     def __init__(self) -> None:
-        self._flags: list[Tensor] = []
-        self._first = True
+        self._streak: Tensor | None = None  # calls in a row, on the device: it is looked at once for several calls
+        self._calls = 0
         self._warned = False
 
     def watch(self, record: ConsistencyRecord, target: Tensor, min_norm: float, criterion: Criterion) -> None:
@@ -96,15 +95,14 @@ class IdleCalls:
         if self._warned or not isinstance(criterion, Disagreement):
             return
         idle = record.compared.any() & (record.degenerate | ~record.compared).all()
-        self._flags.append(idle)
+        self._streak = idle.long() if self._streak is None else idle * (self._streak.to(idle.device) + 1)
+        self._calls += 1
         soft = target.is_floating_point()
-        at_once = soft and self._first  # where a soft target goes wrong, it does so from the start
-        self._first = False
-        if len(self._flags) < _IDLE_CALLS and not at_once:  # one look at the device for several calls
+        at_once = soft and self._calls == 1  # where a soft target goes wrong, it does so from the start
+        if self._calls % _IDLE_CALLS and not at_once:
             return
-        calls = len(self._flags)
-        self._warned = bool(torch.stack(self._flags).all())
-        self._flags.clear()
+        calls = int(self._streak)
+        self._warned = calls >= (1 if at_once else _IDLE_CALLS)
         if self._warned:
             cause = (
                 "The output may be saturated, or a layer after the encoder zero: see `loss.last`, or lower `min_norm`"

@@ -9,32 +9,28 @@ import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import cached_property, partial, reduce
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gradconsist.engines.base import Engine, Problem
+from gradconsist.engines.base import Problem
 from gradconsist.errors import NonFiniteError
 from gradconsist.forward import PerSampleForward
 from gradconsist.fused import GradientBuffer, zero
 from gradconsist.graph import check_second_derivative
-from gradconsist.normalization import (
-    BatchNormCalls,
-    BatchNormPolicy,
-    Constants,
-    StatisticsMissingError,
-    needs_statistics,
-)
+from gradconsist.normalization import BatchNormCalls, Constants, StatisticsMissingError, needs_statistics
 from gradconsist.probes import Probed, probe_model
 from gradconsist.projection import Projector
 from gradconsist.scope import autocast_region, our_rules
+from gradconsist.selection import compared_parameters, trainable_parameters
+from gradconsist.settings import Settings
 from gradconsist.similarity import Criterion, GradProducts, cosine, degenerate_pairs
 from gradconsist.sparse import aliases, sparse_parameters
 from gradconsist.statistics import StatisticsPath, check_can_follow, take_statistics
 from gradconsist.subset import Subset, select
-from gradconsist.types import ConsistencyRecord, LossFunction
+from gradconsist.types import ConsistencyRecord
 from gradconsist.validation import Pairs, non_finite_tensor
 
 # Float16 gradients below 6e-8 vanish. GradScaler starts at 2^16 on a mean over about 2^6 samples.
@@ -47,49 +43,60 @@ _FLOAT16_DERIVATIVE_NORM = 2.0**7
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that one call needs beside the pairs; the fields are `GradientConsistencyLoss`'s options.
+    """One call of a loss, beside its pairs.
 
     Attributes:
-        model: the model.
-        loss_fn: per-sample loss.
+        settings: the loss's options.
         criterion: what a pair adds.
-        engine: computes the inner products.
-        compared: E, by name.
-        trainable: what L_g is differentiated for, by name.
-        batchnorm: policy.
-        statistics: given constants of the BatchNorm calls, of both views or for each; or None.
-        through_statistics: whether the joint statistics are differentiated, too.
-        dropout: whether random layers stay on.
-        chunk_size: pairs at a time.
-        max_pairs: size of the random subset.
-        constant: views whose gradient has no graph.
-        min_norm: bound for degenerate pairs.
-        reduction: "mean", "sum" or "none".
-        fused: whether the gradient is formed inside.
         generator: source of randomness.
         probed: what earlier calls found out about the model; added to.
+        statistics: given constants of the BatchNorm calls, of both views or for each; or None.
         projection: matrices of this call, or None.
+        measure: whether numbers are wanted and no derivative.
     """
 
-    model: nn.Module
-    loss_fn: LossFunction
+    settings: Settings
     criterion: Criterion
-    engine: Engine
-    compared: Mapping[str, Tensor]
-    trainable: Mapping[str, Tensor]
-    batchnorm: BatchNormPolicy
-    statistics: Constants | None
-    through_statistics: bool
-    dropout: bool
-    chunk_size: int | str | None
-    max_pairs: int | None
-    constant: tuple[str | None, ...]
-    min_norm: float
-    reduction: str
-    fused: bool
     generator: torch.Generator
     probed: Probed
+    statistics: Constants | None = None
     projection: Projector | None = None
+    measure: bool = False
+
+    @cached_property
+    def compared(self) -> Mapping[str, Tensor]:
+        """E, by name."""
+        return compared_parameters(self.settings.model, self.settings.encoder)
+
+    @cached_property
+    def trainable(self) -> Mapping[str, Tensor]:
+        """What L_g is differentiated for, by name."""
+        return trainable_parameters(self.settings.model)
+
+    @property
+    def constant(self) -> tuple[str | None, ...]:
+        """Views whose gradient has no graph."""
+        return ("weak", "strong") if self.measure else (self.settings.stop_gradient,)
+
+    @property
+    def dropout(self) -> bool:
+        """Whether random layers stay on."""
+        return self.settings.dropout == "on"
+
+    @property
+    def fused(self) -> bool:
+        """Whether the gradient is formed inside."""
+        return self.settings.fused and not self.measure
+
+    @property
+    def reduction(self) -> str:
+        """As for the loss; a measurement tells pairs apart."""
+        return "none" if self.measure else self.settings.reduction
+
+    @property
+    def through_statistics(self) -> bool:
+        """Whether the joint statistics are differentiated, too."""
+        return self.settings.through_statistics and not self.measure
 
 
 def compare(options: Comparison, pairs: Pairs) -> tuple[Tensor, ConsistencyRecord]:
@@ -106,12 +113,12 @@ def compare(options: Comparison, pairs: Pairs) -> tuple[Tensor, ConsistencyRecor
         GradConsistError: the model cannot be compared exactly, or a gradient is not finite.
         ModelError: the model or `loss_fn` failed with an error of torch's or Python's own.
     """
-    selection = select(pairs, options.max_pairs, options.reduction, options.generator, _wide(options))
+    selection = select(pairs, options.settings.max_pairs, options.reduction, options.generator, _wide(options))
     source = options.generator
     seed = int(torch.randint(2**62, (), generator=source, device=source.device)) if options.dropout else None
     autocast = autocast_region(pairs.device)
     views = {"weak": pairs.weak, "strong": pairs.strong}
-    with our_rules(options.model, pairs.device, views, seed=seed, dropout=options.dropout):
+    with our_rules(options.settings.model, pairs.device, views, seed=seed, dropout=options.dropout):
         return _Run(options, pairs, selection, autocast).result()
 
 
@@ -127,6 +134,7 @@ class _Run:
         self, options: Comparison, pairs: Pairs, selection: Subset, autocast: tuple[str, torch.dtype] | None
     ) -> None:
         self.options = options
+        self.settings = options.settings
         self.pairs = pairs
         self.selection = selection
         dtypes = [parameter.dtype for parameter in options.trainable.values()]
@@ -135,12 +143,12 @@ class _Run:
         own = options.fused or not torch.is_grad_enabled()
         self.scale = _FLOAT16_LOSS_SCALE if half and own else 1.0
         self.drop_non_finite = half
-        self.batchnorm = BatchNormCalls(options.batchnorm, options.statistics)
-        self.sparse = sparse_parameters(options.model) - options.probed.dense
+        self.batchnorm = BatchNormCalls(options.settings.batchnorm, options.statistics)
+        self.sparse = sparse_parameters(options.settings.model) - options.probed.dense
         self.aliases = aliases(options.trainable, self.sparse)  # see GradientBuffer
         self.forward = PerSampleForward(
-            options.model,
-            options.loss_fn,
+            options.settings.model,
+            options.settings.loss_fn,
             self.batchnorm,
             parameters=self.aliases,
             dropout=options.dropout,
@@ -158,12 +166,13 @@ class _Run:
 
     def result(self) -> tuple[Tensor, ConsistencyRecord]:
         if len(self.selection.index):
-            if self.options.statistics is None and needs_statistics(self.options.model, self.options.batchnorm):
-                self._take_statistics()
+            views = self.pairs.weak, self.pairs.strong
+            if self.options.statistics is None and needs_statistics(self.settings.model, self.settings.batchnorm):
+                take_statistics(self.forward, *views)
             try:
                 loss = self._loss()
             except StatisticsMissingError:  # a BatchNorm that no module announced
-                self._take_statistics()
+                take_statistics(self.forward, *views)
                 loss = self._loss()
         else:
             loss = self._connected(self._zero())
@@ -171,9 +180,6 @@ class _Run:
         compared[self.selection.index] = True
         record = ConsistencyRecord(self.cosine, self.norm_weak, self.norm_strong, self.degenerate, compared)
         return loss, record
-
-    def _take_statistics(self) -> None:
-        take_statistics(self.forward, self.pairs.weak, self.pairs.strong)
 
     def _loss(self) -> Tensor:
         probe_model(self.forward, self.pairs, self.selection.index, self.options.probed, self.options.compared)
@@ -187,7 +193,7 @@ class _Run:
             graph_weak="weak" not in self.options.constant,
             graph_strong="strong" not in self.options.constant,
             random=self.options.dropout,
-            model=self.options.model,
+            model=self.settings.model,
             projection=self.options.projection,
         )
         with suppress(_EngineChangedError):
@@ -212,7 +218,7 @@ class _Run:
             try:
                 terms = self._attempt(problem, index, self.selection.weight[rows], buffer)
             except torch.OutOfMemoryError:
-                if options.chunk_size != "auto" or size == 1:
+                if options.settings.chunk_size != "auto" or size == 1:
                     raise
                 size = (size + 1) // 2
                 torch.cuda.empty_cache()
@@ -244,7 +250,7 @@ class _Run:
         except torch.OutOfMemoryError:
             raise  # a smaller chunk may fit
         except RuntimeError as error:
-            fall_back: Any = getattr(self.options.engine, "fall_back", None)
+            fall_back: Any = getattr(self.settings.engine, "fall_back", None)
             if fall_back is None:
                 raise
             with fall_back(error):
@@ -254,7 +260,7 @@ class _Run:
     def _chunk(self, problem: Problem, index: Tensor, weight: Tensor, buffer: GradientBuffer | None) -> Tensor:
         terms = self._terms(problem, index, weight)
         # The automatic engine may have changed, so it is part of the fact.
-        fact = Probed.fact(f"derivative by {self.options.engine!r}", self.options.model, problem.weak)
+        fact = Probed.fact(f"derivative by {self.settings.engine!r}", self.settings.model, problem.weak)
         first = terms.requires_grad and fact not in self.options.probed.passed  # `measure` has nothing to settle
         if first:
             expected = [*self.options.trainable.values(), *self.through]
@@ -279,7 +285,7 @@ class _Run:
     def _terms(self, problem: Problem, index: Tensor, weight: Tensor) -> Tensor:
         """The weighted terms of the pairs `index`, and their rows of the record."""
         products = self._products(problem, index)
-        degenerate = degenerate_pairs(products, self.options.min_norm)
+        degenerate = degenerate_pairs(products, self.settings.min_norm)
         similarity = cosine(products, degenerate)
         self.degenerate[index] = degenerate
         self.norm_weak[index] = products.weak.detach().sqrt()
@@ -293,11 +299,11 @@ class _Run:
         self.forward.loss_scale = scale
         self.scales[index] = scale
         chunk = problem.take(index)
-        products = GradProducts(*(part / scale**2 for part in self.options.engine.products(chunk)))
+        products = GradProducts(*(part / scale**2 for part in self.settings.engine.products(chunk)))
         finite = products.isfinite()
         if bool(finite.all()):
             return products
-        culprit = non_finite_tensor(self.options.model, chunk.weak, chunk.strong)
+        culprit = non_finite_tensor(self.settings.model, chunk.weak, chunk.strong)
         if culprit is not None or not self.drop_non_finite:
             cause = "the loss, its gradient or the gradient's squared norm overflowed or divided by 0"
             cause = f"{culprit} has such entries" if culprit else cause
@@ -319,10 +325,10 @@ class _Run:
         return total
 
     def _chunk_size(self, problem: Problem) -> int:
-        everything, size = len(self.selection.index), self.options.chunk_size
+        everything, size = len(self.selection.index), self.settings.chunk_size
         if size is None or isinstance(size, int):
             return everything if size is None else size
-        preferred: Any = getattr(self.options.engine, "preferred_chunk", None)
+        preferred: Any = getattr(self.settings.engine, "preferred_chunk", None)
         # Of a pair that is compared: the others may hold what the model cannot take.
         most = everything if preferred is None else int(preferred(problem.take(self.selection.index[:1])))
         return math.ceil(everything / math.ceil(everything / most))  # even: a rest of few pairs would be slow

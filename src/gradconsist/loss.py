@@ -20,7 +20,7 @@ from gradconsist.isolation import one_comparison, uncompiled
 from gradconsist.normalization import BatchNormPolicy, Constants
 from gradconsist.probes import Probed
 from gradconsist.projection import RandomProjection
-from gradconsist.selection import Encoder, compared_parameters, trainable_parameters
+from gradconsist.selection import Encoder
 from gradconsist.settings import OPTIONS, Reduction, Settings
 from gradconsist.similarity import Criterion, Disagreement
 from gradconsist.types import ConsistencyRecord, Inputs, LossFunction
@@ -311,24 +311,6 @@ class GradientConsistencyLoss:
                 "`batchnorm='observed'` takes the statistics of the method's own forward: call the loss through"
                 " GGCRWrapper, or use `batchnorm='auto'`."
             )
-        return Comparison(
-            model=own.model,
-            loss_fn=own.loss_fn,
-            criterion=self.criterion,
-            engine=own.engine,
-            compared=compared_parameters(own.model, own.encoder),
-            trainable=trainable_parameters(own.model),
-            batchnorm=own.batchnorm,
-            statistics=statistics,
-            through_statistics=own.through_statistics and not measure,
-            dropout=own.dropout == "on",
-            chunk_size=own.chunk_size,
-            max_pairs=own.max_pairs,
-            constant=("weak", "strong") if measure else (own.stop_gradient,),
-            min_norm=own.min_norm,
-            reduction="none" if measure else own.reduction,
-            fused=own.fused and not measure,
-            generator=generator or self._generator,
-            probed=self._probed,
-            projection=None if own.projection is None else own.projection.projector(self._calls),
-        )
+        projection = None if own.projection is None else own.projection.projector(self._calls)
+        source = generator or self._generator
+        return Comparison(own, self.criterion, source, self._probed, statistics, projection, measure)

@@ -15,7 +15,7 @@ from gradconsist.loss import GradientConsistencyLoss
 from gradconsist.observer import Observer
 from gradconsist.randomness import preserved_randomness
 from gradconsist.schedules import warmup_then_ramp
-from gradconsist.selection import trainable_parameters
+from gradconsist.selection import holds, trainable_parameters
 from gradconsist.trial import try_on_one_pair
 from gradconsist.types import StepOutput, ViewPair
 from gradconsist.validation import check_choice, check_count, check_number
@@ -87,12 +87,11 @@ class GGCRWrapper(nn.Module):
             raise ConfigError(f"`consistency` is a {type(consistency).__name__}: pass a GradientConsistencyLoss.")
         if consistency.settings.reduction == "none":
             raise ConfigError("`consistency` has reduction='none': the wrapper adds a scalar, use 'mean' or 'sum'.")
-        if isinstance(method, nn.Module):
-            own = {id(parameter) for parameter in method.parameters()}
-            if not all(id(parameter) in own for parameter in trainable_parameters(consistency.settings.model).values()):
-                raise ConfigError(
-                    "`consistency` compares a model that `method` does not train: give both the same model object."
-                )
+        trained = trainable_parameters(consistency.settings.model).values()
+        if isinstance(method, nn.Module) and not holds(method, trained):
+            raise ConfigError(
+                "`consistency` compares a model that `method` does not train: give both the same model object."
+            )
         check_number("weight", weight, least=0.0)
         check_count("warmup_steps", warmup_steps, least=0)
         check_count("ramp_steps", ramp_steps, least=0)

@@ -35,10 +35,8 @@ BUGS = [
         "pairs of weight 0 count in the statistics",
         "test_normalization.py::test_weight_zero_pairs_count_in_the_statistics",
         COMPARISON,
-        "take_statistics(self.forward, self.pairs.weak, self.pairs.strong)",
-        "take_statistics(\n"
-        "            self.forward, self.pairs.weak[self.selection.index], self.pairs.strong[self.selection.index]\n"
-        "        )",
+        "views = self.pairs.weak, self.pairs.strong\n",
+        "views = self.pairs.weak[self.selection.index], self.pairs.strong[self.selection.index]\n",
     ),
     Bug(
         "statistics of the sample itself",

@@ -221,19 +221,20 @@ BUGS = [
         "L_g is differentiated for the encoder only",
         "L_g is differentiated for every trainable parameter",
         "test_exactness.py::test_what_is_compared_and_what_is_differentiated[loop]",
-        LOSS, "trainable=trainable_parameters(own.model)", "trainable=compared_parameters(own.model, own.encoder)",
+        COMPARISON, "return trainable_parameters(self.settings.model)", "return self.compared",
     ),
     Bug(
         "stop_gradient on the other view",
         "stop_gradient='weak' makes the weak view's gradient a constant",
         "test_loss.py::test_stop_gradient[mlp-weak-fused-loop]",
-        LOSS, "else (own.stop_gradient,)", 'else ({"weak": "strong", "strong": "weak"}.get(own.stop_gradient),)',
+        COMPARISON, "else (self.settings.stop_gradient,)",
+        'else ({"weak": "strong", "strong": "weak"}.get(str(self.settings.stop_gradient)),)',
     ),
     Bug(
         "stop_gradient ignored",
         "stop_gradient='weak' makes the weak view's gradient a constant",
         "test_loss.py::test_stop_gradient[mlp-weak-fused-loop]",
-        LOSS, "else (own.stop_gradient,)", "else (None,)",
+        COMPARISON, "else (self.settings.stop_gradient,)", "else (None,)",
     ),
     Bug(
         "generator ignored",
@@ -241,7 +242,7 @@ BUGS = [
         "test_loss.py::test_max_pairs_is_unbiased[mlp-loop]"
         " test_loss.py::test_max_pairs_has_a_generator_of_its_own"
         " test_ghost_hazards.py::test_dropout_on[dropout-auto]",
-        LOSS, "generator=generator or self._generator", "generator=self._generator",
+        LOSS, "source = generator or self._generator", "source = self._generator",
     ),
     Bug(
         "monitoring draws from training's generator",

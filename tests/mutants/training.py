@@ -118,8 +118,8 @@ BUGS = [
         "the term differentiates what the optimizer holds",
         "test_wrapper.py test_trust.py",
         WRAPPER,
-        "if not all(id(parameter) in own for parameter",
-        "if False and not all(id(parameter) in own for parameter",
+        "if isinstance(method, nn.Module) and not holds(method, trained):",
+        "if method is None and not holds(method, trained):",
     ),
     Bug(
         "threshold excluded",
