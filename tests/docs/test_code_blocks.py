@@ -18,7 +18,7 @@ PROGRAMS = sorted(
     path
     for folder in ("examples", "benchmarks")
     for path in (ROOT / folder).glob("*.py")
-    if folder == "examples" or re.search(r"argparse|parser\(__doc__\)", path.read_text(encoding="utf-8"))
+    if re.search(r"argparse|parser\(__doc__\)|parse_\w+\(", path.read_text(encoding="utf-8"))
 )
 
 
