@@ -19,8 +19,8 @@ from harness import Row, heading, parse, show
 from methods import config_of, images, trained
 from torch import nn
 
-from recipes.evaluation import evaluate, with_fresh_statistics
-from recipes.methods import METHODS
+from trainer.evaluation import evaluate, with_fresh_statistics
+from trainer.methods import METHODS
 
 COLUMNS = {"variant": "<26", "copied": "8.4f", "averaged": "8.4f", "anew": "8.4f", "lowest_copied": "8.4f"}
 

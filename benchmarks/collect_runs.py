@@ -18,8 +18,8 @@ from environment import write_result
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from recipes.plotting import draw_curves, table
-from recipes.runs import read_run
+from trainer.plotting import draw_curves, table
+from trainer.runs import read_run
 
 PATHS = {"data_dir", "output"}
 TRAINED = (

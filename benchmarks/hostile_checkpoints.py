@@ -20,18 +20,18 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from victims import ROOT
 
-from recipes.checkpoint import load_latest, save_checkpoint
-from recipes.config import HARMLESS, Config, preset_config, resolve
-from recipes.config_file import read_options
-from recipes.datasets import load_images
-from recipes.errors import CheckpointError, ResumeError, TrainerError
-from recipes.loader import ToModel
-from recipes.rundir import check_run
-from recipes.runlog import MetricsFile, books
-from recipes.split import draw_split, store_or_check
-from recipes.trainer import Trainer
-from recipes.training import main
-from recipes.weights import export_weights, load_model, read_start
+from trainer.checkpoint import load_latest, save_checkpoint
+from trainer.config import HARMLESS, Config, preset_config, resolve
+from trainer.config_file import read_options
+from trainer.datasets import load_images
+from trainer.errors import CheckpointError, ResumeError, TrainerError
+from trainer.loader import ToModel
+from trainer.rundir import check_run
+from trainer.runlog import MetricsFile, books
+from trainer.split import draw_split, store_or_check
+from trainer.step import Trainer
+from trainer.training import main
+from trainer.weights import export_weights, load_model, read_start
 
 sys.path.insert(0, str(ROOT / "tests"))
 from support import forgeries

@@ -20,10 +20,10 @@ import torch
 from hostile_checkpoints import Case, begun, config, copied, quietly, resaved
 from victims import before_operations, canonical, digests, forked
 
-import recipes.trainer
-from recipes.checkpoint import load_latest
-from recipes.files import read_json, write_json
-from recipes.training import main
+import trainer.step
+from trainer.checkpoint import load_latest
+from trainer.files import read_json, write_json
+from trainer.training import main
 
 ARGUMENTS = (
     "--preset demo --labels 20 --batch-size 4 --steps 5 --method supervised --checkpoint-every 2 --eval-every 5"
@@ -255,7 +255,7 @@ def not_finite(work: Path, quick: bool) -> Iterator[Case]:
                 begun(run, **options)
                 before = _checkpoints(run)
                 wrong: list[str] = []
-                with mock.patch.object(recipes.trainer.Trainer, "train_step", _poisoned(poison, value, wrong)):
+                with mock.patch.object(trainer.step.Trainer, "train_step", _poisoned(poison, value, wrong)):
                     answer = refusal(run, "step 8: the ", **options)
                 if _checkpoints(run) != before:
                     answer = "the checkpoint changed"
@@ -266,7 +266,7 @@ def _poisoned(
     poison: Callable[[Any, float], Callable[[], object]], value: float, wrong: list[str]
 ) -> Callable[..., None]:
     """A step that is poisoned when it is the 8th, and notes whether the averaged model moved."""
-    step = recipes.trainer.Trainer.train_step
+    step = trainer.step.Trainer.train_step
 
     def poisoned(trainer: Any, images: Any) -> None:
         if trainer.step < 8:

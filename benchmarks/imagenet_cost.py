@@ -24,11 +24,11 @@ from point import Peak
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
-from recipes.imagenet.config import ImageNetConfig, resolve
-from recipes.imagenet.networks import build_network
-from recipes.imagenet.trainer import ProcessTrainer
-from recipes.loader import StepImages, ToModel
-from recipes.processes import Processes
+from trainer.imagenet.config import ImageNetConfig, resolve
+from trainer.imagenet.networks import build_network
+from trainer.imagenet.step import ProcessTrainer
+from trainer.loader import StepImages, ToModel
+from trainer.processes import Processes
 
 PLAIN = "--ggcr-weight 0"
 # By what the command line says, the options.

@@ -21,14 +21,14 @@ from harness import Row, flat_gradient, heading, parse, parser, setting, show
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
-from recipes.imagenet.batches import StepPhotographs
-from recipes.imagenet.config import ImageNetConfig, resolve
-from recipes.imagenet.files import PhotographFolder
-from recipes.imagenet.labels import choose_labeled
-from recipes.imagenet.networks import build_network
-from recipes.imagenet.trainer import ProcessTrainer
-from recipes.loader import ToModel
-from recipes.processes import Processes, join, leave
+from trainer.imagenet.batches import StepPhotographs
+from trainer.imagenet.config import ImageNetConfig, resolve
+from trainer.imagenet.files import PhotographFolder
+from trainer.imagenet.labels import choose_labeled
+from trainer.imagenet.networks import build_network
+from trainer.imagenet.step import ProcessTrainer
+from trainer.loader import ToModel
+from trainer.processes import Processes, join, leave
 
 COLUMNS = {
     "norm": "<8",

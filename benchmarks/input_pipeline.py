@@ -20,14 +20,14 @@ from harness import Row, alternate, heading, parse, parser, setting, show, timed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from recipes.augment import STRONG_DRAWS, WEAK_DRAWS, strong_view, weak_view
-from recipes.config import Config, preset_config, resolve
-from recipes.datasets import Images
-from recipes.folder import load_folder
-from recipes.loader import StepDataset, ToModel
-from recipes.split import draw_split
-from recipes.streams import Stream, uniform
-from recipes.trainer import Trainer
+from trainer.augment import STRONG_DRAWS, WEAK_DRAWS, strong_view, weak_view
+from trainer.config import Config, preset_config, resolve
+from trainer.datasets import Images
+from trainer.folder import load_folder
+from trainer.loader import StepDataset, ToModel
+from trainer.split import draw_split
+from trainer.step import Trainer
+from trainer.streams import Stream, uniform
 
 COLUMNS = {"stage": "<38", "images": "6d", "seconds_median": "10.5f", "images_per_second": "10.0f", "workers": "8.2f"}
 

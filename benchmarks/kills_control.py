@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from victims import Victim, digests
 
-from recipes.trainer import Trainer
+from trainer.step import Trainer
 
 Prepare = Callable[[Path], object]
 Start = Callable[[Path, Prepare], Victim]

@@ -107,7 +107,7 @@ def cost() -> str:
 
 
 def cost_table(result: dict[str, Any]) -> str:
-    """Ratios to the step without the term on the wide residual network of the recipes: what a reader chooses among."""
+    """Ratios to the step without the term on the wide residual network of the trainers: what a reader chooses among."""
     rows = [row for row in result["rows"] if row["model"] == "wrn-28-2" and row["variant"] in _README]
     setting = result["setting"]
     return "\n".join(

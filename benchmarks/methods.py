@@ -28,14 +28,14 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from recipes.config import Config, preset_config, resolve
-from recipes.datasets import Images, load_images
-from recipes.ema import AveragedModel
-from recipes.evaluation import evaluate
-from recipes.loader import StepDataset, StepImages, ToModel
-from recipes.methods import METHODS, build_method
-from recipes.schedule import build_optimizer, set_learning_rate
-from recipes.split import draw_split
+from trainer.config import Config, preset_config, resolve
+from trainer.datasets import Images, load_images
+from trainer.ema import AveragedModel
+from trainer.evaluation import evaluate
+from trainer.loader import StepDataset, StepImages, ToModel
+from trainer.methods import METHODS, build_method
+from trainer.schedule import build_optimizer, set_learning_rate
+from trainer.split import draw_split
 
 COLUMNS = {"variant": "<26", "mean": "8.4f", "spread": "8.4f", "milliseconds": "8.1f", "ratio": "6.2f"}
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from recipes.models import build_model  # the trainers' WRN, on the path since the line above
+from trainer.models import build_model  # the trainers' WRN, on the path since the line above
 
 CLASSES = 10
 

@@ -21,12 +21,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from recipes.checkpoint import load_latest
-from recipes.config import Config
-from recipes.datasets import Images, load_images
-from recipes.evaluation import evaluate, with_fresh_statistics
-from recipes.loader import ToModel
-from recipes.models import build_model
+from trainer.checkpoint import load_latest
+from trainer.config import Config
+from trainer.datasets import Images, load_images
+from trainer.evaluation import evaluate, with_fresh_statistics
+from trainer.loader import ToModel
+from trainer.models import build_model
 
 
 def main() -> None:

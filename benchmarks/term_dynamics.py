@@ -33,13 +33,13 @@ from environment import write_result
 from harness import Row, heading, parse, show
 
 from gradconsist import GGCRWrapper, GradientConsistencyLoss
-from recipes.claims import CLAIMS
-from recipes.datasets import Images, load_images
-from recipes.grid import BUDGETS, VARIANTS, Cell, build_grid
-from recipes.loader import StepDataset, StepImages, ToModel
-from recipes.methods import build_method
-from recipes.split import draw_split
-from recipes.trainer import Trainer
+from trainer.claims import CLAIMS
+from trainer.datasets import Images, load_images
+from trainer.grid import BUDGETS, VARIANTS, Cell, build_grid
+from trainer.loader import StepDataset, StepImages, ToModel
+from trainer.methods import build_method
+from trainer.split import draw_split
+from trainer.step import Trainer
 
 COLUMNS = {
     "variant": "<26", "seed": "4d", "step": "6d", "mask": "6.3f", "cosine": "7.3f", "cosine_all": "10.3f",

@@ -27,7 +27,7 @@ import sklearn.datasets  # noqa: F401
 import torch
 import torchvision  # noqa: F401
 
-import recipes.training  # noqa: F401
+import trainer.training  # noqa: F401
 
 
 class Victim:

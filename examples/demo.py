@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from recipes.config import preset_config
-from recipes.plotting import draw_curves, table
-from recipes.runs import read_run
-from recipes.training import main as train
+from trainer.config import preset_config
+from trainer.plotting import draw_curves, table
+from trainer.runs import read_run
+from trainer.training import main as train
 
 METHODS: dict[str, dict[str, Any]] = {
     "supervised": {"method": "supervised"},

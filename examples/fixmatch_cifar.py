@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import sys
 
-from recipes.cli import parse_config
-from recipes.training import main
+from trainer.cli import parse_config
+from trainer.training import main
 
 if __name__ == "__main__":
     sys.exit(main(parse_config(sys.argv[1:], program="fixmatch_cifar.py", description=str(__doc__))))

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import sys
 
-from recipes.cli import parse_options
-from recipes.imagenet.config import PRESETS
-from recipes.imagenet.training import main
+from trainer.cli import parse_options
+from trainer.imagenet.config import PRESETS
+from trainer.imagenet.training import main
 
 if __name__ == "__main__":
     sys.exit(main(parse_options(sys.argv[1:], PRESETS, program="fixmatch_imagenet.py", description=str(__doc__))))

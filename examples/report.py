@@ -16,12 +16,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from recipes.errors import OptionError, TrainerError
-from recipes.files import write_atomically
-from recipes.page import page
-from recipes.panels import panels
-from recipes.plotting import draw_curves, draw_panel, shared_title, table
-from recipes.runs import group_runs, read_run
+from trainer.errors import OptionError, TrainerError
+from trainer.files import write_atomically
+from trainer.page import page
+from trainer.panels import panels
+from trainer.plotting import draw_curves, draw_panel, shared_title, table
+from trainer.runs import group_runs, read_run
 
 
 def main(arguments: Sequence[str]) -> int:

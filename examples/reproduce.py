@@ -13,17 +13,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from recipes.claims import CLAIMS
-from recipes.errors import OptionError, TrainerError
-from recipes.files import write_atomically, write_json
-from recipes.grid import BUDGETS, Cell, Grid, build_grid
-from recipes.gridrun import listing, run_grid, say
-from recipes.panels import accuracy_panel
-from recipes.plotting import draw_panel
-from recipes.rundir import exclusive
-from recipes.runs import FINAL, group_runs, read_run
-from recipes.tables import measure
-from recipes.tabletext import markdown, text
+from trainer.claims import CLAIMS
+from trainer.errors import OptionError, TrainerError
+from trainer.files import write_atomically, write_json
+from trainer.grid import BUDGETS, Cell, Grid, build_grid
+from trainer.gridrun import listing, run_grid, say
+from trainer.panels import accuracy_panel
+from trainer.plotting import draw_panel
+from trainer.rundir import exclusive
+from trainer.runs import FINAL, group_runs, read_run
+from trainer.tables import measure
+from trainer.tabletext import markdown, text
 
 
 def parser() -> argparse.ArgumentParser:

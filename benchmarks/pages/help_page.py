@@ -13,10 +13,10 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[2] / "examples")]
 from reproduce_page import grid_tables
 
-from recipes.claims import CLAIMS
-from recipes.runlog import shown
-from recipes.statistics import paired_difference, spread
-from recipes.tabletext import difference_text, spread_text
+from trainer.claims import CLAIMS
+from trainer.runlog import shown
+from trainer.statistics import paired_difference, spread
+from trainer.tabletext import difference_text, spread_text
 
 Result = dict[str, Any]
 

@@ -10,7 +10,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[2] / "examples")]
 from help_page import PLAIN_METHODS, by_variant, names
 
-from recipes.statistics import paired_difference
+from trainer.statistics import paired_difference
 
 Row = dict[str, Any]
 

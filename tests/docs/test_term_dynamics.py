@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from pages import program
 from torch import Tensor
 
-from recipes.datasets import load_images
-from recipes.grid import build_grid
-from recipes.loader import StepDataset, StepImages, ToModel
-from recipes.split import draw_split
-from recipes.trainer import Trainer
+from trainer.datasets import load_images
+from trainer.grid import build_grid
+from trainer.loader import StepDataset, StepImages, ToModel
+from trainer.split import draw_split
+from trainer.step import Trainer
 
 
 @pytest.fixture(scope="module")

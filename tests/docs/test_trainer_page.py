@@ -23,13 +23,13 @@ def _rows() -> dict[str, str]:
 
 
 def test_every_option_has_a_row() -> None:
-    from recipes.config import Config
+    from trainer.config import Config
 
     assert set(_rows()) == {field.name.replace("_", "-") for field in dataclasses.fields(Config)}
 
 
 def test_defaults_are_those_of_the_paper_preset() -> None:
-    from recipes.config import preset_config
+    from trainer.config import preset_config
 
     for field, default in dataclasses.asdict(preset_config("paper")).items():
         shown = _rows()[field.replace("_", "-")]
@@ -37,14 +37,14 @@ def test_defaults_are_those_of_the_paper_preset() -> None:
 
 
 def test_every_preset_has_a_row() -> None:
-    from recipes.config import PRESETS
+    from trainer.config import PRESETS
 
     text = PAGE.read_text(encoding="utf-8")
     assert all(f"| `{preset}` | " in text for preset in PRESETS)
 
 
 def test_the_defaults_of_methods_and_presets_are_those_of_the_trainer() -> None:
-    from recipes.defaults import METHODS, PRESETS, RAMP_SHARE
+    from trainer.defaults import METHODS, PRESETS, RAMP_SHARE
 
     columns = ("threshold", "temperature", "method_decay", "unlabeled_weight", "ramp", "unlabeled_ratio")
     rows = {}

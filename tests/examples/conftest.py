@@ -14,9 +14,9 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
-    from recipes.config import Config
-    from recipes.datasets import Images
-    from recipes.imagenet.config import ImageNetConfig
+    from trainer.config import Config
+    from trainer.datasets import Images
+    from trainer.imagenet.config import ImageNetConfig
 
 try:
     for package in ("torchvision", "sklearn", "tyro", "tqdm", "matplotlib", "safetensors"):
@@ -57,7 +57,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_at() -> MakeConfig:
     """A factory of small configurations: `tiny_at(folder, option=value)`."""
-    from recipes.config import preset_config
+    from trainer.config import preset_config
 
     def make(folder: Path, **changes: Any) -> Config:
         return dataclasses.replace(preset_config("demo"), **{**TINY, "output": str(folder), **changes})
@@ -85,7 +85,7 @@ def photographs_at() -> Callable[..., ImageNetConfig]:
     import numpy as np
     from PIL import Image
 
-    from recipes.imagenet.config import ImageNetConfig
+    from trainer.imagenet.config import ImageNetConfig
 
     def make(folder: Path, name: str = "run", **changes: Any) -> ImageNetConfig:
         source = np.random.Generator(np.random.Philox(3))
@@ -110,7 +110,7 @@ def photographs(photographs_at: Callable[..., ImageNetConfig], tmp_path: Path) -
 @pytest.fixture
 def random_images() -> Images:
     """60 random 32x32 training images of 3 classes, and 6 test images."""
-    from recipes.datasets import Images
+    from trainer.datasets import Images
 
     generator = torch.Generator().manual_seed(5)
     pixels = torch.randint(256, (66, 32, 32, 3), generator=generator, dtype=torch.uint8)

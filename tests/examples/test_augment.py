@@ -6,10 +6,10 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms import RandAugment
 
-from recipes import augment
-from recipes.augment import STRONG_DRAWS, fixmatch_policy, randaugment_policy, strong_view, weak_view
-from recipes.errors import OptionError
-from recipes.operations import GREY, OPERATIONS, autocontrast, equalize
+from trainer import augment
+from trainer.augment import STRONG_DRAWS, fixmatch_policy, randaugment_policy, strong_view, weak_view
+from trainer.errors import OptionError
+from trainer.operations import GREY, OPERATIONS, autocontrast, equalize
 
 Pixels = np.ndarray
 

@@ -12,10 +12,10 @@ from typing import IO, Any
 import pytest
 import torch
 
-from recipes import files
-from recipes.checkpoint import load_latest, remove_leftovers, save_checkpoint
-from recipes.errors import CheckpointError
-from recipes.files import write_atomically
+from trainer import files
+from trainer.checkpoint import load_latest, remove_leftovers, save_checkpoint
+from trainer.errors import CheckpointError
+from trainer.files import write_atomically
 
 
 def state(step: int) -> dict[str, Any]:

@@ -11,13 +11,13 @@ import pytest
 import torch
 import torchvision.datasets
 
-from recipes.config import Config, resolve
-from recipes.datasets import load_images
-from recipes.errors import OptionError
-from recipes.loader import StepDataset
-from recipes.split import draw_split
-from recipes.training import run
-from recipes.weights import load_model
+from trainer.config import Config, resolve
+from trainer.datasets import load_images
+from trainer.errors import OptionError
+from trainer.loader import StepDataset
+from trainer.split import draw_split
+from trainer.training import run
+from trainer.weights import load_model
 
 MakeConfig = Callable[..., Config]
 SIDE = 4  # of the stand-ins; the counts and the classes are CIFAR's

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from recipes.cli import parse_config
-from recipes.config import Config, preset_config
-from recipes.files import read_json
-from recipes.training import run
+from trainer.cli import parse_config
+from trainer.config import Config, preset_config
+from trainer.files import read_json
+from trainer.training import run
 
 MakeConfig = Callable[..., Config]
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-import recipes.runlog
-from recipes.config import Config, resolve
-from recipes.datasets import load_images
-from recipes.evaluation import evaluate, with_fresh_statistics
-from recipes.loader import ToModel
-from recipes.runlog import Progress
-from recipes.training import run
-from recipes.weights import load_model
+import trainer.runlog
+from trainer.config import Config, resolve
+from trainer.datasets import load_images
+from trainer.evaluation import evaluate, with_fresh_statistics
+from trainer.loader import ToModel
+from trainer.runlog import Progress
+from trainer.training import run
+from trainer.weights import load_model
 
 MakeConfig = Callable[..., Config]
 
@@ -104,7 +104,7 @@ def test_recalls_and_precision_of_the_mask_are_in_metrics_and_tensorboard(tiny: 
 def test_the_time_left_follows_the_pace(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Steps take five times as long once the term has joined."""
     clock = [0.0]
-    monkeypatch.setattr(recipes.runlog.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(trainer.runlog.time, "monotonic", lambda: clock[0])
     progress = Progress("lines", 0, 1000, every=1e9)
     for seconds in [1.0] * 5 + [5.0] * 3:
         for _ in range(100):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from recipes.errors import DatasetError
-from recipes.folder import load_folder
+from trainer.errors import DatasetError
+from trainer.folder import load_folder
 
 MakeFolder = Callable[..., Path]
 

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from recipes.checkpoint import load_latest
-from recipes.config import Config, resolve
-from recipes.datasets import load_images
-from recipes.errors import NonFiniteLossError, OptionError
-from recipes.loader import StepDataset, ToModel
-from recipes.split import draw_split
-from recipes.trainer import Trainer
-from recipes.training import run
+from trainer.checkpoint import load_latest
+from trainer.config import Config, resolve
+from trainer.datasets import load_images
+from trainer.errors import NonFiniteLossError, OptionError
+from trainer.loader import StepDataset, ToModel
+from trainer.split import draw_split
+from trainer.step import Trainer
+from trainer.training import run
 
 MakeConfig = Callable[..., Config]
 

@@ -18,15 +18,15 @@ from typing import Any
 import pytest
 import torch
 
-from recipes.checkpoint import load_latest, remove_leftovers, save_checkpoint
-from recipes.config import Config
-from recipes.datasets import load_images
-from recipes.errors import CheckpointError, DatasetError, OptionError, ResumeError
-from recipes.files import read_json, write_json
-from recipes.folder import load_folder
-from recipes.rundir import exclusive
-from recipes.training import main, run
 from support.forgeries import ARCHIVES, PICKLES
+from trainer.checkpoint import load_latest, remove_leftovers, save_checkpoint
+from trainer.config import Config
+from trainer.datasets import load_images
+from trainer.errors import CheckpointError, DatasetError, OptionError, ResumeError
+from trainer.files import read_json, write_json
+from trainer.folder import load_folder
+from trainer.rundir import exclusive
+from trainer.training import main, run
 
 MakeConfig = Callable[..., Config]
 MakeFolder = Callable[..., Path]

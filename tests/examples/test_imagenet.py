@@ -14,20 +14,20 @@ import torch
 import torchvision
 from torch import nn
 
-from recipes.cli import parse_options
-from recipes.errors import DatasetError, OptionError, ResumeError
-from recipes.files import read_json
-from recipes.imagenet.batches import StepPhotographs, worker_count
-from recipes.imagenet.config import PRESETS, ImageNetConfig, resolve
-from recipes.imagenet.files import PhotographFolder
-from recipes.imagenet.labels import choose_labeled
-from recipes.imagenet.networks import build_network
-from recipes.imagenet.training import main, run
-from recipes.loader import StepImages
-from recipes.methods import classifier_head
-from recipes.processes import Processes, join
-from recipes.schedule import cosine_factor, set_learning_rate
 from support.runs import differing, final
+from trainer.cli import parse_options
+from trainer.errors import DatasetError, OptionError, ResumeError
+from trainer.files import read_json
+from trainer.imagenet.batches import StepPhotographs, worker_count
+from trainer.imagenet.config import PRESETS, ImageNetConfig, resolve
+from trainer.imagenet.files import PhotographFolder
+from trainer.imagenet.labels import choose_labeled
+from trainer.imagenet.networks import build_network
+from trainer.imagenet.training import main, run
+from trainer.loader import StepImages
+from trainer.methods import classifier_head
+from trainer.processes import Processes, join
+from trainer.schedule import cosine_factor, set_learning_rate
 
 Make = Callable[..., ImageNetConfig]
 

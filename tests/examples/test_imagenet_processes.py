@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipes.errors import ResumeError
-from recipes.imagenet.config import ImageNetConfig
-from recipes.imagenet.training import run
 from support import imagenet_workers as workers
 from support.processes import Processes
 from support.runs import differing, final, option
+from trainer.errors import ResumeError
+from trainer.imagenet.config import ImageNetConfig
+from trainer.imagenet.training import run
 
 Make = Callable[..., ImageNetConfig]
 

@@ -5,11 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from recipes.config import Config, resolve
-from recipes.datasets import Images
-from recipes.errors import OptionError
-from recipes.loader import StepDataset, StepImages, ToModel, step_batches, worker_count
-from recipes.split import draw_split
+from trainer.config import Config, resolve
+from trainer.datasets import Images
+from trainer.errors import OptionError
+from trainer.loader import StepDataset, StepImages, ToModel, step_batches, worker_count
+from trainer.split import draw_split
 
 MakeConfig = Callable[..., Config]
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from recipes.ema import AveragedModel
-from recipes.errors import OptionError
-from recipes.models import build_model
-from recipes.schedule import build_optimizer, cosine_factor, set_learning_rate
+from trainer.ema import AveragedModel
+from trainer.errors import OptionError
+from trainer.models import build_model
+from trainer.schedule import build_optimizer, cosine_factor, set_learning_rate
 
 
 @pytest.mark.parametrize(

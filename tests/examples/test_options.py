@@ -11,17 +11,17 @@ import torch
 import torchvision.datasets
 
 import gradconsist.methods
-import recipes.defaults
-import recipes.methods
+import trainer.defaults
+import trainer.methods
 from gradconsist import SSLBatch
 from gradconsist.errors import GradConsistError
-from recipes.cli import parse_config
-from recipes.config import PRESETS, Config, preset_config, resolve
-from recipes.datasets import load_images
-from recipes.errors import DatasetError, OptionError
-from recipes.methods import build_method
-from recipes.models import build_model
-from recipes.training import main, run
+from trainer.cli import parse_config
+from trainer.config import PRESETS, Config, preset_config, resolve
+from trainer.datasets import load_images
+from trainer.errors import DatasetError, OptionError
+from trainer.methods import build_method
+from trainer.models import build_model
+from trainer.training import main, run
 
 MakeConfig = Callable[..., Config]
 
@@ -81,8 +81,8 @@ def test_a_method_brings_its_own_defaults() -> None:
 
 def test_every_method_of_the_library_is_one_of_the_trainer() -> None:
     names = {name.lower() for name in gradconsist.methods.__all__} | {"supervised"}
-    assert names == set(recipes.methods.METHODS) == set(recipes.defaults.METHODS)
-    assert set(recipes.defaults.PRESETS) == set(PRESETS)
+    assert names == set(trainer.methods.METHODS) == set(trainer.defaults.METHODS)
+    assert set(trainer.defaults.PRESETS) == set(PRESETS)
 
 
 def test_the_fixmatch_preset_is_the_reference_recipe() -> None:

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from gradconsist import StepOutput
 from gradconsist.optim import SAM
 from gradconsist.regularizers import GradientNormPenalty
-from recipes.checkpoint import load_latest
-from recipes.config import Config, method_label, resolve
-from recipes.errors import OptionError
-from recipes.methods import build_method
-from recipes.models import build_model
-from recipes.sam import same_step_twice
-from recipes.training import run
+from trainer.checkpoint import load_latest
+from trainer.config import Config, method_label, resolve
+from trainer.errors import OptionError
+from trainer.methods import build_method
+from trainer.models import build_model
+from trainer.sam import same_step_twice
+from trainer.training import run
 
 MakeConfig = Callable[..., Config]
 

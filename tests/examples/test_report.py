@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 import report
-from recipes.config import Config
-from recipes.errors import DatasetError
-from recipes.page import page
-from recipes.panels import Panel, Series, panels, thinned
-from recipes.runs import group_runs, read_run
-from recipes.svg import number, svg, ticks
-from recipes.training import run
 from support.run_folders import write_run
+from trainer.config import Config
+from trainer.errors import DatasetError
+from trainer.page import page
+from trainer.panels import Panel, Series, panels, thinned
+from trainer.runs import group_runs, read_run
+from trainer.svg import number, svg, ticks
+from trainer.training import run
 
 MakeConfig = Callable[..., Config]
 BROWSER = next(

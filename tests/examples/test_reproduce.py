@@ -15,18 +15,18 @@ import numpy as np
 import pytest
 import scipy.stats
 
-import recipes.gridrun
 import reproduce as program
-from recipes.claims import CIFAR10, CIFAR100, CLAIMS, IMAGENET
-from recipes.cli import parse_config
-from recipes.config import resolve
-from recipes.grid import BUDGETS, VARIANTS, build_grid, papers_protocol
-from recipes.gridrun import Times, listing
-from recipes.models import build_model
-from recipes.statistics import paired_difference, spread
-from recipes.tables import measure
-from recipes.tabletext import markdown, text
-from recipes.training import main as train
+import trainer.gridrun
+from trainer.claims import CIFAR10, CIFAR100, CLAIMS, IMAGENET
+from trainer.cli import parse_config
+from trainer.config import resolve
+from trainer.grid import BUDGETS, VARIANTS, build_grid, papers_protocol
+from trainer.gridrun import Times, listing
+from trainer.models import build_model
+from trainer.statistics import paired_difference, spread
+from trainer.tables import measure
+from trainer.tabletext import markdown, text
+from trainer.training import main as train
 
 Reproduce = Callable[..., int]
 FAKE = Path(__file__).parents[1] / "support" / "fake_trainer.py"
@@ -35,7 +35,7 @@ FAKE = Path(__file__).parents[1] / "support" / "fake_trainer.py"
 @pytest.fixture
 def reproduce(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Reproduce:
     """The program with the fake trainer, on three cells of two seeds each: `reproduce("--seeds", "2")`."""
-    monkeypatch.setattr(recipes.gridrun, "TRAINER", FAKE)
+    monkeypatch.setattr(trainer.gridrun, "TRAINER", FAKE)
     return lambda *arguments, table=("curves",): program.main(
         ["--table", *table, "--budget", "smoke", "--output", str(tmp_path / "grid"), *arguments]
     )

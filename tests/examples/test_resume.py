@@ -16,21 +16,21 @@ from typing import Any
 import pytest
 import torch
 
-import recipes.training
-from recipes.checkpoint import load_latest, save_checkpoint
-from recipes.config import Config, resolve
-from recipes.datasets import load_images
-from recipes.errors import CheckpointError, NonFiniteLossError, ResumeError
-from recipes.files import read_json, write_json
-from recipes.loader import StepDataset, ToModel
-from recipes.runlog import MetricsFile
-from recipes.split import draw_split
-from recipes.trainer import Trainer
-from recipes.training import main, run
+import trainer.training
 from support.runs import differing, final, leaves, option
+from trainer.checkpoint import load_latest, save_checkpoint
+from trainer.config import Config, resolve
+from trainer.datasets import load_images
+from trainer.errors import CheckpointError, NonFiniteLossError, ResumeError
+from trainer.files import read_json, write_json
+from trainer.loader import StepDataset, ToModel
+from trainer.runlog import MetricsFile
+from trainer.split import draw_split
+from trainer.step import Trainer
+from trainer.training import main, run
 
 MakeConfig = Callable[..., Config]
-SCRIPT = Path(recipes.training.__file__).parents[1] / "fixmatch_cifar.py"
+SCRIPT = Path(trainer.training.__file__).parents[1] / "fixmatch_cifar.py"
 
 
 @pytest.fixture(scope="module")
@@ -311,13 +311,13 @@ def test_a_disk_that_fails_in_mid_run_is_one_line_and_loses_nothing(
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    built = recipes.trainer.build_method
+    built = trainer.step.build_method
 
     def with_bad_gradient(model: Any, config: Config, samples: int) -> Any:
         model.head.weight.register_hook(lambda gradient: gradient * float("inf"))
         return built(model, config, samples)
 
-    monkeypatch.setattr(recipes.trainer, "build_method", with_bad_gradient)
+    monkeypatch.setattr(trainer.step, "build_method", with_bad_gradient)
     with pytest.raises(NonFiniteLossError, match=r"step 0: the gradient of head.weight is not finite"):
         run(tiny())
 

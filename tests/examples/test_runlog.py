@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from recipes.runlog import Meter
+from trainer.runlog import Meter
 
 
 def test_a_sample_is_summarised_by_quantiles_over_all_steps_together() -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipes.config import Config, resolve
-from recipes.datasets import Images
-from recipes.errors import OptionError, ResumeError
-from recipes.files import read_json
-from recipes.loader import StepDataset
-from recipes.split import draw_split, store_or_check
+from trainer.config import Config, resolve
+from trainer.datasets import Images
+from trainer.errors import OptionError, ResumeError
+from trainer.files import read_json
+from trainer.loader import StepDataset
+from trainer.split import draw_split, store_or_check
 
 MakeConfig = Callable[..., Config]
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from recipes.streams import EndlessOrder, Stream, permutation, raw, uniform
+from trainer.streams import EndlessOrder, Stream, permutation, raw, uniform
 
 
 def test_draws_are_a_function_of_their_address_alone() -> None:

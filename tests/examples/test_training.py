@@ -11,23 +11,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import recipes.training
+import trainer.training
 from gradconsist import RandomProjection, SSLBatch
 from gradconsist.methods import FixMatch
-from recipes.checkpoint import load_latest
-from recipes.config import Config, resolve
-from recipes.datasets import load_images
-from recipes.ema import AveragedModel
-from recipes.loader import StepDataset, ToModel
-from recipes.methods import METHODS, build_method
-from recipes.models import build_model
-from recipes.schedule import build_optimizer, set_learning_rate
-from recipes.split import draw_split
-from recipes.trainer import Trainer
-from recipes.training import run
+from trainer.checkpoint import load_latest
+from trainer.config import Config, resolve
+from trainer.datasets import load_images
+from trainer.ema import AveragedModel
+from trainer.loader import StepDataset, ToModel
+from trainer.methods import METHODS, build_method
+from trainer.models import build_model
+from trainer.schedule import build_optimizer, set_learning_rate
+from trainer.split import draw_split
+from trainer.step import Trainer
+from trainer.training import run
 
 MakeConfig = Callable[..., Config]
-EXAMPLES = Path(recipes.training.__file__).parents[1]
+EXAMPLES = Path(trainer.training.__file__).parents[1]
 
 
 def script(name: str) -> ModuleType:

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-import recipes.waiting
-from recipes.config import Config
-from recipes.loader import StepDataset
-from recipes.training import run
-from recipes.waiting import JUDGED_STEPS, WARMUP_STEPS, LoaderWatch
+import trainer.waiting
+from trainer.config import Config
+from trainer.loader import StepDataset
+from trainer.training import run
+from trainer.waiting import JUDGED_STEPS, WARMUP_STEPS, LoaderWatch
 
 MakeConfig = Callable[..., Config]
 
@@ -66,8 +66,8 @@ def test_the_first_steps_do_not_count() -> None:
 def test_a_slow_data_set_is_noticed_in_a_run(
     tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], slow: bool
 ) -> None:
-    monkeypatch.setattr(recipes.waiting, "WARMUP_STEPS", 2)
-    monkeypatch.setattr(recipes.waiting, "JUDGED_STEPS", 4)
+    monkeypatch.setattr(trainer.waiting, "WARMUP_STEPS", 2)
+    monkeypatch.setattr(trainer.waiting, "JUDGED_STEPS", 4)
     built = StepDataset.__getitem__
 
     def delayed(self: StepDataset, step: int) -> Any:
@@ -78,7 +78,7 @@ def test_a_slow_data_set_is_noticed_in_a_run(
     monkeypatch.setattr(StepDataset, "__getitem__", delayed)
     # The fast one waits for nothing: its step is made long instead, however busy the machine.
     if not slow:
-        monkeypatch.setattr(recipes.waiting, "LIMIT", 0.9)
+        monkeypatch.setattr(trainer.waiting, "LIMIT", 0.9)
     config = tiny(method="supervised", steps=8, eval_every=8, log_every=4, progress="lines")
     assert run(config) == 0
     assert capsys.readouterr().err.count("the data loader is the bottleneck: steps 3 to 6 waited") == slow

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-import recipes.files
-from recipes.checkpoint import load_latest
-from recipes.config import Config, resolve
-from recipes.datasets import load_images
-from recipes.errors import CheckpointError, OptionError, ResumeError
-from recipes.loader import ToModel
-from recipes.models import build_model
-from recipes.trainer import Trainer
-from recipes.training import run
-from recipes.weights import export_weights, load_model, read_start
+import trainer.files
+from trainer.checkpoint import load_latest
+from trainer.config import Config, resolve
+from trainer.datasets import load_images
+from trainer.errors import CheckpointError, OptionError, ResumeError
+from trainer.loader import ToModel
+from trainer.models import build_model
+from trainer.step import Trainer
+from trainer.training import run
+from trainer.weights import export_weights, load_model, read_start
 
 MakeConfig = Callable[..., Config]
 
@@ -77,7 +77,7 @@ def test_an_export_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.Monkey
     def full(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(recipes.files.os, "fsync", full)
+    monkeypatch.setattr(trainer.files.os, "fsync", full)
     with pytest.raises(OSError, match="disk full"):
         export_weights(path, build_model("wrn-10-1", 3, momentum=0.1), {})
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.safetensors"]

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from recipes.errors import TrainerError
-from recipes.imagenet.config import ImageNetConfig
-from recipes.imagenet.trainer import ProcessTrainer
-from recipes.imagenet.training import main, run
-from recipes.loader import StepImages
-from recipes.processes import join
+from trainer.errors import TrainerError
+from trainer.imagenet.config import ImageNetConfig
+from trainer.imagenet.step import ProcessTrainer
+from trainer.imagenet.training import main, run
+from trainer.loader import StepImages
+from trainer.processes import join
 
 
 def train(rank: int, world: int, config: ImageNetConfig) -> int | tuple[str, str]:
@@ -83,8 +83,8 @@ def collectives(rank: int, world: int) -> list[Any]:
 
 
 if __name__ == "__main__":
-    from recipes.cli import parse_options
-    from recipes.imagenet.config import PRESETS
+    from trainer.cli import parse_options
+    from trainer.imagenet.config import PRESETS
 
     step = ProcessTrainer.train_step
 

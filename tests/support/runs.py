@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from recipes.checkpoint import load_latest
+from trainer.checkpoint import load_latest
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -210,7 +210,7 @@ def _wrn(arch: str) -> Callable[[], nn.Module]:
         examples = str(Path(__file__).resolve().parents[2] / "examples")
         if examples not in sys.path:
             sys.path.insert(0, examples)
-        from recipes.models import build_model
+        from trainer.models import build_model
 
         return build_model(arch, CLASSES, momentum=0.1)
 

@@ -1,0 +1,133 @@
+"""Weak and strong views of a batch, from draws that the caller supplies: no hidden random state.
+
+weak:   mirror (where a mirrored image is of the same class), then a random crop after reflection padding.
+strong: a weak view of its own, then one of the `POLICIES`.
+
+Index letters: N images, H and W their sides; images are uint8 `[N, H, W, 3]`, draws uniform in [0, 1) `[N, K]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from trainer.errors import OptionError
+from trainer.operations import GREY, OPERATIONS
+
+Pixels = NDArray[np.uint8]
+Draws = NDArray[np.float64]
+
+WEAK_DRAWS = 3
+STRONG_DRAWS = WEAK_DRAWS + 2 * 4 + 2  # weak, two operations of four draws each, the cutout's centre
+_NAMES = list(OPERATIONS)
+
+
+def weak_view(images: Pixels, draws: Draws, *, flip: bool) -> Pixels:
+    """Mirror with probability 1/2, then crop after reflection padding by an eighth of the side (4 pixels of 32).
+
+    Args:
+        images: `[N, H, W, 3]`.
+        draws: `[N, 3]`: mirror, vertical shift, horizontal shift.
+        flip: Whether to mirror at all.
+
+    Returns:
+        `[N, H, W, 3]`.
+    """
+    number, height, width, _ = images.shape
+    rows = _crop_index(height, draws[:, 1])
+    columns = _crop_index(width, draws[:, 2])
+    if flip:
+        mirrored = draws[:, :1] < 0.5
+        columns = np.where(mirrored, width - 1 - columns, columns)  # mirrored first, cropped then
+    return images[np.arange(number)[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def _crop_index(side: int, draw: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Source positions `[N, side]` of a random crop from the image padded by reflection without its edge."""
+    padding = max(1, side // 8)
+    shift = (draw * (2 * padding + 1)).astype(np.int64) - padding  # [N], -padding .. padding
+    position = np.abs(np.arange(side)[None, :] + shift[:, None])
+    return np.where(position >= side, 2 * (side - 1) - position, position)
+
+
+def strong_view(images: Pixels, draws: Draws, policy: str, *, flip: bool) -> Pixels:
+    """A weak view with a strong policy on top.
+
+    Args:
+        images: `[N, H, W, 3]`.
+        draws: `[N, STRONG_DRAWS]`.
+        policy: A key of `POLICIES`.
+        flip: As for `weak_view`.
+
+    Returns:
+        `[N, H, W, 3]`.
+
+    Raises:
+        OptionError: Where the policy is unknown.
+    """
+    if policy not in POLICIES:
+        raise OptionError(f"--strong {policy!r} is unknown: choose from {', '.join(POLICIES)}.")
+    views = weak_view(images, draws[:, :WEAK_DRAWS], flip=flip)
+    return POLICIES[policy](views, draws[:, WEAK_DRAWS:])
+
+
+def fixmatch_policy(images: Pixels, draws: Draws) -> Pixels:
+    """The FixMatch reference's: two draws of an operation, each with p = 1/2 and magnitude 1..9; then Cutout.
+
+    Args:
+        images: `[N, H, W, 3]`.
+        draws: `[N, 10]`: per operation which, whether, magnitude and sign; then the cutout's centre.
+
+    Returns:
+        `[N, H, W, 3]`.
+    """
+    out = np.empty_like(images)
+    for n, row in enumerate(draws.tolist()):
+        image = None
+        for which, whether, magnitude, sign in (row[0:4], row[4:8]):
+            if whether < 0.5:
+                image = Image.fromarray(images[n]) if image is None else image
+                operation = OPERATIONS[_NAMES[int(which * len(_NAMES))]]
+                image = operation(image, 1 + int(magnitude * 9), 1 if sign < 0.5 else -1)
+        out[n] = images[n] if image is None else np.asarray(image)
+        _cutout(out[n], row[8], row[9])
+    return out
+
+
+def _cutout(image: Pixels, vertical: float, horizontal: float) -> None:
+    """Grey out a square of half the side around a random centre, clipped at the border; in place."""
+    height, width, _ = image.shape
+    y, x = int(vertical * height), int(horizontal * width)
+    half_y, half_x = max(1, height // 4), max(1, width // 4)
+    image[max(0, y - half_y) : y + half_y, max(0, x - half_x) : x + half_x] = GREY
+
+
+def randaugment_policy(images: Pixels, draws: Draws) -> Pixels:
+    """Torchvision's `RandAugment(num_ops=2, magnitude=10)`, each image with a seed of its own.
+
+    Args:
+        images: `[N, H, W, 3]`.
+        draws: `[N, 10]`, of which the first seeds the image's operations.
+
+    Returns:
+        `[N, H, W, 3]`.
+    """
+    from trainer.randaugment import randaugment  # here, for it imports torchvision, which a run may do without
+
+    out = np.empty_like(images)
+    generator = torch.Generator()
+    for n, draw in enumerate(draws[:, 0].tolist()):
+        generator.manual_seed(int(draw * 2**53))
+        out[n] = np.asarray(randaugment(Image.fromarray(images[n]), generator))
+    return out
+
+
+POLICIES: dict[str, Callable[[Pixels, Draws], Pixels]] = {
+    "randaugment": randaugment_policy,
+    "fixmatch": fixmatch_policy,
+    "weak": lambda views, draws: views,  # a second weak view, by draws of its own
+}

@@ -1,0 +1,297 @@
+"""The options of the CIFAR trainer: one frozen record, what the presets change in it, and what it means.
+
+`None` in an option means "depends on other options"; `resolve` settles those once, and the resolved record is
+what a run stores in its `config.json` and compares on resume.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from trainer.defaults import method_defaults
+from trainer.errors import OptionError, ResumeError
+from trainer.models import GROUP_NORM, parse_arch
+from trainer.option_checks import check_options
+
+Preset = Literal["paper", "fixmatch", "demo"]
+DatasetName = Literal["cifar10", "cifar100", "digits", "folder"]
+Help = tyro.conf.arg
+
+# Options that change no trained number: a resumed run may differ in them.
+HARMLESS = frozenset(
+    {
+        "data_dir", "output", "device", "workers", "checkpoint_every", "log_every", "resume", "tensorboard", "progress",
+        "stop_after_steps", "stop_after_minutes", "preset", "config", "init_from",
+    }
+)  # fmt: skip
+
+# Below this many steps the reference's slow averages (BatchNorm 0.001, EMA 0.999) would still remember the start.
+SHORT_RUN_STEPS = 50_000
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every option of `fixmatch_cifar.py`, with the defaults of the `paper` preset."""
+
+    preset: Annotated[Preset, Help(help="Defaults to start from; options given explicitly win.")] = "paper"
+    config: Annotated[
+        str | None, Help(help="JSON file of options, or the config.json of a run to repeat; options given win.")
+    ] = None
+    dataset: Annotated[
+        DatasetName,
+        Help(help="folder: DATA_DIR/train/CLASS/*.jpg and DATA_DIR/test/CLASS/*.jpg (or val/)."),
+    ] = "cifar10"
+    data_dir: Annotated[str, Help(help="Folder of the data set (downloads go there).")] = "data"
+    output: Annotated[str | None, Help(help="Run directory. None: runs/<a name made of the options>.")] = None
+    seed: Annotated[int, Help(help="Decides the split, the initial weights, the order and the augmentation.")] = 0
+    device: Annotated[str, Help(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto"
+    workers: Annotated[
+        int | None, Help(help="Processes that prepare batches. None: one per spare core. Never changes results.")
+    ] = None
+    labels: Annotated[int, Help(help="Labeled images in all, the same number of each class.")] = 40
+    image_size: Annotated[
+        int | None, Help(help="folder: resize and centre-crop every image to this side. None: they must be equal.")
+    ] = None
+
+    method: Annotated[
+        str, Help(help="A name in gradconsist.methods in lower case, or supervised (labeled images only).")
+    ] = "fixmatch"
+    threshold: Annotated[
+        float | None, Help(help="Confidence above which a pseudo-label counts. None: the method's.")
+    ] = None
+    temperature: Annotated[float | None, Help(help="Of the sharpening (mixmatch, uda). None: the method's.")] = None
+    method_decay: Annotated[
+        float | None,
+        Help(help="Decay of the method's own averages (teacher, statistics). None: the method's."),
+    ] = None
+    unlabeled_weight: Annotated[float | None, Help(help="mu: weight of the unsupervised loss. None: the method's.")] = (
+        None
+    )
+    unlabeled_ramp: Annotated[
+        int | None, Help(help="Steps in which mu rises from 0; 0 for none. None: the method's, else the preset's.")
+    ] = None
+    brier_weight: Annotated[
+        float, Help(help="fixmatch, supervised: weight of ||softmax - onehot||^2, labeled images.")
+    ] = 0.0
+    joint_forward: Annotated[
+        bool | None,
+        Help(help="One forward of labeled, weak and strong images; False: separate forwards. None: the method's."),
+    ] = None
+    strong: Annotated[
+        Literal["randaugment", "fixmatch", "weak"] | None,
+        Help(
+            help="Strong view: torchvision's RandAugment(2, 10), the FixMatch reference's with Cutout, or a second "
+            "weak view. None: the method's, else the preset's."
+        ),
+    ] = None
+
+    ggcr_weight: Annotated[float, Help(help="lambda: weight of the gradient consistency; 0 is the plain method.")] = 0.1
+    ggcr_warmup: Annotated[int, Help(help="Steps before the term is added.")] = 1000
+    ggcr_ramp: Annotated[int, Help(help="Steps in which lambda rises linearly after the warm-up.")] = 0
+    ggcr_every: Annotated[int, Help(help="Add the term every k-th step, times k.")] = 1
+    ggcr_max_pairs: Annotated[int | None, Help(help="Compare at most this many random pairs of a step.")] = None
+    ggcr_engine: Annotated[str, Help(help="auto, ghost, vmap or loop.")] = "auto"
+    ggcr_projection: Annotated[
+        str | None,
+        Help(help="Compare random projections, as KIND:DIM (kronecker:16); kinds as in RandomProjection. None: exact."),
+    ] = None
+    ggcr_gate: Annotated[Literal["method", "all"], Help(help="Pairs that count: the confident ones, or all.")] = (
+        "method"
+    )
+    ggcr_criterion: Annotated[
+        Literal["cosine", "gradient-norm"],
+        Help(
+            help="What a pair adds: 1 - cosine, or the mean squared norm of its two gradients (the paper's ablation)."
+        ),
+    ] = "cosine"
+    ggcr_stop_gradient: Annotated[
+        Literal["weak", "strong"] | None,
+        Help(help="Hold that view's gradient constant: only the other one follows. None: both move."),
+    ] = None
+    ggcr_batchnorm: Annotated[
+        Literal["auto", "running", "observed"],
+        Help(help="BatchNorm's statistics in the comparison, as GradientConsistencyLoss takes them."),
+    ] = "auto"
+    ggcr_through_statistics: Annotated[
+        bool, Help(help="Differentiate the term through BatchNorm's statistics, too, beyond its definition.")
+    ] = False
+    ggcr_encoder: Annotated[
+        str, Help(help="Parameters compared: encoder (all but the head), all, or a prefix of parameter names.")
+    ] = "encoder"
+
+    jacobian_weight: Annotated[
+        float, Help(help="Weight of the squared Jacobian norm of the logits for the labeled images; 0 for none.")
+    ] = 0.0
+    jacobian_projections: Annotated[int, Help(help="Random projections that estimate it.")] = 1
+
+    arch: Annotated[str, Help(help="wrn-DEPTH-WIDTH; with -gn behind it, GroupNorm instead of BatchNorm.")] = "wrn-28-2"
+    init_from: Annotated[
+        str | None, Help(help="Start from the averaged weights in this model.safetensors or checkpoint step-N.pt.")
+    ] = None
+    init_part: Annotated[
+        Literal["model", "encoder"], Help(help="What --init-from gives: the whole model, or all but the head.")
+    ] = "model"
+    init_sha256: Annotated[
+        str | None, Help(help="SHA-256 that the file of --init-from must have. None: stored, and checked on resume.")
+    ] = None
+    bn_momentum: Annotated[
+        float | None, Help(help="BatchNorm momentum (torch's sense). None: 0.001, more in a short run.")
+    ] = None
+    steps: Annotated[int, Help(help="Optimizer steps of the whole run.")] = 2**20
+    batch_size: Annotated[int, Help(help="Labeled images per step.")] = 64
+    unlabeled_ratio: Annotated[
+        int | None, Help(help="Unlabeled images per labeled one. None: the method's, else the preset's.")
+    ] = None
+    lr: Annotated[float, Help(help="Initial learning rate; decays as cos(7 pi k / 16 K).")] = 0.03
+    optimizer: Annotated[
+        Literal["sgd", "sam"], Help(help="SGD with Nesterov momentum 0.9, or sharpness-aware minimisation around it.")
+    ] = "sgd"
+    sam_rho: Annotated[float, Help(help="Radius of the ball in which --optimizer sam looks for the worst loss.")] = 0.05
+    weight_decay: Annotated[float | None, Help(help="On kernels only. None: 5e-4, or 1e-3 for cifar100.")] = None
+    ema: Annotated[float, Help(help="Decay of the averaged model, which is the one evaluated; 0 for none.")] = 0.999
+    ema_warmup: Annotated[
+        bool | None, Help(help="Decay min(EMA, (1 + k) / (10 + k)) in the first steps. None: in a short run.")
+    ] = None
+    eval_statistics: Annotated[
+        Literal["averaged", "anew"],
+        Help(
+            help="BatchNorm's statistics of the averaged model: averaged with its weights, or taken anew from training "
+            "images at each evaluation and for the exported weights."
+        ),
+    ] = "averaged"
+    amp: Annotated[Literal["off", "bf16", "fp16"], Help(help="Mixed precision of the method's forward.")] = "off"
+    channels_last: Annotated[bool, Help(help="Memory format of the model and the images.")] = False
+
+    eval_every: Annotated[int, Help(help="Steps between evaluations on the test images.")] = 1024
+    checkpoint_every: Annotated[int, Help(help="Steps between checkpoints.")] = 1024
+    log_every: Annotated[int, Help(help="Steps over which metrics.jsonl averages.")] = 64
+    tensorboard: Annotated[bool, Help(help="Write TensorBoard files to OUTPUT/tensorboard.")] = False
+    progress: Annotated[
+        Literal["auto", "bar", "lines", "none"], Help(help="auto: a bar on a terminal, lines elsewhere.")
+    ] = "auto"
+    resume: Annotated[
+        Literal["auto", "never"], Help(help="auto continues the run in OUTPUT; never refuses a used OUTPUT.")
+    ] = "auto"
+    stop_after_steps: Annotated[int | None, Help(help="Checkpoint and stop after this many steps of this call.")] = None
+    stop_after_minutes: Annotated[float | None, Help(help="Checkpoint and stop after this time.")] = None
+
+
+PRESETS: dict[Preset, dict[str, Any]] = {
+    "paper": {},
+    "fixmatch": {"ggcr_weight": 0.0},
+    "demo": {
+        "dataset": "digits", "labels": 40, "arch": "wrn-10-1", "steps": 400, "batch_size": 20, "ggcr_warmup": 100,
+        "ggcr_max_pairs": 16, "ggcr_every": 2, "ema": 0.99, "eval_every": 20, "checkpoint_every": 100, "log_every": 20,
+    },
+}  # fmt: skip
+
+
+def preset_config(preset: Preset) -> Config:
+    """Defaults of a preset.
+
+    Args:
+        preset: A key of `PRESETS`.
+
+    Returns:
+        The record with `preset`'s defaults, unresolved.
+    """
+    return dataclasses.replace(Config(), **{"preset": preset, **PRESETS[preset]})
+
+
+def resolve(config: Config) -> Config:
+    """Check the options and settle those that are None because they depend on others.
+
+    Args:
+        config: The options as given.
+
+    Returns:
+        The options that a run stores.
+
+    Raises:
+        OptionError: Naming the option, what was found and what to write instead.
+    """
+    check_options(config)
+    _check_images(config)
+    defaults = method_defaults(config.method, config.preset, config.steps)
+    settled = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    if config.weight_decay is None:
+        settled["weight_decay"] = 1e-3 if config.dataset == "cifar100" else 5e-4
+    if config.bn_momentum is None:
+        # (1 - m)^steps is what remains of the initial statistics: at most e^-20 of them at the end of any run.
+        settled["bn_momentum"] = min(0.1, max(0.001, 20 / config.steps))
+    if config.ema_warmup is None:
+        settled["ema_warmup"] = config.steps < SHORT_RUN_STEPS
+    if config.method == "supervised":
+        settled["ggcr_weight"] = 0.0  # no second view, so nothing to compare
+    config = dataclasses.replace(config, **settled)
+    return config if config.output else dataclasses.replace(config, output=f"runs/{run_name(config)}")
+
+
+def run_name(config: Config) -> str:
+    """Name a run after the options that one varies most.
+
+    Args:
+        config: Resolved options, except `output`.
+
+    Returns:
+        For example `cifar10-40-fixmatch+ggcr-wrn-28-2-seed0`.
+    """
+    return f"{config.dataset}-{config.labels}-{method_label(config)}-{config.arch}-seed{config.seed}"
+
+
+def method_label(config: Config) -> str:
+    """Name of what is trained, as legends and tables print it.
+
+    Args:
+        config: Resolved options.
+
+    Returns:
+        For example `supervised`, `fixmatch`, `fixmatch+ggcr` or `fixmatch+gradient-norm+sam`.
+    """
+    term = "ggcr" if config.ggcr_criterion == "cosine" else config.ggcr_criterion
+    parts = [config.method]
+    parts += [term] if config.ggcr_weight > 0 else []
+    parts += ["jacobian"] if config.jacobian_weight > 0 else []
+    parts += [config.optimizer] if config.optimizer != "sgd" else []
+    return "+".join(parts)
+
+
+def check_same_run(stored: dict[str, Any], config: Config, harmless: frozenset[str] = HARMLESS) -> None:
+    """Refuse to continue a run with options that would make it another run.
+
+    Args:
+        stored: The options in the run directory's `config.json`.
+        config: The resolved options of this call.
+        harmless: Options that may differ.
+
+    Raises:
+        ResumeError: Naming every option that differs, with both values.
+    """
+    wanted = dataclasses.asdict(config)
+    keys = sorted((stored.keys() | wanted.keys()) - harmless)
+    missing = "(absent)"
+    different = [
+        f"--{key.replace('_', '-')}: {stored.get(key, missing)} there, {wanted.get(key, missing)} now"
+        for key in keys
+        if stored.get(key, missing) != wanted.get(key, missing)
+    ]
+    if different:
+        raise ResumeError(
+            f"{config.output} holds a run with other options:\n  " + "\n  ".join(different) + "\n"
+            "Give the same options to continue it, or another --output to start a new run."
+        )
+
+
+def _check_images(config: Config) -> None:
+    """Refuse what the small images and their networks do not have."""
+    if not config.labels > 0:
+        raise OptionError(f"--labels must be above 0; found {config.labels}.")
+    if config.image_size is not None and config.dataset != "folder":
+        raise OptionError(f"--image-size is for --dataset folder; --dataset {config.dataset} has a size of its own.")
+    parse_arch(config.arch)
+    if config.eval_statistics == "anew" and config.arch.endswith(GROUP_NORM):
+        raise OptionError(f"--eval-statistics anew: {config.arch} has no BatchNorm, so no statistics; leave it out.")

@@ -1,0 +1,97 @@
+"""`--config FILE`: options from a JSON file, or from the `config.json` of a run, which repeats it.
+
+JSON, because it is what a run stores, and because Python 3.10 reads no TOML.
+"""
+
+from __future__ import annotations
+
+import collections
+import difflib
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, Union
+
+from trainer.errors import OptionError
+
+# Where a run was, not what it was: a repetition is a run of its own.
+NOT_REPEATED = frozenset({"output", "config"})
+
+
+def read_options(path: Path, kind: type[Any]) -> dict[str, Any]:
+    """Read options from a JSON object such as `{"labels": 250, "seed": 1}`, or from a run's `config.json`.
+
+    Args:
+        path: The file.
+        kind: The record of the trainer's options, whose fields and types are the ones allowed.
+
+    Returns:
+        Values by option. From a run's `config.json` these are all of its options but `NOT_REPEATED`.
+
+    Raises:
+        OptionError: Where the file cannot be read, names an option that does not exist, or gives one a wrong value.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+    except (OSError, ValueError, RecursionError) as error:
+        raise OptionError(
+            f"--config {path} cannot be read ({error}): give a JSON object of options, or a run's config.json."
+        ) from error
+    record = isinstance(found, dict) and isinstance(found.get("options"), dict)
+    options = found["options"] if record else found
+    if not isinstance(options, dict):
+        raise OptionError(
+            f'--config {path} holds a {type(found).__name__}: write an object of options, such as {{"labels": 250}}.'
+        )
+    types_by_name = typing.get_type_hints(kind)
+    for name, value in options.items():
+        if name not in types_by_name:
+            close = difflib.get_close_matches(name.replace("-", "_"), types_by_name, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "the trainer's --help lists what there is."
+            raise OptionError(f"--config {path}: {name!r} is no option; {hint}")
+        if not _fits(value, types_by_name[name]):
+            raise OptionError(
+                f"--config {path}: {name!r} is {json.dumps(value)}; expected {_described(types_by_name[name])}."
+            )
+    if record:
+        return {name: value for name, value in options.items() if name not in NOT_REPEATED}
+    if "config" in options:
+        raise OptionError(f"--config {path}: 'config' in a file would be another file; put the options into one.")
+    return options
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose names all differ; JSON itself would take the last of two."""
+    for name, count in collections.Counter(name for name, _ in pairs).items():
+        if count > 1:
+            raise ValueError(f"{name!r} is there twice: leave one of them")
+    return dict(pairs)
+
+
+def _choices(kind: Any) -> tuple[Any, ...]:
+    """The members of a union, or the type alone."""
+    return typing.get_args(kind) if typing.get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    for choice in _choices(kind):
+        if typing.get_origin(choice) is Literal:
+            if value in typing.get_args(choice):
+                return True
+        elif choice is float:
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                return True
+        elif type(value) is choice:  # True is no integer here
+            return True
+    return False
+
+
+def _described(kind: Any) -> str:
+    names = []
+    for choice in _choices(kind):
+        if typing.get_origin(choice) is Literal:
+            names += [json.dumps(value) for value in typing.get_args(choice)]
+        else:
+            names.append({str: "text", int: "an integer", float: "a number", bool: "true or false"}.get(choice, "null"))
+    return " or ".join(names)

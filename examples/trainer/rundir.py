@@ -1,0 +1,148 @@
+"""The run directory: whose it is, and that only one process writes to it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.config import HARMLESS, Config, check_same_run, method_label
+from trainer.errors import OptionError, ResumeError
+from trainer.files import read_json, write_json
+from trainer.runlog import environment, software
+
+FORMAT = 1
+
+
+def check_run(config: Config, device: torch.device, harmless: frozenset[str] = HARMLESS) -> bool:
+    """Look into the run directory, without writing: is it new, or the same run?
+
+    Args:
+        config: Resolved options.
+        device: Where the run computes.
+        harmless: Options that may differ from those of the run.
+
+    Returns:
+        Whether it holds this run already.
+
+    Raises:
+        ResumeError: Where it holds a run with other options, or `--resume never` meets a used directory.
+    """
+    folder = Path(str(config.output))
+    path = folder / "config.json"
+    if not path.exists():
+        if any(folder.glob("checkpoints/*.pt")) or (folder / "metrics.jsonl").exists():
+            raise ResumeError(f"{folder} holds a run without its config.json: restore it, or give another --output.")
+        return False
+    if config.resume == "never":
+        raise ResumeError(f"--resume never, but {folder} holds a run: give another --output, or --resume auto.")
+    try:
+        stored = read_json(path)
+        options, before = stored["options"], stored["environment"]
+        if not isinstance(options, dict) or not isinstance(before, dict):
+            raise ValueError("its options or its environment are no object")
+        if stored["format"] != FORMAT:
+            raise ValueError(f"its format is {stored['format']!r}, this trainer reads {FORMAT}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ResumeError(f"{path} cannot be read ({error}): restore it, or give another --output.") from error
+    check_same_run(options, config, harmless)
+    _compare_environment(before, environment(device))
+    return True
+
+
+def last_accuracy(folder: Path) -> float:
+    """The last accuracy of a finished run.
+
+    Args:
+        folder: The run directory.
+
+    Returns:
+        In [0, 1].
+
+    Raises:
+        ResumeError: Where `summary.json` cannot be read.
+    """
+    try:
+        return float(read_json(folder / "summary.json")["last"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ResumeError(
+            f"{folder / 'summary.json'} cannot be read ({error}): remove it, and the same command writes it anew."
+        ) from error
+
+
+def create_run(config: Config, device: torch.device) -> None:
+    """Write the `config.json` of a new run.
+
+    Args:
+        config: Resolved options.
+        device: Where the run computes.
+
+    Raises:
+        OptionError: Where the folder cannot be written to.
+    """
+    folder = Path(str(config.output))
+    record = {
+        "format": FORMAT,
+        "label": method_label(config),
+        "options": dataclasses.asdict(config),
+        "environment": environment(device),
+        "software": software(),
+    }
+    try:
+        write_json(folder / "config.json", record)
+    except OSError as error:
+        raise _unusable(folder, error) from error
+
+
+def _unusable(folder: Path, error: OSError) -> OptionError:
+    return OptionError(f"--output {folder} cannot be used ({error}): give a folder that you can write to.")
+
+
+def _compare_environment(before: dict[str, Any], now: dict[str, Any]) -> None:
+    changed = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
+    if changed:
+        print(
+            f"note: continuing elsewhere than the run began ({', '.join(changed)}): "
+            "results stay valid, but not bitwise those of an uninterrupted run.",
+            file=sys.stderr,
+        )
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold the run directory, created where it is absent, for this process; the lock ends with it, however it ends.
+
+    Args:
+        folder: The run directory.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        OptionError: Where the folder cannot be written to.
+        ResumeError: Where another process holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")  # noqa: SIM115 - closed below, after the run
+    except OSError as error:
+        raise _unusable(folder, error) from error
+    try:
+        import fcntl
+    except ImportError:  # Windows: no advisory locks; two trainers in one directory remain the user's mistake
+        fcntl = None  # type: ignore[assignment]
+    with file:
+        try:
+            # Not flock, which forked data workers inherit: they outlive a killed trainer by seconds, and it with them.
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:  # POSIX allows either
+            raise ResumeError(
+                f"{folder} is in use by another process: wait for it, stop it, or give another --output."
+            ) from error
+        yield
