@@ -1,11 +1,11 @@
-"""Runs every benchmark, one after the other, and draws the plots.
+"""Runs the benchmarks of cost/ and of flatness, one after the other, and draws the plots.
 
     python benchmarks/all.py                 # hours on two cores; results into benchmarks/results
     python benchmarks/all.py --quick         # under ten minutes; results into build/benchmarks
 
 Each program writes a JSON file of its name, with its setting and environment; each can be run by itself, with more
 options. A quick run shows that everything runs; its figures are not for quoting, so it goes elsewhere. Other libraries
-that are not installed (benchmarks/peers.py names them) are rows with that reason.
+that are not installed (cost/peers.py names them) are rows with that reason.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = {
-    "step_cost": "step_cost.py",
-    "memory": "memory.py",
-    "measure_peers": "measure_peers.py",
-    "kernels": "kernels.py",
-    "scaling": "scaling.py",
-    "profile": "profile_step.py",
-    "frontier": "frontier.py",
-    "flatness": "flatness.py",
+    "step_cost": "cost/step_cost.py",
+    "memory": "cost/memory.py",
+    "measure_peers": "cost/measure_peers.py",
+    "kernels": "cost/kernels.py",
+    "scaling": "cost/scaling.py",
+    "profile": "cost/profile_step.py",
+    "frontier": "cost/frontier.py",
+    "flatness": "evidence/flatness.py",
 }
 
 
@@ -54,7 +54,7 @@ def main() -> int:
         if subprocess.run(command, cwd=ROOT, check=False).returncode:
             failed.append(name)
         print(f"=== {name}: {time.perf_counter() - start:.0f} s", flush=True)
-    draw = [sys.executable, "benchmarks/plots.py", "--results", str(results), "--output", str(plots)]
+    draw = [sys.executable, "docs/generators/plots.py", "--results", str(results), "--output", str(plots)]
     if subprocess.run(draw, cwd=ROOT, check=False).returncode:
         failed.append("plots")
     if failed:

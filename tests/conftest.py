@@ -25,7 +25,7 @@ def _seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def _logger_as_it_was() -> Iterator[None]:
-    """The benchmarks that tests run in this process silence the library's logger."""
+    """The programs that tests run in this process silence the library's logger."""
     logger = logging.getLogger("gradconsist")
     level = logger.level
     yield

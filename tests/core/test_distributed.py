@@ -1,7 +1,7 @@
 """Several processes: DDP(GGCRWrapper(...)) on gloo ranks against one process on the joined batch, in float64.
 
 Where processes cannot start, these tests fail: none of them would say anything with one process.  The whole matrix is
-`python benchmarks/distributed.py`.
+`python tests/slow/distributed.py`.
 """
 
 from __future__ import annotations

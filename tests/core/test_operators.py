@@ -1,6 +1,6 @@
 """What torch.nn offers beside layers, whole models, and derivatives for the inputs, against the oracle.
 
-Every row, engine and precision: benchmarks/matrix.py.
+Every row, engine and precision: tests/slow/matrix.py.
 """
 
 from __future__ import annotations

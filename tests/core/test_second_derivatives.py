@@ -1,6 +1,7 @@
 """Torch's wrong second derivatives: by formula or refused by name, wherever they hide, and found by `verify`.
 
-`benchmarks/sweep_derivatives.py` is the search for them; here is what it found, and derivative checks of L_g itself.
+`benchmarks/derivatives/sweep_derivatives.py` is the search for them; here is what it found, and derivative
+checks of L_g itself.
 """
 
 from __future__ import annotations
@@ -261,7 +262,7 @@ class _AtParameters:
 
 @pytest.mark.parametrize(("name", "fused"), [(n, False) for n in SMOOTH] + [(n, True) for n in FUSED])
 def test_gradcheck_of_the_loss(name: str, fused: bool) -> None:
-    """Along random directions; entry by entry, and more models, in benchmarks/directional.py."""
+    """Along random directions; entry by entry, and more models, in tests/slow/directional.py."""
     problem = ZOO[name].problem(pairs=2)
     options = {"encoder": problem.case.encoder, "loss_fn": problem.case.loss_fn, "fused": fused}
     loss = _AtParameters(GradientConsistencyLoss(problem.model, **options), *problem.views)

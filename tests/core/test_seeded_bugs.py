@@ -1,4 +1,4 @@
-"""The table of seeded bugs fits the source: what benchmarks/seeded_bugs.py would otherwise find out after an hour."""
+"""The table of seeded bugs fits the source: what tests/slow/seeded_bugs.py would otherwise find out after an hour."""
 
 from __future__ import annotations
 

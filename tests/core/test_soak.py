@@ -1,4 +1,4 @@
-"""The short form of `benchmarks/soak.py`: nothing is left behind, and a leak of any kind would be seen."""
+"""The short form of `tests/slow/soak.py`: nothing is left behind, and a leak of any kind would be seen."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def rows() -> dict[str | None, dict[str, Any]]:
     """One process of its own for all: the counts are of everything that is alive."""
     requests: list[dict[str, Any]] = [{"variant": "ghost", "steps": 160, "leak": None}]
     requests += [{"variant": "ghost", "steps": 60, "leak": leak} for leak in SEEN_BY]
-    command = [sys.executable, str(ROOT / "benchmarks" / "soak.py"), "--one", json.dumps(requests)]
+    command = [sys.executable, str(ROOT / "tests" / "slow" / "soak.py"), "--one", json.dumps(requests)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return {row["control"]: row for row in json.loads(done.stdout)}

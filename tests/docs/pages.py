@@ -108,11 +108,11 @@ def _dedent(text: str, indent: str) -> str:
 
 
 def program(name: str) -> ModuleType:
-    """A program under benchmarks/, as a module."""
-    path = ROOT / "benchmarks" / f"{name}.py"
+    """A program by its path without the ending, as a module."""
+    path = ROOT / f"{name}.py"
     if str(path.parent) not in sys.path:  # as where it is run
         sys.path.append(str(path.parent))
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -16,8 +16,8 @@ LANGUAGES = {"python", "bash", "console", "text", "bibtex"}
 # Everything with a command line: the trainers, and the measurements that have options.
 PROGRAMS = sorted(
     path
-    for folder in ("examples", "benchmarks")
-    for path in (ROOT / folder).glob("*.py")
+    for pattern in ("examples/*.py", "benchmarks/**/*.py", "tests/slow/*.py", "docs/generators/*.py")
+    for path in ROOT.glob(pattern)
     if re.search(r"argparse|parser\(__doc__\)|parse_\w+\(", path.read_text(encoding="utf-8"))
 )
 
@@ -111,5 +111,7 @@ def test_options_exist(page: Path, known_options: set[str]) -> None:
 
 @pytest.mark.parametrize("page", documents(), ids=name)
 def test_scripts_exist(page: Path) -> None:
-    for script in re.findall(r"\b((?:examples|benchmarks)/[\w/]+\.py)", page.read_text(encoding="utf-8")):
+    for script in re.findall(
+        r"\b((?:examples|benchmarks|docs/generators|tests/slow)/[\w/]+\.py)", page.read_text(encoding="utf-8")
+    ):
         assert (ROOT / script).is_file(), f"{name(page)} names {script}"

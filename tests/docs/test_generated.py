@@ -18,7 +18,7 @@ PAGES = [
 @pytest.fixture(scope="module")
 def make_pages() -> ModuleType:
     pytest.importorskip("tqdm", reason="some tables are written by the examples")
-    return program("make_pages")
+    return program("docs/generators/make_pages")
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_every_page_is_looked_at(written: dict[str, str]) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_the_page_is_fresh(page: str, written: dict[str, str]) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
-    assert text == written[page], "run: python benchmarks/make_pages.py"
+    assert text == written[page], "run: python docs/generators/make_pages.py"
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -10,7 +10,7 @@ from pages import program
 
 @pytest.fixture(scope="module")
 def writer() -> ModuleType:
-    return program("pages/derivatives_page")
+    return program("docs/generators/derivatives_page")
 
 
 def test_no_engine_was_wrong_and_no_name_left_out(writer: ModuleType) -> None:

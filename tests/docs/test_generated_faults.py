@@ -10,7 +10,7 @@ from pages import ROOT, program
 
 @pytest.fixture(scope="module")
 def writer() -> ModuleType:
-    return program("pages/faults_page")
+    return program("docs/generators/faults_page")
 
 
 def test_the_tables_have_a_place() -> None:

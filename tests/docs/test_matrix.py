@@ -35,7 +35,7 @@ class Broken(LoopEngine):
 
 @pytest.fixture
 def matrix(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "slow"))
     import matrix as program
 
     yield program

@@ -22,7 +22,8 @@ FORBIDDEN = [
 ]  # fmt: skip
 BESIDE = re.compile(r"\.\./sha" + "red")
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
-PYTHON = sorted(path for folder in ("src", "examples", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
+FOLDERS = ("src", "examples", "benchmarks", "tests/slow", "docs/generators")
+PYTHON = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 
 def _tracked() -> list[Path]:

@@ -1,4 +1,4 @@
-"""benchmarks/term_dynamics.py: its gradients are those of the losses, and looking changes no run."""
+"""benchmarks/evidence/term_dynamics.py: its gradients are those of the losses, and looking changes no run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from trainer.step import Trainer
 
 @pytest.fixture(scope="module")
 def dynamics() -> ModuleType:
-    return program("term_dynamics")
+    return program("benchmarks/evidence/term_dynamics")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Files of a run and of a data set that are damaged, foreign or forged; `benchmarks/hostile_files.py` tries more."""
+"""Files of a run and of a data set that are damaged, foreign or forged; `tests/slow/hostile_files.py` tries more."""
 
 from __future__ import annotations
 

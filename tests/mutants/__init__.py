@@ -1,6 +1,6 @@
 """Seeded bugs: mistakes that raise no error, each of which the tests must see.
 
-    python benchmarks/seeded_bugs.py                # applies one at a time to a copy, and runs the tests on it
+    python tests/slow/seeded_bugs.py                # applies one at a time to a copy, and runs the tests on it
 
 Each is a replacement of text in the source, with the law that it breaks and the tests that should notice. A bug that
 survives is a hole in the suite; one that no longer applies is mended here together with the source

@@ -1,7 +1,7 @@
 """Laws, checked by hypothesis on examples that are counted.
 
 A law is a test over drawn examples, for each engine. It says how far its two sides were apart (`within`, `same`), so
-that the same test gives a verdict in the suite, with few examples, and figures in `benchmarks/properties.py`, with
+that the same test gives a verdict in the suite, with few examples, and figures in `tests/slow/properties.py`, with
 many. An example counts as effective if its body ran to the end and no equal one did before: assumed away is not tested.
 """
 

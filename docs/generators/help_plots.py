@@ -1,0 +1,104 @@
+"""The pictures of docs/does-it-help.md: differences to FixMatch, curves, and what the term sees over a run."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+from help_page import PLAIN_METHODS, by_variant, names
+
+from trainer.statistics import paired_difference
+
+Row = dict[str, Any]
+
+OURS, THEIRS, PLAIN = "#1b6ca8", "#c8803c", "#8a8a8a"
+
+
+def differences(result: Row, plt: Any) -> Any:
+    """Paired differences to FixMatch, a line a variant: statistics taken anew filled, as averaged hollow."""
+    anew, stored = by_variant(result, "anew"), by_variant(result, "stored")
+    shown = [variant for variant in names() if variant in anew and variant != "fixmatch"]
+    figure, ax = plt.subplots(figsize=(9, 0.32 * len(shown) + 1.2), layout="constrained")
+    seen = [0.0]
+    for y, variant in enumerate(shown):
+        tint = PLAIN if variant in PLAIN_METHODS else OURS
+        for values, reference, mark, place in (
+            (anew[variant], anew["fixmatch"], {"markerfacecolor": tint}, y - 0.1),
+            (stored[variant], stored["fixmatch"], {"markerfacecolor": "white"}, y + 0.15),
+        ):
+            each = [values[seed] - reference[seed] for seed in sorted(values.keys() & reference.keys())]
+            found = paired_difference(values, reference)
+            if found is None:
+                continue
+            seen += each
+            ax.plot(each, [place] * len(each), ".", color=tint, alpha=0.35, markersize=4)
+            ax.plot(found.mean, place, "o", color=tint, markersize=5, **mark)
+            if found.low is not None and found.n > 2:
+                ax.plot([found.low, found.high], [place, place], "-", color=tint, linewidth=1, zorder=0)
+    ax.axvline(0, color="#333333", linewidth=0.8)
+    ax.set_yticks(range(len(shown)), [f"{names()[variant]} ({len(anew[variant])})" for variant in shown], fontsize=8)
+    ax.set_ylim(len(shown) - 0.4, -0.6)
+    margin = 0.05 * (max(seen) - min(seen)) + 0.3
+    ax.set_xlim(min(seen) - margin, max(seen) + margin)
+    ax.set_xlabel(
+        "points over FixMatch, paired by seed (number of seeds); line: 95 % interval, from three seeds on\n"
+        "filled: BatchNorm's statistics taken anew; hollow: as averaged during the run",
+        fontsize=8,
+    )
+    _plain(ax)
+    return figure
+
+
+def curves(result: Row, plt: Any) -> Any:
+    """Test accuracy against the step: every seed, and the mean of each method."""
+    figure, ax = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    for variant, tint in (("fixmatch", PLAIN), ("flexmatch", THEIRS), ("ggcr", OURS)):
+        runs = [run for run in result["runs"] if run["variant"] == variant]
+        for run in runs:
+            ax.plot(run["steps"], run["accuracies"], "-", color=tint, alpha=0.25, linewidth=0.8)
+        if runs:
+            middle = [statistics.mean(values) for values in zip(*(run["accuracies"] for run in runs), strict=True)]
+            ax.plot(runs[0]["steps"], middle, "-", color=tint, linewidth=2, label=f"{names()[variant]} ({len(runs)})")
+    ax.set_xlabel("step", fontsize=8)
+    ax.set_ylabel("test accuracy, per cent", fontsize=8)
+    ax.legend(fontsize=8, frameon=False)
+    _plain(ax)
+    return figure
+
+
+def term_dynamics(result: Row, plt: Any) -> Any:
+    """Five quantities against the step, a line a run."""
+    panels = {
+        "cosine_all": "GC, mean over every pair",
+        "strong_all": "norm of the pairs' gradients:\nstrong (line), weak (dashes)",
+        "ratio": "||grad L_g|| / ||grad (L_s + mu L_u)||",
+        "against_u": "cosine of grad L_g and grad L_u",
+        "step_gain": "gain of a step / what the gradient promises",
+    }
+    runs = {
+        variant: [row for row in result["rows"] if row["variant"] == variant]
+        for variant in dict.fromkeys(row["variant"] for row in result["rows"])
+    }
+    figure, axes = plt.subplots(1, len(panels), figsize=(18, 3.6), layout="constrained")
+    for ax, (name, title) in zip(axes, panels.items(), strict=True):
+        for (variant, rows), tint in zip(runs.items(), (PLAIN, OURS, THEIRS, "#2c9c69"), strict=False):
+            ax.plot([row["step"] for row in rows], [row[name] for row in rows], "-", color=tint, label=variant)
+            if name == "strong_all":
+                ax.plot([row["step"] for row in rows], [row["weak_all"] for row in rows], "--", color=tint)
+        if name in ("strong_all", "ratio"):
+            ax.set_yscale("log")
+        if name in ("against_u", "step_gain"):
+            ax.axhline(0, color="#333333", linewidth=0.8)
+        ax.set_title(title, fontsize=9)
+        ax.set_xlabel("step", fontsize=8)
+        _plain(ax)
+    axes[0].legend(fontsize=8, frameon=False)
+    return figure
+
+
+def _plain(ax: Any) -> None:
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.tick_params(labelsize=8)

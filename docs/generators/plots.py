@@ -1,0 +1,299 @@
+"""Draws the benchmark results, losing and refused rows included.
+
+    python docs/generators/plots.py                       # benchmarks/results/*.json -> docs/assets/*.png
+    python docs/generators/plots.py --results DIR --output DIR
+
+A result that is not there is left out, and said so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from help_plots import curves, differences, term_dynamics
+
+ROOT = Path(__file__).resolve().parents[2]
+Row = dict[str, Any]
+
+OURS, THEIRS, PLAIN = "#1b6ca8", "#c8803c", "#8a8a8a"
+
+
+def color(variant: str) -> str:
+    """Blue is this library's fast engine, orange what it stands beside, grey the step without the term."""
+    if variant.startswith("without"):
+        return PLAIN
+    theirs = ("vmap", "loop", "BackPACK", "Opacus", "TorchJD", "gradconsist, vmap", "gradconsist, loop")
+    return THEIRS if variant.startswith(theirs) else OURS
+
+
+def step_cost(result: Row, plt: Any) -> Any:
+    """Ratio of every variant, one panel a model."""
+    setting = result["setting"]
+    title = (
+        f"A step with the term over the step without it: {setting['labeled']} labeled + {setting['pairs']} pairs,"
+        f" median and range of {setting['rounds']} rounds"
+    )
+    return _bars(result["rows"], "model", "variant", "ratio", "times the FixMatch step", title, plt)
+
+
+def measure_peers(result: Row, plt: Any) -> Any:
+    """Time of every library, one panel a model and number of pairs."""
+    rows = [{**row, "panel": f"{row['model']}, {row['pairs']} pairs"} for row in result["rows"]]
+    title = "Monitoring: cosines of all pairs, without a graph; median and range of the time over this library's"
+    return _bars(rows, "panel", "variant", "ratio", "times gc.measure", title, plt)
+
+
+def _bars(rows: Sequence[Row], panel: str, label: str, value: str, axis: str, title: str, plt: Any) -> Any:
+    panels = list(dict.fromkeys(row[panel] for row in rows))
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    most = max(sum(row[panel] == name for row in rows) for name in panels)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(6.8 * columns, lines * (0.24 * most + 0.9)), squeeze=False, layout="constrained"
+    )
+    for ax, name in zip(axes.flat, panels, strict=False):
+        mine = [row for row in rows if row[panel] == name]
+        for y, row in enumerate(mine):
+            if row["reason"] is not None:
+                ax.text(0, y, " refused: " + _short(row["reason"]), va="center", fontsize=7, color=THEIRS)
+                continue
+            middle = row[f"{value}_median"]
+            spread = [[middle - row[f"{value}_min"]], [row[f"{value}_max"] - middle]]
+            ax.barh(y, middle, color=color(row[label]), xerr=spread, error_kw={"elinewidth": 1, "capsize": 2})
+            ax.text(row[f"{value}_max"], y, f"  {middle:.2f}", va="center", fontsize=7)
+        ax.set_yticks(range(len(mine)), [row[label] for row in mine], fontsize=7)
+        ax.set_ylim(len(mine) - 0.4, -0.6)
+        ax.margins(x=0.15)
+        ax.set_title(name, fontsize=9)
+        ax.set_xlabel(axis, fontsize=8)
+        _plain(ax)
+    for ax in list(axes.flat)[len(panels) :]:
+        ax.set_axis_off()
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def _short(reason: str) -> str:
+    reason = reason.split(": ", 1)[-1]
+    return reason if len(reason) <= 60 else reason[:57] + "..."
+
+
+def memory(result: Row, plt: Any) -> Any:
+    """Peak against pairs on WRN-28-2, and every other group as bars of its ratio."""
+    rows = result["rows"]
+    wrn = [row for row in rows if row["model"] == "wrn-28-2"]
+    others = [row for row in rows if row["model"] != "wrn-28-2"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
+    _lines(left, wrn, "pairs", "peak_mb", "peak memory of a step, MiB", "WRN-28-2, 32x32")
+    left.set_xlabel("pairs", fontsize=8)
+    figure.legend(*left.get_legend_handles_labels(), fontsize=7, frameon=False, loc="outside lower center", ncols=5)
+    ticks = []
+    for y, row in enumerate(others):
+        ticks.append(f"{row['model']}, {row['pairs']} pairs: {row['variant']}")
+        if row["reason"] is not None:
+            right.text(0, y, " failed: " + _short(row["reason"]), va="center", fontsize=7, color=THEIRS)
+        elif "peak_ratio" in row:
+            right.barh(y, row["peak_ratio"], color=color(row["variant"]))
+            right.text(row["peak_ratio"], y, f"  {row['peak_ratio']:.2f}", va="center", fontsize=7)
+    right.set_yticks(range(len(others)), ticks, fontsize=7)
+    right.set_ylim(len(others) - 0.4, -0.6)
+    right.margins(x=0.15)
+    right.set_xlabel("times the peak of the FixMatch step", fontsize=8)
+    _plain(right)
+    return figure
+
+
+def scaling(result: Row, plt: Any) -> Any:
+    """Seconds above, peak below; a column an axis."""
+    axes_names = list(dict.fromkeys(row["axis"] for row in result["rows"]))
+    figure, axes = plt.subplots(2, len(axes_names), figsize=(4.2 * len(axes_names), 6.4), layout="constrained")
+    for column, axis in enumerate(axes_names):
+        mine = [row for row in result["rows"] if row["axis"] == axis]
+        _lines(axes[0][column], mine, "value", "seconds_median", "seconds a step", axis.replace("_", " "))
+        _lines(axes[1][column], mine, "value", "peak_mb", "peak memory, MiB", "")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, frameon=False, loc="outside upper center", ncols=len(labels))
+    return figure
+
+
+def _lines(ax: Any, rows: Sequence[Row], x: str, y: str, label: str, title: str) -> None:
+    """One line a variant, logarithmic; a variant that was refused everywhere is named in the legend."""
+    from matplotlib.ticker import LogLocator
+
+    styles = ["-", "--", ":", "-."]
+    seen: dict[str, int] = {}
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        points = [(row[x], row[y]) for row in rows if row["variant"] == variant and row["reason"] is None]
+        kind = color(variant)
+        style = styles[seen.get(kind, 0) % len(styles)]
+        marker = "os^vD"[seen.get(kind, 0) % 5]
+        seen[kind] = seen.get(kind, 0) + 1
+        name = variant if points else f"{variant} (refused)"
+        ax.plot(*(zip(*points, strict=True) if points else ([], [])), style, color=kind, marker=marker, label=name)
+    values = sorted({row[x] for row in rows})
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.set_xticks(values, [str(value) for value in values], fontsize=8)
+    ax.set_xticks([], minor=True)
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.set_yticks([], minor=True)
+    ax.tick_params(axis="y", labelsize=8)
+    ax.set_ylabel(label, fontsize=8)
+    ax.set_title(title, fontsize=9)
+    _plain(ax)
+
+
+def kernels(result: Row, plt: Any) -> Any:
+    """Milliseconds of every form of every layer; the ring is the cost model's choice."""
+    rows = result["rows"]
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    marks = {"gradient": ("o", OURS), "gram": ("s", "#2c9c69")}
+    stock = [name for name in dict.fromkeys(row["variant"] for row in rows) if "stock" in name]
+    marks |= {name: (mark, THEIRS) for name, mark in zip(stock, "^v", strict=False)}
+    figure, ax = plt.subplots(figsize=(9, 0.24 * len(layers) + 1.4), layout="constrained")
+    for variant, (mark, tint) in marks.items():
+        points = [(row["milliseconds"], layers.index(row["layer"])) for row in rows
+                  if row["variant"] == variant and row["reason"] is None]  # fmt: skip
+        ax.plot(*(zip(*points, strict=True) if points else ([], [])), mark, color=tint, markersize=5, label=variant)
+    chosen = [row for row in rows if "auto" in row.get("choice", "")]
+    for wrong, tint in ((False, "#333333"), (True, "#d02020")):
+        points = [(row["milliseconds"], layers.index(row["layer"])) for row in chosen if (row["loss"] > 1.1) == wrong]
+        name = "chosen, over 10 % slower than the other form" if wrong else "chosen by the cost model"
+        ax.plot(*(zip(*points, strict=True) if points else ([], [])), "o", markerfacecolor="none",
+                markeredgecolor=tint, markersize=10, label=name)  # fmt: skip
+    ax.set_yticks(range(len(layers)), layers, fontsize=7)
+    ax.set_ylim(len(layers) - 0.4, -0.6)
+    ax.set_xscale("log")
+    ax.set_xlabel(f"milliseconds for {result['setting']['pairs']} pairs, derivative included", fontsize=8)
+    ax.legend(fontsize=7, frameon=False, loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3)
+    ax.grid(axis="y", linewidth=0.3)
+    _plain(ax)
+    return figure
+
+
+def profile(result: Row, plt: Any) -> Any:
+    """Seconds by kind, the step with the term beside the step without."""
+    rows = result["rows"]
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    kinds = [row["kind"] for row in rows if row["variant"] == variants[-1]]
+    kinds += [row["kind"] for row in rows if row["kind"] not in kinds]
+    kinds = list(dict.fromkeys(kinds))
+    figure, ax = plt.subplots(figsize=(9, 0.42 * len(kinds) + 1.2), layout="constrained")
+    for offset, variant in zip((-0.2, 0.2), variants, strict=True):
+        for row in (row for row in rows if row["variant"] == variant):
+            y = kinds.index(row["kind"]) + offset
+            ax.barh(y, row["seconds"], 0.38, color=color(variant))
+            ax.text(row["seconds"], y, f"  {row['share']:.1%}", va="center", fontsize=7)
+    for variant in variants:
+        ax.barh(0, 0, color=color(variant), label=variant)
+    ax.set_yticks(range(len(kinds)), kinds, fontsize=8)
+    ax.set_ylim(len(kinds) - 0.4, -0.6)
+    ax.margins(x=0.1)
+    ax.set_xlabel(f"seconds a step under the profiler, {result['setting']['pairs']} pairs", fontsize=8)
+    ax.set_title(f"{result['setting']['model']}: where the time goes", fontsize=9)
+    ax.legend(fontsize=8, frameon=False, loc="lower right")
+    _plain(ax)
+    return figure
+
+
+def frontier(result: Row, plt: Any) -> Any:
+    """What is lost against time and against memory, and the Kronecker kind's error against its rank; a line a model."""
+    models = list(dict.fromkeys(row["model"] for row in result["rows"]))
+    figure, axes = plt.subplots(
+        len(models), 3, figsize=(13, 4.2 * len(models)), squeeze=False, layout="constrained",
+        gridspec_kw={"width_ratios": [1.3, 1.3, 1]},
+    )  # fmt: skip
+    for line, model in zip(axes, models, strict=True):
+        rows = [row for row in result["rows"] if row["model"] == model and row.get("angle_of_mean") is not None]
+        for ax, cost, what in zip(line, ("ratio_median", "peak_ratio"), ("step", "peak"), strict=False):
+            ax.set_title(f"{model}: gradient against {'time' if what == 'step' else 'memory'}", fontsize=9)
+            shown = [row for row in rows if row.get(cost) is not None]
+            if not shown:
+                ax.text(0.5, 0.5, "not measured", ha="center", fontsize=8, transform=ax.transAxes)
+                ax.set_axis_off()
+                continue
+            for row in shown:
+                tint = THEIRS if "k=" in row["variant"].removeprefix("every=") else OURS
+                ax.plot(row[cost], row["angle_of_mean"], "o", color=tint)
+                label = row["variant"].removeprefix("encoder: ").replace(" of all", "")
+                if ", every=" in label:
+                    continue  # between the two that it is made of: in the table
+                ax.annotate(label, (row[cost], row["angle_of_mean"]), (4, 3), textcoords="offset points", fontsize=7)
+            ax.set_xlabel(f"times the {what} of FixMatch", fontsize=8)
+            ax.set_ylabel("degrees off the exact gradient, mean of the batches", fontsize=8)
+            ax.margins(x=0.2, y=0.1)
+            _plain(ax)
+        _ranks(line[2], [row for row in result["ranks"] if row["model"] == model])
+    used = result["setting"]
+    figure.suptitle(f"{used['labeled']} labeled + {used['pairs']} pairs, {used['rounds']} batches", fontsize=10)
+    return figure
+
+
+def _ranks(ax: Any, rows: Sequence[Row]) -> None:
+    dims = [row["dim"] for row in rows]
+    marks = {"norm_error": ("o-", THEIRS, "squared norm"), "norm_bound": (":", PLAIN, "its bound, from theory"),
+             "cosine_error": ("s-", OURS, "cosine")}  # fmt: skip
+    for key, (mark, tint, label) in marks.items():
+        ax.plot(dims, [row[key] for row in rows], mark, color=tint, label=label, markersize=4)
+    ax.plot(dims, [rows[0]["norm_error"] * (dims[0] / dim) ** 0.5 for dim in dims], "--", color=PLAIN, linewidth=0.8,
+            label="1 / sqrt(k)")  # fmt: skip
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.set_xticks(dims, [str(dim) for dim in dims], fontsize=8)
+    ax.set_xlabel("k, kronecker", fontsize=8)
+    ax.set_ylabel("rms error", fontsize=8)
+    ax.set_title("error against rank", fontsize=9)
+    ax.legend(fontsize=7, frameon=False)
+    _plain(ax)
+
+
+def _plain(ax: Any) -> None:
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.tick_params(axis="x", labelsize=8)
+
+
+PLOTS: dict[str, Callable[[Row, Any], Any]] = {
+    "step_cost": step_cost,
+    "memory": memory,
+    "measure_peers": measure_peers,
+    "kernels": kernels,
+    "scaling": scaling,
+    "profile": profile,
+    "frontier": frontier,
+    "help_four": curves,
+    "help_four_statistics": differences,
+    "term_dynamics": term_dynamics,
+    "term_dynamics_group_norm": term_dynamics,
+    "term_dynamics_through": term_dynamics,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "assets")
+    options = parser.parse_args()
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    options.output.mkdir(parents=True, exist_ok=True)
+    for name, draw in PLOTS.items():
+        path = options.results / f"{name}.json"
+        if not path.is_file():
+            print(f"{name}: no result")
+            continue
+        figure = draw(json.loads(path.read_text(encoding="utf-8")), plt)
+        figure.savefig(options.output / f"{name}.png", dpi=110)
+        plt.close(figure)
+        print(f"{name}: {name}.png")
+
+
+if __name__ == "__main__":
+    main()
