@@ -20,7 +20,7 @@ def float32_section(result: dict[str, Any]) -> str:
     """Text and table.
 
     Args:
-        result: of benchmarks/float32_error.py.
+        result: of benchmarks/evidence/float32_error.py.
 
     Returns:
         Markdown.

@@ -47,8 +47,8 @@ class Residual(torch.nn.Module):
 def test_float32_is_within_rounding_once_the_sides_of_activations_are_held(engine: str) -> None:
     """In a deep network float32 moves some activation over its kink, where the derivative jumps; nothing else is off.
 
-    So the contract's bounds cannot hold for every deep network (benchmarks/float32_error.py). Here the sides are those
-    of a float64 forward, and a twentieth of the bounds (for the gradient a fortieth) holds.
+    So the contract's bounds cannot hold for every deep network (benchmarks/evidence/float32_error.py). Here the sides
+    are those of a float64 forward, and a twentieth of the bounds (for the gradient a fortieth) holds.
     """
     for seed in range(2):
         torch.manual_seed(seed)

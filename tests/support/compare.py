@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .oracle import Verdict
 
 #: (cosine, absolute; parameter gradient, relative in norm over the whole vector). In float32 a deep ReLU network may go
-#: beyond: rounding moves some activation over its kink, in any engine (benchmarks/float32_error.py).
+#: beyond: rounding moves some activation over its kink, in any engine (benchmarks/evidence/float32_error.py).
 TOLERANCE = {torch.float64: (1e-10, 1e-8), torch.float32: (2e-5, 2e-4)}
 
 

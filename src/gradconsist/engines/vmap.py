@@ -23,7 +23,7 @@ from gradconsist.similarity import GradProducts
 from gradconsist.types import Inputs
 
 # Fixed numbers and not timings, so that a resumed run adds up in the same order and stays bitwise equal.
-# CPU: from 16 pairs on nothing is gained (benchmarks/step_cost.py); CUDA: not measured yet.
+# CPU: from 16 pairs on nothing is gained (benchmarks/cost/step_cost.py); CUDA: not measured yet.
 _CHUNK = {"cpu": 16, "cuda": 64}
 _GRADIENT_BYTES = 2**30
 _COPIES = 8  # of E a pair: two gradients, their cotangents and the intermediates of each, an upper estimate

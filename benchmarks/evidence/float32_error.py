@@ -1,7 +1,7 @@
 """How far is float32 off float64 on whole networks, and why?
 
-    python benchmarks/float32_error.py --threads 1 --output benchmarks/results/float32_error.json
-    python benchmarks/float32_error.py --quick      # two small networks, two seeds; nothing to quote
+    python benchmarks/evidence/float32_error.py --threads 1 --output benchmarks/results/float32_error.json
+    python benchmarks/evidence/float32_error.py --quick      # two small networks, two seeds; nothing to quote
 
 Freshly initialised networks in train mode, default options, the encoder compared, argmax pseudo-labels. The reference
 is the tests' oracle, a float64 loop over samples that shares no code with the library. Held against it, over several
@@ -26,10 +26,14 @@ import copy
 import statistics
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+_HERE = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(_HERE / folder) for folder in ("benchmarks/shared", "benchmarks/cost", "tests", "examples")]
 from environment import write_result
 from harness import Row, flat_gradient, heading, parse, parser, show
 from models import has_batchnorm, spec
@@ -216,7 +220,7 @@ def row(name: str, seeds: list[dict[str, float]]) -> Row:
 def main() -> int:
     made = parser(__doc__)
     made.add_argument("--seeds", type=int, default=4, help="draws of weights and images of each network")
-    made.add_argument("--networks", nargs="+", default=list(NETWORKS), help="as in benchmarks/models.py")
+    made.add_argument("--networks", nargs="+", default=list(NETWORKS), help="as in benchmarks/cost/models.py")
     options = parse(made, seeds=2, networks=["mlp", "wrn-10-1"])
     bounds = TOLERANCE[torch.float32]
     setting = {"seeds": options.seeds, "quick": options.quick, "dtype": "float32", "bounds": bounds}
