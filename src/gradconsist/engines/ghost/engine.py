@@ -30,7 +30,8 @@ from gradconsist.validation import check_choice
 logger = logging.getLogger("gradconsist")
 
 # What the graph of a chunk may keep, and pairs at most. Fixed numbers and not timings, so that a resumed run adds up in
-# the same order and stays bitwise equal: on CPUs larger chunks gain little (benchmarks/cost/step_cost.py); CUDA: unknown.
+# the same order and stays bitwise equal. On CPUs larger chunks gain little (benchmarks/cost/step_cost.py). CUDA was not
+# measured.
 _CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2**33}
 _MOST_PAIRS = 256
 
