@@ -42,7 +42,7 @@ from point import measure, memory_limit
 from steps import FRONTIER, PLAIN, WEIGHT, Step, applies, make_batch
 
 from gradconsist import GradientConsistencyLoss, RandomProjection
-from gradconsist.batch import take
+from gradconsist._inputs.batch import take
 from gradconsist.engines import GradProducts, Problem
 
 EXACT = "exact"

@@ -21,9 +21,9 @@ from models import has_batchnorm, spec
 from peers import BackpackTerm, RefusedError
 
 from gradconsist import GGCRWrapper, GradientConsistencyLoss, RandomProjection, SSLBatch, ViewPair
+from gradconsist._forward.observer import Observer
 from gradconsist.engines import GhostEngine
 from gradconsist.methods import FixMatch
-from gradconsist.observer import Observer
 
 WEIGHT = 0.1
 PLAIN = "without the term"

@@ -14,8 +14,8 @@ to any semi-supervised method.
     '0.000'
 """
 
+from gradconsist.engines.projection import RandomProjection
 from gradconsist.loss import GradientConsistencyLoss
-from gradconsist.projection import RandomProjection
 from gradconsist.types import ConsistencyRecord, SSLBatch, StepOutput, ViewPair
 from gradconsist.wrapper import GGCRWrapper
 

@@ -10,21 +10,21 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from gradconsist.advice import IdleCalls
-from gradconsist.comparison import Comparison, compare
-from gradconsist.default_loss import cross_entropy
+from gradconsist._consistency.advice import IdleCalls
+from gradconsist._consistency.comparison import Comparison, compare
+from gradconsist._consistency.settings import OPTIONS, Reduction, Settings
+from gradconsist._consistency.similarity import Criterion, Disagreement
+from gradconsist._consistency.trial import Probed
+from gradconsist._forward.batchnorm import BatchNormPolicy, Constants
+from gradconsist._forward.isolation import one_comparison, uncompiled
+from gradconsist._inputs.cross_entropy import cross_entropy
+from gradconsist._inputs.pairs import Pairs, check_pairs
+from gradconsist._inputs.parameters import Encoder
+from gradconsist._refusals.models import check_model
 from gradconsist.engines import Engine
-from gradconsist.errors import ConfigError, GradModeError, StateError
-from gradconsist.guards import check_model
-from gradconsist.isolation import one_comparison, uncompiled
-from gradconsist.normalization import BatchNormPolicy, Constants
-from gradconsist.probes import Probed
-from gradconsist.projection import RandomProjection
-from gradconsist.selection import Encoder
-from gradconsist.settings import OPTIONS, Reduction, Settings
-from gradconsist.similarity import Criterion, Disagreement
-from gradconsist.types import ConsistencyRecord, Inputs, LossFunction
-from gradconsist.validation import Pairs, check_pairs
+from gradconsist.engines.projection import RandomProjection
+from gradconsist.errors import ConfigError, GradModeError, NonFiniteError, StateError
+from gradconsist.types import ConsistencyRecord, Inputs, LossFunction, ViewPair
 
 
 class GradientConsistencyLoss:
@@ -251,6 +251,33 @@ class GradientConsistencyLoss:
                 generator.set_state(self._generator.get_state())
             _, self.last = compare(self._comparison(generator, statistics, measure=True), pairs)
         return self.last
+
+    @uncompiled
+    def try_on_one_pair(self, pair: ViewPair, statistics: Constants | None = None) -> bool:
+        """Evaluates the loss and its gradient on one pair, and leaves no trace but what it learns about the model.
+
+        For mistakes that would otherwise show after a long warm-up. All views, targets and weights are checked. The
+        pair is the first one of positive weight, or else the first one: a method may be confident of none at the start.
+        The record, generator and number of calls stay as they are, and so do the model and the random state.
+
+        Args:
+            pair: the views of a step.
+            statistics: as in `evaluate`.
+
+        Returns:
+            Whether it was conclusive: numbers that are not finite say nothing about the model.
+
+        Raises:
+            GradConsistError: whatever the loss itself would raise for such a step.
+        """
+        with one_comparison():
+            pairs = self._check(*pair, fused=self.settings.fused)
+            try:
+                # A generator of its own: the loss draws next what it would have drawn.
+                compare(self._comparison(torch.Generator().manual_seed(0), statistics), pairs.first())
+            except NonFiniteError:
+                return False
+        return True
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state of the loss's own generator, which `max_pairs` and ``dropout="on"`` draw from.

@@ -25,6 +25,24 @@ LossFunction: TypeAlias = Callable[[Any, Tensor], Tensor]
 """``(model output, target) -> per-sample losses [B]``."""
 
 
+class GradProducts(NamedTuple):
+    """Inner products of the two views' per-sample gradients, one row a pair.
+
+    Attributes:
+        weak: ||g_w||^2, [B].
+        strong: ||g_s||^2, [B].
+        cross: ⟨g_w, g_s⟩, [B].
+    """
+
+    weak: Tensor
+    strong: Tensor
+    cross: Tensor
+
+    def isfinite(self) -> Tensor:
+        """Which pairs [B] have three finite numbers."""
+        return torch.isfinite(self.weak) & torch.isfinite(self.strong) & torch.isfinite(self.cross)
+
+
 class ViewPair(NamedTuple):
     """The two views of one unlabeled batch, as a method compared them.
 

@@ -9,16 +9,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from gradconsist._forward.observer import Observer
+from gradconsist._forward.randomness import preserved_randomness
+from gradconsist._inputs.options import check_choice, check_count, check_number
+from gradconsist._inputs.parameters import holds, trainable_parameters
+from gradconsist._inputs.schedules import warmup_then_ramp
+from gradconsist._refusals.loading import check_keys
 from gradconsist.errors import ConfigError, LossContractError, StateError
-from gradconsist.loading import check_keys
 from gradconsist.loss import GradientConsistencyLoss
-from gradconsist.observer import Observer
-from gradconsist.randomness import preserved_randomness
-from gradconsist.schedules import warmup_then_ramp
-from gradconsist.selection import holds, trainable_parameters
-from gradconsist.trial import try_on_one_pair
 from gradconsist.types import StepOutput, ViewPair
-from gradconsist.validation import check_choice, check_count, check_number
 
 PairFunction = Callable[[tuple[Any, ...], dict[str, Any], Any], ViewPair | None]
 
@@ -164,7 +163,7 @@ class GGCRWrapper(nn.Module):
             pair = self._pair(args, kwargs, output, base)
         if pair is not None:
             statistics = observer.observed(pair) if isinstance(observer, Observer) else None
-            self._tried = try_on_one_pair(self.consistency, self._gated(pair), statistics)
+            self._tried = self.consistency.try_on_one_pair(self._gated(pair), statistics)
 
     def _pair(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, base: StepOutput) -> ViewPair | None:
         if self.pair_fn is not None:

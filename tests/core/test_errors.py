@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradconsist import GradientConsistencyLoss, errors
-from gradconsist.engines.base import explain
+from gradconsist._refusals.limits import explain
 from gradconsist.errors import (
     ConfigError,
     DeviceError,

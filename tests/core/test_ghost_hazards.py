@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from gradconsist import GradientConsistencyLoss, statistics
+from gradconsist import GradientConsistencyLoss
+from gradconsist._forward import statistics
 from gradconsist.engines import GhostEngine
 from gradconsist.engines.ghost.coverage import check_coverage
 from gradconsist.engines.ghost.record import Use

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
+from gradconsist._forward.batchnorm import Statistics, affine
 from gradconsist.engines.ghost import conv, gram, pixel, pointwise, rules
 from gradconsist.engines.ghost.decomposed import RECURRENT
-from gradconsist.normalization import Statistics, affine
 
 DOUBLE = torch.float64
 FEW = settings(max_examples=20, deadline=None)

@@ -295,7 +295,7 @@ def test_sync_batchnorm_alone_is_batchnorm(engine: str) -> None:
 @ENGINES
 def test_sync_batchnorm_among_processes(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = net(lambda net, x: torch.tanh(net.norm(net.stem(x))), norm=nn.SyncBatchNorm(6))
-    monkeypatch.setattr("gradconsist.guards._processes", lambda: 2)
+    monkeypatch.setattr("gradconsist._refusals.models.process_count", lambda: 2)
     assert_refused(lambda: model, engine, r"`model\.norm` is a SyncBatchNorm in train mode among 2.*eval mode")
     model.norm.eval()
     assert_exact(model, engine)

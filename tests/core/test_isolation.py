@@ -16,8 +16,8 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from gradconsist import GradientConsistencyLoss
+from gradconsist._forward.isolation import one_comparison
 from gradconsist.errors import GradModeError, UnsupportedModuleError
-from gradconsist.isolation import one_comparison
 from support import compare, state
 from support.oracle import judge
 
@@ -396,7 +396,7 @@ def test_checkpoints_work_as_before_after_a_call() -> None:
 
 def test_a_checkpoint_that_runs_twice_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a torch where what is replaced has another name."""
-    monkeypatch.setattr("gradconsist.isolation._CHECKPOINTS", ())
+    monkeypatch.setattr("gradconsist._forward.isolation._CHECKPOINTS", ())
     model = net(_again, nn.Sequential(_square(), nn.LayerNorm(6), nn.Tanh()))
     with pytest.raises(UnsupportedModuleError, match=r"checkpointed part.*use_reentrant=False"):
         GradientConsistencyLoss(model, engine="loop")(*views())

@@ -16,37 +16,50 @@ FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*
 
 #: Runtime dependencies, beside the standard library.
 ALLOWED = {"torch", "typing_extensions", "gradconsist"}
-#: Prefixes of our own modules that a file may not import, by the file or folder that must not know of them.
-FORBIDDEN = {
-    "errors.py": ["gradconsist"],
-    "types.py": ["gradconsist"],
-    "precision.py": ["gradconsist"],
-    "projection.py": ["gradconsist.engines", "gradconsist.loss", "gradconsist.wrapper", "gradconsist.forward"],
-    "similarity.py": ["gradconsist.engines", "gradconsist.loss", "gradconsist.wrapper", "gradconsist.forward",
-                      "gradconsist.normalization", "gradconsist.selection", "gradconsist.methods"],
-    "selection.py": ["gradconsist.engines", "gradconsist.loss", "gradconsist.wrapper", "gradconsist.methods"],
-    "normalization.py": ["gradconsist.engines", "gradconsist.loss", "gradconsist.wrapper", "gradconsist.methods"],
-    "sparse.py": ["gradconsist"],
-    "fused.py": ["gradconsist.engines", "gradconsist.loss", "gradconsist.wrapper", "gradconsist.methods"],
-    "schedules.py": ["gradconsist.engines", "gradconsist.loss", "gradconsist.wrapper", "gradconsist.methods"],
-    "engines/": ["gradconsist.loss", "gradconsist.wrapper", "gradconsist.fused", "gradconsist.methods",
-                 "gradconsist.schedules", "gradconsist.diagnostics", "gradconsist.comparison"],
-    "loss.py": ["gradconsist.wrapper", "gradconsist.methods", "gradconsist.diagnostics", "gradconsist.schedules",
-                "gradconsist.adapters"],
-    "wrapper.py": ["gradconsist.methods", "gradconsist.diagnostics", "gradconsist.engines", "gradconsist.adapters"],
-    "regularizers/": ["gradconsist.wrapper", "gradconsist.methods", "gradconsist.diagnostics", "gradconsist.schedules"],
-    "optim/": ["gradconsist.engines", "gradconsist.loss", "gradconsist.wrapper", "gradconsist.fused",
-               "gradconsist.forward", "gradconsist.comparison", "gradconsist.methods", "gradconsist.diagnostics"],
-    "methods/": ["gradconsist.engines", "gradconsist.loss", "gradconsist.wrapper", "gradconsist.fused",
-                 "gradconsist.forward", "gradconsist.normalization", "gradconsist.comparison",
-                 "gradconsist.diagnostics"],
+#: Folders and files in the order in which they may import each other: everything before, and the own folder.
+ORDER = [
+    "errors.py",
+    "types.py",
+    "_inputs/",
+    "_refusals/",
+    "_forward/",
+    "engines/",
+    "_consistency/",
+    "loss.py",
+    "wrapper.py",
+]
+#: What stands beside that line: the parts of it that each may import, and no other of these.
+BESIDE = {
+    "methods/": ["errors", "types", "_inputs", "_refusals"],
+    "optim/": ["errors", "types", "_inputs"],
+    "regularizers/": ["errors", "types", "_inputs", "_refusals", "_forward", "_consistency", "loss"],
+    "diagnostics/": ["errors", "types", "_inputs", "_refusals", "_forward", "engines", "_consistency", "loss"],
     # An adapter builds on the wrapper, and on the gradient that is formed in the forward.
-    "adapters/": ["gradconsist.engines", "gradconsist.forward", "gradconsist.normalization", "gradconsist.comparison",
-                  "gradconsist.similarity", "gradconsist.diagnostics", "gradconsist.methods"],
-    "adapters/lightning.py": ["gradconsist.fused"],
-    "adapters/usb_pairs.py": ["gradconsist.loss", "gradconsist.wrapper", "gradconsist.fused"],
-    "adapters/usb_checks.py": ["gradconsist.loss", "gradconsist.wrapper", "gradconsist.fused"],
-}  # fmt: skip
+    "adapters/": ["errors", "types", "_inputs", "_refusals", "_consistency.gradient_buffer", "loss", "wrapper"],
+}
+#: Files that know less than their folder.
+FORBIDDEN = {
+    "types.py": ["gradconsist"],
+    "_inputs/precision.py": ["gradconsist"],
+    "_consistency/similarity.py": [
+        "gradconsist._inputs",
+        "gradconsist._refusals",
+        "gradconsist._forward",
+        "gradconsist.engines",
+    ],
+    "_consistency/gradient_buffer.py": ["gradconsist.engines"],
+    "engines/projection.py": ["gradconsist.engines", "gradconsist._forward"],
+}
+
+
+def _allowed(file: str) -> list[str]:
+    """Prefixes of our own modules that a file may import."""
+    for folder, parts in BESIDE.items():
+        if file.startswith(folder):
+            return [f"gradconsist.{folder[:-1]}", *(f"gradconsist.{part}" for part in parts)]
+    place = next(place for place in ORDER if file == place or file.startswith(place))
+    names = [each.removesuffix(".py").removesuffix("/") for each in ORDER[: ORDER.index(place) + 1]]
+    return [f"gradconsist.{name}" for name in names]
 
 
 def imports(path: Path) -> set[str]:
@@ -69,17 +82,23 @@ def below(name: str, prefix: str) -> bool:
 
 
 def test_there_is_something_to_check() -> None:
-    assert {"__init__.py", "errors.py", "similarity.py", "loss.py", "wrapper.py", "engines/loop.py"} <= set(FILES)
+    assert {"__init__.py", "errors.py", "_consistency/similarity.py", "loss.py", "engines/loop.py"} <= set(FILES)
 
 
-@pytest.mark.parametrize("file", FILES)
+def test_the_first_level() -> None:
+    """Few enough to hold in mind; what is internal says so."""
+    entries = {path.name for path in PACKAGE.iterdir() if not path.name.startswith("__") and path.name != "py.typed"}
+    assert entries == {place.strip("/") for place in (*ORDER, *BESIDE)}
+    assert len(entries) <= 14
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file != "__init__.py"])
 def test_layers(file: str) -> None:
-    found = imports(PACKAGE / file)
-    for place, prefixes in FORBIDDEN.items():
-        if file == place or (place.endswith("/") and file.startswith(place)):
-            for prefix in prefixes:
-                own = {name for name in found if below(name, prefix)}
-                assert not own, f"{file} may not import {sorted(own)}"
+    own = {name for name in imports(PACKAGE / file) if below(name, "gradconsist") and name != "gradconsist"}
+    upward = {name for name in own if not any(below(name, prefix) for prefix in _allowed(file))}
+    assert not upward, f"{file} may not import {sorted(upward)}"
+    less = {name for name in own for prefix in FORBIDDEN.get(file, ()) if below(name, prefix)}
+    assert not less, f"{file} may not import {sorted(less)}"
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradconsist import GradientConsistencyLoss, engines
+from gradconsist._consistency.similarity import cosine
 from gradconsist.errors import ConfigError, GradModeError
-from gradconsist.similarity import GradProducts, cosine
+from gradconsist.types import GradProducts
 from support import compare
 from support.zoo import CASES, Problem
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gradconsist import GradientConsistencyLoss, ViewPair
+from gradconsist._forward.observer import Observer
 from gradconsist.errors import UnsupportedModuleError
-from gradconsist.observer import Observer
 from support import compare
 from support.operator_zoo import OPERATOR_CASES, REFUSED
 from support.oracle import tree_cat, tree_leaves

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gradconsist import GradientConsistencyLoss
-from gradconsist.default_loss import cross_entropy
+from gradconsist._inputs.cross_entropy import cross_entropy
 from gradconsist.errors import UnsupportedModuleError
 from support import compare
 from support.oracle import Judge

@@ -15,7 +15,7 @@ from gradconsist.engines import AutoEngine, GhostEngine, LoopEngine, register_ru
 from gradconsist.engines.ghost.conv import Geometry
 from gradconsist.engines.ghost.rules import Bias, ConvolutionWeight, EmbeddingWeight, LinearWeight
 from gradconsist.engines.ghost.sketch import of_use
-from gradconsist.projection import KINDS
+from gradconsist.engines.projection import KINDS
 from support import compare
 from support.layer_zoo import LAYER_CASES
 from support.oracle import Judge, Verdict

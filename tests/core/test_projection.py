@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from gradconsist import GGCRWrapper, GradientConsistencyLoss, RandomProjection, SSLBatch
 from gradconsist.engines import GradProducts, Problem
+from gradconsist.engines.projection import KINDS, Projector
 from gradconsist.errors import ConfigError, StateError
 from gradconsist.methods import FixMatch
-from gradconsist.projection import KINDS, Projector
 from support import compare
 from support.zoo import CASES
 
@@ -103,7 +103,7 @@ def test_the_gaussian_kind_draws_from_a_generator_of_its_own() -> None:
 
 def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     """Projecting and lifting in blocks of a few columns is the product with the whole matrix and its transpose."""
-    monkeypatch.setattr("gradconsist.projection._BLOCK", 3 * 70)
+    monkeypatch.setattr("gradconsist.engines.projection._BLOCK", 3 * 70)
     projection = RandomProjection(70, "gaussian", seed=3)
     matrix, projector = projection.matrix([(11,)]), projection.projector()
     g, v = torch.randn(2, 11).double().requires_grad_(), torch.randn(2, 70).double().requires_grad_()

@@ -18,11 +18,14 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.overrides import TorchFunctionMode
 
-from gradconsist import GradientConsistencyLoss, diagnostics, guards, probes
-from gradconsist import forward as forward_module
+from gradconsist import GradientConsistencyLoss, diagnostics
+from gradconsist._consistency import trial
+from gradconsist._consistency.similarity import cosine, degenerate_pairs
+from gradconsist._forward import per_sample as forward_module
+from gradconsist._refusals import models as guards
 from gradconsist.engines import vmap as vmap_module
 from gradconsist.errors import UnsupportedModuleError
-from gradconsist.similarity import GradProducts, cosine, degenerate_pairs
+from gradconsist.types import GradProducts
 from support import compare
 from support.layer_zoo import LAYER_CASES
 from support.oracle import judge
@@ -210,7 +213,7 @@ def test_verify_finds_it_without_our_handling(function: Any, engine: str, monkey
     if function in (weight_norm, layer_norm, instance_norm):
         assert diagnostics.verify(GradientConsistencyLoss(problem[0], engine=engine), *problem[1:], directions=2).ok
     monkeypatch.setattr(forward_module, "_ComparisonMode", _Nothing)
-    monkeypatch.setattr(probes, "check_first_derivative", lambda loss, own: None)
+    monkeypatch.setattr(trial, "check_first_derivative", lambda loss, own: None)
     monkeypatch.setattr(vmap_module, "check_batched", lambda gradients: None)
     report = diagnostics.verify(GradientConsistencyLoss(problem[0], engine=engine), *problem[1:], directions=2)
     assert not report.ok

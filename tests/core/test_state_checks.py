@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradconsist import GradientConsistencyLoss, isolation
+from gradconsist import GradientConsistencyLoss
+from gradconsist._forward import isolation
 from gradconsist.engines import GradProducts
 from support import state
 from support.zoo import CASES, Problem

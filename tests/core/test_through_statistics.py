@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from gradconsist import GGCRWrapper, GradientConsistencyLoss, SSLBatch, diagnostics
+from gradconsist._forward.batchnorm import Statistics
+from gradconsist.engines.projection import RandomProjection
 from gradconsist.errors import ConfigError, UnsupportedModuleError
 from gradconsist.methods import FixMatch
-from gradconsist.normalization import Statistics
-from gradconsist.projection import RandomProjection
 from gradconsist.regularizers import GradientNormPenalty
 from support import compare
 

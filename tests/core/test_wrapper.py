@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradconsist import GGCRWrapper, GradientConsistencyLoss, SSLBatch, StepOutput, ViewPair
+from gradconsist._forward.observer import Observer
 from gradconsist.engines import GradProducts, LoopEngine, Problem
 from gradconsist.errors import (
     ConfigError,
@@ -27,7 +28,6 @@ from gradconsist.errors import (
     UnsupportedModuleError,
 )
 from gradconsist.methods import FixMatch
-from gradconsist.observer import Observer
 from support import compare, state, training
 from support.methods import same_state
 from support.oracle import Judge

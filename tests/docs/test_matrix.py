@@ -15,7 +15,7 @@ from pages import ROOT
 
 from gradconsist.engines import LoopEngine
 from gradconsist.engines.base import Problem
-from gradconsist.similarity import GradProducts
+from gradconsist.types import GradProducts
 
 
 class Wrong(LoopEngine):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from mutants.bug import Bug
 
-NORM, FORWARD, COMPARISON = "normalization.py", "forward.py", "comparison.py"
-OBSERVER, STATISTICS = "observer.py", "statistics.py"
+NORM, FORWARD, COMPARISON = "_forward/batchnorm.py", "_forward/per_sample.py", "_consistency/comparison.py"
+OBSERVER, STATISTICS = "_forward/observer.py", "_forward/statistics.py"
 THROUGH_TEST = "test_through_statistics.py"
 JOINT = "test_normalization.py::test_statistics_are_joint_over_both_views_and_all_chunks test_normalization.py"
 RANDOM = 'randomness="different" if problem.random'
@@ -236,7 +236,7 @@ BUGS = [
         "one dropout mask for both views",
         "dropout='on' draws independently for each view and sample",
         "test_ghost_hazards.py::test_dropout_on[dropout-auto]",
-        "engines/ghost/seen.py", RANDOM, 'randomness="same" if problem.random',
+        "engines/ghost/layer_gradients.py", RANDOM, 'randomness="same" if problem.random',
     ),
     Bug(
         "one dropout mask for all samples",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mutants.bug import Bug
 
-ENGINE, GRAM, SEEN, PIXEL = (f"engines/ghost/{name}.py" for name in ("engine", "gram", "seen", "pixel"))
+ENGINE, GRAM, SEEN, PIXEL = (f"engines/ghost/{name}.py" for name in ("engine", "gram", "layer_gradients", "pixel"))
 EVERY_FORM = "test_ghost.py::test_every_model_is_exact_in_every_form"
 PIXELS = "test_ghost_rules.py::test_the_pixel_form_against_unfolded_patches"
 BACKWARD = """    @staticmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mutants.bug import Bug
 
 CONV, OPERATORS, RULES, POINTWISE, DECOMPOSED, LAYERS = (
-    f"engines/ghost/{name}.py" for name in ("conv", "operators", "rules", "pointwise", "decomposed", "layers")
+    f"engines/ghost/{name}.py" for name in ("conv", "operators", "rules", "pointwise", "decomposed", "registered")
 )
 EVERY_FORM = "test_ghost.py::test_every_model_is_exact_in_every_form"
 FUNCTIONS = "test_ghost_rules.py::test_the_three_convolution_functions test_ghost_rules.py"

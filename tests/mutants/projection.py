@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mutants.bug import Bug
 
-PROJECTION, SKETCH, LOSS = "projection.py", "engines/ghost/sketch.py", "loss.py"
+PROJECTION, SKETCH, LOSS = "engines/projection.py", "engines/ghost/sketch.py", "loss.py"
 UNBIASED = "test_projection.py::test_inner_products_are_unbiased"
 ORACLE = "test_projected_engines.py::test_engines_agree_with_the_projected_oracle"
 GEOMETRY = "test_projected_engines.py::test_factors_of_convolutions_against_formed_gradients"

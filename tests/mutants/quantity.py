@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from mutants.bug import Bug
 
-SIMILARITY, COMPARISON, FUSED, LOSS = "similarity.py", "comparison.py", "fused.py", "loss.py"
-SUBSET = "subset.py"
+SIMILARITY, COMPARISON, FUSED, LOSS = (
+    "_consistency/similarity.py",
+    "_consistency/comparison.py",
+    "_consistency/gradient_buffer.py",
+    "loss.py",
+)
+SUBSET = "_inputs/chosen_pairs.py"
 VALUE = "value = cross / weak.sqrt() / strong.sqrt()"
 TERMS = "return weight * self.options.criterion.terms(products, similarity, degenerate)"
 
@@ -185,13 +190,13 @@ BUGS = [
         "parameters replaced by detached copies",
         "fused=False: an ordinary graph down to the parameters",
         "test_loss.py::test_reductions[mean-graph-loop]",
-        "sparse.py", "else parameter.view_as(parameter)\n", "else parameter.detach().requires_grad_()\n",
+        "_forward/sparse.py", "else parameter.view_as(parameter)\n", "else parameter.detach().requires_grad_()\n",
     ),
     Bug(
         "a tied embedding's gradient handed over as sparse",
         "a gradient has the layout of torch's own",
         "test_sparse.py",
-        "probes.py", 'used_otherwise(loss, embedded, "EmbeddingBackward0")', "set()",
+        "_consistency/trial.py", 'used_otherwise(loss, embedded, "EmbeddingBackward0")', "set()",
     ),
     Bug(
         "the joint statistics send on a dense gradient",
@@ -214,7 +219,8 @@ BUGS = [
         "everything is compared, whatever the encoder",
         "E is what the encoder names",
         "test_exactness.py::test_what_is_compared_and_what_is_differentiated[loop]",
-        "selection.py", "        chosen = {name: parameter for name, parameter in trainable.items() if encoder(name)}",
+        "_inputs/parameters.py",
+        "        chosen = {name: parameter for name, parameter in trainable.items() if encoder(name)}",
         "        chosen = trainable",
     ),
     Bug(
@@ -261,19 +267,19 @@ BUGS = [
         "target not detached",
         "the target is a constant",
         "test_loss.py::test_a_target_with_a_graph_is_a_constant",
-        "validation.py", "if target.is_inference() else target.detach()", "if target.is_inference() else target",
+        "_inputs/pairs.py", "if target.is_inference() else target.detach()", "if target.is_inference() else target",
     ),
     Bug(
         "mappings paired by order",
         "tensors of two views belong together by their key",
         "test_exactness.py::test_views_are_paired_by_key_in_whatever_order_they_were_built[ghost-None]",
-        "validation.py", "strong = in_order_of(weak, strong)", "strong = dict(strong)",
+        "_inputs/pairs.py", "strong = in_order_of(weak, strong)", "strong = dict(strong)",
     ),
     Bug(
         "soft targets normalised by their largest entry",
         "a probability is used as it is",
         "test_exactness.py::test_the_defaults_are_exact_on_every_model[mlp_soft_target]",
-        "default_loss.py",
+        "_inputs/cross_entropy.py",
         "target = target.to(logits.dtype)",
         "target = target.to(logits.dtype) / target.amax(1, keepdim=True)",
     ),
@@ -282,13 +288,13 @@ BUGS = [
         "only a row that is one class exactly is treated as a class",
         "test_exactness.py::test_the_defaults_are_exact_on_every_model[mlp_soft_target]"
         " test_oracle.py",
-        "default_loss.py", "target.amax(1) == 1", "target.amax(1) > 0.5",
+        "_inputs/cross_entropy.py", "target.amax(1) == 1", "target.amax(1) > 0.5",
     ),
     Bug(
         "a target of one's own is rounding noise",
         "a target equal to the view's own prediction has gradient zero",
         "test_loss.py::test_a_target_equal_to_the_own_prediction_is_degenerate_in_float32[loop]",
-        "default_loss.py",
+        "_inputs/cross_entropy.py",
         "F.cross_entropy(torch.where(own, logits.detach(), logits), target",
         "F.cross_entropy(logits, target",
     ),
@@ -296,7 +302,7 @@ BUGS = [
         "softmax minus one-hot",
         "the direction of a confident sample's gradient keeps its digits in float32",
         "test_loss.py::test_a_confident_gradient_keeps_its_direction_in_float32[13.0-loop]",
-        "default_loss.py",
+        "_inputs/cross_entropy.py",
         "return F.softplus(others - logits.gather(1, target.unsqueeze(1)).squeeze(1))",
         'return F.cross_entropy(logits, target, reduction="none")',
     ),
@@ -304,7 +310,7 @@ BUGS = [
         "loss in half precision",
         "losses are computed in float32 at least",
         "test_precision.py::test_the_default_loss_of_half_logits_is_that_of_their_values",
-        "default_loss.py", "    logits = wide(logits)\n", "",
+        "_inputs/cross_entropy.py", "    logits = wide(logits)\n", "",
     ),
     Bug(
         "degenerate cosines recorded as 0",

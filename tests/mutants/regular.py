@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mutants.bug import Bug
 
-SIMILARITY, JACOBIAN, SAM = "similarity.py", "regularizers/jacobian.py", "optim/sam.py"
+SIMILARITY, JACOBIAN, SAM = "_consistency/similarity.py", "regularizers/jacobian.py", "optim/sam.py"
 FLATNESS, LANDSCAPE, BOUND, MEMORY = (f"diagnostics/{name}.py" for name in ("flatness", "landscape", "bound", "memory"))
 
 BUGS = [

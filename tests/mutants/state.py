@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from mutants.bug import Bug
 
-FORWARD, RANDOMNESS, GRAPH, PROBES = "forward.py", "randomness.py", "graph.py", "probes.py"
-REMEMBERED, FUNCTIONS = "remembered.py", "custom_functions.py"
+FORWARD, RANDOMNESS, GRAPH, PROBES = (
+    "_forward/per_sample.py",
+    "_forward/randomness.py",
+    "_refusals/graphs.py",
+    "_consistency/trial.py",
+)
+REMEMBERED, FUNCTIONS = "_forward/remembered.py", "_consistency/custom_functions.py"
 NO_TRACE = "test_state.py::test_a_successful_call_leaves_no_trace test_state.py"
 
 BUGS = [
@@ -56,14 +61,15 @@ BUGS = [
         "an idle term not told",
         "where no pair has had a cosine for several calls, one warning says so",
         "test_advice.py::test_it_is_told_once_with_a_remedy",
-        "advice.py", "(record.degenerate | ~record.compared).all()", "(~record.compared).all()",
+        "_consistency/advice.py", "(record.degenerate | ~record.compared).all()", "(~record.compared).all()",
     ),
     Bug(
         "a second backward doubles the gradient",
         "a loss behaves like any: its graph is freed by the first backward",
         "test_advice.py::test_a_second_backward_raises_unless_the_graph_is_kept",
-        "fused.py", "ctx.save_for_backward(*(own or [parameters[0].new_empty(0)]))", "ctx.kept = own",
-        "fused.py", "saved = iter(ctx.saved_tensors)", "saved = iter(ctx.kept)",
+        "_consistency/gradient_buffer.py",
+        "ctx.save_for_backward(*(own or [parameters[0].new_empty(0)]))", "ctx.kept = own",
+        "_consistency/gradient_buffer.py", "saved = iter(ctx.saved_tensors)", "saved = iter(ctx.kept)",
     ),
     Bug(
         "the first step tries nothing",
@@ -75,8 +81,8 @@ BUGS = [
         "the trial draws from the loss's generator",
         "the first step's trial leaves everything bitwise alone",
         "test_wrapper.py::test_the_trial_changes_nothing_that_follows",
-        "trial.py", "consistency._comparison(torch.Generator().manual_seed(0), statistics)",
-        "consistency._comparison(None, statistics)",
+        "loss.py", "self._comparison(torch.Generator().manual_seed(0), statistics)",
+        "self._comparison(None, statistics)",
     ),
     Bug(
         "torch's random state not restored",
@@ -127,7 +133,7 @@ BUGS = [
         "autocast left off",
         "the caller's autocast region goes on",
         "test_precision.py::test_the_users_autocast_region_goes_on_after_a_call",
-        "scope.py",
+        "_forward/sandbox.py",
         "torch.autocast(device.type, enabled=False),",
         "__import__('contextlib').suppress(torch.set_autocast_enabled(device.type, False) or ValueError),",
     ),
@@ -135,25 +141,25 @@ BUGS = [
         "hooks of the observer left behind",
         "no hook stays in the model",
         "test_wrapper.py::test_observing_leaves_no_trace",
-        "observer.py", "for hook in self._hooks:", "for hook in self._hooks[:1]:",
+        "_forward/observer.py", "for hook in self._hooks:", "for hook in self._hooks[:1]:",
     ),
     Bug(
         "replaced forwards left behind",
         "modes and attributes of modules stay as they were",
         "test_layer_rules.py::test_a_rule_that_fails_leaves_no_trace test_layer_rules.py test_ghost_boundaries.py",
-        "engines/ghost/layers.py", '            vars(layer).pop("forward", None)\n', "            pass\n",
+        "engines/ghost/registered.py", '            vars(layer).pop("forward", None)\n', "            pass\n",
     ),
     Bug(
         "captures kept alive",
         "nothing outlives a call",
         "test_ghost_boundaries.py::test_nothing_outlives_a_call_even_without_the_garbage_collector test_state.py",
-        "engines/ghost/seen.py", "            capture.release()\n", "            pass\n",
+        "engines/ghost/layer_gradients.py", "            capture.release()\n", "            pass\n",
     ),
     Bug(
         "the user's tensor hooks run inside the call",
         "a hook on a parameter runs once, in the user's backward",
         "test_trust.py::test_tensor_hooks_of_the_user_run_once_in_the_users_backward",
-        "comparison.py",
+        "_consistency/comparison.py",
         "self.aliases = aliases(options.trainable, self.sparse)",
         "self.aliases = dict(options.trainable)",
     ),
@@ -221,7 +227,7 @@ BUGS = [
         "a flag and a number taken for one constant",
         "views with different constants are refused",
         "test_errors.py::test_inputs test_wrapper.py::test_a_forward_with_other_constants_is_not_the_views",
-        "batch.py", "type(a) is type(b) and a == b", "a == b",
+        "_inputs/batch.py", "type(a) is type(b) and a == b", "a == b",
     ),
     Bug(
         "a refusal holds for one call only",
@@ -236,7 +242,7 @@ BUGS = [
         PROBES,
         "if target.dim() == 1 and int(target.max()) >= classes:",
         "if target.dim() == 1 and int(target.min()) >= classes:",
-        "default_loss.py",
+        "_inputs/cross_entropy.py",
         "logits.gather(1, target.unsqueeze(1))",
         "logits.gather(1, target.clamp(max=logits.shape[1] - 1).unsqueeze(1))",
     ),
@@ -244,13 +250,13 @@ BUGS = [
         "probabilities need not sum to 1",
         "a target that is no distribution is refused",
         "test_errors.py::test_inputs",
-        "validation.py", " or bool(((total - 1).abs() > tolerance).any())", "",
+        "_inputs/pairs.py", " or bool(((total - 1).abs() > tolerance).any())", "",
     ),
     Bug(
         "NaN gradients count as degenerate",
         "a gradient that is not finite is an error, not a pair less",
         "test_errors.py::test_22_nan_in_a_parameter",
-        "comparison.py",
+        "_consistency/comparison.py",
         "if culprit is not None or not self.drop_non_finite:",
         "if culprit is not None and self.drop_non_finite:",
     ),
@@ -258,13 +264,14 @@ BUGS = [
         "overflow in float16 hides broken parameters",
         "only an overflow may leave a pair out",
         "test_trust.py::test_float16_overflow_does_not_hide_broken_parameters",
-        "comparison.py", "if culprit is not None or not self.drop_non_finite:", "if not self.drop_non_finite:",
+        "_consistency/comparison.py",
+        "if culprit is not None or not self.drop_non_finite:", "if not self.drop_non_finite:",
     ),
     Bug(
         "raw DDP accepted",
         "a model whose second forward would be counted is refused",
         "test_errors.py::test_43_raw_ddp_is_refused",
-        "guards.py",
+        "_refusals/models.py",
         '    "torch.nn.parallel.distributed.DistributedDataParallel": (\n',
         '    "DistributedDataParallel": (\n',
     ),
@@ -272,9 +279,9 @@ BUGS = [
         "Embedding(scale_grad_by_freq=True) accepted",
         "a gradient that depends on the rest of the batch is refused",
         "test_errors.py::test_refused_modules",
-        "guards.py",
+        "_refusals/models.py",
         "if isinstance(module, nn.Embedding) and module.scale_grad_by_freq:",
         "if isinstance(module, nn.EmbeddingBag) and module.scale_grad_by_freq:",
-        "forward.py", "    if scale_grad_by_freq:\n", "    if scale_grad_by_freq is None:\n",
+        "_forward/per_sample.py", "    if scale_grad_by_freq:\n", "    if scale_grad_by_freq is None:\n",
     ),
 ]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mutants.bug import Bug
 
-WRAPPER, SCHEDULES = "wrapper.py", "schedules.py"
+WRAPPER, SCHEDULES = "wrapper.py", "_inputs/schedules.py"
 FIXMATCH, METHOD = "methods/fixmatch.py", "methods/base.py"
 RESUME = "test_wrapper.py::test_a_resumed_run_continues_bitwise test_wrapper.py"
 EVERY = "test_wrapper.py::test_the_weight_of_each_step test_wrapper.py::test_every_kth_step_times_k"

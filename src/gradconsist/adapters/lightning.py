@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from gradconsist._inputs.parameters import holds, trainable_parameters
+from gradconsist._refusals.models import process_count
 from gradconsist.errors import ConfigError, LossContractError, StateError
-from gradconsist.guards import process_count
 from gradconsist.loss import GradientConsistencyLoss
-from gradconsist.selection import holds, trainable_parameters
 from gradconsist.types import StepOutput
 from gradconsist.wrapper import GGCRWrapper
 

@@ -9,12 +9,12 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from gradconsist._inputs.parameters import trainable_parameters
 from gradconsist.adapters.usb_checks import Canary, check_algorithm, check_same_model, inner_model
 from gradconsist.adapters.usb_pairs import READERS, VIEWS, ConsistencyCall, Listener, read_pair
 from gradconsist.adapters.usb_reduction import reduced_with
 from gradconsist.errors import ConfigError, LossContractError, StateError
 from gradconsist.loss import GradientConsistencyLoss
-from gradconsist.selection import trainable_parameters
 from gradconsist.types import ViewPair
 from gradconsist.wrapper import GGCRWrapper, PairFunction
 

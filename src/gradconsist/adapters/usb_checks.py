@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from gradconsist._inputs.parameters import holds
 from gradconsist.errors import ConfigError, LossContractError
-from gradconsist.selection import holds
 
 _NEEDED = ("train_step", "get_save_dict", "load_model", "consistency_loss", "compute_prob", "model", "it")
 # GradScaler may leave out the first steps, and a loop may accumulate gradients over a few.

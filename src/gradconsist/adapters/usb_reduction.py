@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from gradconsist._consistency.gradient_buffer import with_gradient
+from gradconsist._refusals.graphs import leaves_of
 from gradconsist.errors import UnsupportedModuleError
-from gradconsist.fused import with_gradient
-from gradconsist.graph import leaves_of
 
 
 def reduced_with(base: Tensor, total: Tensor, parameters: Mapping[str, nn.Parameter]) -> Tensor:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradconsist.batch import check_inputs, doubled, in_order_of, leaves, map_leaves, map_members
+from gradconsist._forward.batchnorm import Statistics
+from gradconsist._inputs.batch import check_inputs, doubled, in_order_of, leaves, map_leaves, map_members
+from gradconsist._inputs.options import check_count
 from gradconsist.diagnostics.same_loss import double_of, statistics_here
 from gradconsist.errors import InputTypeError, InputValueError
 from gradconsist.loss import GradientConsistencyLoss
-from gradconsist.normalization import Statistics
 from gradconsist.types import Inputs
-from gradconsist.validation import check_count
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gradconsist._forward.batchnorm import BatchNormPolicy
+from gradconsist._inputs.parameters import compared_parameters
 from gradconsist.diagnostics.same_loss import unobserved
 from gradconsist.engines import AutoEngine, Engine, GhostEngine
 from gradconsist.engines.base import Problem
+from gradconsist.engines.projection import RandomProjection
 from gradconsist.errors import GradConsistError
 from gradconsist.loss import GradientConsistencyLoss
-from gradconsist.normalization import BatchNormPolicy
-from gradconsist.projection import RandomProjection
-from gradconsist.selection import compared_parameters
-from gradconsist.similarity import GradProducts
-from gradconsist.types import Inputs
+from gradconsist.types import GradProducts, Inputs
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from gradconsist._inputs.options import check_count, check_number
+from gradconsist._inputs.parameters import Encoder
 from gradconsist.diagnostics.landscape import Landscape, landscape
 from gradconsist.errors import NonFiniteError
-from gradconsist.selection import Encoder
 from gradconsist.types import Inputs, LossFunction
-from gradconsist.validation import check_count, check_number
 
 
 @dataclass(frozen=True)

@@ -9,19 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradconsist.batch import check_inputs, concatenate, leaves, take
-from gradconsist.default_loss import cross_entropy
+from gradconsist._consistency.trial import Probed, probe_model
+from gradconsist._forward.batchnorm import BatchNormCalls, BatchNormPolicy
+from gradconsist._forward.isolation import one_comparison
+from gradconsist._forward.per_sample import PerSampleForward
+from gradconsist._forward.sandbox import autocast_region, our_rules
+from gradconsist._inputs.batch import check_inputs, concatenate, leaves, take
+from gradconsist._inputs.cross_entropy import cross_entropy
+from gradconsist._inputs.options import check_choice, check_count
+from gradconsist._inputs.pairs import Pairs, check_one_device, check_target
+from gradconsist._inputs.parameters import Encoder, compared_parameters
+from gradconsist._refusals.graphs import check_second_derivative
+from gradconsist._refusals.models import check_model
 from gradconsist.errors import ConfigError, NonFiniteError
-from gradconsist.forward import PerSampleForward
-from gradconsist.graph import check_second_derivative
-from gradconsist.guards import check_model, check_one_device
-from gradconsist.isolation import one_comparison
-from gradconsist.normalization import BatchNormCalls, BatchNormPolicy
-from gradconsist.probes import Probed, probe_model
-from gradconsist.scope import autocast_region, our_rules
-from gradconsist.selection import Encoder, compared_parameters
 from gradconsist.types import Inputs, LossFunction
-from gradconsist.validation import Pairs, check_choice, check_count, check_target
 
 
 class Landscape:

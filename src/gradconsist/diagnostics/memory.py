@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
+from gradconsist._inputs.options import check_count, check_number
+from gradconsist._inputs.parameters import Encoder, trainable_parameters
 from gradconsist.diagnostics.peaks import peak_of, seconds_of
 from gradconsist.diagnostics.same_loss import unobserved
 from gradconsist.engines import ENGINES, Engine
 from gradconsist.errors import GradConsistError, InputTypeError, InputValueError
 from gradconsist.loss import GradientConsistencyLoss
-from gradconsist.selection import Encoder, trainable_parameters
 from gradconsist.types import ViewPair
-from gradconsist.validation import check_count, check_number
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,15 @@ from typing import Any
 
 from torch import nn
 
-from gradconsist.batch import concatenable
+from gradconsist._consistency.settings import Settings
+from gradconsist._forward.batchnorm import BatchNormCalls, Statistics, needs_statistics
+from gradconsist._forward.per_sample import PerSampleForward
+from gradconsist._forward.sandbox import comparison_scope
+from gradconsist._forward.statistics import take_statistics
+from gradconsist._inputs.batch import concatenable
+from gradconsist._inputs.parameters import Encoder
 from gradconsist.errors import ConfigError
-from gradconsist.forward import PerSampleForward, comparison_scope
 from gradconsist.loss import GradientConsistencyLoss
-from gradconsist.normalization import BatchNormCalls, Statistics, needs_statistics
-from gradconsist.selection import Encoder
-from gradconsist.settings import Settings
-from gradconsist.statistics import take_statistics
 from gradconsist.types import Inputs
 
 

@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradconsist.batch import check_inputs, doubled, map_members
+from gradconsist._forward.batchnorm import Statistics
+from gradconsist._inputs.batch import check_inputs, doubled, map_members
+from gradconsist._inputs.options import check_count, check_number
 from gradconsist.diagnostics.same_loss import double_of, statistics_here
 from gradconsist.errors import InputValueError
 from gradconsist.loss import GradientConsistencyLoss
-from gradconsist.normalization import Statistics
-from gradconsist.similarity import GradProducts
-from gradconsist.types import ConsistencyRecord, Inputs
-from gradconsist.validation import check_count, check_number
+from gradconsist.types import ConsistencyRecord, GradProducts, Inputs
 
 _STEPS = (1e-4, 1e-5, 1e-6)
 

@@ -11,15 +11,15 @@ them run. An engine of your own is any object with a method `products(problem) -
 
 from collections.abc import Callable
 
+from gradconsist._inputs.options import check_choice
 from gradconsist.engines.auto import AutoEngine
 from gradconsist.engines.base import Engine, Problem
 from gradconsist.engines.ghost import GhostEngine, register_rule, unregister_rule
 from gradconsist.engines.loop import LoopEngine
+from gradconsist.engines.projection import RandomProjection
 from gradconsist.engines.vmap import VmapEngine
 from gradconsist.errors import ConfigError
-from gradconsist.projection import RandomProjection
-from gradconsist.similarity import GradProducts
-from gradconsist.validation import check_choice
+from gradconsist.types import GradProducts
 
 ENGINES: dict[str, Callable[[], Engine]] = {
     "auto": AutoEngine,

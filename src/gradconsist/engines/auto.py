@@ -10,7 +10,7 @@ from typing import ClassVar
 from gradconsist.engines.base import Problem
 from gradconsist.engines.ghost import GhostEngine
 from gradconsist.engines.loop import LoopEngine
-from gradconsist.similarity import GradProducts
+from gradconsist.types import GradProducts
 
 logger = logging.getLogger("gradconsist")
 

@@ -13,12 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from gradconsist.batch import take
-from gradconsist.errors import UnsupportedModuleError
-from gradconsist.precision import wide, wide_dtype
-from gradconsist.projection import Projector
-from gradconsist.similarity import GradProducts
-from gradconsist.types import Inputs
+from gradconsist._inputs.batch import take
+from gradconsist._inputs.precision import wide, wide_dtype
+from gradconsist.engines.projection import Projector
+from gradconsist.types import GradProducts, Inputs
 
 
 class Losses(Protocol):
@@ -119,35 +117,3 @@ def inner(first: list[Tensor], second: list[Tensor], keep: int = 0) -> Tensor:
         product = wide(a) * b.to(wide_dtype(a))
         terms.append(product.flatten(keep).sum(-1) if product.dim() > keep else product)
     return torch.stack(terms).sum(0)
-
-
-# What torch says where it cannot go on, and what to do instead.
-_LIMITS = (
-    ("called random operation while in randomness error mode", "the model draws random numbers: `dropout='on'`"),
-    ("Checkpointing is not compatible", "reentrant checkpointing: pass use_reentrant=False to torch.utils.checkpoint"),
-    ("saved tensor hooks", "checkpointing or saved-tensor hooks inside the model: `engine='loop'`"),
-    ("does not currently support double backward", "a compiled part of the model: use the uncompiled module"),
-    ("trying to differentiate twice a function that was marked with @once_differentiable", "a custom autograd.Function"
-     " without a second derivative: write its backward with differentiable operations"),
-    ("double backwards on", "an operation of torchvision without a second derivative: replace it (a deformable"
-     " convolution by Conv2d), or freeze it and everything before it"),
-    ("modified by an inplace operation", "a layer overwrites what the derivative needs: pass inplace=False, or write it"
-     " without in-place operations"),
-    ("derivative for", "an operation without a second derivative: replace it, or leave its parameters out"),
-    ("Double backward", "an operation without a second derivative: replace it, or leave its parameters out"),
-    ("Batching rule not implemented", "`engine='loop'`"),
-    ("Either your tensor may have escaped", "checkpointing inside the model, which vmap cannot run: `engine='loop'`"),
-    ("torch.utils.checkpoint: ", "a checkpointed part that computes something else the second time: call it without"
-     " checkpointing, or with use_reentrant=False by torch.utils.checkpoint.checkpoint"),
-    ("Inference tensors cannot be saved", "a tensor that the model keeps was made under torch.inference_mode(): make it"
-     " outside, or register a clone of it as a buffer"),
-)  # fmt: skip
-
-
-def explain(error: RuntimeError) -> UnsupportedModuleError | None:
-    """A refusal with its remedy, if torch's `error` says that it cannot differentiate this model; else None."""
-    message = str(error)
-    for needle, remedy in _LIMITS:
-        if needle in message:
-            return UnsupportedModuleError(f"torch cannot do this here; remedy: {remedy}. Torch said: {message}")
-    return None

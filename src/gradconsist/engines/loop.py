@@ -11,12 +11,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradconsist.batch import take
+from gradconsist._forward.batchnorm import STRONG, WEAK
+from gradconsist._inputs.batch import take
 from gradconsist.engines.base import Problem, inner
 from gradconsist.errors import UnsupportedModuleError
-from gradconsist.normalization import STRONG, WEAK
-from gradconsist.similarity import GradProducts
-from gradconsist.types import Inputs
+from gradconsist.types import GradProducts, Inputs
 
 
 @dataclass(frozen=True)

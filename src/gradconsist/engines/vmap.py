@@ -12,15 +12,14 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.overrides import TorchFunctionMode
 
-from gradconsist.batch import constants, leaves, rebuilt, take
+from gradconsist._forward.batchnorm import STRONG, WEAK
+from gradconsist._forward.randomness import preserved_randomness
+from gradconsist._inputs.batch import constants, leaves, rebuilt, take
+from gradconsist._refusals.graphs import check_batched, check_scripts
 from gradconsist.engines.base import Problem, inner
 from gradconsist.engines.loop import refused_by_vmap
 from gradconsist.errors import GradConsistError, UnsupportedModuleError
-from gradconsist.graph import check_batched, check_scripts
-from gradconsist.normalization import STRONG, WEAK
-from gradconsist.randomness import preserved_randomness
-from gradconsist.similarity import GradProducts
-from gradconsist.types import Inputs
+from gradconsist.types import GradProducts, Inputs
 
 # Fixed numbers and not timings, so that a resumed run adds up in the same order and stays bitwise equal.
 # CPU: from 16 pairs on nothing is gained (benchmarks/cost/step_cost.py); CUDA: not measured yet.

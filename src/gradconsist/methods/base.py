@@ -11,25 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradconsist.batch import (
+from gradconsist._inputs.batch import (
     call,
     concatenable,
     concatenate,
     leaves,
 )
-from gradconsist.default_loss import described, find_logits
+from gradconsist._inputs.cross_entropy import described, find_logits
+from gradconsist._inputs.options import check_count, check_number
+from gradconsist._inputs.precision import wide, wide_dtype
+from gradconsist._inputs.schedules import linear_ramp
+from gradconsist._refusals.loading import check_keys
 from gradconsist.errors import (
     ConfigError,
     InputShapeError,
     LossContractError,
     StateError,
 )
-from gradconsist.loading import check_keys
 from gradconsist.methods.calls import check_call, step_failure
-from gradconsist.precision import wide, wide_dtype
-from gradconsist.schedules import linear_ramp
 from gradconsist.types import Inputs, SSLBatch, StepOutput, ViewPair
-from gradconsist.validation import check_count, check_number
 
 LogitsFunction = Callable[[Any], Tensor]
 

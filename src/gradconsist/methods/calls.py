@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gradconsist.batch import places
+from gradconsist._inputs.batch import places
+from gradconsist._refusals.failures import innermost, model_failure
 from gradconsist.errors import DeviceError, GradConsistError, InputTypeError, InputValueError
-from gradconsist.failures import innermost, model_failure
 from gradconsist.types import SSLBatch
 
 _PARTS = ("x", "y", "weak", "strong")

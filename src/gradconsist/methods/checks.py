@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from gradconsist.batch import check_constants, check_inputs, is_constant, leaves, members, same_structure
+from gradconsist._inputs.batch import check_constants, check_inputs, is_constant, leaves, members, same_structure
 from gradconsist.errors import ConfigError, InputShapeError, InputTypeError, InputValueError
 from gradconsist.types import Inputs, SSLBatch
 

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gradconsist._inputs.options import check_choice, check_count, check_number
 from gradconsist.methods.base import LogitsFunction, Method
 from gradconsist.methods.checks import check_batch, check_index
 from gradconsist.methods.processes import gather, last_rows
 from gradconsist.types import SSLBatch, StepOutput, ViewPair
-from gradconsist.validation import check_choice, check_count, check_number
 
 
 class FlexMatch(Method):

@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gradconsist._inputs.options import check_choice, check_count, check_number
+from gradconsist._refusals.models import process_count
 from gradconsist.errors import ConfigError
-from gradconsist.guards import process_count
 from gradconsist.methods.base import LogitsFunction, Method
 from gradconsist.methods.checks import check_batch, check_classes
 from gradconsist.methods.processes import gather
 from gradconsist.types import SSLBatch, StepOutput, ViewPair
-from gradconsist.validation import check_choice, check_count, check_number
 
 
 class FreeMatch(Method):

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gradconsist._inputs.options import check_number
+from gradconsist._inputs.schedules import sigmoid_ramp
 from gradconsist.methods.base import LogitsFunction, Method
 from gradconsist.methods.checks import check_batch
-from gradconsist.schedules import sigmoid_ramp
 from gradconsist.types import SSLBatch, StepOutput, ViewPair
-from gradconsist.validation import check_number
 
 
 class MeanTeacher(Method):

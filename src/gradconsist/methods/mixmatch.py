@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradconsist.batch import leaves, rebuilt, take
+from gradconsist._inputs.batch import leaves, rebuilt, take
+from gradconsist._inputs.options import check_choice, check_number
 from gradconsist.errors import InputTypeError, StateError
 from gradconsist.methods.base import LogitsFunction, Method, sharpen
 from gradconsist.methods.checks import check_batch
 from gradconsist.types import Inputs, SSLBatch, StepOutput, ViewPair
-from gradconsist.validation import check_choice, check_number
 
 
 class MixMatch(Method):

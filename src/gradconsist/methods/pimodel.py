@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import nn
 
+from gradconsist._inputs.options import check_choice
+from gradconsist._inputs.schedules import sigmoid_ramp
 from gradconsist.methods.base import LogitsFunction, Method
 from gradconsist.methods.checks import check_batch
-from gradconsist.schedules import sigmoid_ramp
 from gradconsist.types import SSLBatch, StepOutput, ViewPair
-from gradconsist.validation import check_choice
 
 
 class PiModel(Method):

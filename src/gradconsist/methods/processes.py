@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, distributed
 
-from gradconsist.guards import process_count
+from gradconsist._refusals.models import process_count
 
 
 def gather(rows: Tensor) -> Tensor:

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gradconsist._inputs.options import check_count, check_number
+from gradconsist._inputs.schedules import sigmoid_ramp
 from gradconsist.methods.base import LogitsFunction, Method
 from gradconsist.methods.checks import check_batch, check_classes, check_index
 from gradconsist.methods.processes import gather
-from gradconsist.schedules import sigmoid_ramp
 from gradconsist.types import SSLBatch, StepOutput, ViewPair
-from gradconsist.validation import check_count, check_number
 
 
 class TemporalEnsembling(Method):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradconsist._inputs.options import check_choice, check_number
+from gradconsist._inputs.precision import wide
 from gradconsist.errors import ConfigError, StateError
-from gradconsist.precision import wide
-from gradconsist.validation import check_choice, check_number
 
 
 class SAM(Optimizer):

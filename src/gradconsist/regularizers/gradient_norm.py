@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from gradconsist._consistency.similarity import Criterion, SquaredNorms
 from gradconsist.loss import GradientConsistencyLoss
-from gradconsist.similarity import Criterion, SquaredNorms
 
 
 class GradientNormPenalty(GradientConsistencyLoss):

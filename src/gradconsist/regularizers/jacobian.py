@@ -8,8 +8,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gradconsist.batch import check_inputs, concatenate, leaves, map_leaves
-from gradconsist.default_loss import find_logits
+from gradconsist._consistency.trial import Probed, probe_model
+from gradconsist._forward.batchnorm import BatchNormCalls, BatchNormPolicy
+from gradconsist._forward.isolation import one_comparison, uncompiled
+from gradconsist._forward.per_sample import PerSampleForward
+from gradconsist._forward.sandbox import autocast_region, our_rules
+from gradconsist._forward.sparse import aliases, sparse_parameters
+from gradconsist._inputs.batch import check_inputs, concatenate, leaves, map_leaves
+from gradconsist._inputs.cross_entropy import find_logits
+from gradconsist._inputs.options import check_choice, check_count
+from gradconsist._inputs.pairs import Pairs, check_one_device, check_weight
+from gradconsist._inputs.parameters import trainable_parameters
+from gradconsist._inputs.precision import wide
+from gradconsist._refusals.graphs import check_second_derivative
+from gradconsist._refusals.models import check_model
 from gradconsist.errors import (
     ConfigError,
     GradModeError,
@@ -19,18 +31,7 @@ from gradconsist.errors import (
     StateError,
     UnsupportedModuleError,
 )
-from gradconsist.forward import PerSampleForward
-from gradconsist.graph import check_second_derivative
-from gradconsist.guards import check_model, check_one_device
-from gradconsist.isolation import one_comparison, uncompiled
-from gradconsist.normalization import BatchNormCalls, BatchNormPolicy
-from gradconsist.precision import wide
-from gradconsist.probes import Probed, probe_model
-from gradconsist.scope import autocast_region, our_rules
-from gradconsist.selection import trainable_parameters
-from gradconsist.sparse import aliases, sparse_parameters
 from gradconsist.types import Inputs
-from gradconsist.validation import Pairs, check_choice, check_count, check_weight
 
 
 class JacobianPenalty:

@@ -16,7 +16,7 @@ from torch import nn
 
 import gradconsist.methods
 from gradconsist import GGCRWrapper, GradientConsistencyLoss, SSLBatch, StepOutput
-from gradconsist.default_loss import cross_entropy
+from gradconsist._inputs.cross_entropy import cross_entropy
 from gradconsist.errors import (
     ConfigError,
     DeviceError,

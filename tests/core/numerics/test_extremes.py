@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from gradconsist import GradientConsistencyLoss
+from gradconsist._consistency.similarity import cosine, degenerate_pairs
 from gradconsist.errors import ConfigError, NonFiniteError
-from gradconsist.similarity import GradProducts, cosine, degenerate_pairs
+from gradconsist.types import GradProducts
 from support import compare
 from support.zoo import CASES
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import gradconsist.comparison
+import gradconsist._consistency.comparison
 from gradconsist import GradientConsistencyLoss
 from support import compare
 from support.generated import Plan, apart, outcome, plans, with_views
@@ -112,8 +112,8 @@ def test_p06_bounds(engine: str, plan: Plan, dtype: torch.dtype, nearness: float
         seen.append((products.cross / (products.weak * products.strong).sqrt())[~degenerate].detach())
         return real(products, degenerate)
 
-    real = gradconsist.comparison.cosine
-    with mock.patch.object(gradconsist.comparison, "cosine", spy):
+    real = gradconsist._consistency.comparison.cosine
+    with mock.patch.object(gradconsist._consistency.comparison, "cosine", spy):
         found = outcome(p, engine=engine)
     valid = found.cosine[~found.degenerate]
     assert bool(((valid >= -1) & (valid <= 1)).all())

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gradconsist import RandomProjection
-from gradconsist.projection import KINDS
+from gradconsist.engines.projection import KINDS
 from support import compare
 from support.generated import Plan, apart, outcome, plans, with_views
 from support.laws import law, same, within

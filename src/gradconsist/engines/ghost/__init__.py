@@ -22,6 +22,6 @@ together; a parameter without a rule is taken sample by sample.
 """
 
 from gradconsist.engines.ghost.engine import GhostEngine
-from gradconsist.engines.ghost.layers import register_rule, unregister_rule
+from gradconsist.engines.ghost.registered import register_rule, unregister_rule
 
 __all__ = ["GhostEngine", "register_rule", "unregister_rule"]

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from gradconsist._forward.remembered import SampleStates
 from gradconsist.engines.ghost.decomposed import RECURRENT, body
-from gradconsist.engines.ghost.layers import LayerCall, LayerGradients, LayerParameter, WithState
 from gradconsist.engines.ghost.operators import Operators
 from gradconsist.engines.ghost.record import rows
+from gradconsist.engines.ghost.registered import LayerCall, LayerGradients, LayerParameter, WithState
 from gradconsist.errors import UnsupportedModuleError
-from gradconsist.remembered import SampleStates
 
 
 class Capture(Operators, TorchFunctionMode):

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from gradconsist._refusals.graphs import nodes
 from gradconsist.engines.ghost.record import Use
 from gradconsist.errors import UnsupportedModuleError
-from gradconsist.graph import nodes
 
 
 def check_inputs(uses: Sequence[Use]) -> None:

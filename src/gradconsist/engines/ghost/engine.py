@@ -11,21 +11,20 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from gradconsist.batch import constants, leaves, rebuilt
+from gradconsist._forward.batchnorm import STRONG, WEAK
+from gradconsist._forward.randomness import preserved_randomness
+from gradconsist._inputs.batch import constants, leaves, rebuilt
+from gradconsist._inputs.options import check_choice
+from gradconsist._inputs.precision import wide_dtype
 from gradconsist.engines.base import Problem
 from gradconsist.engines.ghost.gram import pair_gram
-from gradconsist.engines.ghost.layers import culprit
+from gradconsist.engines.ghost.layer_gradients import Seen, see
+from gradconsist.engines.ghost.registered import culprit
 from gradconsist.engines.ghost.rules import FORMS, Form, LinearWeight, Rule, chosen, joined, products
-from gradconsist.engines.ghost.seen import Seen, see
 from gradconsist.engines.ghost.sketch import route, sketches
 from gradconsist.engines.loop import refused_by_vmap
 from gradconsist.errors import GradConsistError
-from gradconsist.normalization import STRONG, WEAK
-from gradconsist.precision import wide_dtype
-from gradconsist.randomness import preserved_randomness
-from gradconsist.similarity import GradProducts
-from gradconsist.types import Inputs
-from gradconsist.validation import check_choice
+from gradconsist.types import GradProducts, Inputs
 
 logger = logging.getLogger("gradconsist")
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradconsist.precision import wide
+from gradconsist._inputs.precision import wide
 
 
 class _RowGram(torch.autograd.Function):

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gradconsist._forward.batchnorm import scaled, standardized
 from gradconsist.engines.ghost.conv import Convolution, Geometry, Stage, normal_form, per_sample_convolution
 from gradconsist.engines.ghost.pointwise import ChannelAffine, LeakyRelu, Standardize
 from gradconsist.engines.ghost.record import Record, rows
 from gradconsist.engines.ghost.rules import Bias, ConvolutionWeight, EmbeddingWeight, LinearWeight
-from gradconsist.normalization import scaled, standardized
 
 
 class Operators(Record):

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gradconsist._inputs.precision import wide, wide_dtype
 from gradconsist.engines.ghost.conv import Geometry
 from gradconsist.engines.ghost.gram import cancels
-from gradconsist.precision import wide, wide_dtype
 
 
 def has_pixel_form(geometry: Geometry) -> bool:

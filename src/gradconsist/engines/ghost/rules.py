@@ -15,10 +15,10 @@ from typing import Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from gradconsist._inputs.precision import wide
 from gradconsist.engines.ghost.conv import Geometry, sample_gradients
 from gradconsist.engines.ghost.gram import cancels, pair_gram, position_gram, row_gram
 from gradconsist.engines.ghost.pixel import has_pixel_form, pixel_gram
-from gradconsist.precision import wide
 
 Form: TypeAlias = Literal["auto", "gradient", "gram"]
 FORMS = ("auto", "gradient", "gram")

@@ -18,11 +18,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from gradconsist._inputs.precision import wide_dtype
 from gradconsist.engines.ghost.conv import Convolution
+from gradconsist.engines.ghost.layer_gradients import Seen
 from gradconsist.engines.ghost.rules import ConvolutionWeight, EmbeddingWeight, LinearWeight, Rule
-from gradconsist.engines.ghost.seen import Seen
-from gradconsist.precision import wide_dtype
-from gradconsist.projection import Projector
+from gradconsist.engines.projection import Projector
 
 _FACTORED = (LinearWeight, ConvolutionWeight, EmbeddingWeight)
 

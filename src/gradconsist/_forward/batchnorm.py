@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
+from gradconsist._inputs.precision import wide
 from gradconsist.errors import ConfigError, InputShapeError, UnsupportedModuleError
-from gradconsist.precision import wide
 
 BatchNormPolicy: TypeAlias = Literal["auto", "batch", "running", "observed"]
 WEAK, STRONG = 0, 1  # which view a sample is, where the views have constants of their own

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradconsist.batch import is_wrapper
-from gradconsist.errors import ConfigError, DeviceError, UnsupportedModuleError
+from gradconsist._inputs.batch import is_wrapper
+from gradconsist.errors import ConfigError, UnsupportedModuleError
 
 # By the class's qualified name: most of these live in modules that are slow or impossible to import everywhere.
 _WRAPPERS = {
@@ -140,30 +140,3 @@ def process_count() -> int:
     """W, the number of processes of the default group; 1 where there is none."""
     ready = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if ready else 1
-
-
-def check_one_device(model: nn.Module, tensors: dict[str, torch.Tensor]) -> torch.device:
-    """The device that model and inputs share.
-
-    Args:
-        model: the model.
-        tensors: inputs by the name that a message should use.
-
-    Returns:
-        The device.
-
-    Raises:
-        DeviceError: parameters or inputs lie on several devices, or on the meta device.
-    """
-    places = {str(parameter.device) for parameter in model.parameters()}
-    if len(places) != 1:
-        raise DeviceError(f"the parameters of `model` lie on {sorted(places)}: a model split over devices is refused.")
-    device = next(model.parameters()).device
-    if device.type == "meta":
-        raise DeviceError(
-            "`model` is on the meta device, where there are no numbers: move it with `.to_empty()` and load."
-        )
-    for name, tensor in tensors.items():
-        if tensor.device != device:
-            raise DeviceError(f"`{name}` is on {tensor.device}, the model on {device}: move it there.")
-    return device

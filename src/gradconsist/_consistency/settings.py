@@ -7,16 +7,16 @@ from typing import Any, Literal
 
 from torch import nn
 
-from gradconsist.default_loss import cross_entropy
+from gradconsist._forward.batchnorm import BatchNormPolicy
+from gradconsist._forward.statistics import check_through_statistics
+from gradconsist._inputs.cross_entropy import cross_entropy
+from gradconsist._inputs.options import check_choice, check_count, check_number
+from gradconsist._inputs.parameters import Encoder, compared_parameters
+from gradconsist._refusals.models import check_model
 from gradconsist.engines import Engine, make_engine
+from gradconsist.engines.projection import RandomProjection
 from gradconsist.errors import ConfigError
-from gradconsist.guards import check_model
-from gradconsist.normalization import BatchNormPolicy
-from gradconsist.projection import RandomProjection
-from gradconsist.selection import Encoder, compared_parameters
-from gradconsist.statistics import check_through_statistics
 from gradconsist.types import LossFunction
-from gradconsist.validation import check_choice, check_count, check_number
 
 Reduction = Literal["mean", "sum", "none"]
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
-from gradconsist.similarity import Criterion, Disagreement
+from gradconsist._consistency.similarity import Criterion, Disagreement
 from gradconsist.types import ConsistencyRecord
 
 logger = logging.getLogger("gradconsist")

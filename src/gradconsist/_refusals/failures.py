@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradconsist.batch import leaves, places, take
+from gradconsist._inputs.batch import leaves, places, take
+from gradconsist._inputs.model_with_loss import ModelWithLoss
 from gradconsist.errors import GradConsistError, InputTypeError, ModelError, UnsupportedModuleError
 from gradconsist.types import Inputs
-from gradconsist.with_loss import ModelWithLoss
 
 Works = Callable[[Inputs], bool]
 """Whether the model runs on these inputs."""

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gradconsist._inputs.precision import wide
 from gradconsist.errors import LossContractError
-from gradconsist.precision import wide
 
 # What the default loss is not for, with a loss that is.
 REGRESSION = (

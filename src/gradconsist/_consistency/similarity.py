@@ -9,28 +9,12 @@ What a pair adds to the loss is a `Criterion`: 1 - GC, or another function of th
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-
-class GradProducts(NamedTuple):
-    """Inner products of the two views' per-sample gradients, one row a pair.
-
-    Attributes:
-        weak: ||g_w||^2, [B].
-        strong: ||g_s||^2, [B].
-        cross: ⟨g_w, g_s⟩, [B].
-    """
-
-    weak: Tensor
-    strong: Tensor
-    cross: Tensor
-
-    def isfinite(self) -> Tensor:
-        """Which pairs [B] have three finite numbers."""
-        return torch.isfinite(self.weak) & torch.isfinite(self.strong) & torch.isfinite(self.cross)
+from gradconsist.types import GradProducts
 
 
 def degenerate_pairs(products: GradProducts, min_norm: float) -> Tensor:

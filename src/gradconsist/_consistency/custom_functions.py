@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from gradconsist._forward.randomness import preserved_randomness
+from gradconsist._refusals.graphs import cut_node, name_of, nodes
 from gradconsist.errors import UnsupportedModuleError
-from gradconsist.graph import cut_node, name_of, nodes
-from gradconsist.randomness import preserved_randomness
 
 _STEPS = (1e-5, 1e-6, 1e-7)  # of the inputs' own size; the smallest error counts, since a kink may lie on some
 _TOLERANCE = 1e-4

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradconsist._forward.functional_call import call_with
+from gradconsist._inputs.precision import wide_dtype
+from gradconsist._refusals.failures import innermost
 from gradconsist.errors import ConfigError, LossContractError
-from gradconsist.failures import innermost
-from gradconsist.precision import wide_dtype
-from gradconsist.replacement import call_with
 
 LayerGradients = Callable[[Any, Any, Tensor], Mapping[str, Tensor]]
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradconsist._forward.sparse import in_its_form
 from gradconsist.errors import GradModeError
-from gradconsist.sparse import in_its_form
 
 
 class GradientBuffer:

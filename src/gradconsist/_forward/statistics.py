@@ -19,13 +19,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from gradconsist.batch import concatenable, concatenate
+from gradconsist._forward.batchnorm import BatchNormPolicy, Statistics
+from gradconsist._forward.per_sample import PerSampleForward
+from gradconsist._inputs.batch import concatenable, concatenate
+from gradconsist._inputs.options import check_choice
 from gradconsist.errors import ConfigError, InputShapeError, UnsupportedModuleError
-from gradconsist.forward import PerSampleForward
-from gradconsist.fused import GradientBuffer
-from gradconsist.normalization import BatchNormPolicy, Statistics
 from gradconsist.types import Inputs
-from gradconsist.validation import check_choice
 
 _CONVOLUTIONS = {getattr(torch, f"conv{kind}{dims}d"): 2 + dims for kind in ("", "_transpose") for dims in (1, 2, 3)}
 _PART_BYTES = 2**22  # of the input of a convolution that takes a batch in parts
@@ -164,9 +163,9 @@ class StatisticsPath:
         finally:
             self._forward.parameters = own
 
-    def add_to(self, buffer: GradientBuffer) -> None:
-        """Adds (ds/dp)^T dF/ds to the gradient of chunks that were differentiated for the leaves of `cut`, too."""
-        buffer.add_through(self._record())
+    def again(self) -> list[Tensor]:
+        """The tensors of `cut` with their graph: (ds/dp)^T dF/ds is still owed to chunks that met the leaves."""
+        return self._record()
 
     def _record(self) -> list[Tensor]:
         """The statistics anew, with their graph.

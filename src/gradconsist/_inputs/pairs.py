@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from difflib import get_close_matches
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gradconsist.batch import (
+from gradconsist._inputs.batch import (
     check_constants,
     check_inputs,
     in_order_of,
@@ -19,49 +17,19 @@ from gradconsist.batch import (
     map_leaves,
     places,
     same_structure,
+    take,
 )
-from gradconsist.default_loss import DENSE, REGRESSION, SEVERAL_LABELS
-from gradconsist.errors import ConfigError, InputShapeError, InputTypeError, InputValueError, NonFiniteError
-from gradconsist.guards import check_one_device
-from gradconsist.precision import wide
+from gradconsist._inputs.cross_entropy import DENSE, REGRESSION, SEVERAL_LABELS
+from gradconsist._inputs.precision import wide
+from gradconsist.errors import (
+    ConfigError,
+    DeviceError,
+    InputShapeError,
+    InputTypeError,
+    InputValueError,
+    NonFiniteError,
+)
 from gradconsist.types import Inputs
-
-
-def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
-    """`value` must be one of `choices`.
-
-    Raises:
-        ConfigError: it is not; the message names the nearest choice.
-    """
-    options = list(choices)
-    if any(value is option or (isinstance(value, str) and value == option) for option in options):
-        return
-    near = get_close_matches(str(value), [str(option) for option in options], n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ConfigError(f"`{name}` is {value!r}: choose one of {', '.join(repr(option) for option in options)}.{hint}")
-
-
-def check_count(name: str, value: object, least: int = 1, most: float = math.inf) -> None:
-    """`value` must be an int (and no bool) of at least `least` and at most `most`.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        upper = f" and at most {most}" if math.isfinite(most) else ""
-        raise ConfigError(f"`{name}` is {value!r}: give an int of at least {least}{upper}.")
-
-
-def check_number(name: str, value: object, least: float, most: float = math.inf) -> None:
-    """`value` must be a finite real number in [least, most].
-
-    Raises:
-        ConfigError: it is not.
-    """
-    real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not real or not least <= value <= most:  # type: ignore[operator]
-        upper = f" and at most {most:g}" if math.isfinite(most) else ""
-        raise ConfigError(f"`{name}` is {value!r}: give a finite number of at least {least:g}{upper}.")
 
 
 @dataclass(frozen=True)
@@ -84,6 +52,14 @@ class Pairs:
 
     def __len__(self) -> int:
         return self.target.shape[0]
+
+    def first(self) -> Pairs:
+        """The first pair of positive weight alone, or else the first one, with weight 1."""
+        positive = self.weight.detach().nonzero().flatten()
+        index = positive[:1] if len(positive) else positive.new_zeros(1)
+        weight = torch.ones_like(self.weight[index].detach())
+        weak, strong = take(self.weak, index), take(self.strong, index)
+        return replace(self, weak=weak, strong=strong, target=self.target[index], weight=weight)
 
 
 def check_pairs(
@@ -256,3 +232,30 @@ def non_finite_tensor(model: nn.Module, weak: Inputs, strong: Inputs) -> str | N
         if any(not bool(torch.isfinite(tensor).all()) for tensor in tensors):
             return name
     return None
+
+
+def check_one_device(model: nn.Module, tensors: dict[str, torch.Tensor]) -> torch.device:
+    """The device that model and inputs share.
+
+    Args:
+        model: the model.
+        tensors: inputs by the name that a message should use.
+
+    Returns:
+        The device.
+
+    Raises:
+        DeviceError: parameters or inputs lie on several devices, or on the meta device.
+    """
+    places = {str(parameter.device) for parameter in model.parameters()}
+    if len(places) != 1:
+        raise DeviceError(f"the parameters of `model` lie on {sorted(places)}: a model split over devices is refused.")
+    device = next(model.parameters()).device
+    if device.type == "meta":
+        raise DeviceError(
+            "`model` is on the meta device, where there are no numbers: move it with `.to_empty()` and load."
+        )
+    for name, tensor in tensors.items():
+        if tensor.device != device:
+            raise DeviceError(f"`{name}` is on {tensor.device}, the model on {device}: move it there.")
+    return device

@@ -17,9 +17,9 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from gradconsist._inputs.options import check_choice, check_count
+from gradconsist._inputs.precision import wide
 from gradconsist.errors import ConfigError
-from gradconsist.precision import wide
-from gradconsist.validation import check_choice, check_count
 
 Kind: TypeAlias = Literal["kronecker", "gaussian"]
 KINDS = ("kronecker", "gaussian")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradconsist.validation import Pairs
+from gradconsist._inputs.pairs import Pairs
 
 
 @dataclass(frozen=True)

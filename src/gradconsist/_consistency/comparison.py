@@ -15,23 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradconsist._consistency.gradient_buffer import GradientBuffer, zero
+from gradconsist._consistency.settings import Settings
+from gradconsist._consistency.similarity import Criterion, cosine, degenerate_pairs
+from gradconsist._consistency.trial import Probed, probe_model
+from gradconsist._forward.batchnorm import BatchNormCalls, Constants, StatisticsMissingError, needs_statistics
+from gradconsist._forward.per_sample import PerSampleForward
+from gradconsist._forward.sandbox import autocast_region, our_rules
+from gradconsist._forward.sparse import aliases, sparse_parameters
+from gradconsist._forward.statistics import StatisticsPath, check_can_follow, take_statistics
+from gradconsist._inputs.chosen_pairs import Subset, select
+from gradconsist._inputs.pairs import Pairs, non_finite_tensor
+from gradconsist._inputs.parameters import compared_parameters, trainable_parameters
+from gradconsist._refusals.graphs import check_second_derivative
 from gradconsist.engines.base import Problem
+from gradconsist.engines.projection import Projector
 from gradconsist.errors import NonFiniteError
-from gradconsist.forward import PerSampleForward
-from gradconsist.fused import GradientBuffer, zero
-from gradconsist.graph import check_second_derivative
-from gradconsist.normalization import BatchNormCalls, Constants, StatisticsMissingError, needs_statistics
-from gradconsist.probes import Probed, probe_model
-from gradconsist.projection import Projector
-from gradconsist.scope import autocast_region, our_rules
-from gradconsist.selection import compared_parameters, trainable_parameters
-from gradconsist.settings import Settings
-from gradconsist.similarity import Criterion, GradProducts, cosine, degenerate_pairs
-from gradconsist.sparse import aliases, sparse_parameters
-from gradconsist.statistics import StatisticsPath, check_can_follow, take_statistics
-from gradconsist.subset import Subset, select
-from gradconsist.types import ConsistencyRecord
-from gradconsist.validation import Pairs, non_finite_tensor
+from gradconsist.types import ConsistencyRecord, GradProducts
 
 # Float16 gradients below 6e-8 vanish. GradScaler starts at 2^16 on a mean over about 2^6 samples.
 _FLOAT16_LOSS_SCALE = 2.0**10
@@ -231,7 +231,7 @@ class _Run:
         if buffer is None:
             return self._connected(total)
         if path:
-            path.add_to(buffer)
+            buffer.add_through(path.again())
         return buffer.attach(options.trainable, self.sparse)
 
     def _path(self) -> StatisticsPath | None:

@@ -8,19 +8,25 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from gradconsist.advice import warn_of_equal_views, warn_of_functions, warn_of_probabilities, warn_of_unreached
-from gradconsist.batch import concatenable, concatenate, constants, doubled, leaves, map_members, take
-from gradconsist.custom_functions import check_custom_functions
-from gradconsist.default_loss import check_several, cross_entropy, find_logits
+from gradconsist._consistency.advice import (
+    warn_of_equal_views,
+    warn_of_functions,
+    warn_of_probabilities,
+    warn_of_unreached,
+)
+from gradconsist._consistency.custom_functions import check_custom_functions
+from gradconsist._consistency.mixing import mixing_refusal
+from gradconsist._forward.batchnorm import WEAK
+from gradconsist._forward.per_sample import PerSampleForward
+from gradconsist._forward.randomness import preserved_randomness
+from gradconsist._forward.sandbox import comparison_scope
+from gradconsist._forward.sparse import sparse_parameters
+from gradconsist._inputs.batch import concatenable, concatenate, constants, doubled, leaves, map_members, take
+from gradconsist._inputs.cross_entropy import check_several, cross_entropy, find_logits
+from gradconsist._inputs.pairs import Pairs
+from gradconsist._refusals.graphs import check_first_derivative, leaves_of, used_otherwise
 from gradconsist.errors import InputShapeError, InputValueError, LossContractError, UnsupportedModuleError
-from gradconsist.forward import PerSampleForward, comparison_scope
-from gradconsist.graph import check_first_derivative, leaves_of, used_otherwise
-from gradconsist.mixing import mixing_refusal
-from gradconsist.normalization import WEAK
-from gradconsist.randomness import preserved_randomness
-from gradconsist.sparse import sparse_parameters
 from gradconsist.types import Inputs
-from gradconsist.validation import Pairs
 
 
 @dataclass

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from gradconsist.batch import leaves, rebuilt
+from gradconsist._inputs.batch import leaves, rebuilt
 from gradconsist.engines.base import Problem
 from gradconsist.engines.ghost.capture import Capture
 from gradconsist.engines.ghost.conv import Stage
 from gradconsist.engines.ghost.coverage import check_coverage, check_inputs
-from gradconsist.engines.ghost.layers import intercepted
 from gradconsist.engines.ghost.record import Use
+from gradconsist.engines.ghost.registered import intercepted
 from gradconsist.types import Inputs
 
 

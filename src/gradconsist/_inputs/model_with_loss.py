@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gradconsist.batch import call
+from gradconsist._inputs.batch import call
 from gradconsist.types import Inputs, LossFunction
 
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from gradconsist.batch import members, same_constant
+from gradconsist._forward.batchnorm import Constants, Statistics, batch_statistics
+from gradconsist._inputs.batch import members, same_constant
 from gradconsist.errors import ConfigError
-from gradconsist.normalization import Constants, Statistics, batch_statistics
 from gradconsist.types import Inputs, ViewPair
 
 

@@ -1,0 +1,46 @@
+"""What an option may be: every mistake gets the option's name, what was found, and the remedy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from gradconsist.errors import ConfigError
+
+
+def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
+    """`value` must be one of `choices`.
+
+    Raises:
+        ConfigError: it is not; the message names the nearest choice.
+    """
+    options = list(choices)
+    if any(value is option or (isinstance(value, str) and value == option) for option in options):
+        return
+    near = get_close_matches(str(value), [str(option) for option in options], n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"`{name}` is {value!r}: choose one of {', '.join(repr(option) for option in options)}.{hint}")
+
+
+def check_count(name: str, value: object, least: int = 1, most: float = math.inf) -> None:
+    """`value` must be an int (and no bool) of at least `least` and at most `most`.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        upper = f" and at most {most}" if math.isfinite(most) else ""
+        raise ConfigError(f"`{name}` is {value!r}: give an int of at least {least}{upper}.")
+
+
+def check_number(name: str, value: object, least: float, most: float = math.inf) -> None:
+    """`value` must be a finite real number in [least, most].
+
+    Raises:
+        ConfigError: it is not.
+    """
+    real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not real or not least <= value <= most:  # type: ignore[operator]
+        upper = f" and at most {most:g}" if math.isfinite(most) else ""
+        raise ConfigError(f"`{name}` is {value!r}: give a finite number of at least {least:g}{upper}.")
