@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mutants.bug import Bug
 
+SANDBOX = "_forward/sandbox.py"
 FORWARD, RANDOMNESS, GRAPH, PROBES = (
     "_forward/per_sample.py",
     "_forward/randomness.py",
@@ -107,7 +108,7 @@ BUGS = [
         "training modes and attributes not restored",
         "modes and attributes of modules stay as they were",
         "test_state.py::test_a_successful_call_leaves_no_trace[vit_dropout-loop-fused]",
-        FORWARD,
+        SANDBOX,
         "                vars(module).clear()\n                vars(module).update(before)\n",
         "                pass\n",
     ),
@@ -115,19 +116,19 @@ BUGS = [
         "attributes that a forward adds not removed",
         "modes and attributes of modules stay as they were",
         "test_trust.py::test_attributes_that_a_forward_sets_are_as_they_were",
-        FORWARD, "                vars(module).clear()\n", "",
+        SANDBOX, "                vars(module).clear()\n", "",
     ),
     Bug(
         "attention's fast path left off",
         "torch's flags stay as they were",
         "test_state.py::test_a_successful_call_leaves_no_trace[vit_dropout-loop-fused]",
-        FORWARD, "            torch.backends.mha.set_fastpath_enabled(fastpath)\n", "            pass\n",
+        SANDBOX, "            torch.backends.mha.set_fastpath_enabled(fastpath)\n", "            pass\n",
     ),
     Bug(
         "mkldnn left off",
         "torch's flags stay as they were",
         "test_state.py::test_a_successful_call_leaves_no_trace[lstm-loop-fused]",
-        FORWARD, "        torch._C._set_mkldnn_enabled(mkldnn)\n", "",
+        SANDBOX, "        torch._C._set_mkldnn_enabled(mkldnn)\n", "",
     ),
     Bug(
         "autocast left off",
@@ -282,6 +283,6 @@ BUGS = [
         "_refusals/models.py",
         "if isinstance(module, nn.Embedding) and module.scale_grad_by_freq:",
         "if isinstance(module, nn.EmbeddingBag) and module.scale_grad_by_freq:",
-        "_forward/per_sample.py", "    if scale_grad_by_freq:\n", "    if scale_grad_by_freq is None:\n",
+        "_forward/exact_operators.py", "    if scale_grad_by_freq:\n", "    if scale_grad_by_freq is None:\n",
     ),
 ]  # fmt: skip

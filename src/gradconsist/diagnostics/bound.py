@@ -146,6 +146,7 @@ def consistency_bound(
     Source: the paper's appendix A; the proof, and what it needs, are in docs/theory.md.
 
     Example:
+        >>> from torch import nn
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
         >>> x = torch.randn(6, 4)
