@@ -49,12 +49,16 @@ class Memory:
                     content[number, name] = value
         return content
 
-    def write(self, content: Content) -> None:
-        """Makes it what `content` says."""
+    def restore(self, content: Content) -> None:
+        """Makes it what `content` says, and nothing else."""
         for number, owner in enumerate(self._owners):
             own = vars(owner)
             for name in [name for name in own if name not in _OF_EVERY_MODULE and (number, name) not in content]:
                 del own[name]
+        self.write(content)
+
+    def write(self, content: Content) -> None:
+        """Puts `content` in its places."""
         for (number, name), value in content.items():
             container = self._containers.get((number, name))
             if container is not None and type(container) is type(value):
@@ -76,15 +80,24 @@ def nothing_kept(module: nn.Module) -> Iterator[None]:
     """
     memory = Memory(module)
     before = memory.read()
-    registered = [(registry, set(registry)) for owner in module.modules() for registry in _registries(owner)]
-    memory.write(lent(before))
+    registered = [(registry, list(registry)) for owner in module.modules() for registry in _registries(owner)]
+    memory.write(lent({key: value for key, value in before.items() if _holds_tensors(value)}))
     try:
         yield
     finally:
-        memory.write(before)
+        memory.restore(before)
         for registry, names in registered:
-            for name in set(registry) - names:  # a forward that registers something
+            for name in set(registry).difference(names):  # a forward that registers something
                 del registry[name]
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Whether a forward could write into it in a way that putting it back does not undo."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple | deque):
+        return any(isinstance(part, Tensor | list | dict | deque | tuple) for part in value)
+    return isinstance(value, Tensor)
 
 
 def _registries(module: nn.Module) -> list[dict[str, Any]]:
@@ -139,7 +152,7 @@ class SampleStates:
         """
         copies = lent(start)
         self._met = {key: _Met(copies[key], value) for key, value in start.items()}
-        self._memory.write({key: value for key, value in copies.items() if key not in self._buffers})
+        self._memory.restore({key: value for key, value in copies.items() if key not in self._buffers})
         return {name: copies[name] for name in self._buffers}
 
     def collect(self, buffers: dict[str, Tensor]) -> None:
@@ -180,7 +193,7 @@ class SampleStates:
         """
         after = {key: _rebuilt(plan, tensors) for key, plan in self._plans.items()}
         memory = {key: after.get(key, value) for key, value in {**self.start, **after}.items()}
-        self._memory.write({key: value for key, value in memory.items() if key not in self._buffers})
+        self._memory.restore({key: value for key, value in memory.items() if key not in self._buffers})
         for name, old in self._buffers.items():
             for owner in self._model.modules() if name in after else ():
                 owner._buffers.update({key: after[name] for key, own in owner._buffers.items() if own is old})
