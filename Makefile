@@ -43,7 +43,7 @@ test-core: setup-core ## tests/core against the installed wheel, with torch 2.13
 
 test-torch: setup-core ## of test-core, what another torch could break: all that .ci/run takes of it
 	@$(CORE_BIN)/python $(PIP_INSTALL) --force-reinstall --no-deps .
-	@$(CORE_BIN)/python $(PYTEST) $(patsubst %,tests/core/test_%.py,$(BY_TORCH))
+	@$(CORE_BIN)/python $(PYTEST) $(foreach name,$(BY_TORCH),$(wildcard tests/core/test_$(name).py tests/core/*/test_$(name).py))
 
 test-usb: setup-usb ## tests/usb against semilearn 0.3.2, on top of the environment of `make test`
 	@$(USB_BIN)/python -m pytest tests/usb

@@ -119,7 +119,7 @@ def _inputs() -> Claim:
         "Bad inputs with class and message",
         f"{len(table)} rows: {errors} errors by name, {handled} handled and held against the oracle,"
         f" {kinds.count('Elsewhere')} in the trainers' tests",
-        "python -m pytest tests/core/test_bad_inputs.py",
+        "python -m pytest tests/core/inputs/test_bad_inputs.py",
     )
 
 

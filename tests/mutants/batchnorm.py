@@ -7,15 +7,18 @@ from mutants.bug import Bug
 NORM, FORWARD, COMPARISON = "_forward/batchnorm.py", "_forward/per_sample.py", "_consistency/comparison.py"
 OPERATORS = "_forward/exact_operators.py"
 OBSERVER, STATISTICS = "_forward/observer.py", "_forward/statistics.py"
-THROUGH_TEST = "test_through_statistics.py"
-JOINT = "test_normalization.py::test_statistics_are_joint_over_both_views_and_all_chunks test_normalization.py"
+THROUGH_TEST = "forward/test_through_statistics.py"
+JOINT = (
+    "forward/test_normalization.py::test_statistics_are_joint_over_both_views_and_all_chunks"
+    " forward/test_normalization.py"
+)
 RANDOM = 'randomness="different" if problem.random'
 
 BUGS = [
     Bug(
         "statistics of the chunk",
         "BatchNorm's statistics are joint over all pairs, whatever the chunk size",
-        "test_normalization.py::test_statistics_are_joint_over_both_views_and_all_chunks[loop]",
+        "forward/test_normalization.py::test_statistics_are_joint_over_both_views_and_all_chunks[loop]",
         COMPARISON,
         "        terms = self._terms(problem, index, weight)\n",
         "        if self.batchnorm.recorded and self.options.statistics is None:\n"
@@ -26,7 +29,7 @@ BUGS = [
     Bug(
         "statistics of the weak view",
         "BatchNorm's statistics are joint over both views",
-        "test_normalization.py::test_statistics_are_joint_over_both_views_and_all_chunks[loop]",
+        "forward/test_normalization.py::test_statistics_are_joint_over_both_views_and_all_chunks[loop]",
         STATISTICS,
         "forward.output(concatenate(weak, strong), record=True)",
         "forward.output(concatenate(weak, weak), record=True)",
@@ -34,7 +37,7 @@ BUGS = [
     Bug(
         "statistics of the compared pairs",
         "pairs of weight 0 count in the statistics",
-        "test_normalization.py::test_weight_zero_pairs_count_in_the_statistics",
+        "forward/test_normalization.py::test_weight_zero_pairs_count_in_the_statistics",
         COMPARISON,
         "views = self.pairs.weak, self.pairs.strong\n",
         "views = self.pairs.weak[self.selection.index], self.pairs.strong[self.selection.index]\n",
@@ -104,7 +107,7 @@ BUGS = [
     Bug(
         "batchnorm='running' ignored",
         "'running' forces the running statistics",
-        "test_normalization.py::test_batchnorm_options[cnn_batchnorm_train-running-fused-loop]",
+        "forward/test_normalization.py::test_batchnorm_options[cnn_batchnorm_train-running-fused-loop]",
         NORM, '(self.policy != "running" and training)', "training",
     ),
     Bug(
@@ -116,7 +119,7 @@ BUGS = [
     Bug(
         "mean folded into the shift",
         "a large mean does not cancel in float32",
-        "test_ghost_rules.py::test_affine_maps_center_before_they_scale",
+        "engines/test_ghost_rules.py::test_affine_maps_center_before_they_scale",
         NORM,
         "return scaled(centered, scale, bias, 1).to(x.dtype)",
         "return scaled(x, scale, (0.0 if bias is None else bias) - statistics.mean * scale, 1).to(x.dtype)",
@@ -124,7 +127,7 @@ BUGS = [
     Bug(
         "mean folded into the shift where statistics are taken",
         "a large mean does not cancel in float32",
-        "test_ghost_rules.py::test_affine_maps_center_before_they_scale",
+        "engines/test_ghost_rules.py::test_affine_maps_center_before_they_scale",
         NORM,
         "    y = centered.mul_(scale.view(shape))\n",
         "    y = x * scale.view(shape) - (statistics.mean * scale).view(shape)\n",
@@ -216,7 +219,7 @@ BUGS = [
     Bug(
         "GroupNorm without its bias",
         "y = ... * weight + bias",
-        "test_ghost.py::test_every_model_is_exact_in_every_form[cnn_groupnorm-auto]",
+        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[cnn_groupnorm-auto]",
         "engines/ghost/operators.py",
         "return self._scaled(y, weight, bias, 1).to(input.dtype)",
         "return self._scaled(y, weight, None, 1).to(input.dtype)",
@@ -236,44 +239,44 @@ BUGS = [
     Bug(
         "one dropout mask for both views",
         "dropout='on' draws independently for each view and sample",
-        "test_ghost_hazards.py::test_dropout_on[dropout-auto]",
+        "engines/test_ghost_hazards.py::test_dropout_on[dropout-auto]",
         "engines/ghost/layer_gradients.py", RANDOM, 'randomness="same" if problem.random',
     ),
     Bug(
         "one dropout mask for all samples",
         "dropout='on' draws independently for each view and sample",
-        "test_normalization.py::test_dropout_on_draws_for_each_sample[vmap]",
+        "forward/test_normalization.py::test_dropout_on_draws_for_each_sample[vmap]",
         "engines/vmap.py", RANDOM, 'randomness="same" if problem.random',
     ),
     Bug(
         "dropout on inside a module that runs sample by sample",
         "dropout='off' holds everywhere, as do the formulas for LayerNorm and weight_norm",
-        "test_ghost_boundaries.py::test_the_rules_of_the_comparison_hold_inside_a_looped_module",
+        "engines/test_ghost_boundaries.py::test_the_rules_of_the_comparison_hold_inside_a_looped_module",
         "engines/ghost/capture.py", "for mode in modes:\n", "for mode in [mode for mode in modes if mode is self]:\n",
     ),
     Bug(
         "the user's autocast ignored",
         "the forward computes in the dtype of the caller's region",
-        "test_precision.py::test_autocast_does_compute_in_half[loop]",
+        "forward/test_precision.py::test_autocast_does_compute_in_half[loop]",
         FORWARD, "if self.autocast is not None:", "if self.autocast is None:",
         FORWARD, "device, dtype = self.autocast\n", 'device, dtype = "cpu", torch.float32\n',
     ),
     Bug(
         "float16's loss scale left in the products",
         "norms are in units of the loss",
-        "test_precision.py::test_float16_autocast_neither_underflows_nor_leaves_its_scale_behind[loop]",
+        "forward/test_precision.py::test_float16_autocast_neither_underflows_nor_leaves_its_scale_behind[loop]",
         COMPARISON, "part / scale**2 for part in", "part / scale for part in",
     ),
     Bug(
         "sums in half precision",
         "products and norms are summed in float32 at least",
-        "test_precision.py::test_bfloat16_parameters",
+        "forward/test_precision.py::test_bfloat16_parameters",
         "engines/base.py", "product = wide(a) * b.to(wide_dtype(a))", "product = a * b",
     ),
     Bug(
         "Gram matrices in half precision",
         "products and norms are summed in float32 at least",
-        "test_ghost_rules.py::test_grams_are_float32_at_least",
+        "engines/test_ghost_rules.py::test_grams_are_float32_at_least",
         "engines/ghost/gram.py",
         "_PairGram.apply(wide(rows))",
         "_PairGram.apply(rows)",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from mutants.bug import Bug
 
 ENGINE, GRAM, SEEN, PIXEL = (f"engines/ghost/{name}.py" for name in ("engine", "gram", "layer_gradients", "pixel"))
-EVERY_FORM = "test_ghost.py::test_every_model_is_exact_in_every_form"
-PIXELS = "test_ghost_rules.py::test_the_pixel_form_against_unfolded_patches"
+EVERY_FORM = "engines/test_ghost.py::test_every_model_is_exact_in_every_form"
+PIXELS = "engines/test_ghost_rules.py::test_the_pixel_form_against_unfolded_patches"
 BACKWARD = """    @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Tensor:
         (rows,) = ctx.saved_tensors
@@ -37,15 +37,15 @@ BUGS = [
     Bug(
         "the mean of the losses is differentiated",
         "norms are those of a sample's own loss, whatever the chunk",
-        "test_ghost.py::test_every_model_is_exact_in_every_form[mlp-auto]",
+        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[mlp-auto]",
         SEEN, "torch.autograd.grad(losses.sum(), wanted", "torch.autograd.grad(losses.mean(), wanted",
     ),
     Bug(
         "tied weights without cross terms",
         "the products of a parameter with several uses are those of the sum of its gradients",
-        "test_ghost.py::test_every_model_is_exact_in_every_form[shared-gradient]"
-        " test_ghost.py::test_every_model_is_exact_in_every_form[conv_twice-gradient]"
-        " test_ghost.py::test_every_model_is_exact_in_every_form[tied_embedding-gradient]",
+        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[shared-gradient]"
+        " engines/test_ghost.py::test_every_model_is_exact_in_every_form[conv_twice-gradient]"
+        " engines/test_ghost.py::test_every_model_is_exact_in_every_form[tied_embedding-gradient]",
         ENGINE,
         "        gradient = seen.gradient(name)\n        return None if gradient is None else pair_gram(gradient)",
         "        parts = [pair_gram(use.rule.gradients(use.input, d)) for use, d in seen.of(name)]\n"
@@ -55,29 +55,29 @@ BUGS = [
     Bug(
         "a linear layer that is used again counts once",
         "the products of a parameter with several uses are those of the sum of its gradients",
-        "test_ghost.py::test_every_model_is_exact_in_every_form[reused_linear-auto]"
-        " test_ghost.py::test_every_model_is_exact_in_every_form[reused_linear-gram]",
+        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[reused_linear-auto]"
+        " engines/test_ghost.py::test_every_model_is_exact_in_every_form[reused_linear-gram]",
         ENGINE, "*joined([(use.input, d) for use, d in uses])", "*joined([(use.input, d) for use, d in uses[:1]])",
     ),
     Bug(
         "any layer that is used again counts once",
         "the products of a parameter with several uses are those of the sum of its gradients",
-        "test_ghost.py::test_every_model_is_exact_in_every_form[reused_linear-auto]"
-        " test_ghost.py::test_every_model_is_exact_in_every_form[conv_twice-gradient]",
+        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[reused_linear-auto]"
+        " engines/test_ghost.py::test_every_model_is_exact_in_every_form[conv_twice-gradient]",
         SEEN, "if use.parameter == name]", "if use.parameter == name][:1]",
     ),
     Bug(
         "uses without a rule are dropped beside a layer's",
         "what has no rule is added to what has one",
-        "test_ghost.py::test_every_model_is_exact_in_every_form[bare_and_ruled-auto]"
-        " test_ghost.py::test_every_model_is_exact_in_every_form[bare_and_ruled-gram]",
+        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[bare_and_ruled-auto]"
+        " engines/test_ghost.py::test_every_model_is_exact_in_every_form[bare_and_ruled-gram]",
         ENGINE, "if name in seen.rows or not uses:", "if not uses:",
     ),
     Bug(
         "uses of a weight without a rule are dropped from the sum",
         "what has no rule is added to what has one",
-        "test_ghost.py::test_every_model_is_exact_in_every_form[bare_and_ruled-auto]"
-        " test_ghost.py::test_every_model_is_exact_in_every_form[bare_and_ruled-gram]",
+        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[bare_and_ruled-auto]"
+        " engines/test_ghost.py::test_every_model_is_exact_in_every_form[bare_and_ruled-gram]",
         SEEN,
         "parts += [self.rows[name]] if name in self.rows else []",
         "parts += [self.rows[name]] if name in self.rows and not parts else []",
@@ -85,14 +85,14 @@ BUGS = [
     Bug(
         "weights of the second derivative left out",
         "only the first derivative is for layer outputs alone",
-        "test_ghost.py::test_every_model_is_exact_in_every_form[cnn_batchnorm_train-auto]",
+        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[cnn_batchnorm_train-auto]",
         SEEN, "    stage.outputs_only = False\n", "",
     ),
     Bug(
         "constant view with a graph in its rule",
         "a constant view contributes no derivative",
         "test_loss.py::test_stop_gradient[mlp-weak-fused-ghost]"
-        " test_ghost.py::test_views_of_different_lengths",
+        " engines/test_ghost.py::test_views_of_different_lengths",
         SEEN, "inputs=tuple(x.detach() for x in use.inputs)", "inputs=use.inputs",
     ),
     Bug(
@@ -104,33 +104,33 @@ BUGS = [
     Bug(
         "in-place version check skipped",
         "an input that was overwritten after its layer is refused",
-        "test_ghost_hazards.py::test_a_layer_input_that_is_overwritten_later[linear]",
+        "engines/test_ghost_hazards.py::test_a_layer_input_that_is_overwritten_later[linear]",
         "engines/ghost/coverage.py", "if tuple(x._version for x in use.inputs) != use.versions:",
         "if len(use.inputs) != len(use.versions):",
     ),
     Bug(
         "coverage accepts a use whose gradient never came",
         "a use that the losses depend on has the gradient of its output, or the model is refused",
-        "test_ghost_hazards.py::test_a_use_whose_gradient_never_came_is_refused",
+        "engines/test_ghost_hazards.py::test_a_use_whose_gradient_never_came_is_refused",
         "engines/ghost/coverage.py", "        if use.own in reached:\n", "        if use.own is None:\n",
     ),
     Bug(
         "in-place ReLU out of place",
         "a tensor that the model overwrites is overwritten",
-        "test_ghost_hazards.py::test_an_activation_in_place_whose_result_nobody_takes",
+        "engines/test_ghost_hazards.py::test_an_activation_in_place_whose_result_nobody_takes",
         "engines/ghost/operators.py", "return F.relu(input, inplace=True) if inplace else self._leaky_relu(input, 0.0)",
         "return self._leaky_relu(input, 0.0)",
     ),
     Bug(
         "in-place leaky ReLU out of place",
         "a tensor that the model overwrites is overwritten",
-        "test_ghost_hazards.py::test_an_activation_in_place_whose_result_nobody_takes",
+        "engines/test_ghost_hazards.py::test_an_activation_in_place_whose_result_nobody_takes",
         "engines/ghost/operators.py", "return F.leaky_relu(input, negative_slope, inplace=True)", "inplace = False",
     ),
     Bug(
         "second half of the Gram's derivative missing",
         "d <a, a> = 2 <a, da>",
-        "test_ghost.py::test_every_model_is_exact_in_every_form[mlp-gram]",
+        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[mlp-gram]",
         GRAM,
         "return rows @ rows.transpose(1, 2)\n\n" + BACKWARD,
         "return rows @ rows.transpose(1, 2)\n\n" + BACKWARD.replace(" + cotangent.transpose(1, 2)", ""),
@@ -138,7 +138,7 @@ BUGS = [
     Bug(
         "only the same positions of both views",
         "every position of one view meets every position of the other",
-        "test_ghost_rules.py::test_position_and_pair_gram_against_loops",
+        "engines/test_ghost_rules.py::test_position_and_pair_gram_against_loops",
         GRAM,
         "gram = products.view(n, 2, positions, 2, positions).sum((2, 4))\n    if positions",
         "gram = products.view(n, 2, positions, 2, positions).diagonal(dim1=2, dim2=4).sum(3)\n    if positions",
@@ -146,14 +146,14 @@ BUGS = [
     Bug(
         "cancellation of positions not noticed",
         "a form that would lose the digits of float32 gives way",
-        "test_ghost_rules.py::test_forms_give_way_where_positions_cancel_in_float32",
+        "engines/test_ghost_rules.py::test_forms_give_way_where_positions_cancel_in_float32",
         GRAM, "if positions > 1 and cancels(", "if positions > 10**9 and cancels(",
     ),
     Bug(
         "cancellation of pixels not noticed",
         "a form that would lose the digits of float32 gives way",
-        "test_ghost_rules.py::test_forms_give_way_where_positions_cancel_in_float32"
-        " test_ghost_hazards.py::test_positions_that_cancel_in_float32",
+        "engines/test_ghost_rules.py::test_forms_give_way_where_positions_cancel_in_float32"
+        " engines/test_ghost_hazards.py::test_positions_that_cancel_in_float32",
         PIXEL, "if cancels(gram.diagonal(dim1=1, dim2=2), uncancelled):", "if gram.isnan().all():",
     ),
     Bug(
@@ -198,19 +198,19 @@ BUGS = [
     Bug(
         "third derivative of the pixel Gram without its blocks",
         "a derivative of the derivative is right, or an error",
-        "test_ghost_hazards.py::test_third_derivatives_are_right_or_an_error",
+        "engines/test_ghost_hazards.py::test_third_derivatives_are_right_or_an_error",
         PIXEL, "if torch.is_grad_enabled():  # a derivative of this one", "if False:  # a derivative of this one",
     ),
     Bug(
         "transposed convolutions in the pixel form",
         "the pixel form is for plain convolutions",
-        "test_ghost_rules.py::test_where_there_is_no_pixel_form",
+        "engines/test_ghost_rules.py::test_where_there_is_no_pixel_form",
         PIXEL, "not geometry.transposed and set(geometry.stride) == {1}", "set(geometry.stride) == {1}",
     ),
     Bug(
         "an engine that serves two models takes one for the other",
         "what was found out about a model is about that model",
-        "test_ghost_boundaries.py::test_an_engine_that_serves_two_models_keeps_them_apart",
+        "engines/test_ghost_boundaries.py::test_an_engine_that_serves_two_models_keeps_them_apart",
         ENGINE, "return _Known() if problem.model is None else self._models.setdefault(problem.model, _Known())",
         "return next(iter(self._models.values()), None) or self._models.setdefault(problem.model, _Known())",
     ),

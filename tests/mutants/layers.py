@@ -7,60 +7,60 @@ from mutants.bug import Bug
 CONV, OPERATORS, RULES, POINTWISE, DECOMPOSED, LAYERS = (
     f"engines/ghost/{name}.py" for name in ("conv", "operators", "rules", "pointwise", "decomposed", "registered")
 )
-EVERY_FORM = "test_ghost.py::test_every_model_is_exact_in_every_form"
-FUNCTIONS = "test_ghost_rules.py::test_the_three_convolution_functions test_ghost_rules.py"
-NORMAL_FORM = "test_ghost_rules.py::test_the_normal_form_of_a_call " + EVERY_FORM
-EMBEDDING = "test_ghost_rules.py::test_embedding_against_dense_one_hot " + EVERY_FORM
-AFFINE = "test_ghost_rules.py::test_channel_affine"
+EVERY_FORM = "engines/test_ghost.py::test_every_model_is_exact_in_every_form"
+FUNCTIONS = "engines/test_ghost_rules.py::test_the_three_convolution_functions engines/test_ghost_rules.py"
+NORMAL_FORM = "engines/test_ghost_rules.py::test_the_normal_form_of_a_call " + EVERY_FORM
+EMBEDDING = "engines/test_ghost_rules.py::test_embedding_against_dense_one_hot " + EVERY_FORM
+AFFINE = "engines/test_ghost_rules.py::test_channel_affine"
 
 BUGS = [
     Bug(
         "bias of linear layers dropped",
         "every compared parameter is compared",
-        "test_ghost.py::test_every_model_is_exact_in_every_form[mlp-auto]",
+        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[mlp-auto]",
         OPERATORS, "            self._note(bias_name, b, Bias(-1, x.shape[1:-1].numel()), (), y)\n", "",
     ),
     Bug(
         "bias of convolutions dropped",
         "every compared parameter is compared",
-        "test_ghost.py::test_every_model_is_exact_in_every_form[conv2d_stride_bias-auto]",
+        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[conv2d_stride_bias-auto]",
         OPERATORS, "                self._note(bias_name, b, Bias(2, x.shape[1]), (), y)\n", "",
     ),
     Bug(
         "bias averaged over positions",
         "the gradient of a bias is a sum over positions",
-        "test_ghost_rules.py::test_bias_sums_over_everything_but_channels",
+        "engines/test_ghost_rules.py::test_bias_sums_over_everything_but_channels",
         RULES, ".flatten(1, -2).sum(1)", ".flatten(1, -2).mean(1)",
     ),
     Bug(
         "dilation ignored",
         "a convolution has the geometry of its call",
-        "test_ghost_rules.py::test_the_normal_form_of_a_call",
+        "engines/test_ghost_rules.py::test_the_normal_form_of_a_call",
         CONV, "return input, Geometry(stride, _ints(padding, dims), dilation, transposed",
         "return input, Geometry(stride, _ints(padding, dims), (1,) * dims, transposed",
     ),
     Bug(
         "stride ignored",
         "a convolution has the geometry of its call",
-        "test_ghost.py::test_every_model_is_exact_in_every_form[conv2d_stride_bias-auto]",
+        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[conv2d_stride_bias-auto]",
         CONV, "return input, Geometry(stride, ", "return input, Geometry((1,) * dims, ",
     ),
     Bug(
         "padding of the first axis for all",
         "a convolution has the geometry of its call",
-        "test_ghost_rules.py::test_the_normal_form_of_a_call",
+        "engines/test_ghost_rules.py::test_the_normal_form_of_a_call",
         CONV, "return tuple(value) * (dims if len(value) == 1 else 1)", "return (value[0],) * dims",
     ),
     Bug(
         "'same' padded on the wrong side",
         "an odd padding goes to the end",
-        "test_ghost_rules.py::test_the_normal_form_of_a_call",
+        "engines/test_ghost_rules.py::test_the_normal_form_of_a_call",
         CONV, "for side in (0, t % 2)]", "for side in (t % 2, 0)]",
     ),
     Bug(
         "output padding ignored",
         "a transposed convolution has the geometry of its call",
-        "test_ghost.py::test_every_model_is_exact_in_every_form[transposed2d_output_padding-auto]",
+        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[transposed2d_output_padding-auto]",
         CONV,
         "_ints(padding, dims), dilation, transposed, output_padding, groups)",
         "_ints(padding, dims), dilation, transposed, (0,) * dims, groups)",
@@ -68,45 +68,45 @@ BUGS = [
     Bug(
         "a group's channels in the order of another",
         "groups are neighbouring channels",
-        "test_ghost_rules.py::test_sample_gradients_and_per_sample_convolution",
+        "engines/test_ghost_rules.py::test_sample_gradients_and_per_sample_convolution",
         CONV, "return gradient.view(n, *shape)", "return gradient.view(shape[0], n, *shape[1:]).transpose(0, 1)",
     ),
     Bug(
         "weight gradient without its derivative for the output gradient",
         "the three convolution functions are each other's derivatives",
-        "test_ghost_rules.py::test_the_three_convolution_functions",
+        "engines/test_ghost_rules.py::test_the_three_convolution_functions",
         CONV, "return g_x, g_gy, None, None", "return g_x, None, None, None",
     ),
     Bug(
         "input gradient without its derivative for the weight",
         "the three convolution functions are each other's derivatives",
-        "test_ghost_rules.py::test_the_three_convolution_functions",
+        "engines/test_ghost_rules.py::test_the_three_convolution_functions",
         CONV, "return g_gy, g_w, None, None", "return g_gy, None, None, None",
     ),
     Bug(
         "padding row counted",
         "the row of the padding index has no gradient",
-        "test_ghost_rules.py::test_embedding_against_dense_one_hot",
+        "engines/test_ghost_rules.py::test_embedding_against_dense_one_hot",
         RULES, "if self.padding is not None:", "if self.padding == -1:",
     ),
     Bug(
         "negative padding index taken as it is",
         "padding_idx=-1 is the last row",
-        "test_ghost.py::test_every_model_is_exact_in_every_form[text_negative_padding_tied-auto]"
-        " test_ghost.py::test_every_model_is_exact_in_every_form[text_negative_padding_tied-gradient]",
+        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[text_negative_padding_tied-auto]"
+        " engines/test_ghost.py::test_every_model_is_exact_in_every_form[text_negative_padding_tied-gradient]",
         OPERATORS, "padding = w.shape[0] + padding_idx if padding_idx is not None and padding_idx < 0 else padding_idx",
         "padding = padding_idx",
     ),
     Bug(
         "different tokens meet",
         "only positions with the same id share a row",
-        "test_ghost_rules.py::test_embedding_against_dense_one_hot",
+        "engines/test_ghost_rules.py::test_embedding_against_dense_one_hot",
         RULES, "row_gram(rows).masked_fill(~same, 0.0)", "row_gram(rows)",
     ),
     Bug(
         "tokens of one sample in the rows of another",
         "each sample has its own rows",
-        "test_ghost_rules.py::test_embedding_against_dense_one_hot",
+        "engines/test_ghost_rules.py::test_embedding_against_dense_one_hot",
         RULES,
         "rows.index_add(0, (ids + start).flatten(), d.flatten(0, 1))",
         "rows.index_add(0, (ids + start.flip(0)).flatten(), d.flatten(0, 1))",
@@ -120,7 +120,7 @@ BUGS = [
     Bug(
         "affine map without the scale's second derivative",
         "gx = gy scale, g_scale = sum gy x, g_shift = sum gy",
-        "test_ghost_rules.py::test_channel_affine",
+        "engines/test_ghost_rules.py::test_channel_affine",
         POINTWISE,
         "return g_gy, gy * _column(v_scale), (v_x * gy).sum((1, 3))",
         "return g_gy, gy * _column(v_scale), None",
@@ -128,7 +128,7 @@ BUGS = [
     Bug(
         "scale's gradient averaged over positions",
         "gx = gy scale, g_scale = sum gy x, g_shift = sum gy",
-        "test_ghost_rules.py::test_channel_affine",
+        "engines/test_ghost_rules.py::test_channel_affine",
         POINTWISE, "(x * gy).sum((1, 3)), gy.sum((1, 3))", "(x * gy).mean((1, 3)), gy.sum((1, 3))",
     ),
     Bug(
@@ -152,38 +152,38 @@ BUGS = [
     Bug(
         "leaky ReLU without its mask in the second derivative",
         "the second derivative for gy passes the mask",
-        "test_ghost_rules.py::test_leaky_relu",
+        "engines/test_ghost_rules.py::test_leaky_relu",
         POINTWISE, "gradient: Tensor = _LeakyReluGradient.apply(v, x, ctx.slope)", "gradient: Tensor = v.clone()",
     ),
     Bug(
         "gates of an LSTM in another order",
         "gates come as input, forget, cell, output",
-        "test_ghost.py::test_every_model_is_exact_in_every_form[lstm-auto]",
+        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[lstm-auto]",
         DECOMPOSED, "i, f, g, o = (x + hidden(h)).chunk(4, -1)", "f, i, g, o = (x + hidden(h)).chunk(4, -1)",
     ),
     Bug(
         "reset gate of a GRU before the product",
         "n = tanh(x_n + r * (W h + b))",
-        "test_ghost.py::test_every_model_is_exact_in_every_form[gru-auto]",
+        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[gru-auto]",
         DECOMPOSED, "n = torch.tanh(x_n + r * h_n)", "n = torch.tanh(r * (x_n + h_n))",
     ),
     Bug(
         "the backward direction left in its own order",
         "outputs of both directions are at the same time step",
-        "test_ghost.py::test_every_model_is_exact_in_every_form[lstm_deep-auto]"
-        " test_ghost.py::test_every_model_is_exact_in_every_form[gru_deep-auto]",
+        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[lstm_deep-auto]"
+        " engines/test_ghost.py::test_every_model_is_exact_in_every_form[gru_deep-auto]",
         DECOMPOSED, "torch.stack(outputs[::-1] if reverse else outputs)", "torch.stack(outputs)",
     ),
     Bug(
         "dropout after the last recurrent layer too",
         "dropout lies between layers",
-        "test_ghost_rules.py::test_recurrent_dropout_lies_between_layers_and_nowhere_else",
+        "engines/test_ghost_rules.py::test_recurrent_dropout_lies_between_layers_and_nowhere_else",
         DECOMPOSED, "if dropout and train and layer < num_layers - 1:", "if dropout and train:",
     ),
     Bug(
         "a registered rule's maps averaged",
         "a sample's gradient is the sum over its maps",
-        "test_layer_rules.py",
+        "engines/test_layer_rules.py",
         LAYERS,
         "return gradient.unflatten(0, (-1, self.call.maps)).sum(1)",
         "return gradient.unflatten(0, (-1, self.call.maps)).mean(1)",
@@ -191,7 +191,7 @@ BUGS = [
     Bug(
         "a constant view's registered rule with a graph",
         "a constant view contributes no derivative",
-        "test_layer_rules.py::test_a_registered_rule_is_exact_in_a_model",
+        "engines/test_layer_rules.py::test_a_registered_rule_is_exact_in_a_model",
         LAYERS,
         "inputs = tuple(x.detach() for x in self.call.inputs)\n        return",
         "inputs = self.call.inputs\n        return",

@@ -5,15 +5,15 @@ from __future__ import annotations
 from mutants.bug import Bug
 
 PROJECTION, SKETCH, LOSS = "engines/projection.py", "engines/ghost/sketch.py", "loss.py"
-UNBIASED = "test_projection.py::test_inner_products_are_unbiased"
-ORACLE = "test_projected_engines.py::test_engines_agree_with_the_projected_oracle"
-GEOMETRY = "test_projected_engines.py::test_factors_of_convolutions_against_formed_gradients"
+UNBIASED = "engines/test_projection.py::test_inner_products_are_unbiased"
+ORACLE = "engines/test_projected_engines.py::test_engines_agree_with_the_projected_oracle"
+GEOMETRY = "engines/test_projected_engines.py::test_factors_of_convolutions_against_formed_gradients"
 
 BUGS = [
     Bug(
         "projection: another matrix for the strong view",
         "both views meet the same matrix",
-        "test_projected_engines.py::test_identical_views_have_cosine_one[kronecker-vmap]",
+        "engines/test_projected_engines.py::test_identical_views_have_cosine_one[kronecker-vmap]",
         "engines/vmap.py", "problem.projection.sketches(weak), problem.projection.sketches(strong)",
         "problem.projection.sketches(weak), type(problem.projection)(problem.projection.kind, problem.projection.dim,"
         " problem.projection.key + 1).sketches(strong)",
@@ -77,26 +77,26 @@ BUGS = [
     Bug(
         "projection: the same block for all columns in the derivative",
         "the derivative of g -> P g is v -> P^T v",
-        "test_projection.py::test_blocks_do_not_show",
+        "engines/test_projection.py::test_blocks_do_not_show",
         PROJECTION, "result[:, place] = x @ block", "result[:, place] = x @ next(blocks(x))[1][:, : block.shape[1]]",
     ),
     Bug(
         "projection: never drawn anew",
         "resample_every=k gives new matrices every k calls",
-        "test_projection.py::test_resampling_and_measuring[kronecker]",
+        "engines/test_projection.py::test_resampling_and_measuring[kronecker]",
         PROJECTION, "draw = call // self.resample_every if self.resample_every else 0", "draw = 0",
     ),
     Bug(
         "projection: the number of calls not restored",
         "a resumed run goes on with the same matrices",
-        "test_projection.py::test_a_resumed_loss_goes_on_with_the_same_matrices"
-        " test_projection.py::test_a_resumed_run_of_the_wrapper_is_bitwise_the_uninterrupted_one[kronecker]",
+        "engines/test_projection.py::test_a_resumed_loss_goes_on_with_the_same_matrices"
+        " engines/test_projection.py::test_a_resumed_run_of_the_wrapper_is_bitwise_the_uninterrupted_one[kronecker]",
         LOSS, "        self._calls = int(calls)\n", "",
     ),
     Bug(
         "projection: ignored by an engine that does not know it",
         "what is not projected is refused, and not compared exactly",
-        "test_projection.py::test_an_engine_that_would_ignore_the_projection_is_refused",
+        "engines/test_projection.py::test_an_engine_that_would_ignore_the_projection_is_refused",
         "engines/__init__.py", 'if projection is not None and not getattr(engine, "projects", False):', "if False:",
     ),
     Bug(

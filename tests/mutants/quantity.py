@@ -195,13 +195,13 @@ BUGS = [
     Bug(
         "a tied embedding's gradient handed over as sparse",
         "a gradient has the layout of torch's own",
-        "test_sparse.py",
+        "forward/test_sparse.py",
         "_consistency/trial.py", 'used_otherwise(loss, embedded, "EmbeddingBackward0")', "set()",
     ),
     Bug(
         "the joint statistics send on a dense gradient",
         "a gradient has the layout of torch's own",
-        "test_sparse.py",
+        "forward/test_sparse.py",
         COMPARISON, "partial(aliases, options.trainable, self.sparse)", "partial(aliases, options.trainable, ())",
     ),
     Bug(
@@ -247,7 +247,7 @@ BUGS = [
         "the caller's generator is the source of every draw of the call",
         "test_loss.py::test_max_pairs_is_unbiased[mlp-loop]"
         " test_loss.py::test_max_pairs_has_a_generator_of_its_own"
-        " test_ghost_hazards.py::test_dropout_on[dropout-auto]",
+        " engines/test_ghost_hazards.py::test_dropout_on[dropout-auto]",
         LOSS, "source = generator or self._generator", "source = self._generator",
     ),
     Bug(
@@ -309,7 +309,7 @@ BUGS = [
     Bug(
         "loss in half precision",
         "losses are computed in float32 at least",
-        "test_precision.py::test_the_default_loss_of_half_logits_is_that_of_their_values",
+        "forward/test_precision.py::test_the_default_loss_of_half_logits_is_that_of_their_values",
         "_inputs/cross_entropy.py", "    logits = wide(logits)\n", "",
     ),
     Bug(

@@ -49,25 +49,25 @@ BUGS = [
     Bug(
         "a Function's wrong second derivative not noticed",
         "a custom Function with an incomplete second derivative is refused",
-        "test_custom_functions.py::test_a_wrong_second_derivative_is_refused",
+        "consistency/test_custom_functions.py::test_a_wrong_second_derivative_is_refused",
         FUNCTIONS, "if error is not None and error > _TOLERANCE:", "if error is not None and error > 1e4 * _TOLERANCE:",
     ),
     Bug(
         "a loss that reaches no compared parameter accepted",
         "where the loss cannot depend on the compared parameters, it is refused",
-        "test_advice.py::test_a_loss_that_no_compared_parameter_reaches_is_refused",
+        "consistency/test_advice.py::test_a_loss_that_no_compared_parameter_reaches_is_refused",
         PROBES, "if compared and len(unreached) == len(compared):", "if compared and len(unreached) > len(compared):",
     ),
     Bug(
         "an idle term not told",
         "where no pair has had a cosine for several calls, one warning says so",
-        "test_advice.py::test_it_is_told_once_with_a_remedy",
+        "consistency/test_advice.py::test_it_is_told_once_with_a_remedy",
         "_consistency/advice.py", "(record.degenerate | ~record.compared).all()", "(~record.compared).all()",
     ),
     Bug(
         "a second backward doubles the gradient",
         "a loss behaves like any: its graph is freed by the first backward",
-        "test_advice.py::test_a_second_backward_raises_unless_the_graph_is_kept",
+        "consistency/test_advice.py::test_a_second_backward_raises_unless_the_graph_is_kept",
         "_consistency/gradient_buffer.py",
         "ctx.save_for_backward(*(own or [parameters[0].new_empty(0)]))", "ctx.kept = own",
         "_consistency/gradient_buffer.py", "saved = iter(ctx.saved_tensors)", "saved = iter(ctx.kept)",
@@ -133,7 +133,7 @@ BUGS = [
     Bug(
         "autocast left off",
         "the caller's autocast region goes on",
-        "test_precision.py::test_the_users_autocast_region_goes_on_after_a_call",
+        "forward/test_precision.py::test_the_users_autocast_region_goes_on_after_a_call",
         "_forward/sandbox.py",
         "torch.autocast(device.type, enabled=False),",
         "__import__('contextlib').suppress(torch.set_autocast_enabled(device.type, False) or ValueError),",
@@ -147,13 +147,15 @@ BUGS = [
     Bug(
         "replaced forwards left behind",
         "modes and attributes of modules stay as they were",
-        "test_layer_rules.py::test_a_rule_that_fails_leaves_no_trace test_layer_rules.py test_ghost_boundaries.py",
+        "engines/test_layer_rules.py::test_a_rule_that_fails_leaves_no_trace engines/test_layer_rules.py"
+        " engines/test_ghost_boundaries.py",
         "engines/ghost/registered.py", '            vars(layer).pop("forward", None)\n', "            pass\n",
     ),
     Bug(
         "captures kept alive",
         "nothing outlives a call",
-        "test_ghost_boundaries.py::test_nothing_outlives_a_call_even_without_the_garbage_collector test_state.py",
+        "engines/test_ghost_boundaries.py::test_nothing_outlives_a_call_even_without_the_garbage_collector"
+        " test_state.py",
         "engines/ghost/layer_gradients.py", "            capture.release()\n", "            pass\n",
     ),
     Bug(
@@ -167,7 +169,7 @@ BUGS = [
     Bug(
         "once_differentiable not noticed",
         "a function without a second derivative is refused",
-        "test_graph.py::test_a_function_without_a_second_derivative_is_refused",
+        "refusals/test_graph.py::test_a_function_without_a_second_derivative_is_refused",
         GRAPH,
         '_CUTS = ("torch::autograd::Error", "Error", "DelayedError", "NotImplemented")',
         '_CUTS = ("NotImplemented",)',
@@ -175,13 +177,13 @@ BUGS = [
     Bug(
         "reentrant checkpoints not noticed",
         "parameters inside a reentrant checkpoint are not read as zero",
-        "test_graph.py::test_reentrant_checkpointing_is_refused",
+        "refusals/test_graph.py::test_reentrant_checkpointing_is_refused",
         GRAPH, "if \"CheckpointFunctionBackward\" in names_of_nodes:", "if \"Checkpoint\" in names_of_nodes:",
     ),
     Bug(
         "another learnable tensor gets no gradient",
         "fused=True refuses what it has no gradient for",
-        "test_graph.py::test_a_learnable_loss_needs_an_ordinary_graph",
+        "refusals/test_graph.py::test_a_learnable_loss_needs_an_ordinary_graph",
         GRAPH, "if foreign and fused:", "if foreign and not fused and fused:",
     ),
     Bug(
@@ -193,7 +195,7 @@ BUGS = [
     Bug(
         "neighbours not noticed",
         "a sample's output that depends on its neighbours is refused",
-        "test_errors.py::test_a_model_that_mixes_samples_is_refused",
+        "refusals/test_errors.py::test_a_model_that_mixes_samples_is_refused",
         PROBES,
         "if differ and not _only_rounding(",
         "if False and not _only_rounding(",
@@ -227,7 +229,7 @@ BUGS = [
     Bug(
         "a flag and a number taken for one constant",
         "views with different constants are refused",
-        "test_errors.py::test_inputs test_wrapper.py::test_a_forward_with_other_constants_is_not_the_views",
+        "refusals/test_errors.py::test_inputs test_wrapper.py::test_a_forward_with_other_constants_is_not_the_views",
         "_inputs/batch.py", "type(a) is type(b) and a == b", "a == b",
     ),
     Bug(
@@ -239,7 +241,7 @@ BUGS = [
     Bug(
         "a class beyond the model's taken for the last",
         "a target outside the classes is refused",
-        "test_errors.py::test_inputs",
+        "refusals/test_errors.py::test_inputs",
         PROBES,
         "if target.dim() == 1 and int(target.max()) >= classes:",
         "if target.dim() == 1 and int(target.min()) >= classes:",
@@ -250,13 +252,13 @@ BUGS = [
     Bug(
         "probabilities need not sum to 1",
         "a target that is no distribution is refused",
-        "test_errors.py::test_inputs",
+        "refusals/test_errors.py::test_inputs",
         "_inputs/pairs.py", " or bool(((total - 1).abs() > tolerance).any())", "",
     ),
     Bug(
         "NaN gradients count as degenerate",
         "a gradient that is not finite is an error, not a pair less",
-        "test_errors.py::test_22_nan_in_a_parameter",
+        "refusals/test_errors.py::test_22_nan_in_a_parameter",
         "_consistency/comparison.py",
         "if culprit is not None or not self.drop_non_finite:",
         "if culprit is not None and self.drop_non_finite:",
@@ -271,7 +273,7 @@ BUGS = [
     Bug(
         "raw DDP accepted",
         "a model whose second forward would be counted is refused",
-        "test_errors.py::test_43_raw_ddp_is_refused",
+        "refusals/test_errors.py::test_43_raw_ddp_is_refused",
         "_refusals/models.py",
         '    "torch.nn.parallel.distributed.DistributedDataParallel": (\n',
         '    "DistributedDataParallel": (\n',
@@ -279,7 +281,7 @@ BUGS = [
     Bug(
         "Embedding(scale_grad_by_freq=True) accepted",
         "a gradient that depends on the rest of the batch is refused",
-        "test_errors.py::test_refused_modules",
+        "refusals/test_errors.py::test_refused_modules",
         "_refusals/models.py",
         "if isinstance(module, nn.Embedding) and module.scale_grad_by_freq:",
         "if isinstance(module, nn.EmbeddingBag) and module.scale_grad_by_freq:",

@@ -40,7 +40,7 @@ PIP = ("-m", "pip", "--disable-pip-version-check", "--no-input")
 # What imports here imports for every user; isolated, so that no folder stands in for the package.
 IMPORT = ("-I", "-c", "import gradconsist; print(gradconsist.__version__)")
 CORE = ("-m", "pytest", "tests/core")
-SOME = ("-m", "pytest", "tests/core/methods", "tests/core/test_exactness.py", "tests/core/test_isolation.py")
+SOME = ("-m", "pytest", "tests/core/methods", "tests/core/test_exactness.py", "tests/core/forward/test_isolation.py")
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from support.changes import poke, put
 from support.models import SquareOnce
 from support.zoo import CASES, Problem
 
-TESTS = Path(__file__).resolve().parents[1]
+TESTS = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
