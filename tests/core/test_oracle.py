@@ -52,7 +52,11 @@ def _direction(oracle: Judge, seed: int) -> dict[str, Tensor]:
     return direction
 
 
-@pytest.mark.parametrize("name", CASES)
+# What these remember follows the weights or the inputs without a derivative, on purpose.
+_HELD = {"spectral_norm_train", "moving_codebook", "write_through_data", "unregistered_memory"}
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in _HELD])
 def test_finite_differences_of_the_whole_loss(name: str) -> None:
     oracle = CASES[name].problem().judge()
     verdict = oracle.verdict()

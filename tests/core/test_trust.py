@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gradconsist import GGCRWrapper, GradientConsistencyLoss, SSLBatch
 from gradconsist.engines import GradProducts, LoopEngine, Problem
-from gradconsist.errors import ConfigError, NonFiniteError, StateError, UnsupportedModuleError
+from gradconsist.errors import ConfigError, LossContractError, NonFiniteError, StateError, UnsupportedModuleError
 from gradconsist.methods import FixMatch
 from support.models import SquareOnce
 
@@ -328,8 +328,11 @@ def test_the_wrapper_counts_no_step_that_failed_and_takes_no_other_model() -> No
     model = _mlp()
     wrapper = GGCRWrapper(FixMatch(model, threshold=0.0), GradientConsistencyLoss(model), warmup_steps=0)
     weak, strong, target = _views()
-    wrapper.consistency.min_norm = "broken"  # type: ignore[assignment]
-    with pytest.raises(TypeError):
+    with pytest.raises(ConfigError, match="`min_norm` is 'broken'"):
+        wrapper.consistency.min_norm = "broken"
+    assert wrapper.consistency.min_norm == 1e-8
+    wrapper.consistency.loss_fn = lambda output, target: output.sum()
+    with pytest.raises(LossContractError, match="one loss per sample"):
         wrapper(SSLBatch(weak, target, weak, strong))
     assert wrapper.step == 0
     with pytest.raises(ConfigError, match="same model"):
