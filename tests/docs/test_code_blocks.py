@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -64,15 +63,25 @@ def test_make_targets_exist() -> None:
     assert {"demo", "test"} <= named
 
 
-# One process for the programs of a folder: starting torch for each of them takes minutes.
+# One process for all programs: starting torch for each of them takes minutes. What a folder's programs import from
+# beside them goes again with them, since other folders have modules of the same names.
 HELP = """
 import runpy, sys
-for script in sys.argv[1:]:
+from pathlib import Path
+root, *scripts = sys.argv[1:]
+path = list(sys.path)
+for script in scripts:
+    sys.path[:] = [str(Path(script).parent), *path]
     sys.argv[:] = [script, "--help"]
+    before = set(sys.modules)
     try:
         runpy.run_path(script, run_name="__main__")
     except SystemExit as end:
         assert not end.code, f"{script} --help ended with {end.code}"
+    for name in set(sys.modules) - before:
+        file = getattr(sys.modules[name], "__file__", None) or ""
+        if file.startswith(root) and ".venv" not in file and not name.startswith("gradconsist"):
+            del sys.modules[name]
 """
 
 
@@ -80,20 +89,9 @@ for script in sys.argv[1:]:
 def known_options() -> set[str]:
     """Every option in the help of any program."""
     pytest.importorskip("torchvision", reason="the examples need torchvision")
-    shown = ""
-    for folder in sorted({script.parent for script in PROGRAMS}):
-        scripts = [str(script) for script in PROGRAMS if script.parent == folder]
-        command = [sys.executable, "-c", HELP, *scripts]
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=280,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join((str(folder), os.environ.get("PYTHONPATH", "")))},
-        )
-        shown += done.stdout
-    return set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", shown))
+    command = [sys.executable, "-c", HELP, str(ROOT), *map(str, PROGRAMS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=280)
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", done.stdout))
 
 
 # Options of other programs that the documents name.
