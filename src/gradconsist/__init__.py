@@ -1,8 +1,8 @@
 """Gradient-Guided Consistency Regularization for any PyTorch training loop.
 
-The per-sample gradients of the loss, taken on a weakly and a strongly augmented view of the same unlabeled input,
-should point the same way. `GradientConsistencyLoss` is that demand as one term to add to a loss; `GGCRWrapper` adds it
-to any semi-supervised method.
+For each unlabeled input, the per-sample gradients of the loss on a weakly and on a strongly augmented view should
+point in the same direction. `GradientConsistencyLoss` adds this as a loss term to your own training loop;
+`GGCRWrapper` adds it to any semi-supervised method.
 
     >>> import torch
     >>> from gradconsist import GradientConsistencyLoss

@@ -1,4 +1,4 @@
-"""`GradientConsistencyLoss`: one term to add to a loss."""
+"""`GradientConsistencyLoss`: the gradient consistency term L_g, ready to add to any loss."""
 
 from __future__ import annotations
 
@@ -28,55 +28,59 @@ from gradconsist.types import ConsistencyRecord, Inputs, LossFunction, ViewPair
 
 
 class GradientConsistencyLoss:
-    """L_g = 1/B * sum over pairs u of weight(u) * (1 - GC(u)), differentiable in the model's parameters.
+    """Penalises pairs of views whose per-sample gradients point in different directions.
+
+        L_g = 1/B * sum over pairs u of weight(u) * (1 - GC(u))
 
     For weak view w, strong view s, target t and the compared parameters E,
 
         g_w = d loss_fn(model(w), t) / dE,    g_s = d loss_fn(model(s), t) / dE,    GC = ⟨g_w, g_s⟩ / (||g_w|| ||g_s||)
 
-    with all of E as one flat vector. What is compared is E; what the result is differentiated for is every trainable
-    parameter. Pairs whose norm is at most `min_norm` on either side get weight 0 and are counted. Per-sample gradients
-    hold BatchNorm's statistics constant; the model's buffers, modes, ``.grad`` and the random state stay untouched.
+    with all of E as one flat vector. Only the gradients for E are compared, but L_g is differentiable in every
+    trainable parameter. A pair whose gradient norm is at most `min_norm` in either view gets weight 0 and is counted
+    as degenerate. Per-sample gradients hold BatchNorm's statistics constant. The model's buffers, modes, ``.grad`` and
+    the random state do not change.
 
-    The loss is no module and holds no parameters: `model` is neither copied nor registered.
+    The loss is not a module and has no parameters: it neither copies nor registers `model`.
 
     Args:
         model: any module from a batch to logits (or to an object with ``logits``).
-        encoder: what to compare: a module, a sequence of modules, a predicate on the names of
-            ``model.named_parameters()``, or None for every trainable parameter. Frozen parameters have no gradient and
-            are left out.
-        loss_fn: ``(model output, target) -> [B]``; None is cross-entropy for class indices [B] and probabilities [B,
-            C].
-        engine: "auto", "ghost", "loop", "vmap", or an object with `gradconsist.engines.Engine`'s method.
-        projection: None for the exact products, or a `RandomProjection`: products of sketches, unbiased, and a cosine
-            that is not.
-        batchnorm: "auto" gives a BatchNorm in train mode the joint statistics of this call's weak and strong inputs
-            (all pairs, those of weight 0 included) and one in eval mode its running statistics; "batch" and "running"
-            force one of them; "observed" takes those of the method's own forward of each view, at no forward here,
-            and needs `GGCRWrapper`.
-        through_statistics: True differentiates L_g also through the joint statistics, by one more forward and backward
-            of all pairs; the compared gradients hold them constant in any case.
-        dropout: "off" switches random layers off inside the comparison; "on" keeps them, with an independent draw for
-            each view and sample.
-        chunk_size: pairs at a time: an int, None for all, or "auto" for the engine's own choice (halved where a CUDA
-            device runs out of memory). The result does not depend on it beyond rounding.
-        max_pairs: at most so many pairs are compared: a random subset of those with positive weight, rescaled so that
-            the expectation is unchanged.
-        stop_gradient: "weak" or "strong" makes that view's gradient a constant.
-        min_norm: bound below which a gradient's direction is noise, in units of the loss per unit of a parameter.
-        reduction: "mean" divides by the number of pairs of the call, weight 0 included; "sum" does not divide; "none"
-            returns [B] and needs ``fused=False``.
-        fused: True forms the parameter gradient inside the call, chunk by chunk, and keeps one buffer of the
-            parameters' size; False builds an ordinary graph over all chunks, which also serves inputs and weights that
-            require grad (a weight of 0 gets derivative 0: its pair is not compared).
+        encoder: the parameters E to compare: a module, a sequence of modules, a predicate on the names of
+            ``model.named_parameters()``, or None for every trainable parameter. Frozen parameters have no gradient, so
+            they are left out.
+        loss_fn: ``(model output, target) -> [B]``. None is cross-entropy, for class indices [B] or probabilities
+            [B, C].
+        engine: "auto", "ghost", "loop", "vmap", or an object that implements `gradconsist.engines.Engine`.
+        projection: None computes exact inner products. A `RandomProjection` computes them from sketches: the products
+            are unbiased, their cosine is not.
+        batchnorm: which statistics the comparison uses. "auto": a BatchNorm in train mode uses the joint statistics of
+            this call's weak and strong inputs (all pairs, also those of weight 0); one in eval mode uses its running
+            statistics. "batch" and "running" force one of the two. "observed" reuses the statistics of the method's own
+            forward of each view, which saves a forward here but needs `GGCRWrapper`.
+        through_statistics: True also differentiates L_g through the joint statistics, at the cost of one more forward
+            and backward of all pairs. The compared gradients hold them constant either way.
+        dropout: "off" switches random layers off during the comparison; "on" keeps them, with an independent draw per
+            view and sample.
+        chunk_size: how many pairs to process at a time: an int, None for all, or "auto" for the engine's own choice
+            (halved if a CUDA device runs out of memory). The result depends on it only by rounding.
+        max_pairs: compare at most this many pairs: a random subset of those with positive weight, rescaled so that the
+            expectation does not change.
+        stop_gradient: "weak" or "strong" treats that view's gradient as a constant.
+        min_norm: a gradient with a norm at or below this is noise, without a direction. Unit: loss per unit of a
+            parameter.
+        reduction: "mean" divides by the number of pairs of the call, also counting those of weight 0; "sum" does not
+            divide; "none" returns [B] and needs ``fused=False``.
+        fused: True computes the parameter gradient inside the call, chunk by chunk, and keeps one buffer of the
+            parameters' size. False builds an ordinary graph over all chunks. Use it if inputs or weights require grad
+            (the derivative for a weight of 0 is 0, because its pair is not compared).
 
     Attributes:
-        last: `ConsistencyRecord` of the last call, or None.
+        last: the `ConsistencyRecord` of the last call, or None.
 
     Raises:
-        ConfigError: an option has no such value, or does not go with another.
-        ParameterSelectionError: `encoder` selects nothing that is trainable.
-        UnsupportedModuleError: the model contains a module for which the result would not be exact.
+        ConfigError: an option has an invalid value, or conflicts with another.
+        ParameterSelectionError: `encoder` selects no trainable parameter.
+        UnsupportedModuleError: the result would not be exact for some module of the model.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -88,7 +92,7 @@ class GradientConsistencyLoss:
         >>> f"{loss.item():.4f}", gc.last.summary()["degenerate"]
         ('0.0017', 0.0)
 
-    Source: the paper's definition 1, eq. (2) and algorithm 1, whose two forms of L_g differ by a constant.
+    Source: the paper's definition 1, eq. (2) and algorithm 1. The two forms of L_g given there differ by a constant.
     """
 
     criterion: ClassVar[Criterion] = Disagreement()
@@ -116,11 +120,11 @@ class GradientConsistencyLoss:
             through_statistics, dropout, chunk_size, max_pairs, stop_gradient, min_norm, reduction, fused,
         )  # fmt: skip
         self.last: ConsistencyRecord | None = None
-        # Reading the seed does not draw from the global generator; drawing from our own does not either.
+        # Neither reading the seed nor drawing from our own generator changes the global one.
         self._generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
         self._probed = Probed()
         self._idle = IdleCalls()
-        self._calls = 0  # that a projection has served
+        self._calls = 0  # selects the projection's matrices
 
     def __call__(
         self,
@@ -131,27 +135,27 @@ class GradientConsistencyLoss:
         *,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """L_g of a batch of pairs.
+        """Computes L_g of a batch of pairs.
 
         Args:
-            weak: weakly augmented inputs: a tensor, or a dict, tuple or list of tensors, batch first, and constants.
+            weak: weakly augmented inputs: a tensor, or a dict, tuple or list of tensors and constants, batch first.
             strong: strongly augmented inputs of the same samples, in the same order.
-            target: pseudo-labels for both views: class indices [B] or probabilities [B, C]; used without their graph.
-            weight: [B], non-negative, real or boolean; None is 1. Pairs of weight 0 enter BatchNorm's joint statistics
-                and cost nothing else.
-            generator: source of the random subset and of dropout's seed; None is the loss's own.
+            target: pseudo-labels for both views, as class indices [B] or probabilities [B, C]; their graph is ignored.
+            weight: [B], non-negative, real or boolean; None means 1. Pairs of weight 0 count in BatchNorm's joint
+                statistics and cost nothing else.
+            generator: random source for the subset and for dropout's seed; None uses the loss's own.
 
         Returns:
-            Scalar, or [B] with ``reduction="none"``, in float32 at least. With no pair to compare it is 0 and its
-            gradient is 0.
+            A scalar, or [B] with ``reduction="none"``, in float32 or wider. With no pair to compare, it is 0 and so is
+            its gradient.
 
         Raises:
-            GradConsistError: one of the family, each naming argument or module path, finding and remedy.
+            GradConsistError: or a subclass. The message names the argument or module path, the problem and the remedy.
         """
         return self.evaluate(weak, strong, target, weight, generator=generator)
 
     def __getattr__(self, name: str) -> Any:
-        """Options are read, and set between calls, like attributes of the loss."""
+        """Looks up options as attributes of the loss; you can also set them between calls."""
         settings = vars(self).get("settings")
         if name in OPTIONS and settings is not None:
             return getattr(settings, name)
@@ -163,10 +167,10 @@ class GradientConsistencyLoss:
         super().__setattr__(name, value)
 
     def with_options(self, **changes: Any) -> GradientConsistencyLoss:
-        """A loss with the same options but these, and with nothing that this one has learnt, drawn or seen.
+        """Makes a new loss with some options changed; it starts fresh and shares no state with this one.
 
         Args:
-            **changes: options, by the names of the constructor's arguments.
+            **changes: the options to change, named as in the constructor.
 
         Returns:
             A new loss.
@@ -187,7 +191,7 @@ class GradientConsistencyLoss:
         generator: torch.Generator | None = None,
         statistics: Constants | None = None,
     ) -> Tensor:
-        """`__call__` with given BatchNorm statistics, one entry for each BatchNorm call of a forward.
+        """Computes L_g like `__call__`, with BatchNorm statistics that you pass in.
 
         Args:
             weak: as in `__call__`.
@@ -195,11 +199,11 @@ class GradientConsistencyLoss:
             target: as in `__call__`.
             weight: as in `__call__`.
             generator: as in `__call__`.
-            statistics: constants for the BatchNorm calls in batch mode, instead of this call's own: a list, or a tuple
-                of two for the weak and the strong views.
+            statistics: used instead of this call's own statistics by BatchNorm calls in batch mode. One list with an
+                entry per BatchNorm call of a forward, or a tuple of two such lists, for the weak and the strong views.
 
         Returns:
-            As `__call__`.
+            As in `__call__`.
 
         Raises:
             GradModeError: no graph can be built here: under ``no_grad``, inside a transform or another comparison.
@@ -228,7 +232,7 @@ class GradientConsistencyLoss:
         generator: torch.Generator | None = None,
         statistics: Constants | None = None,
     ) -> ConsistencyRecord:
-        """Cosines and norms without a graph: for monitoring, in any mode, also under ``no_grad``.
+        """Measures cosines and norms without a graph, for monitoring; works in any mode, also under ``no_grad``.
 
         Args:
             weak: as in `__call__`.
@@ -239,14 +243,14 @@ class GradientConsistencyLoss:
             statistics: as in `evaluate`.
 
         Returns:
-            The record, which is also kept in `last`.
+            The record, also kept in `last`.
 
         Raises:
-            GradModeError: inside a transform or another comparison.
+            GradModeError: called inside a transform or another comparison.
         """
         with one_comparison(), torch.inference_mode(False), torch.no_grad():
             pairs = self._check(weak, strong, target, weight, fused=False)
-            if generator is None:  # monitoring must not change what training draws next
+            if generator is None:  # monitoring must not change the next draws of training
                 generator = torch.Generator()
                 generator.set_state(self._generator.get_state())
             _, self.last = compare(self._comparison(generator, statistics, measure=True), pairs)
@@ -254,47 +258,48 @@ class GradientConsistencyLoss:
 
     @uncompiled
     def try_on_one_pair(self, pair: ViewPair, statistics: Constants | None = None) -> bool:
-        """Evaluates the loss and its gradient on one pair, and leaves no trace but what it learns about the model.
+        """Evaluates the loss and its gradient on one pair, to find mistakes early.
 
-        For mistakes that would otherwise show after a long warm-up. All views, targets and weights are checked. The
-        pair is the first one of positive weight, or else the first one: a method may be confident of none at the start.
-        The record, generator and number of calls stay as they are, and so do the model and the random state.
+        Without it, they would show only after a long warm-up. All views, targets and weights are checked. The pair is
+        the first one of positive weight, or else the first one, since a method may trust no sample at the start.
+        Nothing changes except what is cached about the model: not the record, generator or number of calls, nor the
+        model or the random state.
 
         Args:
             pair: the views of a step.
             statistics: as in `evaluate`.
 
         Returns:
-            Whether it was conclusive: numbers that are not finite say nothing about the model.
+            Whether the trial was conclusive. Numbers that are not finite say nothing about the model.
 
         Raises:
-            GradConsistError: whatever the loss itself would raise for such a step.
+            GradConsistError: any error that the loss itself would raise for such a step.
         """
         with one_comparison():
             pairs = self._check(*pair, fused=self.settings.fused)
             try:
-                # A generator of its own: the loss draws next what it would have drawn.
+                # A separate generator, so that the next draws of the loss do not change.
                 compare(self._comparison(torch.Generator().manual_seed(0), statistics), pairs.first())
             except NonFiniteError:
                 return False
         return True
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The state of the loss's own generator, which `max_pairs` and ``dropout="on"`` draw from.
+        """Returns the state of the loss's own generator, which `max_pairs` and ``dropout="on"`` draw from.
 
-        With a projection also the number of calls, which tells its matrices.
+        With a projection, it also holds the number of calls, which selects the projection's matrices.
         """
         state = {"generator": self._generator.get_state()}
         return state if self.settings.projection is None else state | {"calls": torch.tensor(self._calls)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continues where `state_dict` was taken.
+        """Restores what `state_dict` returned.
 
         Args:
-            state: what `state_dict` returned.
+            state: the return value of `state_dict`.
 
         Raises:
-            StateError: it is something else.
+            StateError: `state` is something else.
         """
         expected = {"generator"} if self.settings.projection is None else {"generator", "calls"}
         known = isinstance(state, Mapping) and set(state) == expected

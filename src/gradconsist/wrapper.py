@@ -1,4 +1,4 @@
-"""`GGCRWrapper`: gradient consistency around any semi-supervised method."""
+"""`GGCRWrapper`: adds gradient consistency to any semi-supervised method."""
 
 from __future__ import annotations
 
@@ -23,25 +23,27 @@ PairFunction = Callable[[tuple[Any, ...], dict[str, Any], Any], ViewPair | None]
 
 
 class GGCRWrapper(nn.Module):
-    """``loss = base + lambda(t) * L_g`` around a method that is called once per step.
+    """Adds ``lambda(t) * L_g`` to the loss of a method that you call once per step.
 
-    ``out = wrapper(...)`` calls ``method(...)`` with the same arguments and returns a `StepOutput`. Before the
-    warm-up's end, with ``weight=0``, in eval mode, or where a step has no pair, nothing but the method runs: its
-    loss, gradients, buffers, random stream and state are bitwise those without the wrapper. The one exception leaves
-    no trace: on the first training step that has a pair, the term is tried on one, so that a missing `pair_fn`, wrong
-    shapes or a model that cannot be compared are reported then and not after the warm-up.
+    ``out = wrapper(...)`` calls ``method(...)`` with the same arguments and returns a `StepOutput`. During the warm-up,
+    with ``weight=0``, in eval mode, or if a step has no pair, only the method runs: its loss, gradients, buffers,
+    random stream and state are bitwise the same as without the wrapper. There is one exception, which leaves no trace:
+    on the first training step that has a pair, the wrapper tries the term on one. So a missing `pair_fn`, wrong shapes
+    or a model that cannot be compared show up right away, not after the warm-up.
 
-    The optimizer, GradScaler, accumulation and the distributed wrapper (``DDP(wrapper)``) stay the user's own.
+    You keep control of the optimizer, GradScaler, gradient accumulation and the distributed wrapper
+    (``DDP(wrapper)``).
 
     Args:
-        method: any callable. It returns a `StepOutput`, or a scalar tensor, a mapping with ``"loss"``, or a tuple that
-            starts with one of these. A module is registered, so its parameters and state are the wrapper's.
-        consistency: the term; its ``model`` should be the one that the method trains.
+        method: any callable. It returns a `StepOutput`, a scalar tensor, a mapping with ``"loss"``, or a tuple that
+            starts with one of these. If it is a module, the wrapper registers it: its parameters and state become part
+            of the wrapper's.
+        consistency: the term. Its ``model`` must be the one that the method trains.
         weight: lambda after warm-up and ramp.
-        warmup_steps: steps of this wrapper without the term.
-        ramp_steps: steps after the warm-up over which lambda grows linearly.
-        every: the term enters every so many steps, times `every`, which leaves its mean unchanged.
-        gate: "method" weights pairs as the method did (its confidence mask), "all" weights them 1.
+        warmup_steps: number of steps of this wrapper before the term is added.
+        ramp_steps: number of steps after the warm-up over which lambda grows linearly.
+        every: add the term only on every k-th step, multiplied by k, so that its mean does not change.
+        gate: "method" weights pairs as the method did (its confidence mask); "all" weights every pair 1.
         pair_fn: ``(args, kwargs, output) -> ViewPair | None``, for methods that do not return a `StepOutput` with a
             pair.
 
@@ -49,7 +51,7 @@ class GGCRWrapper(nn.Module):
         step: number of calls in train mode so far; part of ``state_dict()``.
 
     Raises:
-        ConfigError: an option has no such value.
+        ConfigError: an option has an invalid value.
 
     Example:
         >>> import torch
@@ -112,25 +114,25 @@ class GGCRWrapper(nn.Module):
         self._tried = False
 
     def current_weight(self) -> float:
-        """Lambda of the coming step: 0 in the warm-up, in eval mode, and on steps that `every` leaves out."""
+        """Returns lambda for the next step: 0 in the warm-up, in eval mode and on steps that `every` skips."""
         if not self.training or (self.step - self.warmup_steps) % self.every:
             return 0.0
         return self.every * warmup_then_ramp(self.step, self.weight, self.warmup_steps, self.ramp_steps)
 
     def forward(self, *args: Any, **kwargs: Any) -> StepOutput:
-        """One step of the method, with the term where it is due.
+        """Runs one step of the method and adds the term if it is due.
 
         Args:
             *args: the method's arguments.
             **kwargs: the method's keyword arguments.
 
         Returns:
-            The loss, the method's pair, and its logs with ``ggcr_weight`` and, where the term was computed,
-            ``ggcr_loss``, ``ggcr_cosine``, ``ggcr_degenerate`` and ``ggcr_pairs`` added.
+            The loss, the method's pair and its logs. ``ggcr_weight`` is added to the logs, and if the term was
+            computed also ``ggcr_loss``, ``ggcr_cosine``, ``ggcr_degenerate`` and ``ggcr_pairs``.
 
         Raises:
             LossContractError: the method returned no loss, or neither it nor `pair_fn` supplies a pair.
-            GradConsistError: the term cannot be computed; on the first step already, whatever the warm-up.
+            GradConsistError: the term cannot be computed. Raised on the first step already, even during the warm-up.
         """
         weight = self.current_weight()
         trial = not (weight > 0 or self._tried) and self.training and self.weight > 0 and torch.is_grad_enabled()
@@ -151,15 +153,16 @@ class GGCRWrapper(nn.Module):
             self._tried = True
             logs = {**base.logs, "ggcr_weight": weight, **self._logs(term)}
             result = StepOutput(base.loss + weight * term, pair, logs)
-        if self.training:  # last, so that a step that failed is not counted
+        if self.training:  # last, so that failed steps do not count
             self.step += 1
         return result
 
     def _try(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, base: StepOutput, observer: object
     ) -> None:
-        """The term on one pair of the first step; later ones do not come here once it was conclusive."""
-        with preserved_randomness(base.loss.device, seed=0):  # of a `pair_fn`, which would not be called yet
+        """Tries the term on one pair, on the first step and until a trial was conclusive."""
+        # A `pair_fn` would not run yet, so what it draws must not change the random stream.
+        with preserved_randomness(base.loss.device, seed=0):
             pair = self._pair(args, kwargs, output, base)
         if pair is not None:
             statistics = observer.observed(pair) if isinstance(observer, Observer) else None
@@ -197,20 +200,20 @@ class GGCRWrapper(nn.Module):
         }
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Step counter, the loss's generator, and the state of a method that is no module but has one."""
+        """Returns the step counter, the loss's state, and that of a method which has a state but is not a module."""
         state: dict[str, Any] = {"step": self.step, "consistency": self.consistency.state_dict()}
         if self._has_own_state():
             state["method"] = self.method.state_dict()  # type: ignore[attr-defined]
         return state
 
     def set_extra_state(self, state: Any) -> None:
-        """Continues where `get_extra_state` was taken; called by ``load_state_dict``.
+        """Restores what `get_extra_state` returned; ``load_state_dict`` calls it.
 
         Args:
-            state: what `get_extra_state` returned.
+            state: the return value of `get_extra_state`.
 
         Raises:
-            StateError: it is something else.
+            StateError: `state` is something else.
         """
         expected = {"step", "consistency"} | ({"method"} if self._has_own_state() else set())
         if not isinstance(state, Mapping) or set(state) != expected:
@@ -226,10 +229,10 @@ class GGCRWrapper(nn.Module):
             self.method.load_state_dict(state["method"])  # type: ignore[attr-defined]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Continues where `state_dict` was taken.
+        """Restores what `state_dict` returned.
 
         Args:
-            state_dict: what ``wrapper.state_dict()`` returned.
+            state_dict: the return value of ``wrapper.state_dict()``.
             strict: as in torch.
             assign: as in torch.
 
@@ -237,7 +240,7 @@ class GGCRWrapper(nn.Module):
             Missing and unexpected keys, as in torch.
 
         Raises:
-            StateError: it is the state of something else, such as the bare model or the method.
+            StateError: the state belongs to something else, such as the bare model or the method.
         """
         check_keys(self, state_dict, "wrapper")
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
@@ -248,16 +251,16 @@ class GGCRWrapper(nn.Module):
 
 
 def as_step_output(output: Any) -> StepOutput:
-    """A method's return value as a `StepOutput`.
+    """Converts a method's return value to a `StepOutput`.
 
     Args:
         output: a `StepOutput`, a scalar tensor, a mapping with ``"loss"``, or a tuple that starts with one of these.
 
     Returns:
-        The same step; without a pair unless `output` is a `StepOutput`.
+        The same step. It has no pair unless `output` is a `StepOutput`.
 
     Raises:
-        LossContractError: there is no scalar loss in it.
+        LossContractError: `output` contains no scalar loss.
     """
     loss: Any = output
     if isinstance(output, StepOutput):

@@ -58,7 +58,7 @@ BUGS = [
         "only a step of training counts",
         "test_wrapper.py::test_eval_mode_adds_nothing_and_counts_nothing",
         WRAPPER,
-        "        if self.training:  # last, so that a step that failed is not counted\n            self.step += 1\n",
+        "        if self.training:  # last, so that failed steps do not count\n            self.step += 1\n",
         "        self.step += 1\n",
     ),
     Bug(
@@ -66,7 +66,7 @@ BUGS = [
         "a step counts when it is done",
         "test_trust.py::test_the_wrapper_counts_no_step_that_failed_and_takes_no_other_model test_wrapper.py",
         WRAPPER,
-        "        if self.training:  # last, so that a step that failed is not counted\n            self.step += 1\n",
+        "        if self.training:  # last, so that failed steps do not count\n            self.step += 1\n",
         "",
         WRAPPER,
         "        base = as_step_output(output)\n",
