@@ -1,7 +1,7 @@
-"""Semi-supervised methods: one file each, all called with an `SSLBatch` and returning a `StepOutput`.
+"""Semi-supervised methods, one per file: call each with an `SSLBatch`, and it returns a `StepOutput`.
 
-A method is a module around the model. It computes its own loss and hands on the pair of views that gradient consistency
-may compare, with the pseudo-labels and the mask that it used itself.
+A method is a module around the model. It computes its loss and also returns the pair of views that gradient consistency
+may compare, with the pseudo-labels and mask that it used.
 
     >>> import torch
     >>> from gradconsist import SSLBatch

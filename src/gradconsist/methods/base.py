@@ -1,4 +1,4 @@
-"""What the methods share: checks of a batch, logits, the step counter with its ramp, and state.
+"""The base class of all methods: logits, the step counter with its ramp, and state.
 
 Index letters: n labeled and m unlabeled inputs of a step, N unlabeled inputs in all, C classes.
 """
@@ -35,17 +35,17 @@ LogitsFunction = Callable[[Any], Tensor]
 
 
 class Method(nn.Module):
-    """L = L_s + mu(t) * L_u around a model, with a counter of the steps in train mode.
+    """Computes L = L_s + mu(t) * L_u with a model, and counts the steps in train mode.
 
     Args:
         model: any module from inputs to logits [B, C].
         unlabeled_weight: mu after its ramp.
-        unlabeled_ramp_steps: steps of this method in train mode over which mu grows from 0; 0 is none.
-        logits_fn: from the model's output to logits [B, C], for a model that returns a tuple or something else; None
-            takes the output itself, or its attribute or key ``logits``.
+        unlabeled_ramp_steps: number of train-mode steps over which mu grows from 0; 0 means no ramp.
+        logits_fn: function from the model's output to logits [B, C], for models that return a tuple or another object.
+            None takes the output itself, or its attribute or key ``logits``.
 
     Attributes:
-        step: calls in train mode so far; part of ``state_dict()``.
+        step: number of calls in train mode so far; part of ``state_dict()``.
 
     Raises:
         ConfigError: an option is out of range.
@@ -76,7 +76,7 @@ class Method(nn.Module):
         self.step = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """One step, see `forward`. Where torch fails, the error names the part of the batch and the layer."""
+        """Runs one step, see `forward`. If torch fails, the error names the part of the batch and the layer."""
         check_call(type(self).__name__, args, kwargs)
         try:
             return super().__call__(*args, **kwargs)
@@ -87,10 +87,10 @@ class Method(nn.Module):
             raise refusal from error
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Continues where `state_dict` was taken.
+        """Restores what `state_dict` returned.
 
         Args:
-            state_dict: what ``method.state_dict()`` returned.
+            state_dict: the return value of ``method.state_dict()``.
             strict: as in torch.
             assign: as in torch.
 
@@ -98,28 +98,28 @@ class Method(nn.Module):
             Missing and unexpected keys, as in torch.
 
         Raises:
-            StateError: it is the state of something else, such as the bare model.
+            StateError: the state belongs to something else, such as the bare model.
         """
         check_keys(self, state_dict, "method")
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def ramp(self) -> float:
-        """The share of `unlabeled_weight` that the coming step has."""
+        """Returns the share of `unlabeled_weight` that the next step uses."""
         return self._ramp(self.step, self.unlabeled_ramp_steps)
 
     def _joint_logits(self, *batches: Inputs, model: nn.Module | None = None) -> list[Tensor]:
-        """Logits of several batches by one forward of all of them, in float32 at least.
+        """Forwards several batches as one and returns the logits of each, in float32 or wider.
 
         Args:
-            *batches: inputs that are built alike, [n_i, ...] each.
-            model: None is the method's own.
+            *batches: inputs of the same structure, [n_i, ...] each.
+            model: None means the method's own.
 
         Returns:
-            [n_i, C] for each.
+            [n_i, C] for each batch.
 
         Raises:
-            InputShapeError: the batches cannot be one.
-            LossContractError: no logits [B, C] are found in the model's output.
+            InputShapeError: the batches cannot be joined.
+            LossContractError: the model's output holds no logits [B, C].
         """
         if not all(concatenable(batches[0], other) for other in batches[1:]):
             shapes = " and ".join(str([tuple(leaf.shape) for leaf in leaves(batch)]) for batch in batches)
@@ -130,11 +130,11 @@ class Method(nn.Module):
         sizes = [len(leaves(batch)[0]) for batch in batches]
         joined = concatenate(*batches) if len(batches) > 1 else batches[0]
         output = call(self.model if model is None else model, joined)
-        # In bfloat16 the steps near 0.95 are 0.004 wide, and a mask would flip.
+        # Near 0.95, bfloat16 has steps of 0.004, so a mask would flip.
         return list(wide(self._logits(output, sum(sizes))).split(sizes))
 
     def _logits(self, output: Any, rows: int) -> Tensor:
-        """The logits [rows, C] in a model's output."""
+        """Finds the logits [rows, C] in a model's output."""
         logits = find_logits(output) if self.logits_fn is None else self.logits_fn(output)
         if isinstance(logits, Tensor) and logits.dim() == 2 and len(logits) == rows and logits.is_floating_point():
             return logits
@@ -150,11 +150,11 @@ class Method(nn.Module):
         )
 
     def _without_graph(self, inputs: Inputs, model: nn.Module | None = None) -> Tensor:
-        """Logits [B, C] as constants, in float32 at least.
+        """Computes logits [B, C] without a graph, in float32 or wider.
 
-        Autocast keeps the half-precision copies of the weights for the rest of its context, and in torch 2.6 to 2.8
-        copies made without a graph, too: the next forward would take them, and its weights would have no gradient,
-        without an error (pytorch#112583). So they are dropped here.
+        Autocast caches half-precision copies of the weights until its context ends. In torch 2.6 to 2.8 it also caches
+        copies made without a graph: the next forward would use them, and its weights would silently get no gradient
+        (pytorch#112583). So the cache is cleared here.
         """
         with torch.no_grad():
             (logits,) = self._joint_logits(inputs, model=model)
@@ -163,15 +163,15 @@ class Method(nn.Module):
         return logits
 
     def _view_logits(self, batch: SSLBatch, *, joint: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits of labeled [n, C], weak (without graph) and strong inputs [m, C], in float32 at least.
+        """Computes the logits of labeled [n, C], weak (without graph) and strong inputs [m, C], in float32 or wider.
 
         Args:
             batch: a checked batch.
-            joint: one forward of everything; otherwise one of labeled and strong inputs, after one without a graph of
-                the weak ones.
+            joint: True forwards everything at once. False first forwards the weak inputs without a graph, then labeled
+                and strong inputs together.
 
         Returns:
-            The three.
+            Labeled, weak and strong logits.
         """
         if joint:
             labeled, weak, strong = self._joint_logits(batch.x, batch.weak, batch.strong)
@@ -181,7 +181,7 @@ class Method(nn.Module):
         return labeled, weak, strong
 
     def _finish(self, supervised: Tensor, unsupervised: Tensor, pair: ViewPair, **logs: float | Tensor) -> StepOutput:
-        """The step's loss and logs; counts the step."""
+        """Builds the step's output and counts the step."""
         mu = self.unlabeled_weight * self.ramp()
         if self.training:
             self.step += 1
@@ -190,18 +190,18 @@ class Method(nn.Module):
 
     @staticmethod
     def _average(old: Tensor, new: Tensor, decay: float) -> Tensor:
-        """The average d old + (1 - d) new; `old` where that is not finite, or one bad step would stay for ever."""
+        """Returns d old + (1 - d) new, or `old` if that is not finite: one bad step would spoil it for good."""
         updated = decay * old + (1 - decay) * new.to(old.dtype)
-        return torch.where(updated.isfinite().all(), updated, old)  # no `if`: nothing waits for the device
+        return torch.where(updated.isfinite().all(), updated, old)  # no `if`, which would wait for the device
 
     def _remember(self, name: str, value: Tensor) -> None:
-        """Registers state on the model's device; floating point in the model's precision, in float32 at least."""
+        """Registers state on the model's device; floating-point state in the model's dtype, but at least float32."""
         like = next((p for p in self.model.parameters() if p.is_floating_point()), torch.empty(0))
         dtype = wide_dtype(like) if value.is_floating_point() else value.dtype
         self.register_buffer(name, value.to(device=like.device, dtype=dtype))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Method:
-        # `.half()` and its like may narrow the model but not the state: a slow average stands still in 16 bits.
+        # `.half()` and the like may narrow the model but not the state: a slow average does not move in 16 bits.
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, old in before.items():
@@ -213,17 +213,17 @@ class Method(nn.Module):
         return self
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The step counter, as part of ``state_dict()``."""
+        """Returns the step counter, which is part of ``state_dict()``."""
         return {"step": self.step}
 
     def set_extra_state(self, state: Any) -> None:
-        """Restores the step counter; called by ``load_state_dict``.
+        """Restores the step counter; ``load_state_dict`` calls it.
 
         Args:
             state: what `get_extra_state` returned.
 
         Raises:
-            StateError: it is something else.
+            StateError: `state` is something else.
         """
         step = state.get("step") if isinstance(state, Mapping) else None
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
@@ -232,5 +232,5 @@ class Method(nn.Module):
 
 
 def sharpen(probabilities: Tensor, temperature: float) -> Tensor:
-    """p^(1/T) over its sum, row by row; in logarithms, so that small T does not underflow."""
+    """Computes p^(1/T) / sum p^(1/T) per row, with logarithms, so that a small T does not underflow."""
     return (probabilities.log() / temperature).softmax(1)

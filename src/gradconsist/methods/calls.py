@@ -1,4 +1,4 @@
-"""How a method may be called, and what is said of a call that fails inside torch."""
+"""Checks how a method is called, and explains calls that fail inside torch."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _PARTS = ("x", "y", "weak", "strong")
 
 
 def check_call(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """A method takes one argument, ``batch``.
+    """Checks that a method is called with one argument, ``batch``.
 
     Args:
-        name: of the method's class.
-        args: what it was called with.
-        kwargs: what it was called with by keyword.
+        name: name of the method's class.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
 
     Raises:
-        InputTypeError: there are other arguments, such as the parts of a batch one by one.
+        InputTypeError: there are other arguments, for example the parts of a batch one by one.
     """
     if (len(args) == 1 and not kwargs) or (not args and set(kwargs) == {"batch"}):
         return
@@ -37,15 +37,15 @@ def check_call(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> N
 
 
 def step_failure(method: nn.Module, error: Exception, batch: Any) -> GradConsistError | None:
-    """The library's own error for one that torch raised in a method's step.
+    """Turns an error that torch raised in a method's step into one of this library's.
 
     Args:
         method: the method.
-        error: with its traceback.
-        batch: what the method was called with.
+        error: the error, with its traceback.
+        batch: the argument of the call.
 
     Returns:
-        The error to raise from `error`; None where it should pass unchanged.
+        The error to raise from `error`; None to let `error` pass unchanged.
     """
     if isinstance(error, GradConsistError) or not isinstance(batch, SSLBatch):
         return None

@@ -1,4 +1,4 @@
-"""What a method may be given: an `SSLBatch` whose parts belong together, positions, and the classes that it counts."""
+"""Checks of a method's arguments: the parts of an `SSLBatch`, the sample positions and the number of classes."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from gradconsist.types import Inputs, SSLBatch
 
 
 def check_batch(batch: SSLBatch) -> None:
-    """A batch must be an `SSLBatch` whose parts belong together row by row.
+    """Checks that a batch is an `SSLBatch` whose parts match row by row.
 
     Args:
-        batch: what a method was called with.
+        batch: the argument of a method.
 
     Raises:
-        InputTypeError: it is something else, or a part is no tensor.
-        InputShapeError: its parts differ in length where they must not, or there is no labeled or no unlabeled input.
-        InputValueError: its parts hold different constants.
+        InputTypeError: `batch` is something else, or a part is not a tensor.
+        InputShapeError: parts differ in length where they must match, or there is no labeled or no unlabeled input.
+        InputValueError: parts hold different constants.
     """
     if not isinstance(batch, SSLBatch):
         raise InputTypeError(f"`batch` is a {type(batch).__name__}: pass SSLBatch(x, y, weak, strong).")
@@ -57,7 +57,7 @@ def check_batch(batch: SSLBatch) -> None:
 
 
 def _check_labels(y: Tensor) -> None:
-    """Whole numbers [n], as torch's cross-entropy takes them; rows of probabilities are left to it."""
+    """Checks that labels are whole numbers [n]; torch's cross-entropy checks rows of probabilities."""
     if y.is_floating_point() and y.dim() == 2 and y.shape[1] > 1:
         return
     if y.dtype not in (torch.int64, torch.uint8):
@@ -74,12 +74,12 @@ def _check_labels(y: Tensor) -> None:
 def _rows(name: str, inputs: Inputs) -> int:
     parts = [member for member in members(inputs) if not is_constant(member)]
     if not parts or not all(isinstance(part, Tensor) and part.dim() for part in parts):
-        check_inputs(name, inputs)  # says what it is
+        check_inputs(name, inputs)  # raises the error that fits
     return len(parts[0])
 
 
 def check_index(batch: SSLBatch, samples: int) -> Tensor:
-    """The batch's `index`, which a method with a memory of N samples needs.
+    """Checks and returns the batch's `index`, which a method that remembers N samples needs.
 
     Args:
         batch: a checked batch.
@@ -89,8 +89,8 @@ def check_index(batch: SSLBatch, samples: int) -> Tensor:
         Positions [m] in range(N), int64.
 
     Raises:
-        InputTypeError: there is none, or it does not hold integers.
-        InputShapeError: it has not one entry for each unlabeled input.
+        InputTypeError: there is no index, or it does not hold integers.
+        InputShapeError: the index does not have one entry per unlabeled input.
         InputValueError: an entry is outside range(N).
     """
     index = batch.index
@@ -114,14 +114,14 @@ def check_index(batch: SSLBatch, samples: int) -> Tensor:
 
 
 def check_classes(logits: Tensor, classes: int) -> None:
-    """The model must have as many classes as the method's state.
+    """Checks that the model returns as many classes as the method's state has.
 
     Args:
         logits: [B, C].
-        classes: of the method.
+        classes: the method's number of classes.
 
     Raises:
-        ConfigError: it has not.
+        ConfigError: the numbers differ.
     """
     if logits.shape[1] != classes:
         raise ConfigError(f"`classes` is {classes}, but the model gives {logits.shape[1]} logits: make them equal.")

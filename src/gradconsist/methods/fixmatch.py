@@ -1,4 +1,4 @@
-"""FixMatch: pseudo-labels from weak views, consistency on strong ones."""
+"""FixMatch: takes pseudo-labels from weak views and trains the strong views on them."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ from gradconsist.types import SSLBatch, StepOutput, ViewPair
 
 
 class FixMatch(Method):
-    """L = L_s + mu(t) * L_u, with one hard pseudo-label per unlabeled image.
+    """Trains strong views on hard pseudo-labels that come from confident predictions on weak views.
 
+        L = L_s + mu(t) * L_u
         L_s = 1/B_l sum CE(y, f(x)) + brier_weight * 1/B_l sum ||softmax f(x) - onehot(y)||^2
         p = softmax f(weak), without gradient;  target = argmax p;  mask = 1[max p >= threshold]
         L_u = 1/B_u sum mask * CE(target, f(strong))
 
-    The mean runs over all B_u unlabeled images, masked or not. Probabilities and losses are in float32 at least: in
-    bfloat16 the steps near 0.95 are 0.004 wide and the mask would flip.
+    L_u is a mean over all B_u unlabeled images, masked or not. Probabilities and losses are computed in float32 or
+    wider: near 0.95, bfloat16 has steps of 0.004, so the mask would flip.
 
     Args:
         model: any module from inputs to logits [B, C].
-        threshold: confidence from which on a pseudo-label counts.
+        threshold: a pseudo-label counts if its confidence is at least this.
         unlabeled_weight: mu.
-        unlabeled_ramp_steps: steps of this method in train mode over which mu grows linearly from 0; 0 is none.
+        unlabeled_ramp_steps: number of train-mode steps over which mu grows linearly from 0; 0 means no ramp.
         brier_weight: weight of the squared error of the labeled probabilities.
-        joint: True forwards labeled, weak and strong inputs as one batch, so that BatchNorm sees all of them, as the
-            reference code does; False forwards labeled and strong inputs together and the weak ones on their own
-            without a graph, which is cheaper.
-        logits_fn: from the model's output to logits [B, C], for models that return a tuple or something else.
+        joint: True forwards labeled, weak and strong inputs as one batch, so that BatchNorm sees all of them, as in
+            the reference code. False forwards labeled and strong inputs together and the weak ones separately without
+            a graph, which is cheaper.
+        logits_fn: function from the model's output to logits [B, C], for models that return a tuple or another object.
 
     Attributes:
-        step: calls in train mode so far; part of ``state_dict()``.
+        step: number of calls in train mode so far; part of ``state_dict()``.
 
     Raises:
         ConfigError: an option is out of range.
@@ -66,18 +67,18 @@ class FixMatch(Method):
         self.joint = joint
 
     def forward(self, batch: SSLBatch) -> StepOutput:
-        """The loss of one step.
+        """Computes the loss of one step.
 
         Args:
             batch: labeled inputs and labels, weak and strong views.
 
         Returns:
-            Loss, the pair (weak, strong, pseudo-labels, mask), and as logs loss_supervised, loss_unsupervised,
+            The loss, the pair (weak, strong, pseudo-labels, mask), and the logs loss_supervised, loss_unsupervised,
             mask_rate and unlabeled_weight.
 
         Raises:
-            InputTypeError: `batch` is something else.
-            InputShapeError: its parts differ in length where they must not, or are empty.
+            InputTypeError: `batch` is not an `SSLBatch`.
+            InputShapeError: parts of `batch` differ in length where they must match, or are empty.
         """
         check_batch(batch)
         labeled, weak, strong = self._view_logits(batch, joint=self.joint)

@@ -1,4 +1,4 @@
-"""FlexMatch: FixMatch whose threshold is lower for classes that are still learned badly."""
+"""FlexMatch: FixMatch with a lower threshold for classes that the model has not learned well yet."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from gradconsist.types import SSLBatch, StepOutput, ViewPair
 
 
 class FlexMatch(Method):
-    """FixMatch with one threshold a class, by how many unlabeled samples the class has won so far.
+    """Runs FixMatch with one threshold per class, lower for classes with few confident pseudo-labels so far.
 
-        selected[i] = the label that sample i had when max p was last >= threshold; -1 before
+        selected[i] = the label of sample i when its max p was last >= threshold; -1 before
         sigma(c) = number of samples with selected[i] = c
         beta(c) = sigma(c) / max(max sigma, N - sum sigma)             (without the warm-up: sigma(c) / max sigma)
         T(c) = threshold * beta(c) / (2 - beta(c))
         p = softmax f(weak), without gradient;  target = argmax p;  mask = 1[max p >= T(target)]
         L_u = 1/m sum mask * CE(target, f(strong));  L = CE(y, f(x)) + mu(t) * L_u
 
-    `selected` is updated after the mask is taken, and by the fixed threshold, not by T. At the start every beta is 0,
-    so every threshold is 0 and every pseudo-label counts: the paper's choice, which `unlabeled_ramp_steps` can soften.
+    `selected` is updated after the mask is computed, with the fixed threshold, not T. At the start, every beta is 0, so
+    every threshold is 0 and every pseudo-label counts. The paper wants it so; `unlabeled_ramp_steps` can soften it.
 
-    One deviation from the reference code, which leaves beta as it was while one value of `selected` fills all of N:
-    here the formula holds then, too. In several processes `selected` is that of all of them.
+    There is one deviation from the reference code: it does not update beta while all N entries of `selected` are equal;
+    here the formula always holds. With several processes, `selected` covers the samples of all of them.
 
     Args:
         model: any module from inputs to logits [B, C].
         samples: N, the number of unlabeled samples; ``batch.index`` holds positions in range(N).
-        threshold: confidence from which on a sample is selected, and the largest T(c).
+        threshold: a sample is selected if its confidence is at least this; also the largest T(c).
         unlabeled_weight: mu.
-        unlabeled_ramp_steps: steps in train mode over which mu grows linearly from 0; 0 is none.
-        threshold_warmup: whether samples without a selected label count in the denominator of beta.
-        joint: one forward of labeled, weak and strong inputs, as in `FixMatch`.
-        logits_fn: from the model's output to logits [B, C], for models that return a tuple or something else.
+        unlabeled_ramp_steps: number of train-mode steps over which mu grows linearly from 0; 0 means no ramp.
+        threshold_warmup: whether samples without a selected label count in beta's denominator.
+        joint: True forwards labeled, weak and strong inputs as one batch, as in `FixMatch`.
+        logits_fn: function from the model's output to logits [B, C], for models that return a tuple or another object.
 
     Attributes:
-        step: calls in train mode so far.
+        step: number of calls in train mode so far.
         selected: [N] int64. Both are part of ``state_dict()``.
 
     Raises:
@@ -80,11 +80,11 @@ class FlexMatch(Method):
         self._remember("selected", torch.full((samples,), -1))
 
     def thresholds(self, classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """T(c) of the coming step.
+        """Returns T(c) for the next step.
 
         Args:
             classes: C.
-            dtype: of the result.
+            dtype: dtype of the result.
 
         Returns:
             [C].
@@ -97,18 +97,18 @@ class FlexMatch(Method):
         return self.threshold * beta / (2 - beta)
 
     def forward(self, batch: SSLBatch) -> StepOutput:
-        """The loss of one step.
+        """Computes the loss of one step.
 
         Args:
             batch: labeled inputs and labels, weak and strong views, and the `index` of the unlabeled samples.
 
         Returns:
-            Loss, the pair (weak, strong, pseudo-labels, mask), and as logs loss_supervised, loss_unsupervised,
+            The loss, the pair (weak, strong, pseudo-labels, mask), and the logs loss_supervised, loss_unsupervised,
             mask_rate, threshold_mean and unlabeled_weight.
 
         Raises:
-            InputTypeError: `batch` is something else, or has no index.
-            InputShapeError: its parts differ in length where they must not, or are empty.
+            InputTypeError: `batch` is not an `SSLBatch`, or has no index.
+            InputShapeError: parts of `batch` differ in length where they must match, or are empty.
             InputValueError: an index is outside range(N).
         """
         check_batch(batch)
@@ -126,7 +126,7 @@ class FlexMatch(Method):
         return self._finish(supervised, unsupervised, pair, **logs)
 
     def _select(self, index: Tensor, label: Tensor) -> None:
-        """Notes the labels of selected samples; -1 leaves a sample as it is."""
+        """Stores the labels of selected samples; a label of -1 changes nothing."""
         index, label = gather(index), gather(label)
         index, label = index[label >= 0], label[label >= 0]
         entries, rows = last_rows(index)

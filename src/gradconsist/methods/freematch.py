@@ -1,4 +1,4 @@
-"""FreeMatch: thresholds that follow the model's own confidence, and a fairness loss."""
+"""FreeMatch: FixMatch with thresholds that follow the model's confidence, and a fairness loss."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gradconsist.types import SSLBatch, StepOutput, ViewPair
 
 
 class FreeMatch(Method):
-    """FixMatch with self-adaptive thresholds and self-adaptive fairness.
+    """Runs FixMatch with self-adaptive thresholds, and adds a self-adaptive fairness loss.
 
         p = softmax f(weak), without gradient;  target = argmax p;  q = softmax f(strong)
         tau <- d tau + (1 - d) mean max p;   p~ <- d p~ + (1 - d) mean p;   h~ <- d h~ + (1 - d) hist(target)
@@ -25,25 +25,25 @@ class FreeMatch(Method):
         L_f = sum_c a(c) log(b(c) + 1e-12);   a = norm(p~ / h~);   b = norm(mean q / hist(argmax q)) where mask is 1
         L = CE(y, f(x)) + mu(t) * L_u + fairness_weight * L_f
 
-    with hist the relative frequencies of classes, norm(v) = v / sum v, and a division by a frequency of 0 giving 0.
-    All three averages start at 1 / C and are updated *before* the mask is taken. L_f is the negative cross-entropy of a
-    and b, so it is at most 0, and training *raises* that cross-entropy; without a masked sample it is 0. In several
-    processes the averages, and mean q and its histogram, are those of all of them. A step whose p is not finite leaves
-    the averages as they are.
+    where hist gives the relative frequencies of classes, norm(v) = v / sum v, and dividing by a frequency of 0 gives 0.
+    All three averages start at 1 / C and are updated *before* the mask is computed. L_f is the negative cross-entropy
+    of a and b, so it is at most 0, and training *raises* that cross-entropy. If no sample passes the mask, L_f is 0.
+    With several processes, the averages, mean q and its histogram cover all of them. A step whose p is not finite does
+    not change the averages.
 
     Args:
         model: any module from inputs to logits [B, C].
         classes: C.
         unlabeled_weight: mu.
-        unlabeled_ramp_steps: steps in train mode over which mu grows linearly from 0; 0 is none.
+        unlabeled_ramp_steps: number of train-mode steps over which mu grows linearly from 0; 0 means no ramp.
         ema_decay: d.
-        fairness_weight: of L_f.
-        threshold_range: T(c) is clamped to it, as the paper does on SVHN with (0.9, 0.95); None for no clamp.
-        joint: one forward of labeled, weak and strong inputs, as in `FixMatch`.
-        logits_fn: from the model's output to logits [B, C], for models that return a tuple or something else.
+        fairness_weight: weight of L_f.
+        threshold_range: clamps T(c) to this range; the paper uses (0.9, 0.95) on SVHN. None does not clamp.
+        joint: True forwards labeled, weak and strong inputs as one batch, as in `FixMatch`.
+        logits_fn: function from the model's output to logits [B, C], for models that return a tuple or another object.
 
     Attributes:
-        step: calls in train mode so far.
+        step: number of calls in train mode so far.
         confidence: tau.
         probability: p~ [C].
         histogram: h~ [C]. All four are part of ``state_dict()``.
@@ -93,24 +93,24 @@ class FreeMatch(Method):
         self._remember("histogram", torch.full((classes,), 1 / classes, dtype=torch.float64))
 
     def thresholds(self) -> Tensor:
-        """T(c) by the present averages: [C]."""
+        """Returns T(c) for the current averages: [C]."""
         thresholds = self.confidence * self.probability / self.probability.max()
         return thresholds if self.threshold_range is None else thresholds.clamp(*self.threshold_range)
 
     def forward(self, batch: SSLBatch) -> StepOutput:
-        """The loss of one step.
+        """Computes the loss of one step.
 
         Args:
             batch: labeled inputs and labels, weak and strong views.
 
         Returns:
-            Loss, the pair (weak, strong, pseudo-labels, mask), and as logs loss_supervised, loss_unsupervised,
+            The loss, the pair (weak, strong, pseudo-labels, mask), and the logs loss_supervised, loss_unsupervised,
             loss_fairness, mask_rate, threshold_mean and unlabeled_weight.
 
         Raises:
-            InputTypeError: `batch` is something else.
-            InputShapeError: its parts differ in length where they must not, or are empty.
-            ConfigError: the model has not `classes` classes.
+            InputTypeError: `batch` is not an `SSLBatch`.
+            InputShapeError: parts of `batch` differ in length where they must match, or are empty.
+            ConfigError: the model does not return `classes` logits per sample.
         """
         check_batch(batch)
         labeled, weak, strong = self._view_logits(batch, joint=self.joint)
@@ -131,20 +131,20 @@ class FreeMatch(Method):
 
     def _update(self, probability: Tensor) -> None:
         confidence, target = probability.max(1)
-        # Labels of probabilities that are not finite are finite: the condition has to be said here.
+        # The argmax of a row that is not finite is still a valid label, so check the probabilities themselves.
         frequencies = _frequencies(target, self.histogram).where(probability.isfinite().all(), torch.nan)
         self.confidence = self._average(self.confidence, confidence.mean(), self.ema_decay)
         self.probability = self._average(self.probability, probability.mean(0), self.ema_decay)
         self.histogram = self._average(self.histogram, frequencies, self.ema_decay)
 
     def _fairness(self, q: Tensor) -> Tensor:
-        """L_f of the masked strong probabilities [k, C]."""
+        """Computes L_f from the masked strong probabilities [k, C]."""
         everywhere = gather(q) if self.training else q.detach()
         if len(everywhere) == 0:
             return q.sum()  # zero, with a graph
         processes = process_count() if self.training else 1
-        # All samples enter the mean, of which this process can differentiate its own. The gradients of the processes
-        # are averaged afterwards, so its own count W times.
+        # The mean is over the samples of all processes, but this process differentiates only its own. Gradients are
+        # averaged over the W processes afterwards, so its own samples count W times.
         own = q.sum(0)
         mean = (everywhere.sum(0) + processes * (own - own.detach())) / len(everywhere)
         a = _normalised(self.probability, self.histogram)
@@ -157,7 +157,7 @@ def _frequencies(labels: Tensor, like: Tensor) -> Tensor:
 
 
 def _normalised(value: Tensor, frequency: Tensor) -> Tensor:
-    """norm(value / frequency), where a frequency of 0 gives 0."""
+    """Computes norm(value / frequency); a frequency of 0 gives 0."""
     known = frequency > 0
     quotient = torch.where(known, value / torch.where(known, frequency, 1).to(value.dtype), 0)
     return quotient / quotient.sum()

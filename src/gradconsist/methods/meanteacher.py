@@ -1,4 +1,4 @@
-"""Mean Teacher: the student agrees with an average of its own past."""
+"""Mean Teacher: trains a student to agree with a teacher whose weights are the student's moving average."""
 
 from __future__ import annotations
 
@@ -16,39 +16,39 @@ from gradconsist.types import SSLBatch, StepOutput, ViewPair
 
 
 class MeanTeacher(Method):
-    """Squared difference between the student's probabilities and those of an averaged teacher.
+    """Penalises the squared difference between the probabilities of the student and of an averaged teacher.
 
         theta' <- a theta' + (1 - a) theta;  a = min(1 - 1 / (t + 1), ema_decay)      (before step t = 0, 1, ...)
         target = softmax f(weak; theta'), without gradient;  q = softmax f(strong; theta)
         L_u = 1/(m C) sum ||q - target||^2;  L = CE(y, f(x)) + mu(t) * L_u
 
-    mu(t) = unlabeled_weight * exp(-5 (1 - s)^2), s the share of the ramp that is over. The average is over parameters
-    only: the teacher runs in train mode when the method does, on weak views alone, and keeps BatchNorm statistics of
-    its own. It is updated at the beginning of a call, which is after the optimizer's last step; at t = 0 it becomes an
-    exact copy, so weights that were loaded into the model after the method was made are the teacher's, too. Averages
-    need parameters in float32: use autocast, not a model in 16 bits.
+    mu(t) = unlabeled_weight * exp(-5 (1 - s)^2), where s is the finished share of the ramp. Only parameters are
+    averaged: the teacher runs in train mode when the method does, sees weak views only, and keeps separate BatchNorm
+    statistics. It is updated at the start of a call, that is, after the last optimizer step. At t = 0 it becomes an
+    exact copy of the student, so weights that you load into the model after creating the method reach the teacher, too.
+    Averages need float32 parameters: use autocast, not a 16-bit model.
 
-    With gradient accumulation over k batches there are k updates of the teacher, towards the same student, for one of
-    the student: give `ema_decay` as a ** (1 / k), which averages over the same time as a without accumulation.
+    With gradient accumulation over k batches, the teacher is updated k times, towards the same student, for one update
+    of the student. To average over the same time as with a, pass `ema_decay` = a ** (1 / k).
 
-    The authors' code compares labeled inputs, too, and divides the classification loss by the whole batch; a batch has
-    one view of labeled inputs, so L_u is over the unlabeled ones, and L_s a mean over the labeled ones. For the paper's
-    setting `strong` is a second weak view.
+    The authors' code also compares labeled inputs, and divides the classification loss by the whole batch. A batch here
+    has only one view of labeled inputs, so L_u is a mean over the unlabeled inputs and L_s over the labeled ones. For
+    the paper's setting, pass a second weak view as `strong`.
 
-    The pair is (teacher's input, student's input), both for the student; its target is the teacher's, its weight the
-    share of unlabeled_weight that the ramp has reached.
+    The pair is (teacher's input, student's input), and both views are compared on the student. Its target is the
+    teacher's output; its weight is the share of unlabeled_weight that the ramp has reached.
 
     Args:
-        model: the student, any module from inputs to logits [B, C] that can be copied.
+        model: the student: any module from inputs to logits [B, C] that can be copied.
         unlabeled_weight: mu after its ramp.
-        unlabeled_ramp_steps: steps in train mode of the ramp; 0 is none. TorchSSL takes 40 % of the run.
-        ema_decay: the largest a; its k-th root with gradient accumulation over k batches.
-        logits_fn: from the model's output to logits [B, C], for models that return a tuple or something else.
+        unlabeled_ramp_steps: number of train-mode steps of the ramp; 0 means no ramp. TorchSSL uses 40 % of the run.
+        ema_decay: the largest a. With gradient accumulation over k batches, pass its k-th root.
+        logits_fn: function from the model's output to logits [B, C], for models that return a tuple or another object.
 
     Attributes:
-        step: calls in train mode so far.
-        teacher: the averaged model, without gradients; often the better one to evaluate. It holds the student as it
-            was at the last call. Both are part of ``state_dict()``.
+        step: number of calls in train mode so far.
+        teacher: the averaged model, without gradients; often the better one to evaluate. Its average includes the
+            student up to the last call. Both are part of ``state_dict()``.
 
     Raises:
         ConfigError: an option is out of range.
@@ -78,18 +78,18 @@ class MeanTeacher(Method):
         self.teacher = copy.deepcopy(model).requires_grad_(False)
 
     def forward(self, batch: SSLBatch) -> StepOutput:
-        """The loss of one step.
+        """Computes the loss of one step.
 
         Args:
             batch: labeled inputs and labels; the teacher's (weak) and the student's (strong) unlabeled view.
 
         Returns:
-            Loss, the pair (weak, strong, teacher's probabilities, ramp), and as logs loss_supervised, loss_unsupervised
-            and unlabeled_weight.
+            The loss, the pair (weak, strong, teacher's probabilities, ramp), and the logs loss_supervised,
+            loss_unsupervised and unlabeled_weight.
 
         Raises:
-            InputTypeError: `batch` is something else.
-            InputShapeError: its parts differ in length where they must not, or are empty.
+            InputTypeError: `batch` is not an `SSLBatch`.
+            InputShapeError: parts of `batch` differ in length where they must match, or are empty.
         """
         check_batch(batch)
         if self.training:

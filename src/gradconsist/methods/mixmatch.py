@@ -1,4 +1,4 @@
-"""MixMatch: guessed labels, sharpened, then everything mixed with everything."""
+"""MixMatch: guesses and sharpens labels, then mixes labeled and unlabeled inputs."""
 
 from __future__ import annotations
 
@@ -19,38 +19,40 @@ from gradconsist.types import Inputs, SSLBatch, StepOutput, ViewPair
 
 
 class MixMatch(Method):
-    """Label guessing, sharpening and MixUp over labeled and unlabeled inputs together.
+    """Guesses and sharpens labels for unlabeled inputs, then applies MixUp to labeled and unlabeled inputs together.
 
         q = sharpen((softmax f(weak) + softmax f(strong)) / 2), without gradient;  sharpen(p) ~ p^(1 / temperature)
-        W = [x, weak, strong] with targets [onehot(y), q, q], n + 2 m rows;  W_s its rows in random order
+        W = [x, weak, strong] with targets [onehot(y), q, q], n + 2 m rows;  W_s = its rows in random order
         W' = l W + (1 - l) W_s, inputs and targets alike;  l = max(b, 1 - b), b ~ Beta(alpha, alpha) for each row
         L_s = 1/n sum CE(target', f(x'));   L_u = 1/(2 m C) sum ||softmax f(u') - target'||^2
         L = L_s + mu(t) * L_u
 
-    As l is at least 1/2, row i of W' counts as labeled where row i of W is. The paper has two weak views; give `strong`
-    as the second one for its setting.
+    Since l is at least 1/2, row i of W' counts as labeled if row i of W is. The paper uses two weak views: for its
+    setting, pass the second one as `strong`.
 
-    BatchNorm, as in the reference code: labels are guessed in train mode, view by view, without a trace in the running
-    statistics. The rows of W' are forwarded in three batches that each hold every third row of x', of weak' and of
-    strong' (the reference's interleaving, which needs n = m), and only the first enters the running statistics.
-    ``joint=True`` is one forward of all rows instead, which does.
+    BatchNorm works as in the reference code. Labels are guessed in train mode, one view at a time, without changing the
+    running statistics. The rows of W' are then forwarded in three batches, each with every third row of x', of weak'
+    and of strong' (the reference's interleaving, which needs n = m); only the first batch updates the running
+    statistics. ``joint=True`` forwards all rows at once instead, and they all do.
 
-    The pair is (weak, strong) before mixing, with target q and weight 1. From temperature 1 on, where nothing is
-    sharpened, its target is argmax q: the mean of both predictions itself would make their residuals exactly opposite,
-    so that close views had cosine -1 and the term drove them apart. L_u has q in any case.
+    The pair is (weak, strong) before mixing, with target q and weight 1. If temperature is 1 or more, nothing is
+    sharpened, and the pair's target is argmax q instead. With the plain mean of both predictions as target, their
+    residuals would be exactly opposite: the cosine of close views would be -1, and the term would drive them apart. L_u
+    always uses q.
 
     Args:
-        model: any module from inputs to logits [B, C]; inputs hold one tensor, floating point, to be mixed.
+        model: any module from inputs to logits [B, C]; inputs must hold exactly one tensor, of floating point.
         unlabeled_weight: mu after its ramp; 100 on CIFAR-10, 150 on CIFAR-100 in later comparisons.
-        unlabeled_ramp_steps: steps in train mode over which mu grows linearly from 0; 0 is none.
-        temperature: of the sharpening.
-        alpha: of the Beta distribution; 0 mixes nothing. The paper has 0.75, USB 0.5.
+        unlabeled_ramp_steps: number of train-mode steps over which mu grows linearly from 0; 0 means no ramp.
+        temperature: temperature of the sharpening.
+        alpha: parameter of the Beta distribution; 0 mixes nothing. The paper uses 0.75, USB 0.5.
         joint: see above.
-        logits_fn: from the model's output to logits [B, C], for models that return a tuple or something else.
+        logits_fn: function from the model's output to logits [B, C], for models that return a tuple or another object.
 
     Attributes:
-        step: calls in train mode so far; part of ``state_dict()``, with the state of the generator that draws l and the
-            order. It is seeded from torch's initial seed, and draws nothing from the global generator.
+        step: number of calls in train mode so far; part of ``state_dict()``, as is the state of the generator that
+            draws l and the order. That generator is seeded from torch's initial seed and never draws from the global
+            one.
 
     Raises:
         ConfigError: an option is out of range.
@@ -81,22 +83,22 @@ class MixMatch(Method):
         self.temperature = temperature
         self.alpha = alpha
         self.joint = joint
-        # The state and not the generator, so that the method can be copied and pickled.
+        # Keeps the state, not the generator, so that the method can be copied and pickled.
         self._random = torch.Generator().manual_seed(torch.initial_seed() % 2**63).get_state()
 
     def forward(self, batch: SSLBatch) -> StepOutput:
-        """The loss of one step.
+        """Computes the loss of one step.
 
         Args:
             batch: labeled inputs and labels, and two views of the unlabeled ones.
 
         Returns:
-            Loss, the pair (weak, strong, sharpened guess or its class, 1), and as logs loss_supervised,
+            The loss, the pair (weak, strong, sharpened guess or its class, 1), and the logs loss_supervised,
             loss_unsupervised and unlabeled_weight.
 
         Raises:
-            InputTypeError: `batch` is something else, or its inputs are not floating point.
-            InputShapeError: its parts differ in length where they must not, or are empty.
+            InputTypeError: `batch` is not an `SSLBatch`, or its inputs are not floating point.
+            InputShapeError: parts of `batch` differ in length where they must match, or are empty.
         """
         check_batch(batch)
         x, *tensors = (self._mixable(part) for part in (batch.x, batch.weak, batch.strong))
@@ -127,13 +129,13 @@ class MixMatch(Method):
         return tensors[0]
 
     def _mixed(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """W' of W."""
+        """Computes W' from W."""
         generator = torch.Generator()
         generator.set_state(self._random)
         rows = len(inputs)
         order = torch.randperm(rows, generator=generator).to(inputs.device)
         share = torch.ones(rows, dtype=torch.float64)
-        if self.alpha > 0:  # b = g / (g + g') with g, g' from Gamma(alpha): torch's own Beta takes no generator
+        if self.alpha > 0:  # b = g / (g + g') with g, g' from Gamma(alpha), since torch's Beta takes no generator
             one, two = torch._standard_gamma(share.new_full((2, rows), self.alpha), generator=generator)
             share = one / (one + two)
         share = torch.maximum(share, 1 - share)
@@ -147,7 +149,7 @@ class MixMatch(Method):
         return mix(inputs), mix(targets)
 
     def _interleaved(self, inputs: Inputs, n: int) -> Tensor:
-        """Logits of all rows by three forwards of every third row of each source."""
+        """Computes the logits of all rows in three forwards, each of every third row of each source."""
         (mixed,) = leaves(inputs)
         sources = torch.arange(len(mixed), device=mixed.device).split([n, *[(len(mixed) - n) // 2] * 2])
         parts = [part for k in range(3) if len(part := torch.cat([source[k::3] for source in sources]))]
@@ -157,17 +159,17 @@ class MixMatch(Method):
         return torch.cat(logits)[torch.cat(parts).argsort()]
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The step counter and the generator's state, as part of ``state_dict()``."""
+        """Returns the step counter and the generator's state, which are part of ``state_dict()``."""
         return super().get_extra_state() | {"generator": self._random}
 
     def set_extra_state(self, state: Any) -> None:
-        """Restores counter and generator; called by ``load_state_dict``.
+        """Restores step counter and generator; ``load_state_dict`` calls it.
 
         Args:
             state: what `get_extra_state` returned.
 
         Raises:
-            StateError: it is something else.
+            StateError: `state` is something else.
         """
         super().set_extra_state(state)
         if not isinstance(state, Mapping) or not isinstance(state.get("generator"), Tensor):
@@ -177,7 +179,7 @@ class MixMatch(Method):
 
 @contextmanager
 def unrecorded(model: nn.Module) -> Iterator[None]:
-    """BatchNorm layers in train mode normalise by the batch as ever, but leave their running statistics alone."""
+    """Stops BatchNorm layers in train mode from updating running statistics; they still normalise by the batch."""
     layers = [
         module
         for module in model.modules()

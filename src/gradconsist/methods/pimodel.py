@@ -1,4 +1,4 @@
-"""The Pi-model: two stochastic passes over one sample agree."""
+"""The Pi-model: trains two stochastic passes over the same sample to agree."""
 
 from __future__ import annotations
 
@@ -13,31 +13,32 @@ from gradconsist.types import SSLBatch, StepOutput, ViewPair
 
 
 class PiModel(Method):
-    """Squared difference of the probabilities of two views, with gradients through both.
+    """Penalises the squared difference of the probabilities of two views, with gradients through both.
 
         p1 = softmax f(weak);  p2 = softmax f(strong)
         L_u = 1/(m C) sum ||p1 - p2||^2;  L = CE(y, f(x)) + mu(t) * L_u
 
-    mu(t) = unlabeled_weight * exp(-5 (1 - t)^2), t the share of the ramp that is over. Google's reimplementation and
-    USB's hold p1 constant; the paper does not, and neither do we. The paper compares labeled inputs with themselves,
-    too; a batch has one view of those, so L_u is over the unlabeled ones, of which the labeled are usually a part. For
-    the paper's setting `strong` is a second weak view.
+    mu(t) = unlabeled_weight * exp(-5 (1 - t)^2), where t is the finished share of the ramp. Google's reimplementation
+    and USB's hold p1 constant; the paper does not, nor does this class. The paper also compares labeled inputs with
+    themselves. A batch here has only one view of those, so L_u is a mean over the unlabeled inputs, which usually
+    include the labeled ones. For the paper's setting, pass a second weak view as `strong`.
 
-    The pair's target is the class that both passes together find most likely, argmax (p1 + p2). Their mean itself would
-    make the residuals p1 - p2 and p2 - p1 exactly opposite, so that close views had cosine -1 and the term drove them
-    apart; p1 alone would make the weak view's gradient zero. The weight is the share of unlabeled_weight that the ramp
-    has reached.
+    The pair's target is the class that both passes together find most likely, argmax (p1 + p2). With the mean of p1 and
+    p2 as target, the residuals p1 - p2 and p2 - p1 would be exactly opposite: the cosine of close views would be -1,
+    and the term would drive them apart. With p1 alone, the weak view's gradient would be zero. The pair's weight is the
+    share of unlabeled_weight that the ramp has reached.
 
     Args:
         model: any module from inputs to logits [B, C].
         unlabeled_weight: mu after its ramp.
-        unlabeled_ramp_steps: steps in train mode of the ramp; 0 is none. TorchSSL takes 40 % of the run.
-        joint: True forwards labeled, weak and strong inputs as one batch; False labeled and weak inputs in one forward
-            and the strong ones in another, with BatchNorm statistics of their own, as the paper's two passes have.
-        logits_fn: from the model's output to logits [B, C], for models that return a tuple or something else.
+        unlabeled_ramp_steps: number of train-mode steps of the ramp; 0 means no ramp. TorchSSL uses 40 % of the run.
+        joint: True forwards labeled, weak and strong inputs as one batch. False forwards labeled and weak inputs
+            together and the strong ones separately, each with its own BatchNorm statistics, like the paper's two
+            passes.
+        logits_fn: function from the model's output to logits [B, C], for models that return a tuple or another object.
 
     Attributes:
-        step: calls in train mode so far; part of ``state_dict()``.
+        step: number of calls in train mode so far; part of ``state_dict()``.
 
     Raises:
         ConfigError: an option is out of range.
@@ -66,18 +67,18 @@ class PiModel(Method):
         self.joint = joint
 
     def forward(self, batch: SSLBatch) -> StepOutput:
-        """The loss of one step.
+        """Computes the loss of one step.
 
         Args:
             batch: labeled inputs and labels, and two views of the unlabeled ones.
 
         Returns:
-            Loss, the pair (weak, strong, common class, ramp), and as logs loss_supervised, loss_unsupervised and
+            The loss, the pair (weak, strong, common class, ramp), and the logs loss_supervised, loss_unsupervised and
             unlabeled_weight.
 
         Raises:
-            InputTypeError: `batch` is something else.
-            InputShapeError: its parts differ in length where they must not, or are empty.
+            InputTypeError: `batch` is not an `SSLBatch`.
+            InputShapeError: parts of `batch` differ in length where they must match, or are empty.
         """
         check_batch(batch)
         if self.joint:

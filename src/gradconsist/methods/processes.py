@@ -1,6 +1,6 @@
-"""Statistics over all processes of a job; in one process each function is the identity.
+"""Gathers and sums statistics over all processes of a job; in a single process, it returns them unchanged.
 
-Only calls in train mode may gather: evaluation often runs on one rank alone, which would wait for the others forever.
+Gather only in train mode: evaluation often runs on one rank alone, which would wait for the others forever.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from gradconsist._refusals.models import process_count
 
 
 def gather(rows: Tensor) -> Tensor:
-    """The rows of all processes, in the order of their ranks and without graph.
+    """Collects the rows of all processes, in the order of their ranks and without graph.
 
     Args:
         rows: [k, ...]; k may differ from process to process.
@@ -34,19 +34,21 @@ def gather(rows: Tensor) -> Tensor:
 
 
 def total(value: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, without graph."""
+    """Sums a tensor over all processes, without graph."""
     value = value.detach()
     return value if process_count() == 1 else gather(value[None]).sum(0)
 
 
 def last_rows(index: Tensor) -> tuple[Tensor, Tensor]:
-    """Where an index repeats an entry, the last one counts: ``memory[index] = value`` alone leaves that open.
+    """Finds the last position of each distinct entry in an index.
+
+    With repeated entries, ``memory[index] = value`` alone does not say which value stays.
 
     Args:
         index: [k].
 
     Returns:
-        The distinct entries [j], and for each the last position in `index` [j].
+        The distinct entries [j], and the last position of each in `index` [j].
     """
     entries, place = torch.unique(index, return_inverse=True)
     positions = torch.arange(len(index), device=index.device)

@@ -1,4 +1,4 @@
-"""Pseudo-labels on one view: self-training within each step."""
+"""Pseudo-Label: trains one view on its own confident predictions."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from gradconsist.types import SSLBatch, StepOutput, ViewPair
 
 
 class PseudoLabel(Method):
-    """Self-training: the confident predictions of a step are its targets.
+    """Trains the model on its own confident predictions, with a single view (self-training).
 
         z = f(weak);  p = softmax z, as a constant;  target = argmax p;  mask = 1[max p >= threshold]
         L_u = 1/m sum mask * CE(target, z);  L = CE(y, f(x)) + mu(t) * L_u
 
-    Target and prediction come from the same logits of one view, in one forward of labeled and weak inputs together.
-    The method does not use `strong`: it goes into the pair, for gradient consistency alone. Labels are renewed in every
-    step, where self-training in rounds would keep them for an epoch or longer. The paper takes every pseudo-label
-    (threshold 0) and lets mu grow; the threshold is the later practice, of TorchSSL and USB.
+    Target and prediction come from the same logits of one view, in one forward of labeled and weak inputs together. The
+    method does not use `strong`; it only passes it on in the pair, for gradient consistency. Labels are renewed in
+    every step, while self-training in rounds would keep them for an epoch or longer. The paper uses every pseudo-label
+    (threshold 0) and lets mu grow; the threshold came later, with TorchSSL and USB.
 
     Args:
         model: any module from inputs to logits [B, C].
-        threshold: confidence from which on a pseudo-label counts.
+        threshold: a pseudo-label counts if its confidence is at least this.
         unlabeled_weight: mu.
-        unlabeled_ramp_steps: steps in train mode over which mu grows linearly from 0; 0 is none. TorchSSL takes 40 % of
-            the run.
-        logits_fn: from the model's output to logits [B, C], for models that return a tuple or something else.
+        unlabeled_ramp_steps: number of train-mode steps over which mu grows linearly from 0; 0 means no ramp. TorchSSL
+            uses 40 % of the run.
+        logits_fn: function from the model's output to logits [B, C], for models that return a tuple or another object.
 
     Attributes:
-        step: calls in train mode so far; part of ``state_dict()``.
+        step: number of calls in train mode so far; part of ``state_dict()``.
 
     Raises:
         ConfigError: an option is out of range.
@@ -58,18 +58,18 @@ class PseudoLabel(Method):
         self.threshold = threshold
 
     def forward(self, batch: SSLBatch) -> StepOutput:
-        """The loss of one step.
+        """Computes the loss of one step.
 
         Args:
             batch: labeled inputs and labels, weak views, and strong ones for the pair.
 
         Returns:
-            Loss, the pair (weak, strong, pseudo-labels, mask), and as logs loss_supervised, loss_unsupervised,
+            The loss, the pair (weak, strong, pseudo-labels, mask), and the logs loss_supervised, loss_unsupervised,
             mask_rate and unlabeled_weight.
 
         Raises:
-            InputTypeError: `batch` is something else, or has no strong views.
-            InputShapeError: its parts differ in length where they must not, or are empty.
+            InputTypeError: `batch` is not an `SSLBatch`, or has no strong views.
+            InputShapeError: parts of `batch` differ in length where they must match, or are empty.
         """
         check_batch(batch)
         labeled, weak = self._joint_logits(batch.x, batch.weak)

@@ -1,4 +1,4 @@
-"""SoftMatch: every pseudo-label counts, by a Gaussian of its confidence."""
+"""SoftMatch: FixMatch that weights every pseudo-label by a Gaussian of its confidence."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gradconsist.types import SSLBatch, StepOutput, ViewPair
 
 
 class SoftMatch(Method):
-    """FixMatch with a soft weight for each sample instead of a mask.
+    """Runs FixMatch with a soft weight per sample instead of a mask.
 
         p = softmax f(weak), without gradient;  target = argmax p
         p~ <- d p~ + (1 - d) mean p;   p' = norm(p * (1/C + 1e-6) / (p~ + 1e-6))        (uniform alignment)
@@ -22,27 +22,27 @@ class SoftMatch(Method):
         w = exp(-min(0, max p' - mean)^2 / (2 variance / width^2))
         L_u = 1/m sum w * CE(target, f(strong));   L = CE(y, f(x)) + mu(t) * L_u
 
-    The alignment decides the weight only: the pseudo-label is that of p. All averages are updated before the weights
-    are taken. The variance of a step is the unbiased one (a step of one sample leaves it as it is); mean starts at
-    1 / C, variance at 1, and p~ at the first step's mean, as in the authors' code. In several processes the averages
-    are those of all of them. A step whose p is not finite leaves them as they are.
+    The alignment only affects the weight; the pseudo-label comes from p. All averages are updated before the weights
+    are computed. The variance of a step is the unbiased one, so a step with one sample does not update it. mean starts
+    at 1 / C, variance at 1, and p~ at the first step's mean, as in the authors' code. With several processes, the
+    averages cover all of them. A step whose p is not finite does not change them.
 
     Args:
         model: any module from inputs to logits [B, C].
         classes: C.
         unlabeled_weight: mu.
-        unlabeled_ramp_steps: steps in train mode over which mu grows linearly from 0; 0 is none.
+        unlabeled_ramp_steps: number of train-mode steps over which mu grows linearly from 0; 0 means no ramp.
         ema_decay: d.
-        width: n of the paper; a confidence one standard deviation below the mean has w = exp(-width^2 / 2).
-        align: whether p' is aligned; False takes p itself.
-        joint: one forward of labeled, weak and strong inputs, as in `FixMatch`.
-        logits_fn: from the model's output to logits [B, C], for models that return a tuple or something else.
+        width: n in the paper; a confidence one standard deviation below the mean has w = exp(-width^2 / 2).
+        align: whether to align p'; False uses p itself.
+        joint: True forwards labeled, weak and strong inputs as one batch, as in `FixMatch`.
+        logits_fn: function from the model's output to logits [B, C], for models that return a tuple or another object.
 
     Attributes:
-        step: calls in train mode so far.
+        step: number of calls in train mode so far.
         probability: p~ [C].
-        mean: of the confidences.
-        variance: of the confidences. All four are part of ``state_dict()``.
+        mean: average of the confidences.
+        variance: variance of the confidences. All four are part of ``state_dict()``.
 
     Raises:
         ConfigError: an option is out of range.
@@ -88,19 +88,19 @@ class SoftMatch(Method):
         self._remember("variance", torch.tensor(1.0))
 
     def forward(self, batch: SSLBatch) -> StepOutput:
-        """The loss of one step.
+        """Computes the loss of one step.
 
         Args:
             batch: labeled inputs and labels, weak and strong views.
 
         Returns:
-            Loss, the pair (weak, strong, pseudo-labels, weights in [0, 1]), and as logs loss_supervised,
+            The loss, the pair (weak, strong, pseudo-labels, weights in [0, 1]), and the logs loss_supervised,
             loss_unsupervised, mask_rate (the mean weight), confidence_mean and unlabeled_weight.
 
         Raises:
-            InputTypeError: `batch` is something else.
-            InputShapeError: its parts differ in length where they must not, or are empty.
-            ConfigError: the model has not `classes` classes.
+            InputTypeError: `batch` is not an `SSLBatch`.
+            InputShapeError: parts of `batch` differ in length where they must match, or are empty.
+            ConfigError: the model does not return `classes` logits per sample.
         """
         check_batch(batch)
         labeled, weak, strong = self._view_logits(batch, joint=self.joint)

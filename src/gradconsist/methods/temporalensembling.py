@@ -1,4 +1,4 @@
-"""Temporal Ensembling: a prediction agrees with the average of the sample's earlier ones."""
+"""Temporal Ensembling: trains each prediction to agree with the average of the sample's earlier ones."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from gradconsist.types import SSLBatch, StepOutput, ViewPair
 
 
 class TemporalEnsembling(Method):
-    """Squared difference to an average of each sample's own earlier predictions.
+    """Penalises the squared difference between a sample's prediction and the average of its earlier ones.
 
-        z = softmax f(weak);  target = Z[i] / (1 - a^v[i]), v[i] the earlier visits of sample i
+        z = softmax f(weak);  target = Z[i] / (1 - a^v[i]), v[i] = number of earlier visits of sample i
         L_u = 1/(m C) sum 1[v[i] > 0] ||z - target||^2;  L = CE(y, f(x)) + mu(t) * L_u
         afterwards  Z[i] <- a Z[i] + (1 - a) z;  v[i] <- v[i] + 1
 
-    mu(t) = unlabeled_weight * exp(-5 (1 - s)^2), s the share of the ramp that is over.
+    mu(t) = unlabeled_weight * exp(-5 (1 - s)^2), where s is the finished share of the ramp.
 
-    The paper renews all of Z at an epoch's end. Where each sample comes once an epoch, this is the same, as a row of Z
-    is read only when its sample comes again, and needs no epochs: loaders that drop a rest, or mix the end of an epoch
-    with the beginning of the next, are served, too. A first visit has weight 0 as the paper's first epoch has, whose
-    targets are 0. A sample that a batch (or several processes together) holds several times counts as one visit with
-    the mean of its z; a z that is not finite counts as none. In several processes Z is that of all of them.
+    The paper updates all of Z at the end of an epoch. If each sample comes once per epoch, updating row by row is the
+    same, because a row of Z is read only when its sample comes again. It also needs no epochs, so it works for loaders
+    that drop the last samples or mix the end of one epoch with the start of the next. A first visit has weight 0, like
+    the paper's first epoch, whose targets are 0. If a batch (or several processes together) holds a sample more than
+    once, that counts as one visit with the mean of its z; a z that is not finite counts as none. With several
+    processes, Z covers all of them.
 
-    There is one forward of labeled and weak inputs. The method does not use `strong`: it goes into the pair, for
-    gradient consistency alone. The pair's target is the ensemble's; its weight is 0 at a first visit (whose target is
-    uniform, to be a distribution), else the share of unlabeled_weight that the ramp has reached. The paper compares
-    labeled inputs, too: here L_u is over the unlabeled ones, of which the labeled are usually a part.
+    Labeled and weak inputs share one forward. The method does not use `strong`; it only passes it on in the pair, for
+    gradient consistency. The pair's target is the ensemble's prediction. Its weight is the share of unlabeled_weight
+    that the ramp has reached, or 0 on a first visit (where the target is uniform, so that it is a distribution). The
+    paper also compares labeled inputs; here L_u is a mean over the unlabeled inputs, which usually include them.
 
     Args:
         model: any module from inputs to logits [B, C].
         samples: N, the number of unlabeled samples; ``batch.index`` holds positions in range(N).
         classes: C.
-        unlabeled_weight: mu after its ramp. The paper's 30 is to be multiplied by the share of labeled samples, which
-            the caller knows.
-        unlabeled_ramp_steps: steps in train mode of the ramp; 0 is none.
+        unlabeled_weight: mu after its ramp. Multiply the paper's 30 by the share of labeled samples in your data.
+        unlabeled_ramp_steps: number of train-mode steps of the ramp; 0 means no ramp.
         ema_decay: a.
-        logits_fn: from the model's output to logits [B, C], for models that return a tuple or something else.
+        logits_fn: function from the model's output to logits [B, C], for models that return a tuple or another object.
 
     Attributes:
-        step: calls in train mode so far.
+        step: number of calls in train mode so far.
         ensemble: Z [N, C].
         visits: v [N], int64. All three are part of ``state_dict()``.
 
@@ -86,21 +86,21 @@ class TemporalEnsembling(Method):
         self._remember("visits", torch.zeros(samples, dtype=torch.int64))
 
     def forward(self, batch: SSLBatch) -> StepOutput:
-        """The loss of one step.
+        """Computes the loss of one step.
 
         Args:
             batch: labeled inputs and labels, weak views, strong ones for the pair, and the `index` of the unlabeled
                 samples.
 
         Returns:
-            Loss, the pair (weak, strong, ensemble's probabilities, weights), and as logs loss_supervised,
+            The loss, the pair (weak, strong, ensemble's probabilities, weights), and the logs loss_supervised,
             loss_unsupervised, mask_rate (the share of samples that have been seen before) and unlabeled_weight.
 
         Raises:
-            InputTypeError: `batch` is something else, or has no strong views or no index.
-            InputShapeError: its parts differ in length where they must not, or are empty.
+            InputTypeError: `batch` is not an `SSLBatch`, or has no strong views or no index.
+            InputShapeError: parts of `batch` differ in length where they must match, or are empty.
             InputValueError: an index is outside range(N).
-            ConfigError: the model has not `classes` classes.
+            ConfigError: the model does not return `classes` logits per sample.
         """
         check_batch(batch)
         index = check_index(batch, self.samples)
@@ -117,7 +117,7 @@ class TemporalEnsembling(Method):
         return self._finish(F.cross_entropy(labeled, batch.y), unsupervised, pair, mask_rate=known.mean())
 
     def _targets(self, index: Tensor, visits: Tensor) -> Tensor:
-        """Z / (1 - a^v) of the samples; uniform where v is 0."""
+        """Computes Z / (1 - a^v) of the samples; uniform where v is 0."""
         correction = 1 - self.ema_decay ** visits.clamp(min=1).to(self.ensemble.dtype)
         return torch.where(visits[:, None] > 0, self.ensemble[index] / correction[:, None], 1 / self.classes)
 

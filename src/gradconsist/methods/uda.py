@@ -1,4 +1,4 @@
-"""UDA: consistency with a sharpened soft target."""
+"""UDA: trains strong views on sharpened soft pseudo-labels from weak views."""
 
 from __future__ import annotations
 
@@ -21,32 +21,33 @@ Annealing = Literal["linear", "log", "exp"]
 
 
 class UDA(Method):
-    """L = L_s + mu(t) * L_u with a soft, sharpened pseudo-label.
+    """Trains strong views on soft, sharpened pseudo-labels from weak views.
 
+        L = L_s + mu(t) * L_u
         p = softmax f(weak), without gradient;  mask = 1[max p >= threshold]
         target = softmax(f(weak) / temperature)
         L_u = 1/m sum mask * KL(target || softmax f(strong))
         L_s = sum keep * CE(y, f(x)) / max(1, sum keep);  keep = 1[p(y) <= eta(t)] with `annealing`, else 1
 
-    The mask looks at p before sharpening. Training signal annealing (TSA) leaves out labeled samples that the model
-    already knows too well, as long as few unlabeled ones have been seen:
-    eta(t) = a(t) (1 - 1/C) + 1/C with a = t / T ("linear"), 1 - exp(-5 t / T) ("log") or exp(5 (t / T - 1)) ("exp"),
-    and nothing is left out from t = T on. L_s divides by the samples kept, as the authors' code does (USB's divides
-    by all); in several processes by those that all of them kept.
+    The mask uses p before sharpening. While few unlabeled samples have been seen, training signal annealing (TSA)
+    leaves out labeled samples that the model already knows too well:
+    eta(t) = a(t) (1 - 1/C) + 1/C with a = t / T ("linear"), 1 - exp(-5 t / T) ("log") or exp(5 (t / T - 1)) ("exp").
+    From t = T on, nothing is left out. L_s divides by the number of samples kept, as the authors' code does (USB's
+    divides by all); with several processes, by the number kept in all of them.
 
     Args:
         model: any module from inputs to logits [B, C].
-        threshold: confidence from which on an unlabeled sample counts.
-        temperature: of the sharpening; 1 leaves p as it is.
+        threshold: an unlabeled sample counts if its confidence is at least this.
+        temperature: temperature of the sharpening; 1 does not change p.
         unlabeled_weight: mu.
-        unlabeled_ramp_steps: steps in train mode over which mu grows linearly from 0; 0 is none.
-        annealing: TSA's schedule; None for none.
-        annealing_steps: T; with `annealing` only.
-        joint: one forward of labeled, weak and strong inputs, as in `FixMatch`.
-        logits_fn: from the model's output to logits [B, C], for models that return a tuple or something else.
+        unlabeled_ramp_steps: number of train-mode steps over which mu grows linearly from 0; 0 means no ramp.
+        annealing: schedule of TSA; None switches TSA off.
+        annealing_steps: T; only with `annealing`.
+        joint: True forwards labeled, weak and strong inputs as one batch, as in `FixMatch`.
+        logits_fn: function from the model's output to logits [B, C], for models that return a tuple or another object.
 
     Attributes:
-        step: calls in train mode so far; part of ``state_dict()``.
+        step: number of calls in train mode so far; part of ``state_dict()``.
 
     Raises:
         ConfigError: an option is out of range, or only one of `annealing` and `annealing_steps` is given.
@@ -89,18 +90,18 @@ class UDA(Method):
         self.joint = joint
 
     def forward(self, batch: SSLBatch) -> StepOutput:
-        """The loss of one step.
+        """Computes the loss of one step.
 
         Args:
             batch: labeled inputs and labels, weak and strong views.
 
         Returns:
-            Loss, the pair (weak, strong, sharpened target, mask), and as logs loss_supervised, loss_unsupervised,
+            The loss, the pair (weak, strong, sharpened target, mask), and the logs loss_supervised, loss_unsupervised,
             mask_rate, labeled_rate (the share of labeled samples that TSA kept) and unlabeled_weight.
 
         Raises:
-            InputTypeError: `batch` is something else.
-            InputShapeError: its parts differ in length where they must not, or are empty.
+            InputTypeError: `batch` is not an `SSLBatch`.
+            InputShapeError: parts of `batch` differ in length where they must match, or are empty.
         """
         check_batch(batch)
         labeled, weak, strong = self._view_logits(batch, joint=self.joint)
@@ -113,7 +114,7 @@ class UDA(Method):
         return self._finish(supervised, (mask * divergence).mean(), pair, **logs)
 
     def _supervised(self, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """L_s, and the share of the samples that it keeps."""
+        """Computes L_s and the share of samples that it keeps."""
         losses = F.cross_entropy(logits, y, reduction="none")
         if self.annealing is None or self.step >= self.annealing_steps:
             return losses.mean(), torch.ones((), device=losses.device)
@@ -121,7 +122,7 @@ class UDA(Method):
         signal = {"linear": share, "log": 1 - math.exp(-5 * share), "exp": math.exp(5 * (share - 1))}[self.annealing]
         eta = signal * (1 - 1 / logits.shape[1]) + 1 / logits.shape[1]
         keep = ((-losses.detach()).exp() <= eta).to(losses.dtype)
-        # The mean of the processes' losses is the sum over all of them by the number kept by all of them.
+        # The mean of the processes' losses must be the sum over all of them, divided by the number that all kept.
         count = total(keep.sum()) if self.training else keep.sum()
         processes = process_count() if self.training else 1
         return processes * (keep * losses).sum() / count.clamp(min=1), keep.mean()
