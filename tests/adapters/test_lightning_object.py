@@ -91,7 +91,7 @@ class Late(Module):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (Twice, r"`manual_backward` was called a second time .* join the losses"),
+        (Twice, r"`manual_backward` was called a second time .* add up the losses"),
         (Late, r"`manual_backward` was called .*outside of it"),
         (Bare, r"`training_step` stepped an optimizer of the model without `self.manual_backward\(loss\)`"),
     ],

@@ -146,4 +146,4 @@ def test_a_loop_without_the_update_hook_is_named(hooks: bool) -> None:
                     algorithm.call_hook("after_train_step")
     found = [str(each.message) for each in caught if "has not changed" in str(each.message)]
     assert len(found) == (0 if hooks else 1)
-    assert hooks or "not changed in 10 steps: nobody calls the algorithm's ParamUpdateHook" in found[0]
+    assert hooks or "not changed in 10 steps: the algorithm's ParamUpdateHook is never called" in found[0]

@@ -1,6 +1,6 @@
-"""Gradient consistency in training code of other frameworks, attached to their objects from outside.
+"""Adapters: attach gradient consistency to objects of other frameworks, without changing your classes.
 
 `gradconsist.adapters.lightning` is for a `LightningModule`, `gradconsist.adapters.usb` for algorithms of ``semilearn``
-(USB). An adapter imports nothing of its framework: it knows the object that the user built by its methods, and its
-handle's ``detach()`` gives that object back as it was.
+(USB). An adapter does not import its framework: it recognises your object by its methods. The handle's ``detach()``
+undoes everything that ``attach`` changed.
 """

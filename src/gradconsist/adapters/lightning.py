@@ -1,8 +1,8 @@
-"""The term in a `LightningModule` whose class stays as it is.
+"""Adds the term to a `LightningModule` without changing its class.
 
-`attach` replaces four methods of one module object: `training_step` and `manual_backward`, where the loss is, and
-`on_save_checkpoint` and `on_load_checkpoint`, so that Lightning's own checkpoint carries step counter and generator.
-Modules of `lightning` and of `pytorch_lightning` alike are known by their methods: this file imports neither.
+`attach` replaces four methods of one module object: `training_step` and `manual_backward`, which handle the loss, and
+`on_save_checkpoint` and `on_load_checkpoint`, so that Lightning's checkpoint includes the step counter and generator.
+Modules of both `lightning` and `pytorch_lightning` are recognised by their methods; this file imports neither.
 """
 
 from __future__ import annotations
@@ -23,39 +23,40 @@ from gradconsist.types import StepOutput
 from gradconsist.wrapper import GGCRWrapper
 
 CHECKPOINT_KEY = "gradconsist"
-"""Where Lightning's checkpoint holds the attachment's state."""
+"""Key of the attachment's state in Lightning's checkpoint."""
 
 _NEEDED = ("training_step", "manual_backward", "on_save_checkpoint", "on_load_checkpoint", "log_dict")
 
 
 def attach(module: Any, consistency: GradientConsistencyLoss, **options: Any) -> Attachment:
-    """Adds ``lambda(t) * L_g`` to the training loss of `module`, until the handle's ``detach()``.
+    """Adds ``lambda(t) * L_g`` to the training loss of `module`, until you call the handle's ``detach()``.
 
-    With automatic optimization the term joins the loss that ``training_step`` returns: a tensor, a mapping with
-    ``"loss"``, or a `StepOutput`; None stays a skipped step, which is not counted. With manual optimization it joins
-    the loss of the step's one call of ``self.manual_backward``, which takes a `StepOutput` as well. Where the pair is
-    not in a `StepOutput`, `pair_fn` gets the arguments of ``training_step`` and, as `output`, what it returned or gave
-    to ``manual_backward``. ``ggcr_*`` and the logs of a `StepOutput` go to ``self.log_dict``.
+    With automatic optimization, the term is added to the loss that ``training_step`` returns: a tensor, a mapping with
+    ``"loss"``, or a `StepOutput`. If it returns None, the step is skipped and not counted. With manual optimization,
+    the term is added to the loss that you pass to ``self.manual_backward``. Call that once per step; it also takes a
+    `StepOutput`. If the pair is not in a `StepOutput`, pass a `pair_fn`: it gets the arguments of ``training_step``
+    and, as `output`, what ``training_step`` returned or passed to ``manual_backward``. The ``ggcr_*`` logs and those of
+    a `StepOutput` go to ``self.log_dict``.
 
-    A step is a call of ``training_step`` in train mode, so with gradient accumulation every micro-batch counts, as in
-    `GGCRWrapper`. In eval mode the module's own step runs alone.
+    A step is a call of ``training_step`` in train mode. So with gradient accumulation every micro-batch counts, as in
+    `GGCRWrapper`. In eval mode only the module's own step runs.
 
     Args:
         module: a ``LightningModule`` object whose parameters include those of ``consistency.model``.
         consistency: the term.
-        **options: those of `GGCRWrapper`: weight, warmup_steps, ramp_steps, every, gate, pair_fn.
+        **options: options of `GGCRWrapper`: weight, warmup_steps, ramp_steps, every, gate, pair_fn.
 
     Returns:
         The handle.
 
     Raises:
-        ConfigError: `module` is no LightningModule, is compiled or has a term already, does not hold the parameters
-            of ``consistency.model``, or an option has no such value.
+        ConfigError: `module` is not a LightningModule, is compiled, already has a term or does not hold the parameters
+            of ``consistency.model``, or an option has an invalid value.
     """
     if not isinstance(module, nn.Module) or not all(callable(getattr(module, name, None)) for name in _NEEDED):
         raise ConfigError(
-            f"`module` is a {type(module).__name__}: pass a LightningModule. Other methods, called once a step, go"
-            " into GGCRWrapper."
+            f"`module` is a {type(module).__name__}: pass a LightningModule. For a method that you call once per step,"
+            " use GGCRWrapper."
         )
     if hasattr(module, "_orig_mod"):
         raise ConfigError("`module` is compiled: attach to the LightningModule that was given to torch.compile.")
@@ -72,30 +73,31 @@ def attach(module: Any, consistency: GradientConsistencyLoss, **options: Any) ->
 
 
 class Attachment:
-    """The handle that `attach` returns. Deep copies and pickles of the module take theirs with them.
+    """The handle that `attach` returns. A deep copy or pickle of the module includes a copy of the handle.
 
     Attributes:
         module: the LightningModule.
-        wrapper: the `GGCRWrapper` behind it; its `weight` may be set between steps.
+        wrapper: the `GGCRWrapper` that adds the term; you may set its `weight` between steps.
     """
 
     def __init__(self, module: Any, consistency: GradientConsistencyLoss, options: Mapping[str, Any]) -> None:
         self.module = module
         self.wrapper = GGCRWrapper(self._method, consistency, **options)
-        self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # of training_step, while it runs manually
+        # Arguments of training_step, while it runs with manual optimization.
+        self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._output: Any = None  # of the module, while the wrapper runs
         self._replaced: dict[str, _Replacement] = {}
 
     @property
     def step(self) -> int:
-        """Steps counted so far, those of the warm-up included."""
+        """Number of steps so far, including the warm-up."""
         return self.wrapper.step
 
     def detach(self) -> None:
-        """Gives the module its own methods back; a second call does nothing.
+        """Restores the module's own methods; a second call does nothing.
 
         Raises:
-            StateError: something else replaced one of them after `attach`.
+            StateError: something else has replaced one of them after `attach`.
         """
         for name, replacement in self._replaced.items():
             if vars(self.module).get(name) is not replacement:
@@ -140,7 +142,7 @@ class Attachment:
             self._output = None
 
     def _method(self, *args: Any, **kwargs: Any) -> Any:
-        """What the wrapper wraps: the module's own step, or the loss that it hands to ``manual_backward``."""
+        """The method inside the wrapper: runs the module's own step, or returns the loss of ``manual_backward``."""
         if self._call is None:
             self._output = self._original("training_step")(*args, **kwargs)
             if self._output is None:
@@ -149,30 +151,30 @@ class Attachment:
             where = "training_step" if self._call is None else "manual_backward"
             raise LossContractError(
                 f"`{where}` has a {type(self._output).__name__} for its loss: use a tensor, a mapping with 'loss' or a"
-                " StepOutput, as Lightning takes no other."
+                " StepOutput; Lightning does not accept a tuple."
             )
         return self._output
 
     def _with_term(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         out: StepOutput = self.wrapper(*args, **kwargs)
         trainer = self._trainer()
-        # Fabric's stand-in for a trainer knows neither attribute, and logs at any time.
+        # Fabric's stand-in for a trainer has neither attribute and can always log.
         if trainer is not None and getattr(trainer, "training", True) and not getattr(trainer, "barebones", False):
             logs = {name: value.float() if isinstance(value, Tensor) else value for name, value in out.logs.items()}
-            # The batch size weights means over an epoch, which are not taken; Lightning need not look for it.
+            # Lightning uses the batch size only for epoch means, which are off here; passing it saves a search.
             self.module.log_dict(logs, on_step=True, on_epoch=False, batch_size=1)
         return out.loss
 
     def _trainer(self) -> Any:
         try:
             return self.module.trainer
-        except RuntimeError:  # none is attached: a step by hand
+        except RuntimeError:  # no trainer is attached: a step by hand
             return None
 
     def _check_strategy(self) -> None:
         if type(getattr(self._trainer(), "strategy", None)).__name__ == "DeepSpeedStrategy":
             raise ConfigError(
-                "`strategy` is DeepSpeedStrategy, whose partitioned parameters and gradients the term does not know:"
+                "`strategy` is DeepSpeedStrategy, whose partitioned parameters and gradients the term does not support:"
                 " use 'ddp'."
             )
 
@@ -181,7 +183,7 @@ class Attachment:
     def _manual_step(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.wrapper.consistency.batchnorm == "observed":
             raise ConfigError(
-                "`batchnorm='observed'` needs the method's forward inside the wrapper, and with manual optimization"
+                "`batchnorm='observed'` needs the method's forward inside the wrapper, but with manual optimization"
                 " only the loss passes through: use `batchnorm='auto'`, or call a GGCRWrapper in training_step."
             )
         stepped: list[bool] = []
@@ -199,8 +201,8 @@ class Attachment:
             hook.remove()
         if self.step == counted and any(stepped):
             raise LossContractError(
-                "`training_step` stepped an optimizer of the model without `self.manual_backward(loss)`, so that the"
-                " term had no loss to join: call it instead of `loss.backward()`."
+                "`training_step` stepped an optimizer of the model without `self.manual_backward(loss)`, so the term"
+                " was not added to any loss: call it instead of `loss.backward()`."
             )
         return returned.loss if isinstance(returned, StepOutput) else returned
 
@@ -210,8 +212,8 @@ class Attachment:
             return backward(loss, *args, **kwargs)
         if self._call is None:
             raise LossContractError(
-                "`manual_backward` was called a second time in one training_step, or outside of it, and the term"
-                " belongs to one loss a step: join the losses, or call a GGCRWrapper in training_step yourself."
+                "`manual_backward` was called a second time in one training_step, or outside of it, but the term"
+                " belongs to one loss per step: add up the losses, or call a GGCRWrapper in training_step yourself."
             )
         (step_args, step_kwargs), self._output = self._call, loss
         try:
@@ -223,7 +225,7 @@ class Attachment:
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def _on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Lightning builds a checkpoint on every process and writes that of the first: it gets all generators."""
+        """Saves the state; Lightning writes only the first process's checkpoint, so it gets all generators."""
         self._original("on_save_checkpoint")(checkpoint)
         state = self.wrapper.get_extra_state()
         generators = [state["consistency"]]
@@ -235,28 +237,28 @@ class Attachment:
     def _on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._original("on_load_checkpoint")(checkpoint)
         state = checkpoint.get(CHECKPOINT_KEY)
-        # `trainer.test(ckpt_path=...)` and its like need no term. Without a trainer, a run may be about to go on.
+        # `trainer.test(ckpt_path=...)` and the like need no term. Without a trainer, training may be about to resume.
         fitting = getattr(getattr(self._trainer(), "state", None), "fn", None) in (None, "fit")
         if state is None and not (fitting and self.module.strict_loading):
             return
         if not isinstance(state, Mapping) or not isinstance(state.get("consistency"), list):
             raise StateError(
                 f"the checkpoint holds {type(state).__name__} under {CHECKPOINT_KEY!r} instead of an attached term's"
-                " state: it was saved without one. To start the term anew from its weights, load them before `attach`,"
+                " state: it was saved without one. To start a new term from its weights, load them before `attach`,"
                 " or set `module.strict_loading = False`."
             )
         rank = dist.get_rank() if process_count() > 1 else 0
         known = state["consistency"]
-        # With more processes than before, a new one keeps the generator that its seed gave it.
+        # With more processes than before, the added ones keep the generator made from their seed.
         own = known[rank] if rank < len(known) else self.wrapper.consistency.state_dict()
         self.wrapper.set_extra_state({**state, "consistency": own})
 
 
 class _Replacement:
-    """A method in one module's own dictionary.
+    """Replaces one method in the ``__dict__`` of one module.
 
-    Lightning looks through ``__wrapped__`` for the signature, and for whether a module overrides a method. An object of
-    a class, unlike a closure, is pickled and deep-copied together with the module.
+    Lightning follows ``__wrapped__`` to find the signature and to see whether a module overrides a method. Unlike a
+    closure, an object of a class is pickled and deep-copied together with the module.
     """
 
     def __init__(self, module: Any, name: str, function: Callable[..., Any]) -> None:
@@ -269,4 +271,4 @@ class _Replacement:
 
 
 class _SkippedError(Exception):
-    """The module's training_step returned None."""
+    """Raised if the module's training_step returned None."""

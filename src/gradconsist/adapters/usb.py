@@ -1,4 +1,4 @@
-"""`attach`: gradient consistency for an algorithm of ``semilearn`` (USB), without a change to it."""
+"""`attach`: adds gradient consistency to an algorithm of ``semilearn`` (USB) without changing its code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gradconsist.loss import GradientConsistencyLoss
 from gradconsist.types import ViewPair
 from gradconsist.wrapper import GGCRWrapper, PairFunction
 
-#: The key of the handle's state in the algorithm's checkpoints.
+#: Key of the handle's state in the algorithm's checkpoints.
 CHECKPOINT_KEY = "gradconsist"
 
 
@@ -27,41 +27,43 @@ def attach(
 ) -> UsbHandle:
     """Adds lambda(t) * L_g to the loss of each ``algorithm.train_step``.
 
-    The algorithm's hooks, optimizer, scheduler, EMA model and gradient scaler go on as before: its ``ParamUpdateHook``
-    runs one backward on the sum. Pseudo-labels and masks are those that the algorithm made itself in the step. The term
-    is computed after ``train_step``, in the parameters' own precision also where the algorithm uses mixed precision.
-    Logs named ``train/ggcr_...`` join the algorithm's.
+    The algorithm's hooks, optimizer, scheduler, EMA model and gradient scaler work as before: its ``ParamUpdateHook``
+    runs one backward on the sum. The term uses the pseudo-labels and masks that the algorithm made in the step. It is
+    computed after ``train_step``, in the parameters' own precision even if the algorithm uses mixed precision. The
+    algorithm's logs get additional entries ``train/ggcr_...``.
 
-    FixMatch, FlexMatch, FreeMatch, SoftMatch, UDA, MeanTeacher, PiModel, MixMatch and PseudoLabel are known, and
-    classes that derive from them.
+    It supports FixMatch, FlexMatch, FreeMatch, SoftMatch, UDA, MeanTeacher, PiModel, MixMatch and PseudoLabel, and
+    classes derived from them.
 
     Args:
-        algorithm: what ``semilearn.get_algorithm`` returned, before or after its model went to a device or into
-            DistributedDataParallel.
-        consistency: the term, on ``algorithm.model`` (inside DistributedDataParallel: on ``algorithm.model.module``).
-        pair_fn: ``(args, kwargs, output) -> ViewPair | None`` with the arguments of ``train_step`` and what it
-            returned, for other algorithms or other pairs; `UsbHandle.calls` holds the step's targets and masks.
-        **options: `GGCRWrapper`'s: `weight`, `warmup_steps`, `ramp_steps`, `every`, `gate`.
+        algorithm: the algorithm that ``semilearn.get_algorithm`` returned, before or after its model was moved to a
+            device or wrapped in DistributedDataParallel.
+        consistency: the term, built on ``algorithm.model`` (inside DistributedDataParallel: on
+            ``algorithm.model.module``).
+        pair_fn: ``(args, kwargs, output) -> ViewPair | None``, for other algorithms or other pairs. It gets the
+            arguments of ``train_step`` and its return value; `UsbHandle.calls` holds the step's targets and masks.
+        **options: options of `GGCRWrapper`: `weight`, `warmup_steps`, `ramp_steps`, `every`, `gate`.
 
     Returns:
-        The handle; its ``detach()`` leaves the algorithm as it was.
+        The handle; its ``detach()`` undoes all changes to the algorithm.
 
     Raises:
-        ConfigError: `algorithm` is no such algorithm, has a term already or trains another model, or an option has no
-            such value.
+        ConfigError: `algorithm` is not a supported algorithm, already has a term or trains another model, or an option
+            has an invalid value.
     """
     return UsbHandle(algorithm, consistency, pair_fn, options)
 
 
 class UsbHandle:
-    """A term that is attached to an algorithm; made by `attach`.
+    """The handle that `attach` returns.
 
-    The algorithm's checkpoints (``get_save_dict``, ``load_model``) hold the handle's state as ``"gradconsist"``, which
-    an algorithm without a term ignores. A checkpoint from a run without the term continues the schedule at its ``it``.
+    The algorithm's checkpoints (``get_save_dict``, ``load_model``) hold the handle's state under ``"gradconsist"``; an
+    algorithm without a term ignores it. After you load a checkpoint from a run without the term, the schedule continues
+    at its ``it``.
 
     Attributes:
-        wrapper: the `GGCRWrapper` around ``train_step``, with the schedule, whose `step` starts at ``it``.
-        calls: the algorithm's calls of ``consistency_loss`` in the step that is running, for a `pair_fn`; else empty.
+        wrapper: the `GGCRWrapper` around ``train_step``; it holds the schedule, and its `step` starts at ``it``.
+        calls: calls of the algorithm's ``consistency_loss`` in the running step, for a `pair_fn`; empty otherwise.
     """
 
     def __init__(
@@ -73,7 +75,7 @@ class UsbHandle:
     ) -> None:
         check_algorithm(algorithm)
         own = vars(algorithm)
-        owner = getattr(own.get("get_save_dict"), "__self__", None)  # tells also where `train_step` was wrapped again
+        owner = getattr(own.get("get_save_dict"), "__self__", None)  # also finds a `train_step` that was wrapped again
         if isinstance(own.get("train_step"), _Step) or isinstance(owner, UsbHandle):
             raise ConfigError("`algorithm` has a term already: detach() the first handle before attaching another.")
         kind = type(algorithm)
@@ -104,10 +106,10 @@ class UsbHandle:
         own.update(self._installed)
 
     def detach(self) -> None:
-        """Leaves the algorithm as `attach` found it; a second time, does nothing.
+        """Undoes what `attach` changed in the algorithm; a second call does nothing.
 
         Raises:
-            StateError: one of the methods that `attach` replaced was replaced again.
+            StateError: something else has replaced one of its methods after `attach`.
         """
         if not self._installed:
             return
@@ -121,22 +123,22 @@ class UsbHandle:
         self._installed = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The schedule's step and the state of the loss's own generator."""
+        """Returns the schedule's step and the state of the loss's own generator."""
         return self.wrapper.get_extra_state()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues where `state_dict` was taken; not needed after ``algorithm.load_model``.
+        """Restores what `state_dict` returned; not needed after ``algorithm.load_model``.
 
         Args:
-            state: what `state_dict` returned, or a checkpoint's ``"gradconsist"``.
+            state: the return value of `state_dict`, or a checkpoint's ``"gradconsist"`` entry.
 
         Raises:
-            StateError: it is something else.
+            StateError: `state` is something else.
         """
         self.wrapper.set_extra_state(state)
 
     def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The algorithm's step, with the term in its loss."""
+        """Runs the algorithm's step and adds the term to its loss."""
         batch = self._batch(args, kwargs)
         parameters = self._parameters()
         compared = list(parameters.values())
@@ -169,7 +171,7 @@ class UsbHandle:
             )
         self.calls, self._output = self._heard.losses, output
         self._canary.check_unsupervised(self._algorithm, self.calls)
-        # Beside DistributedDataParallel the term's graph is taken on its own; see `reduced_with`.
+        # With DistributedDataParallel, the term needs a separate graph; see `reduced_with`.
         return ({**output[0], "loss": output[0]["loss"].detach()}, output[1]) if self._reduced() else output
 
     def _reduced(self) -> bool:
@@ -186,7 +188,7 @@ class UsbHandle:
         missing = [name for name in VIEWS if name not in batch]
         if missing:
             raise LossContractError(
-                f"the batch has no {', '.join(missing)}, and gradient consistency compares two views: let the unlabeled"
+                f"the batch has no {', '.join(missing)}, but gradient consistency compares two views: let the unlabeled"
                 " data set return it (semilearn's BasicDataset does with alg='fixmatch' and a strong_transform)."
             )
         if isinstance(batch[VIEWS[0]], Mapping) and self.wrapper.consistency.model is inner_model(self._algorithm):
@@ -212,9 +214,9 @@ class UsbHandle:
 
 
 class _Step:
-    """In place of ``train_step``: takes the views that the algorithm's own does not, too.
+    """Replaces ``train_step``, and also accepts views that the algorithm's own does not take.
 
-    ``process_batch`` keeps of a batch what the signature of ``train_step`` names.
+    This matters because ``process_batch`` drops from a batch what the signature of ``train_step`` does not name.
     """
 
     def __init__(self, handle: UsbHandle, own: Signature) -> None:

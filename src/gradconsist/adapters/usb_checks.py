@@ -1,4 +1,4 @@
-"""Checks of a ``semilearn`` algorithm: that it is one, that it trains this model, and that it trains at all."""
+"""Checks that a ``semilearn`` algorithm is one, that it trains this model, and that it trains at all."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from gradconsist._inputs.parameters import holds
 from gradconsist.errors import ConfigError, LossContractError
 
 _NEEDED = ("train_step", "get_save_dict", "load_model", "consistency_loss", "compute_prob", "model", "it")
-# GradScaler may leave out the first steps, and a loop may accumulate gradients over a few.
+# GradScaler may skip the first steps, and a loop may accumulate gradients over a few.
 _PATIENCE = 10
 
 
 def check_algorithm(algorithm: Any) -> None:
-    """Refuses what is no algorithm of semilearn.
+    """Checks that the object is an algorithm of semilearn.
 
     Raises:
         ConfigError: an attribute that the adapter uses is missing.
@@ -32,16 +32,16 @@ def check_algorithm(algorithm: Any) -> None:
 
 
 def inner_model(algorithm: Any) -> nn.Module:
-    """The algorithm's model, taken out of DistributedDataParallel or DataParallel."""
+    """Returns the algorithm's model, unwrapped from DistributedDataParallel or DataParallel."""
     model: nn.Module = algorithm.model
     return model.module if isinstance(model, DistributedDataParallel | nn.DataParallel) else model
 
 
 def check_same_model(algorithm: Any, compared: Sequence[nn.Parameter]) -> None:
-    """The compared model must be the one that the algorithm trains, now: its `model` may have been replaced.
+    """Checks that the algorithm currently trains the compared model; its `model` may have been replaced.
 
     Raises:
-        ConfigError: it is another, such as the EMA model or a copy.
+        ConfigError: it trains another model. The compared one may be the EMA model or a copy.
     """
     if not holds(algorithm.model, compared):
         raise ConfigError(
@@ -51,7 +51,7 @@ def check_same_model(algorithm: Any, compared: Sequence[nn.Parameter]) -> None:
 
 
 class Canary:
-    """Tells an algorithm that does not train, which else shows only as an accuracy that stays flat."""
+    """Detects an algorithm that does not train, which would otherwise show only as flat accuracy."""
 
     def __init__(self) -> None:
         self._steps = 0
@@ -59,37 +59,37 @@ class Canary:
         self._done = False
 
     def check_unsupervised(self, algorithm: Any, losses: Sequence[Any]) -> None:
-        """In the first step: the unlabeled loss must depend on the model.
+        """Checks in the first step that the unlabeled loss depends on the model.
 
         Raises:
             LossContractError: it does not.
         """
         if self._steps == 0 and losses and not any(call.loss.requires_grad for call in losses):
             raise LossContractError(
-                f"the unlabeled loss of {type(algorithm).__name__} has no gradient, so that only labeled data would"
-                " train the model: the head of semilearn's repository computes MeanTeacher's from the teacher alone."
+                f"the unlabeled loss of {type(algorithm).__name__} has no gradient, so only labeled data would train"
+                " the model: the head of semilearn's repository computes MeanTeacher's from the teacher alone."
                 " Install the release: semilearn==0.3.2."
             )
 
     def before_step(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Warns once if no update has reached a parameter since the first steps."""
+        """Warns once if no parameter has changed since the first steps."""
         if self._done or self._steps == 0:
             return
-        # A parameter's version counts the changes in place, which is how optimizers write.
+        # A parameter's version counts in-place changes, which is how optimizers update it.
         self._done = self._versions != [parameter._version for parameter in parameters]
         if not self._done and self._steps >= _PATIENCE:
             self._done = True
             warnings.warn(
-                f"the model has not changed in {self._steps} steps: nobody calls the algorithm's ParamUpdateHook. Train"
-                " with `algorithm.train()`, or call `algorithm.call_hook('after_train_step')` after each `train_step`"
-                " with its results in `algorithm.out_dict` and `algorithm.log_dict`; the head of semilearn's repository"
-                " leaves that out of `Trainer.fit`, semilearn==0.3.2 does not.",
+                f"the model has not changed in {self._steps} steps: the algorithm's ParamUpdateHook is never called."
+                " Train with `algorithm.train()`, or call `algorithm.call_hook('after_train_step')` after each"
+                " `train_step` with its results in `algorithm.out_dict` and `algorithm.log_dict`; the head of"
+                " semilearn's repository does not do that in `Trainer.fit`, semilearn==0.3.2 does.",
                 RuntimeWarning,
                 stacklevel=4,
             )
 
     def after_step(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Notes where the parameters stand between two steps."""
+        """Stores the parameters' versions after a step."""
         if not self._done:
             self._versions = [parameter._version for parameter in parameters]
         self._steps += 1

@@ -1,8 +1,9 @@
-"""What a ``semilearn`` algorithm compared in a step: read while its ``train_step`` runs, never computed a second time.
+"""Records what a ``semilearn`` algorithm compared in a step while its ``train_step`` runs, so nothing runs twice.
 
-A masking hook changes its own state (FlexMatch's counts, FreeMatch's and SoftMatch's averages), and so would a second
-call of it. Each algorithm hands the results of its hooks to ``consistency_loss(logits, targets, name, mask)``, and
-makes its probabilities by ``compute_prob``: both are attributes of the algorithm, and are listened to there.
+A masking hook changes its own state (FlexMatch's counts, FreeMatch's and SoftMatch's averages), so calling it again
+would change that again. Every algorithm passes the results of its hooks to ``consistency_loss(logits, targets, name,
+mask)`` and computes its probabilities with ``compute_prob``. Both are attributes of the algorithm, so calls can be
+recorded there.
 
 Index letters: B unlabeled samples of a step, C classes.
 """
@@ -20,7 +21,7 @@ from torch import Tensor
 from gradconsist.errors import LossContractError
 from gradconsist.types import ViewPair
 
-#: The names of the two views in a step's batch.
+#: Names of the two views in a step's batch.
 VIEWS = ("x_ulb_w", "x_ulb_s")
 
 
@@ -32,7 +33,7 @@ class ConsistencyCall:
         logits: the student's logits [B, C].
         targets: class indices [B] or probabilities [B, C].
         mask: weights [B], or None.
-        loss: what it returned.
+        loss: its return value.
     """
 
     logits: Tensor
@@ -43,12 +44,12 @@ class ConsistencyCall:
 
 @dataclass
 class Listener:
-    """A context in which the algorithm's own calls are noted; what it replaced is back afterwards, errors or not.
+    """A context that records the algorithm's own calls; on leaving it, even by an error, all replacements are undone.
 
     Attributes:
-        algorithm: whose calls.
+        algorithm: the algorithm.
         losses: its calls of ``consistency_loss``, in order.
-        probabilities: what its calls of ``compute_prob`` returned, in order.
+        probabilities: return values of its calls of ``compute_prob``, in order.
     """
 
     algorithm: Any
@@ -84,19 +85,19 @@ class Listener:
 
 
 def read_pair(algorithm: Any, name: str, batch: Mapping[str, Any], heard: Listener) -> ViewPair:
-    """The pair of a step of one of `READERS`' algorithms.
+    """Builds the pair of a step of one of the algorithms in `READERS`.
 
     Args:
         algorithm: the algorithm, after its step.
         name: its key in `READERS`.
-        batch: the arguments of its step by name.
-        heard: what it did in the step.
+        batch: arguments of its step, keyed by parameter name.
+        heard: the calls that it made in the step.
 
     Returns:
         Views, pseudo-labels and weights.
 
     Raises:
-        LossContractError: the step computed its consistency loss never or more than once.
+        LossContractError: the step did not compute its consistency loss exactly once.
     """
     if len(heard.losses) != 1:
         raise LossContractError(
@@ -108,32 +109,33 @@ def read_pair(algorithm: Any, name: str, batch: Mapping[str, Any], heard: Listen
 
 
 def _masked(algorithm: Any, heard: Listener) -> tuple[Tensor, Tensor | None]:
-    """The pseudo-label and the mask of L_u."""
+    """Reads the pseudo-label and the mask of L_u."""
     del algorithm
     call = heard.losses[0]
     return call.targets, call.mask
 
 
 def _masked_and_sharpened(algorithm: Any, heard: Listener) -> tuple[Tensor, Tensor | None]:
-    """The pseudo-label and the mask of L_u, a soft label sharpened by `T`.
+    """Reads the pseudo-label and the mask of L_u, and sharpens a soft label with `T`.
 
-    semilearn does not apply `T` there: UDA, and FixMatch and FlexMatch with ``hard_label=False``, take the weak view's
-    own probabilities as target. Against its own prediction a view's gradient is zero: nothing could be compared.
+    semilearn does not apply `T` there: UDA, and FixMatch and FlexMatch with ``hard_label=False``, use the weak view's
+    own probabilities as target. With its own prediction as target, a view's gradient is zero, so there would be nothing
+    to compare.
     """
     target, mask = _masked(algorithm, heard)
     return (sharpen(target, algorithm.T) if target.is_floating_point() else target), mask
 
 
 def _teacher(algorithm: Any, heard: Listener) -> tuple[Tensor, Tensor | None]:
-    """The teacher's probabilities, with the ramp of L_u."""
+    """Reads the teacher's probabilities; the weight is the ramp of L_u."""
     target = heard.losses[0].targets
     return target, _ramp(algorithm, target)
 
 
 def _two_passes(algorithm: Any, heard: Listener) -> tuple[Tensor, Tensor | None]:
-    """The class that both passes together find most likely, with the ramp of L_u.
+    """Finds the class that both passes together find most likely; the weight is the ramp of L_u.
 
-    With the first pass's probabilities as target the weak view's gradient would be zero. With the mean of both, the
+    With the first pass's probabilities as target, the weak view's gradient would be zero. With the mean of both, the
     two residuals would be opposite: the cosine of close views would be -1, and the term would push them apart.
     """
     call = heard.losses[0]
@@ -142,9 +144,10 @@ def _two_passes(algorithm: Any, heard: Listener) -> tuple[Tensor, Tensor | None]
 
 
 def _guess(algorithm: Any, heard: Listener) -> tuple[Tensor, Tensor | None]:
-    """The sharpened guess of both views before MixUp, which L_u sees only mixed; its class where T sharpens nothing.
+    """Computes the sharpened guess of both views before MixUp (L_u sees it only mixed), or its class if T >= 1.
 
-    The mean of both predictions itself would make their residuals opposite, as in `_two_passes`.
+    With T >= 1 nothing is sharpened: the plain mean of both predictions would make their residuals opposite, as in
+    `_two_passes`.
     """
     first, second = heard.probabilities[:2]
     mean = (first + second) / 2
@@ -152,7 +155,7 @@ def _guess(algorithm: Any, heard: Listener) -> tuple[Tensor, Tensor | None]:
 
 
 def sharpen(probabilities: Tensor, temperature: float) -> Tensor:
-    """p^(1/T) / sum p^(1/T), row by row.
+    """Computes p^(1/T) / sum p^(1/T) per row.
 
     Args:
         probabilities: [B, C].
@@ -170,7 +173,7 @@ def _ramp(algorithm: Any, target: Tensor) -> Tensor:
     return torch.full(target.shape[:1], min(1.0, max(0.0, progress)), device=target.device)
 
 
-#: By the name of the algorithm's class, or of one that it derives from: target and weight of its pairs.
+#: Maps the name of the algorithm's class, or of one of its base classes, to a reader of its pairs' target and weight.
 READERS: dict[str, Callable[[Any, Listener], tuple[Tensor, Tensor | None]]] = {
     "FixMatch": _masked_and_sharpened,
     "FlexMatch": _masked_and_sharpened,

@@ -1,4 +1,4 @@
-"""The term beside a model that is inside DistributedDataParallel, as semilearn has it."""
+"""Adds the term to the loss of a model inside DistributedDataParallel, as semilearn uses it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from gradconsist.errors import UnsupportedModuleError
 
 
 def reduced_with(base: Tensor, total: Tensor, parameters: Mapping[str, nn.Parameter]) -> Tensor:
-    """`base` plus the term, so that DistributedDataParallel meets the parameters that it expects and no other.
+    """Adds the term to `base` so that only the parameters that DistributedDataParallel expects get a gradient.
 
-    It has seen the graph of its own forward alone, took the parameters outside of it as finished, and fails where one
-    of them comes up in the backward: a layer whose output the network drops, for example. So the sum's graph leads to
-    the parameters of `base` only; the others have no gradient of the term, or are refused.
+    DistributedDataParallel has seen only the graph of its own forward and marked all parameters outside that graph as
+    ready. It fails if one of them then appears in the backward, for example that of a layer whose output the network
+    drops. So the graph of the sum leads only to the parameters of `base`. If another parameter gets a nonzero gradient
+    from the term, you get an error.
 
     Args:
         base: the algorithm's loss.
-        total: its value plus the weighted term, with the term's graph alone.
-        parameters: the trainable parameters of the compared model by name.
+        total: its value plus the weighted term, with the graph of the term only.
+        parameters: the trainable parameters of the compared model, keyed by name.
 
     Returns:
         The scalar that the algorithm differentiates.
@@ -36,7 +37,7 @@ def reduced_with(base: Tensor, total: Tensor, parameters: Mapping[str, nn.Parame
     for name, gradient in gradients.items():
         if id(parameters[name]) not in known and gradient is not None and bool(gradient.any()):
             raise UnsupportedModuleError(
-                f"the parameter {name!r} gets a gradient from the term and none from the algorithm's own loss, and"
+                f"the parameter {name!r} gets a gradient from the term and none from the algorithm's own loss, so"
                 " DistributedDataParallel would not reduce it: freeze it, or use one process."
             )
     used = [name for name in parameters if id(parameters[name]) in known]

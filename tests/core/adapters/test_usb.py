@@ -193,7 +193,7 @@ def test_the_second_view_joins_the_signature_and_not_the_call() -> None:
     assert list(inspect.signature(algorithm.train_step).parameters) == [*own.parameters, "x_ulb_s"]
     _, logs = algorithm.train_step(**process_batch(algorithm, **BATCH))
     assert logs["train/ggcr_pairs"] == 5
-    with pytest.raises(LossContractError, match="the batch has no x_ulb_s, and gradient consistency compares two"):
+    with pytest.raises(LossContractError, match="the batch has no x_ulb_s, but gradient consistency compares two"):
         algorithm.train_step(BATCH["x_lb"], BATCH["y_lb"], BATCH["x_ulb_w"])
     handle.detach()
     assert inspect.signature(algorithm.train_step) == own
@@ -271,7 +271,7 @@ def test_canaries() -> None:
     attached(algorithm, weight=0.0)
     for _ in range(10):
         algorithm.train_step(**BATCH)
-    with pytest.warns(RuntimeWarning, match="the model has not changed in 10 steps: nobody calls the algorithm's"):
+    with pytest.warns(RuntimeWarning, match="the model has not changed in 10 steps: .*ParamUpdateHook is never called"):
         algorithm.train_step(**BATCH)
     algorithm.train_step(**BATCH)  # told once
 
