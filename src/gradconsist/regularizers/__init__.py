@@ -1,7 +1,7 @@
-"""Regularisers to hold gradient consistency against, or to use beside it: terms to add to any loss.
+"""Regularisers to compare or combine with gradient consistency; add them to any loss.
 
-`GradientNormPenalty` makes the per-sample gradients small instead of parallel, on the same pairs and engines.
-`JacobianPenalty` makes the output change little with the input.
+`GradientNormPenalty` makes per-sample gradients small instead of parallel, with the same pairs and engines.
+`JacobianPenalty` keeps the output from changing much with the input.
 
     >>> import torch
     >>> from gradconsist.regularizers import GradientNormPenalty, JacobianPenalty

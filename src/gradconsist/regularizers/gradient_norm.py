@@ -1,4 +1,4 @@
-"""`GradientNormPenalty`: small per-sample gradients instead of parallel ones."""
+"""`GradientNormPenalty`: makes per-sample gradients small instead of parallel."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ from gradconsist.loss import GradientConsistencyLoss
 
 
 class GradientNormPenalty(GradientConsistencyLoss):
-    """L_n = 1/B * sum over pairs u of weight(u) * (||g_w||^2 + ||g_s||^2) / 2.
+    """Penalises the squared norms of the per-sample gradients of both views.
 
-    The gradients, the pairs and every option are those of `GradientConsistencyLoss`, and so is what the result is
-    differentiated for; `measure`, `last` and `GGCRWrapper` work alike. What differs is what a pair adds:
+        L_n = 1/B * sum over pairs u of weight(u) * (||g_w||^2 + ||g_s||^2) / 2
 
-    - The squared norm is smooth at zero, so a degenerate pair (a norm of at most `min_norm`) keeps its weight. It is
-      still counted in the record, because it has no cosine.
-    - The penalty has the unit of a squared gradient: its weight in a loss has to be chosen anew for every model, where
-      that of 1 - GC need not.
-    - ``stop_gradient`` makes one view's norm a constant, which leaves the penalty of the other.
+    Gradients, pairs and all options are the same as in `GradientConsistencyLoss`; so are the parameters that the result
+    is differentiated for. `measure`, `last` and `GGCRWrapper` work the same way. Only the value per pair differs:
 
-    On its own data, averaged over samples, this is the trace of the gradients' uncentered covariance (the empirical
-    Fisher information's, where targets are labels).
+    - The squared norm is smooth at zero, so a degenerate pair (a norm of at most `min_norm`) keeps its weight. The
+      record still counts it, because it has no cosine.
+    - The penalty has the unit of a squared gradient. So you must tune its weight in a loss for every model, unlike the
+      weight of 1 - GC.
+    - ``stop_gradient`` makes one view's norm a constant, so only the other view is penalised.
 
-    Source: the paper's ablation, "gradient norm penalty instead", which names it and gives no formula; the squared norm
-    of both views is this library's decision. It takes the place of eq. (2), at the same weight(u) and over the same B.
+    For one data set, averaged over samples, this is the trace of the gradients' uncentered covariance (of the empirical
+    Fisher information, if targets are labels).
+
+    Source: the paper's ablation "gradient norm penalty instead". The paper names it but gives no formula; using the
+    squared norm of both views is this library's decision. It replaces eq. (2), with the same weight(u) and B.
 
     Example:
         >>> import torch

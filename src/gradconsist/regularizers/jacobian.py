@@ -1,4 +1,4 @@
-"""`JacobianPenalty`: an output that changes little with the input."""
+"""`JacobianPenalty`: keeps the output from changing much with the input."""
 
 from __future__ import annotations
 
@@ -35,32 +35,34 @@ from gradconsist.types import Inputs
 
 
 class JacobianPenalty:
-    """L_J = 1/B * sum over samples x of weight(x) * ||dz/dx||_F^2, differentiable in the model's parameters.
+    """Penalises the squared Jacobian of the model's output with respect to its input.
 
-    z(x) [K] is what `output_fn` takes from the model's output: the logits by default. Exactly, it is a sum over the K
-    rows; by random projections on unit vectors v, drawn anew for every sample and call,
+        L_J = 1/B * sum over samples x of weight(x) * ||dz/dx||_F^2
+
+    z(x) [K] is what `output_fn` takes from the model's output, by default the logits. The exact Frobenius norm is a sum
+    over the K rows. Random projections on unit vectors v, drawn for every sample and call, estimate it:
 
         ||dz/dx||_F^2 = K * E ||d⟨v, z⟩/dx||^2,    v uniform on the sphere of R^K
 
-    so `projections` backward passes stand for K. The estimate and its gradient are unbiased; the variance of one falls
-    as 1/projections, and is 0 for K = 1.
+    so `projections` backward passes replace K. The estimate and its gradient are unbiased. The variance of the estimate
+    falls as 1/projections, and is 0 for K = 1.
 
-    BatchNorm's statistics are constants and dropout is off, as in `GradientConsistencyLoss`; the model's buffers,
-    modes, ``.grad`` and the random state stay untouched. Of inputs that are dicts or tuples, x is all floating tensors.
-    Time is that of a forward and, for each projection, of a backward that is differentiated again; memory that of their
-    graph over the whole batch.
+    BatchNorm's statistics are constants and dropout is off, as in `GradientConsistencyLoss`. The model's buffers,
+    modes, ``.grad`` and the random state do not change. If inputs are dicts or tuples, x is all their floating tensors.
+    A call takes the time of one forward and, per projection, one backward that is differentiated again. It needs the
+    memory of their graph over the whole batch.
 
     Args:
         model: any module from a batch to logits (or to an object with ``logits``).
-        projections: random projections a sample, or None for the exact sum over all K outputs.
-        output_fn: ``model output -> [B, ...]``, whose entries are the z of each sample; None is the logits.
-        batchnorm: "auto" gives a BatchNorm in train mode the statistics of this call's inputs and one in eval mode its
-            running ones; "batch" and "running" force one of them.
-        seed: of the projections' own generator.
+        projections: number of random projections per sample, or None for the exact sum over all K outputs.
+        output_fn: ``model output -> [B, ...]``, whose entries are the z of each sample; None takes the logits.
+        batchnorm: "auto": a BatchNorm in train mode uses the statistics of this call's inputs, one in eval mode its
+            running statistics. "batch" and "running" force one of the two.
+        seed: seed of the projections' own generator.
 
     Raises:
-        ConfigError: an option has no such value.
-        UnsupportedModuleError: the model contains a module for which the result would not be exact.
+        ConfigError: an option has an invalid value.
+        UnsupportedModuleError: the result would not be exact for some module of the model.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -103,23 +105,23 @@ class JacobianPenalty:
     def __call__(
         self, inputs: Inputs, weight: Tensor | None = None, *, generator: torch.Generator | None = None
     ) -> Tensor:
-        """L_J of a batch.
+        """Computes L_J of a batch.
 
         Args:
-            inputs: a tensor, or a dict, tuple or list of tensors and constants, batch first; at least one tensor of a
-                floating type.
-            weight: [B], non-negative, real or boolean; None is 1. The mean runs over all B.
-            generator: source of the projections; None is the penalty's own.
+            inputs: a tensor, or a dict, tuple or list of tensors and constants, batch first, with at least one floating
+                tensor.
+            weight: [B], non-negative, real or boolean; None means 1. The mean runs over all B samples.
+            generator: random source for the projections; None uses the penalty's own.
 
         Returns:
-            Scalar, in float32 at least.
+            A scalar, in float32 or wider.
 
         Raises:
             GradModeError: no graph can be built here: under ``no_grad``, inside a transform or a comparison.
-            InputTypeError: no input tensor has a derivative.
-            LossContractError: the output is no tensor with one row a sample.
+            InputTypeError: no input tensor is floating point, so there is no derivative.
+            LossContractError: the output is not a tensor with one row per sample.
             NonFiniteError: the Jacobian has NaN or infinite entries.
-            ModelError: the model failed with an error of torch's or Python's own.
+            ModelError: the model failed with an error of torch or Python.
         """
         if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             raise GradModeError("JacobianPenalty was called where no graph can be built (no_grad): call it outside.")
@@ -139,21 +141,21 @@ class JacobianPenalty:
             autocast=autocast_region(device),
         )
         pairs = Pairs(inputs, inputs, target, weight, device)
-        source = generator or self._generator  # which may be the global one, that nothing below may draw from
+        source = generator or self._generator  # may be the global one, which nothing below may draw from
         own = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=source, device=source.device)))
         with one_comparison(), our_rules(self.model, device, {"inputs": inputs}):
             with torch.no_grad():
-                # Twice the batch has the same statistics, and tells calls that normalise samples from others.
+                # Twice the batch has the same statistics, and shows which calls normalise over samples.
                 forward.output(concatenate(inputs, inputs), record=True)
             probe_model(forward, pairs, torch.arange(size, device=device), self._probed)
-            sparse -= self._probed.dense  # in place: the aliases look at it
+            sparse -= self._probed.dense  # in place, because the aliases share this set
             return self._penalty(forward, pairs, own)
 
     def _differentiable(self, inputs: Inputs) -> Inputs:
-        """The same inputs, floating ones with a derivative: a graph that they have is kept."""
+        """Makes floating inputs require grad; a graph that they already have is kept."""
         if not any(leaf.is_floating_point() for leaf in leaves(inputs)):
             raise InputTypeError(
-                "`inputs` has no floating tensor, so there is nothing to differentiate for: pass embeddings and not"
+                "`inputs` has no floating tensor, so there is nothing to differentiate for: pass embeddings instead of"
                 " token ids, and images as floats, normalised as in training."
             )
 
@@ -172,10 +174,10 @@ class JacobianPenalty:
         total = rows.new_zeros(size)
         directions = self._directions(rows, generator)
         for v in directions:
-            # A constant v would hide functions without a second derivative: where nothing that comes from above has a
-            # graph, torch's `once_differentiable` cuts it without a word.
+            # A constant v would hide functions without a second derivative: if no incoming gradient has a graph,
+            # torch's `once_differentiable` silently cuts it.
             v.requires_grad_()
-            # Of one sample's output for its own input: under our rules no sample depends on another.
+            # Gives each sample's own derivative, since under our rules no sample depends on another.
             found = torch.autograd.grad((rows * v).sum(), x, create_graph=True, allow_unused=True)
             squares = [part.flatten(1).to(rows.dtype).square().sum(1) for part in found if part is not None]
             total = total + torch.stack(squares).sum(0) if squares else total
@@ -199,7 +201,7 @@ class JacobianPenalty:
         return loss
 
     def _directions(self, rows: Tensor, generator: torch.Generator) -> list[Tensor]:
-        """Unit vectors, each [B, K] or [K]: all of the standard basis, or random ones."""
+        """Returns unit vectors, each [B, K] or [K]: the standard basis, or random ones."""
         size, width = rows.shape
         if self.projections is None:
             return list(torch.eye(width, dtype=rows.dtype, device=rows.device).unbind())
@@ -208,7 +210,7 @@ class JacobianPenalty:
         return list(drawn / torch.linalg.vector_norm(drawn, dim=-1, keepdim=True))
 
     def _outputs(self, output: Any, size: int) -> Tensor:
-        """Z of every sample, [B, K], in float32 at least."""
+        """Returns z of every sample, [B, K], in float32 or wider."""
         found = find_logits(output) if self.output_fn is None else self.output_fn(output)
         if not isinstance(found, Tensor) or not found.is_floating_point() or found.shape[:1] != (size,):
             what = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(output).__name__
@@ -219,21 +221,21 @@ class JacobianPenalty:
         return wide(found.reshape(size, -1))
 
     def _sum_of_outputs(self, output: Any, target: Tensor) -> Tensor:
-        """What stands in for a loss where the model is tried: whether samples are independent, and the graph whole."""
+        """Replaces the loss when the model is tried, to see if samples are independent and the graph is complete."""
         return self._outputs(output, len(target)).sum(1)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The state of the projections' generator."""
+        """Returns the state of the projections' generator."""
         return {"generator": self._generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continues where `state_dict` was taken.
+        """Restores what `state_dict` returned.
 
         Args:
-            state: what `state_dict` returned.
+            state: the return value of `state_dict`.
 
         Raises:
-            StateError: it is something else.
+            StateError: `state` is something else.
         """
         try:
             self._generator.set_state(state["generator"].cpu())
