@@ -1,4 +1,4 @@
-"""Sharpness-aware minimisation around any torch optimizer: flat minima by moving weights, not inputs.
+"""Sharpness-aware minimisation (SAM) with any torch optimizer: finds flat minima by moving weights, not inputs.
 
 >>> import torch
 >>> from gradconsist.optim import SAM

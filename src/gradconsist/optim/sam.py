@@ -1,4 +1,4 @@
-"""`SAM`: the gradient of a step is taken where the loss is about worst in a ball around the weights."""
+"""`SAM`: steps with the gradient from where the loss is about worst in a ball around the weights."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from gradconsist.errors import ConfigError, StateError
 
 
 class SAM(Optimizer):
-    """Sharpness-aware minimisation (SAM) around another optimizer.
+    """Wraps an optimizer to train by sharpness-aware minimisation (SAM).
 
-    With g the gradient at the weights w, over all parameters as one flat vector, a step is
+    With g the gradient at the weights w, all parameters as one flat vector, a step is
 
         e = rho * g / ||g||                                   (adaptive: e = rho * w^2 g / || |w| g ||)
         w <- base step from w by the gradient at w + e
 
-    The weights are kept and put back bitwise, so a step costs a copy of them, beside two forwards and backwards. Where
-    the gradient is zero or not finite, e is 0 and the step is the base optimizer's own.
+    The weights are saved and restored bitwise, so a step costs one copy of them, plus two forwards and backwards. If
+    the gradient is zero or not finite, e is 0 and the base optimizer takes its normal step.
 
-    ``step(closure)`` does all of it. Loops that need their own order call `first_step`, `restore` and `second_step`:
-    docs/guides/penalties-and-sam.md has them for a GradScaler, several processes and BatchNorm.
+    ``step(closure)`` does all of this. If your loop needs another order, call `first_step`, `restore` and
+    `second_step`: docs/guides/penalties-and-sam.md shows how with a GradScaler, several processes and BatchNorm.
 
     Args:
-        base: any optimizer but one that needs a closure of its own (LBFGS).
-        rho: radius of the ball, at least 0; a group of `base` may hold its own under the key ``"rho"``.
-        adaptive: scale each coordinate by its weight (ASAM); a group may hold its own under ``"adaptive"``.
-        model: whose running statistics the second forward of ``step(closure)`` leaves as they are.
+        base: any optimizer, except those that need a closure themselves (LBFGS).
+        rho: radius of the ball, at least 0; a group of `base` may set its own under the key ``"rho"``.
+        adaptive: scale each coordinate by its weight (ASAM); a group may set its own under ``"adaptive"``.
+        model: a model whose running statistics should not change in the second forward of ``step(closure)``.
 
     Attributes:
         base: the optimizer that takes the steps.
 
     Raises:
-        ConfigError: an argument has no such value.
+        ConfigError: an argument has an invalid value.
 
     Source: Foret, Kleiner, Mobahi and Neyshabur, "Sharpness-Aware Minimization for Efficiently Improving
     Generalization", ICLR 2021, algorithm 1; adaptive: Kwon, Kim, Park and Choi, "ASAM", ICML 2021, eq. (6) without the
@@ -65,11 +65,11 @@ class SAM(Optimizer):
         for group in base.param_groups:
             check_number("rho", group["rho"], least=0.0)
 
-    # Groups and state are the base optimizer's own, whatever it puts in their place.
+    # Always read groups and state from the base optimizer, since it may replace them.
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """Those of `base`."""
+        """The parameter groups of `base`."""
         return self.base.param_groups
 
     @param_groups.setter
@@ -78,7 +78,7 @@ class SAM(Optimizer):
 
     @property
     def state(self) -> Any:
-        """That of `base`."""
+        """The state of `base`."""
         return self.base.state
 
     @state.setter
@@ -87,7 +87,7 @@ class SAM(Optimizer):
 
     @property
     def perturbed(self) -> bool:
-        """Whether the weights are those of the second pass."""
+        """Whether the weights are currently moved by e, for the second pass."""
         return bool(self._before)
 
     @torch.no_grad()
@@ -95,13 +95,13 @@ class SAM(Optimizer):
         """Moves the weights by e.
 
         Args:
-            zero_grad: forget the gradients, which the second pass forms anew.
+            zero_grad: clear the gradients, since the second pass computes them again.
 
         Returns:
             ||g|| (adaptive: || |w| g ||), as a scalar tensor.
 
         Raises:
-            ConfigError: the weights are moved already.
+            ConfigError: the weights are already moved.
         """
         if self.perturbed:
             raise ConfigError("`first_step` was called twice: call `second_step()` or `restore()` in between.")
@@ -115,7 +115,7 @@ class SAM(Optimizer):
         if float(norm) > 0 and bool(torch.isfinite(norm)):
             for parameter, group, (direction, _) in scaled:
                 self._before[parameter] = parameter.detach().clone()
-                # Divided in float32 at least: a half-precision norm may have overflowed where this has not.
+                # Divide in float32 or wider, because a half-precision norm may overflow.
                 move = direction * (group.get("rho", self.defaults["rho"]) / norm.to(direction.device))
                 parameter.add_(move.to(parameter.dtype))
         if zero_grad:
@@ -124,25 +124,25 @@ class SAM(Optimizer):
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Puts the weights back, bitwise; nothing happens where they are not moved."""
+        """Restores the weights bitwise; does nothing if they are not moved."""
         for parameter, value in self._before.items():
             parameter.copy_(value)
         self._before = {}
 
     def second_step(self) -> None:
-        """Puts the weights back and takes the base optimizer's step by the gradient that is there now."""
+        """Restores the weights and takes the base optimizer's step with the current gradient."""
         self.restore()
         self.base.step()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One whole step.
+        """Takes one whole step.
 
         Args:
             closure: clears the gradients, computes the loss, calls backward and returns the loss. It is called twice:
-                put the state of a method that counts its calls or remembers something back before the second one.
+                if your method counts its calls or remembers something, restore its state before the second call.
 
         Returns:
-            What the first call returned: the loss at the weights themselves.
+            The return value of the first call: the loss at the weights themselves.
 
         Raises:
             ConfigError: there is no closure.
@@ -165,23 +165,23 @@ class SAM(Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's, whose groups hold `rho` and `adaptive` too.
+        """Returns the base optimizer's state, whose groups also hold `rho` and `adaptive`.
 
         Raises:
-            StateError: between the two passes, where the weights are not those to be kept.
+            StateError: called between the two passes, while the weights are moved.
         """
         if self.perturbed:
             raise StateError("the weights are perturbed: call `second_step()` or `restore()` before `state_dict()`.")
         return self.base.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continues where `state_dict` was taken.
+        """Restores what `state_dict` returned.
 
         Args:
-            state_dict: what `state_dict` returned, from a SAM around the same kind of optimizer.
+            state_dict: the return value of `state_dict`, from a SAM around the same kind of optimizer.
 
         Raises:
-            StateError: it is that of another optimizer.
+            StateError: the state belongs to another kind of optimizer.
         """
         groups = state_dict.get("param_groups", []) if isinstance(state_dict, Mapping) else []
         if not groups or not all({"rho", "adaptive"} <= set(group) for group in groups):
@@ -192,7 +192,7 @@ class SAM(Optimizer):
         self.base.load_state_dict(dict(state_dict))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group to the base optimizer, with its own `rho` and `adaptive` or the first ones.
+        """Adds a group to the base optimizer, with its own `rho` and `adaptive` or the values given to the constructor.
 
         Args:
             param_group: as for the base optimizer.
@@ -213,7 +213,7 @@ class SAM(Optimizer):
 
 
 def _ascent(parameter: Tensor, adaptive: bool) -> tuple[Tensor, Tensor]:
-    """The direction of e for one parameter, and the norm that its length is measured by; in float32 at least."""
+    """Returns the direction of e for one parameter, and its part of the norm; in float32 or wider."""
     gradient: Any = parameter.grad
     if gradient.is_sparse:
         gradient = gradient.coalesce().to_dense()
@@ -225,7 +225,7 @@ def _ascent(parameter: Tensor, adaptive: bool) -> tuple[Tensor, Tensor]:
 
 
 def _norm(lengths: list[Tensor]) -> Tensor:
-    """The norm of a vector from those of its parts, on the first one's device."""
+    """Computes the norm of a vector from the norms of its parts, on the first part's device."""
     if not lengths:
         return torch.zeros(())
     dtype = torch.float64 if any(length.dtype == torch.float64 for length in lengths) else torch.float32
@@ -234,12 +234,12 @@ def _norm(lengths: list[Tensor]) -> Tensor:
 
 @contextmanager
 def kept_running_statistics(model: nn.Module) -> Iterator[None]:
-    """Forwards inside leave the running statistics of `model`'s BatchNorm and InstanceNorm layers as they are.
+    """Keeps forwards in the block from changing the running statistics of BatchNorm and InstanceNorm layers.
 
-    They normalise as their modes say, and update copies. The backward may come inside or after.
+    The layers still normalise as in their mode, but update copies. The backward may run inside or after the block.
 
     Args:
-        model: any module; what is wrapped by DDP too.
+        model: any module, also one wrapped by DDP.
 
     Yields:
         None.
@@ -259,7 +259,7 @@ def kept_running_statistics(model: nn.Module) -> Iterator[None]:
         if buffer is not None
     ]
     try:
-        # Copies in their places, not a write back: what autograd has saved must not change before the backward.
+        # Swap in copies instead of writing values back: what autograd has saved must not change before the backward.
         for module, name, buffer in own:
             module._buffers[name] = buffer.clone()
         yield
