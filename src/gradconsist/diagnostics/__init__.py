@@ -1,11 +1,10 @@
-"""What the loss does with a model, whether it is right, what it costs, and what it does to the model.
+"""Diagnostics: how the loss handles your model, whether its gradient is right, what it costs and what it achieves.
 
-`check` lists, before training, how each parameter of a model is treated. `verify` tests the gradient of L_g on a model
-by finite differences. `check_rule` tests a layer, and a rule registered for it, against the per-sample loop.
-`memory_report` measures time and memory of every setting and recommends one. These take the loss, so that what is
-looked at is what is trained. `sharpness` and
-`top_eigenvalue` tell how flat the loss is around the weights, and `consistency_bound` measures both sides of the
-paper's Proposition 1.
+`check` lists, before training, how the loss handles each parameter of a model. `verify` tests the gradient of L_g on a
+model by finite differences. `memory_report` measures time and memory of many settings and recommends one.
+`consistency_bound` measures both sides of the paper's Proposition 1. All four take the loss itself, so they look at
+what you train. `check_rule` tests a layer, and a rule registered for it, against the per-sample loop. `sharpness` and
+`top_eigenvalue` measure how flat the loss is around the weights.
 
     >>> import torch
     >>> from gradconsist import GradientConsistencyLoss, diagnostics

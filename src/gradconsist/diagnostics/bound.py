@@ -1,4 +1,4 @@
-"""`consistency_bound`: both sides of Proposition 1, measured on a model and a batch."""
+"""`consistency_bound`: measures both sides of Proposition 1 on a model and a batch."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class BoundReport:
         norm: ||g_w||, [n].
         distance: ||s - w||, [n].
         lipschitz: the largest secant ||g(x') - g(x)|| / ||x' - x|| between neighbours on the segment from w to s, [n].
-        segments: into how many parts that segment was cut.
-        left_out: pairs without a cosine, or whose views are the same input.
+        segments: number of parts of that segment.
+        left_out: number of pairs without a cosine, or whose views are the same input.
     """
 
     cosine: Tensor = field(repr=False)
@@ -74,7 +74,7 @@ class BoundReport:
 
     @property
     def vacuous(self) -> bool:
-        """Whether `right` is at most -1, which every cosine exceeds: it says nothing."""
+        """Whether `right` is at most -1: every cosine is at least that, so the bound says nothing."""
         return self.right <= -1
 
     @property
@@ -89,15 +89,16 @@ class BoundReport:
 
     def __str__(self) -> str:
         def side(value: float, vacuous: bool, covered: float) -> str:
-            verdict = "VACUOUS (no cosine is below -1)" if vacuous else "says something"
-            return f"{value:.4g}, {verdict}; {covered:.0%} of the pairs are within what is proved"
+            verdict = "VACUOUS (no cosine is below -1)" if vacuous else "informative"
+            return f"{value:.4g}, {verdict}; the proof covers {covered:.0%} of the pairs"
 
         lines = [
             f"mean GC {self.left:.4f} over {len(self.cosine)} pairs ({self.left_out} left out)",
             f"bound with one L: {side(self.right, self.vacuous, self.covered)}",
             f"bound with each pair's L: {side(self.right_by_pair, self.vacuous_by_pair, self.covered_by_pair)}",
-            f"L >= {self.smoothness:.4g} (largest secant, {self.segments} parts a pair), sigma = {self.sigma:.4g} (root"
-            f" mean square of ||s - w||), ||g_w|| from {float(self.norm.min()):.3g} to {float(self.norm.max()):.3g}",
+            f"L >= {self.smoothness:.4g} (largest secant, {self.segments} parts per pair), sigma = {self.sigma:.4g}"
+            f" (root mean square of ||s - w||), ||g_w|| from {float(self.norm.min()):.3g} to"
+            f" {float(self.norm.max()):.3g}",
         ]
         if not self.holds:
             lines.append("the mean GC is BELOW the bound: possible only where pairs are not covered")
@@ -115,35 +116,35 @@ def consistency_bound(
 ) -> BoundReport:
     """Measures E[GC] and 1 - L^2 sigma^2 / ||g||^2 (the paper's Proposition 1) on a loss's own model.
 
-    With g(x) the gradient of one sample's loss with respect to E, as the loss compares it, and w and s the two views:
+    Here g(x) is the gradient of one sample's loss with respect to E, as the loss compares it; w and s are the views.
 
     - **L** is the Lipschitz constant of g *in the input*. It is estimated from below, by the largest secant
       ||g(x') - g(x)|| / ||x' - x|| of neighbours on the segment from w to s, cut into `segments` parts. Nothing bounds
-      it from above, so `right` is an upper estimate of what the proposition promises.
-    - **sigma** is the distance ||s - w|| of the drawn views: one draw a pair, and no expectation over augmentations.
-    - **||g||** is ||g_w||, pair by pair.
+      L from above, so `right` is an upper estimate of what the proposition promises.
+    - **sigma** is the distance ||s - w|| of the drawn views: one draw per pair, no expectation over augmentations.
+    - **||g||** is ||g_w|| of each pair.
 
-    Everything runs in float64 on a copy of the model, with BatchNorm's statistics of both views held constant on the
-    segments too, and dropout off. Costs `segments` + 1 calls of ``measure``, in float64.
+    Everything runs in float64 on a copy of the model, with dropout off. BatchNorm's statistics of both views stay
+    constant, also along the segments. It costs `segments` + 1 calls of ``measure``, in float64.
 
     Args:
-        consistency: the loss; its model is copied and stays untouched, and its `loss_fn` must work in float64.
-            ``batchnorm="observed"`` is tried with joint statistics, ``dropout="on"`` with none.
+        consistency: the loss, whose `loss_fn` must work in float64. Its model is copied and does not change.
+            ``batchnorm="observed"`` is replaced by joint statistics, ``dropout="on"`` by no dropout.
         weak: weak views, as for the loss.
         strong: strong views, as for the loss.
         target: targets, as for the loss.
         weight: pairs of weight 0 are left out; other weights count as 1.
-        segments: into how many parts the segment from w to s is cut.
+        segments: number of parts into which the segment from w to s is cut.
 
     Returns:
-        The report; ``print(report)`` says where the bound is vacuous.
+        The report; ``print(report)`` shows whether the bound is vacuous.
 
     Raises:
-        ConfigError: `segments` is no count, or `consistency` no loss.
-        InputTypeError: the views differ in a tensor that is not floating, where there is no distance.
+        ConfigError: `segments` is not a positive integer, or `consistency` is not a GradientConsistencyLoss.
+        InputTypeError: the views differ in a tensor that is not floating point, so they have no distance.
         InputValueError: no pair has a cosine.
 
-    Source: the paper's appendix A; the proof, and what it needs, are in docs/theory.md.
+    Source: the paper's appendix A. docs/theory.md gives the proof and its assumptions.
 
     Example:
         >>> from torch import nn
@@ -169,7 +170,7 @@ def consistency_bound(
             "no pair is left: give pairs of positive weight whose views differ and whose gradients do not vanish."
         )
     secants = [_difference(record.norm_weak, record.norm_strong, record.cosine) / distance]
-    loss.min_norm = 1e-18  # on the way the gradient may be small
+    loss.min_norm = 1e-18  # along the segment, gradients may be small
     for part in range(segments if segments > 1 else 0):
         first, second = (_between(weak, strong, (part + side) / segments) for side in (0, 1))
         secants.append(_secant(loss, first, second, target, kept, statistics) * segments / distance)
@@ -197,13 +198,13 @@ def _secant(
 
 
 def _difference(first: Tensor, second: Tensor, cosine: Tensor) -> Tensor:
-    """||a - b|| from ||a||, ||b|| and the cosine, which is NaN where one of them is zero."""
+    """Computes ||a - b|| from ||a||, ||b|| and the cosine, which is NaN if one of them is zero."""
     squared = (first - second).square() + 2 * first * second * (1 - cosine.nan_to_num(0.0))
     return squared.clamp(min=0.0).sqrt()
 
 
 def _distance(weak: Inputs, strong: Inputs) -> Tensor:
-    """||s - w|| over all floating tensors of a sample, [B]."""
+    """Computes ||s - w|| over all floating tensors of a sample, [B]."""
     total: Any = 0.0
     floating = False
     for a, b in zip(leaves(weak), leaves(strong), strict=True):
@@ -211,7 +212,7 @@ def _distance(weak: Inputs, strong: Inputs) -> Tensor:
             floating = True
             total = total + (b - a).flatten(1).square().sum(1) if a.dim() > 1 else total + (b - a).square()
         elif not torch.equal(a, b):
-            raise InputTypeError("`weak` and `strong` differ in an integer tensor, where there is no distance.")
+            raise InputTypeError("`weak` and `strong` differ in an integer tensor, so they have no distance.")
     if not floating:
         raise InputTypeError("`weak` has no floating tensor, so its views have no distance: pass embeddings.")
     distance: Tensor = total.sqrt()

@@ -1,4 +1,4 @@
-"""`check`: what the loss will do with each module of a model, found by doing it once."""
+"""`check`: runs the loss once to find out how it handles each parameter of a model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gradconsist.types import GradProducts, Inputs
 
 @dataclass(frozen=True)
 class CheckRow:
-    """One parameter.
+    """How the loss handles one parameter.
 
     Attributes:
         module: path of its module; empty for the model itself.
@@ -42,15 +42,15 @@ class CheckRow:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What the loss does with a model.
+    """How the loss handles a model.
 
     Attributes:
-        rows: every parameter, in the model's order.
-        notes: what is done to modules that are treated specially, by path.
+        rows: one row per parameter, in the model's order.
+        notes: how modules with special treatment are handled, keyed by path.
         engine: the engine that ran.
-        fallback: why it is not the one that ran first; None if it is.
-        refusal: the message of the refusal, with its remedy; None if the model is taken.
-        projection: what is compared in place of the gradients; None for these themselves.
+        fallback: why another engine replaced the first one; None if the first one ran.
+        refusal: the error message, with its remedy; None if the loss accepts the model.
+        projection: the projection whose sketches are compared; None if the gradients themselves are.
         looped: modules that run sample by sample, which costs time.
         untested: custom autograd code whose second derivative could not be tested.
     """
@@ -66,7 +66,7 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
-        """Whether the loss takes the model."""
+        """Whether the loss accepts the model."""
         return self.refusal is None
 
     def __str__(self) -> str:
@@ -75,11 +75,11 @@ class CheckReport:
         if self.looped:
             lines.insert(0, f"SLOW: {', '.join(map(repr, self.looped))} runs sample by sample (reasons below)")
         if self.fallback and not self.refusal:
-            lines.insert(0, "SLOW: the per-sample loop stands in for the fast engine (reason below)")
+            lines.insert(0, "SLOW: the per-sample loop replaces the fast engine (reason below)")
         if self.untested:
-            lines.insert(0, f"UNPROVEN: {', '.join(self.untested)}: test it by diagnostics.verify")
+            lines.insert(0, f"UNPROVEN: {', '.join(self.untested)}: test it with diagnostics.verify")
         if self.fallback:
-            lines.append(f"instead of the fast engine, because: {self.fallback}")
+            lines.append(f"the fast engine was not used because: {self.fallback}")
         columns = [("parameter", "in", "entries", "compared by")]
         columns += [(row.parameter, row.kind, f"{row.size:,}", row.route) for row in self.rows]
         widths = [max(len(column[i]) for column in columns) for i in range(3)]
@@ -90,27 +90,33 @@ class CheckReport:
 
 
 def check(consistency: GradientConsistencyLoss, weak: Inputs, strong: Inputs, target: Tensor) -> CheckReport:
-    """Tells how a loss will treat each parameter of its model, by evaluating it and its gradient on two pairs.
+    """Shows how a loss handles each parameter of its model, by evaluating it and its gradient on two pairs.
 
-    A route is a rule with the form that is chosen for it ("linear, gram form"), "per-sample gradient" where there is no
-    rule and the gradient of each sample is formed (exact, and fine for small parameters; a large one costs its size
-    times the samples of a chunk: `gradconsist.engines.register_rule` is the remedy), the engine that stands in, or why
-    the parameter is not compared. With a projection it says what is projected: "factors" before the gradient is formed,
-    or the "gradient" after it. Neither the loss nor its model changes.
+    The route of a parameter is one of these:
+
+    - a rule and the form chosen for it ("linear, gram form");
+    - "per-sample gradient" if there is no rule, so that the gradient of each sample is formed. That is exact, and fine
+      for small parameters. A large one costs its size times the samples of a chunk; to avoid that, add a rule with
+      `gradconsist.engines.register_rule`;
+    - the engine that replaces the fast one;
+    - the reason why the parameter is not compared.
+
+    With a projection, the route also says what is projected: the "factors" before the gradient is formed, or the
+    "gradient" after it. Neither the loss nor its model changes.
 
     Args:
-        consistency: the loss, with the options that it will be trained with. ``batchnorm="observed"`` is tried with
-            joint statistics, since there is no method here to observe.
+        consistency: the loss, with the options that you will train with. ``batchnorm="observed"`` is tried with joint
+            statistics, since there is no method here to observe.
         weak: weak views, as for the loss; BatchNorm's statistics come from all of them.
         strong: strong views, as for the loss.
         target: targets, as for the loss.
 
     Returns:
-        The report; ``print(report)`` shows it as a table. Its first line says the worst that was found.
+        The report; ``print(report)`` shows it as a table. The first line is the most serious finding.
 
     Raises:
-        ConfigError: `consistency` is no loss.
-        ModelError: the model failed with an error of torch's or Python's own.
+        ConfigError: `consistency` is not a GradientConsistencyLoss.
+        ModelError: the model failed with an error of torch or Python.
 
     Example:
         >>> import torch
@@ -166,7 +172,7 @@ class _Witness:
 
     def products(self, problem: Problem) -> GradProducts:
         running = self.running()
-        products = self.engine.products(problem)  # first, since its refusals are explained
+        products = self.engine.products(problem)  # first, because its errors explain themselves
         self.routes = running.routes(problem) if isinstance(running, GhostEngine) else {}
         return products
 

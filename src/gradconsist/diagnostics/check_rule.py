@@ -1,4 +1,4 @@
-"""`check_rule`: a layer and its rule against the per-sample loop."""
+"""`check_rule`: tests a layer and its rule against the per-sample loop."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from gradconsist.loss import GradientConsistencyLoss
 
 @dataclass(frozen=True)
 class RuleReport:
-    """A layer under the ghost engine against the per-sample loop, in float64.
+    """How far a layer under the ghost engine differs from the per-sample loop, in float64.
 
     Attributes:
-        errors: relative errors of the inner products and of the gradient of L_g, as vectors, by what was run.
-        tolerance: bound on all of them.
-        failure: what was raised, if the layer did not run.
+        errors: relative errors of the inner products and of the gradient of L_g, as vectors, keyed by what was run.
+        tolerance: bound on all errors.
+        failure: the error that was raised, if the layer did not run.
     """
 
     errors: dict[str, float]
@@ -46,22 +46,22 @@ class RuleReport:
 def check_rule(layer: nn.Module, *inputs: Tensor, tolerance: float = 1e-8, seed: int = 0) -> RuleReport:
     """Tests a layer, with the rule registered for it if there is one, against the per-sample loop in float64.
 
-    The layer is made into a model with a smooth random loss of its whole output; its second view is a perturbed input.
-    Compared are the three inner products of every pair, and the whole gradient of L_g, to which the derivatives of the
-    rule in its input, output gradient and parameters contribute; once as it is, and once with a second use of every
-    parameter, which also sees a gradient that is transposed or has another sign.
+    The layer becomes a model with a smooth random loss of its whole output; the second view is a perturbed input. The
+    test compares the three inner products of every pair, and the whole gradient of L_g, which includes the derivatives
+    of the rule in its input, output gradient and parameters. It runs once with the plain layer, and once with a second
+    use of every parameter, which also detects a gradient that is transposed or has the wrong sign.
 
     Args:
-        layer: the layer; a copy is used, with parameters drawn anew, since zeros and ones hide errors.
+        layer: the layer; a copy is used, with noise added to its parameters, since zeros and ones hide errors.
         *inputs: an input batch of two samples or more for each argument of its forward.
         tolerance: bound on the relative errors.
-        seed: of everything that is drawn.
+        seed: seed of all random numbers.
 
     Returns:
         The report; put ``assert check_rule(layer, x).ok`` into a test.
 
     Raises:
-        ConfigError: there is no input, or the layer has no parameters.
+        ConfigError: there is no input, a batch has fewer than two samples, or the layer has no trainable parameters.
 
     Example:
         >>> check_rule(nn.Conv1d(3, 4, 3), torch.randn(4, 3, 9)).ok
@@ -97,10 +97,10 @@ def check_rule(layer: nn.Module, *inputs: Tensor, tolerance: float = 1e-8, seed:
 
 
 class _Probe(nn.Module):
-    """The layer, and if `shared` another use of its parameters without a rule.
+    """Runs the layer and, if `shared`, uses its parameters a second time without a rule.
 
-    Inner products alone do not see a gradient that is transposed or has another sign: the other use, to whose gradient
-    the rule's is added, does.
+    Inner products alone do not detect a gradient that is transposed or has the wrong sign. The second use does, because
+    its gradient is added to the rule's.
     """
 
     def __init__(self, layer: nn.Module, shared: bool, seed: int) -> None:
@@ -110,7 +110,7 @@ class _Probe(nn.Module):
         self.seed = seed
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """A smooth number for each sample: [B]."""
+        """Computes a smooth number per sample: [B]."""
         leaves = [leaf.reshape(len(inputs[0]), -1) for leaf in tree_leaves(self.layer(*inputs))]
         value = (torch.sin(_waves(torch.cat(leaves, 1), 3.0 + self.seed)) * 2.0).sum(1)
         if self.shared:
@@ -120,7 +120,7 @@ class _Probe(nn.Module):
 
 
 def _waves(flat: Tensor, frequency: float) -> Tensor:
-    """Columns times fixed numbers, none of them alike; nothing may be drawn under vmap."""
+    """Multiplies columns by fixed, distinct numbers, since random numbers cannot be drawn under vmap."""
     position = torch.arange(flat.shape[1], dtype=flat.dtype, device=flat.device)
     return flat * torch.cos(frequency * (position + 0.5))
 
@@ -128,7 +128,7 @@ def _waves(flat: Tensor, frequency: float) -> Tensor:
 def _evaluate(
     model: nn.Module, weak: tuple[Tensor, ...], strong: tuple[Tensor, ...], engine: Engine
 ) -> dict[str, Tensor]:
-    """Norms and cosines, and the gradient of L_g."""
+    """Computes norms and cosines, and the gradient of L_g."""
     model.zero_grad()
     loss = GradientConsistencyLoss(model, loss_fn=lambda output, target: output, engine=engine, chunk_size=None)
     loss(weak, strong, torch.zeros(len(weak[0]), dtype=torch.long, device=weak[0].device)).backward()

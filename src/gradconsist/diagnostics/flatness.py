@@ -1,4 +1,4 @@
-"""`sharpness` and `top_eigenvalue`: how flat the loss is around a model's weights."""
+"""`sharpness` and `top_eigenvalue`: measure how flat the loss is around a model's weights."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class SharpnessReport:
 
     Attributes:
         loss: L(w).
-        worst: the largest loss that the ascent met.
+        worst: the largest loss along the ascent.
         rho: radius of the ball.
-        ascent_steps: number of ascent steps; 1 is SAM's own.
+        ascent_steps: number of ascent steps; SAM uses 1.
         gradient_norm: ||dL/dw||.
         path: the loss after every ascent step.
     """
@@ -37,7 +37,7 @@ class SharpnessReport:
 
     @property
     def sharpness(self) -> float:
-        """Worst - loss, never negative: a lower bound of the ball's true maximum."""
+        """The value worst - loss: never negative, and a lower bound of the true maximum over the ball."""
         return self.worst - self.loss
 
     def __str__(self) -> str:
@@ -57,33 +57,33 @@ def sharpness(
     batchnorm: Literal["auto", "batch", "running"] = "auto",
     chunk_size: int | None = None,
 ) -> SharpnessReport:
-    """SAM's sharpness: max over ||e|| <= rho of L(w + e) - L(w), about.
+    """Estimates SAM's sharpness: the maximum over ||e|| <= rho of L(w + e) - L(w).
 
     L is the mean loss of the batch. One ascent step goes to e = rho * g / ||g||, the maximum to first order. Further
-    ones are projected gradient ascent: e + rho / 2 * g(w + e) / ||g(w + e)||, drawn back into the ball. The largest
-    loss on the way counts, so more steps never give less. Where the gradient is zero the ascent stands still.
+    steps are projected gradient ascent: e + rho / 2 * g(w + e) / ||g(w + e)||, projected back into the ball. The
+    largest loss along the way counts, so more steps never give less. If the gradient is zero, the ascent does not move.
 
-    BatchNorm's statistics are constants and dropout is off. Put the model in eval mode for the network as it is
-    deployed (running statistics); in train mode those of this batch are taken once, at w, so that the loss is the one
-    whose gradients L_g compares, and not the one of a training step at w + e, which would take them anew.
+    BatchNorm's statistics are constants and dropout is off. Put the model in eval mode to measure the deployed network
+    (running statistics). In train mode, the statistics of this batch are computed once, at w. So the loss is the one
+    whose gradients L_g compares, not that of a training step at w + e, which would compute them again.
 
     Args:
-        model: the user's model; it stays untouched.
-        inputs: a tensor, or a dict, tuple or list of tensors, batch first, and constants.
+        model: your model; it does not change.
+        inputs: a tensor, or a dict, tuple or list of tensors and constants, batch first.
         target: class indices [B] or probabilities [B, C].
         rho: radius of the ball, over all moved parameters as one flat vector.
         ascent_steps: number of ascent steps.
-        parameters: what is moved, as `encoder` of the loss; None is every trainable parameter.
+        parameters: the parameters to move, selected like `encoder` of the loss; None moves every trainable one.
         loss_fn: as for the loss.
-        batchnorm: "auto" follows each module's mode, "batch" and "running" force one.
-        chunk_size: samples at a time; None is all. The result does not depend on it beyond rounding.
+        batchnorm: "auto" follows each module's mode; "batch" and "running" force one of the two.
+        chunk_size: number of samples at a time; None means all. The result depends on it only by rounding.
 
     Returns:
         The report.
 
     Raises:
-        ConfigError: an option has no such value.
-        NonFiniteError: the loss is NaN or infinite, here or on the way.
+        ConfigError: an option has an invalid value.
+        NonFiniteError: the loss is NaN or infinite, at w or along the way.
 
     Source: Foret et al., ICLR 2021, eq. (2) and the definition above it.
 
@@ -117,10 +117,10 @@ class EigenvalueReport:
     """What `top_eigenvalue` found.
 
     Attributes:
-        value: the eigenvalue, as the Rayleigh quotient ⟨v, H v⟩ of its vector.
+        value: the eigenvalue, computed as the Rayleigh quotient ⟨v, H v⟩ of its vector.
         residual: ||H v - value v|| / |value| for the unit vector v: an eigenvalue of H lies within residual * |value|.
-        steps: Hessian-vector products that were taken, the residual's included.
-        tolerance: bound on the residual that was asked for.
+        steps: number of Hessian-vector products, including the one for the residual.
+        tolerance: the requested bound on the residual.
         vector: v, flat, in the order of the moved parameters.
     """
 
@@ -153,31 +153,32 @@ def top_eigenvalue(
     batchnorm: Literal["auto", "batch", "running"] = "auto",
     chunk_size: int | None = None,
 ) -> EigenvalueReport:
-    """The largest (not the largest absolute) eigenvalue of the Hessian of the mean loss, by Lanczos' method.
+    """Computes the largest (not the largest absolute) eigenvalue of the mean loss's Hessian, by Lanczos' method.
 
-    Each step takes one product H v, by differentiating ⟨dL/dw, v⟩, and keeps its vector: memory grows by one copy of
-    the moved parameters a step. The basis is orthogonalised in full, twice. The residual in the report is computed from
-    a product of its own, so it is a fact and not the recurrence's estimate. The loss, and what is constant in it, is
-    that of `sharpness`.
+    Each step computes one product H v, by differentiating ⟨dL/dw, v⟩, and keeps its vector. So memory grows by one copy
+    of the moved parameters per step. The basis is fully orthogonalised, twice. The residual in the report comes from a
+    separate product, so it is measured, not estimated by the recurrence. The loss, and what is constant in it, are the
+    same as in `sharpness`.
 
     Args:
-        model: the user's model; it stays untouched.
+        model: your model; it does not change.
         inputs: as for `sharpness`.
         target: as for `sharpness`.
-        max_steps: most Lanczos steps.
-        tolerance: on the residual; float32 reaches about 1e-5.
-        seed: of the random start vector.
-        parameters: what is moved, as `encoder` of the loss; None is every trainable parameter.
+        max_steps: maximal number of Lanczos steps.
+        tolerance: bound on the residual; float32 reaches about 1e-5.
+        seed: seed of the random start vector.
+        parameters: the parameters to move, selected like `encoder` of the loss; None moves every trainable one.
         loss_fn: as for the loss.
         batchnorm: as for `sharpness`.
-        chunk_size: samples at a time; None is all.
+        chunk_size: number of samples at a time; None means all.
 
     Returns:
-        The report; ``report.converged`` says whether the tolerance was met. That proves an eigenvalue near the value,
-        not that none is larger: one whose vector the start hardly holds may be missed.
+        The report; ``report.converged`` says whether the tolerance was met. That proves that an eigenvalue lies near
+        the value, but not that none is larger: Lanczos may miss one whose vector is nearly absent from the start
+        vector.
 
     Raises:
-        ConfigError: an option has no such value.
+        ConfigError: an option has an invalid value.
         UnsupportedModuleError: a function in the model has no second derivative.
 
     Source: Golub and Van Loan, "Matrix Computations", 4th edition, sections 10.1 and 10.3.
@@ -206,7 +207,7 @@ _LEAST_STEPS = 10  # products: an eigenvalue that is found at once need not be t
 
 
 def _lanczos(here: Landscape, max_steps: int, tolerance: float, generator: torch.Generator) -> tuple[Tensor, int]:
-    """The Ritz vector of the largest Ritz value, and the number of products taken."""
+    """Returns the Ritz vector of the largest Ritz value, and the number of products."""
     start = torch.randn(here.weights.shape, generator=generator).to(here.weights)
     basis = [start / start.norm()]
     diagonal: list[float] = []

@@ -1,4 +1,4 @@
-"""The mean loss of one batch as a function of the weights, around those that the model has."""
+"""The mean loss of one batch as a function of the weights, around the model's current weights."""
 
 from __future__ import annotations
 
@@ -26,17 +26,19 @@ from gradconsist.types import Inputs, LossFunction
 
 
 class Landscape:
-    """L(w) = 1/B * sum over samples of loss_fn(model(x; w), t), with its derivatives at w and near it.
+    """Computes L and its derivatives at and near the model's weights.
 
-    w is one flat vector [P] of the parameters that were selected. BatchNorm's statistics are constants, taken at the
-    model's own weights, and dropout is off: the function whose per-sample gradients L_g compares. In eval mode those
-    are the running statistics, and L is the loss of the network as it is deployed.
+        L(w) = 1/B * sum over samples of loss_fn(model(x; w), t)
+
+    w is one flat vector [P] of the selected parameters. BatchNorm's statistics are constants, computed at the model's
+    own weights, and dropout is off. So this is the function whose per-sample gradients L_g compares. In eval mode the
+    statistics are the running ones, and L is the loss of the deployed network.
 
     Args:
         forward: the model under these rules.
-        names: the selected parameters, in order.
+        names: names of the selected parameters, in order.
         batch: inputs, targets and device.
-        chunk: samples at a time.
+        chunk: number of samples at a time.
     """
 
     def __init__(self, forward: PerSampleForward, names: list[str], batch: Pairs, chunk: int) -> None:
@@ -50,10 +52,10 @@ class Landscape:
         self.weights = torch.cat([parameter.detach().reshape(-1).to(wide) for parameter in self._own.values()])
 
     def value(self, weights: Tensor) -> float:
-        """L at `weights` [P].
+        """Computes L at `weights` [P].
 
         Raises:
-            NonFiniteError: it is NaN or infinite.
+            NonFiniteError: L is NaN or infinite.
         """
         with torch.no_grad():
             value = sum(float(part) for part in self._parts(weights))
@@ -64,7 +66,7 @@ class Landscape:
         return value
 
     def gradient(self, weights: Tensor) -> Tensor:
-        """dL/dw at `weights`, [P]."""
+        """Computes dL/dw at `weights`, [P]."""
         total = torch.zeros_like(weights)
         with torch.enable_grad():
             at = weights.detach().clone().requires_grad_()
@@ -73,12 +75,12 @@ class Landscape:
         return total
 
     def hessian_product(self, vector: Tensor) -> Tensor:
-        """H v at the model's own weights, [P]: the derivative of ⟨dL/dw, v⟩."""
+        """Computes H v at the model's own weights, [P], as the derivative of ⟨dL/dw, v⟩."""
         total = torch.zeros_like(vector)
         with torch.enable_grad():
             at = self.weights.clone().requires_grad_()
             for part in self._parts(at):
-                # Not a plain 1: below one without a graph, `once_differentiable` cuts the derivative without a word.
+                # Not a plain 1: if it had no graph, `once_differentiable` would silently cut the derivative.
                 one = 1.0 + 0.0 * at[:1].sum()
                 (gradient,) = torch.autograd.grad(part, at, one.to(part.dtype), create_graph=True)
                 slope = (gradient * vector).sum()
@@ -90,7 +92,7 @@ class Landscape:
         return total
 
     def _parts(self, weights: Tensor) -> Iterator[Tensor]:
-        """L as a sum over chunks."""
+        """Yields the terms of L, one per chunk."""
         pieces = weights.split([parameter.numel() for parameter in self._own.values()])
         replaced = {
             name: piece.view(parameter.shape).to(parameter.dtype)
@@ -114,16 +116,16 @@ def landscape(
     batchnorm: BatchNormPolicy,
     chunk_size: int | None,
 ) -> Iterator[Landscape]:
-    """The landscape of a checked batch, for the time of the block, in which the model is under our rules.
+    """Checks a batch and provides its landscape within the block, while the model runs under our rules.
 
     Args:
         model: the user's model.
-        inputs: a tensor, or a dict, tuple or list of tensors, batch first, and constants.
-        target: class indices [B] or probabilities [B, C]; anything for a `loss_fn` of one's own.
-        parameters: which of the trainable ones are moved, as `encoder` of the loss.
+        inputs: a tensor, or a dict, tuple or list of tensors and constants, batch first.
+        target: class indices [B] or probabilities [B, C]; anything for a custom `loss_fn`.
+        parameters: which trainable parameters to move, selected like `encoder` of the loss.
         loss_fn: as for the loss.
         batchnorm: "auto", "batch" or "running".
-        chunk_size: samples at a time; None is all.
+        chunk_size: number of samples at a time; None means all.
 
     Yields:
         The landscape.
@@ -141,7 +143,7 @@ def landscape(
     )
     with one_comparison(), torch.inference_mode(False), our_rules(model, pairs.device, {"inputs": pairs.weak}):
         with torch.no_grad():
-            # Twice the batch has the same statistics, and tells calls that normalise samples from others.
+            # Twice the batch has the same statistics, and shows which calls normalise over samples.
             forward.output(concatenate(pairs.weak, pairs.weak), record=True)
         probe_model(forward, pairs, torch.arange(len(pairs), device=pairs.device), Probed())
         yield Landscape(forward, names, pairs, chunk_size or len(pairs))

@@ -1,4 +1,4 @@
-"""`memory_report`: what a loss costs on its model, setting by setting, and which setting to take."""
+"""`memory_report`: measures what a loss costs on its model with each setting, and recommends one."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from gradconsist.types import ViewPair
 
 @dataclass(frozen=True)
 class CostRow:
-    """One setting, and what it costs.
+    """One setting and its cost.
 
     Attributes:
-        encoder: name of the compared part, as it was given.
+        encoder: name of the compared part, as you gave it.
         engine: as for the loss.
         chunk_size: as for the loss.
         max_pairs: as for the loss.
-        every: as for `GGCRWrapper`; seconds are those of an average step.
+        every: as for `GGCRWrapper`; `seconds` is then for an average step.
         stop_gradient: as for the loss.
-        pairs: how many pairs a call compares.
-        seconds: of a whole call and its backward, divided by `every`; None if it was not run.
-        bytes: their peak; None if it was not run.
-        reason: why it was not run, or what was refused.
+        pairs: number of pairs that a call compares.
+        seconds: time of a whole call and its backward, divided by `every`; None if it was not run.
+        bytes: peak memory of a whole call and its backward; None if it was not run.
+        reason: why it was not run, or the error.
     """
 
     encoder: str
@@ -54,7 +54,7 @@ class CostRow:
         return self.max_pairs is None and self.every == 1 and self.stop_gradient is None
 
     def options(self) -> str:
-        """The setting as arguments."""
+        """Writes the setting as arguments."""
         parts = [f"engine={self.engine}", f"chunk_size={self.chunk_size!r}"]
         parts += [f"max_pairs={self.max_pairs}"] if self.max_pairs is not None else []
         parts += [f"stop_gradient={self.stop_gradient!r}"] if self.stop_gradient is not None else []
@@ -67,9 +67,9 @@ class CostReport:
     """What `memory_report` found.
 
     Attributes:
-        rows: every setting, in the order in which it was given.
-        recommended: the one to take; None if none keeps the limits.
-        peak: what bytes are.
+        rows: one row per setting, in the given order.
+        recommended: the setting to use; None if all exceed the limits.
+        peak: explains what the bytes measure.
     """
 
     rows: list[CostRow] = field(repr=False)
@@ -77,7 +77,7 @@ class CostReport:
     peak: str
 
     def __str__(self) -> str:
-        chosen = self.recommended.options() if self.recommended else "none of these keeps the limits"
+        chosen = self.recommended.options() if self.recommended else "none of these is within the limits"
         lines = [f"recommended: {chosen}", f"{'seconds':>9} {'MB':>8}  setting"]
         for row in self.rows:
             seconds = "-" if row.seconds is None else f"{row.seconds:.3f}"
@@ -99,22 +99,23 @@ def memory_report(
     max_bytes: float = math.inf,
     max_seconds: float = math.inf,
 ) -> CostReport:
-    """Measures time and peak memory of L_g with its gradient, for every combination of the options given.
+    """Measures time and peak memory of L_g and its gradient for every combination of the given options.
 
-    Each setting runs three times: to warm up, for its seconds, and for its peak. On a CPU bytes are what torch's
-    allocator holds at most, above what it held before; on CUDA its own peak (which is reset). The method's own part of
-    the step is in neither: add it to both, except that the peaks of two parts that run one after the other do not add
-    up. Smaller chunks run first, and once one is beyond `max_bytes`, larger ones are not run.
+    Each setting runs three times: to warm up, for its seconds, and for its peak. On a CPU, bytes are the most that
+    torch's allocator holds above what it held before; on CUDA, its own peak (which is reset). Neither seconds nor bytes
+    include the method's own part of the step. Add its seconds; the peaks of two parts that run one after the other do
+    not add up. Smaller chunks run first: once one exceeds `max_bytes`, larger ones are not run.
 
-    The recommendation is, of the settings within the limits, the fastest exact one, or else the one that compares the
-    most pairs per step, constant views last; encoders count in the order in which they are given.
+    The report recommends the fastest exact setting within the limits. If there is none, it recommends the one that
+    compares the most pairs per step, with settings that hold a view constant last. Encoders that come first are
+    preferred.
 
     Args:
-        consistency: the loss, whose other options are those that it is trained with. It and its model stay untouched.
+        consistency: the loss, with the other options that you train with. It and its model do not change.
             ``batchnorm="observed"`` is tried with joint statistics.
-        batch: a `ViewPair`, or weak and strong views, target and perhaps weight; give it the size of a training step.
-        encoders: what to compare, by a name of your own; None is the loss's encoder.
-        engines: names or engine objects; None is the loss's engine.
+        batch: a `ViewPair`, or weak and strong views, target and optionally weight; use the size of a training step.
+        encoders: what to compare, with names that you choose; None means the loss's encoder.
+        engines: names or engine objects; None means the loss's engine.
         chunk_sizes: as for the loss.
         max_pairs: as for the loss.
         every: as for `GGCRWrapper`.
@@ -123,11 +124,11 @@ def memory_report(
         max_seconds: limit on the seconds of an average step.
 
     Returns:
-        The report; ``print(report)`` shows it as a table, the recommendation first.
+        The report; ``print(report)`` shows it as a table, with the recommendation first.
 
     Raises:
-        ConfigError: an option has no such value, or `consistency` is no loss.
-        InputTypeError: `batch` is no pair of views with a target.
+        ConfigError: an option has an invalid value, or `consistency` is not a GradientConsistencyLoss.
+        InputTypeError: `batch` is not a pair of views with a target.
         InputValueError: no pair has a positive weight.
 
     Example:
@@ -154,7 +155,7 @@ def memory_report(
     )  # fmt: skip
     settings = []
     for (name, encoder), engine, constant, most, size in choices:
-        loss = consistency.with_options(  # all of them first: a mistake is told before anything runs
+        loss = consistency.with_options(  # build all of them first, so that mistakes show before anything runs
             encoder=encoder, engine=engine, stop_gradient=constant, max_pairs=most, chunk_size=size,
             batchnorm=own.batchnorm, fused=True, reduction="mean",
         )  # fmt: skip
@@ -184,7 +185,7 @@ def _pair(batch: Any) -> ViewPair:
 
 
 def _name(engine: str | Engine) -> str:
-    """As the argument `engine` would be written."""
+    """Writes the engine as you would write the argument `engine`."""
     if isinstance(engine, str):
         return repr(engine)
     return next((repr(name) for name, build in ENGINES.items() if repr(build()) == repr(engine)), repr(engine))
@@ -214,7 +215,7 @@ def _meaning(device: torch.device) -> str:
 
 
 def _spread(row: CostRow, every: int) -> CostRow:
-    """The same call on every k-th step."""
+    """Makes the row for the same call on every k-th step only."""
     return replace(row, every=every, seconds=None if row.seconds is None else row.seconds / every)
 
 

@@ -1,4 +1,4 @@
-"""Seconds and peak memory of one call."""
+"""Measures seconds and peak memory of one call."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock seconds of one call."""
+    """Measures the wall-clock seconds of one call."""
     start = time.perf_counter()
     call()
     if device.type == "cuda":
@@ -23,15 +23,15 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
 
 
 def peak_of(call: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that torch holds at one moment of the call, above what it held before.
+    """Measures the peak of the bytes that torch holds during the call, above what it held before.
 
-    On a CPU they are summed up from the allocations and releases that torch's profiler records: all tensors, and what
-    operators of torch allocate inside. What a library below (oneDNN, MKL) keeps for itself, and what the C library does
-    not give back to the system, is not in it. On CUDA it is the allocator's own peak, which is reset before.
+    On a CPU, it sums up the allocations and releases that torch's profiler records: all tensors, and what operators of
+    torch allocate inside. It does not see memory that libraries such as oneDNN and MKL keep, nor what the C library
+    does not return to the system. On CUDA, it is the allocator's own peak, which is reset before.
 
     Args:
-        call: what is measured.
-        device: where it runs.
+        call: the function to measure.
+        device: the device on which it runs.
 
     Returns:
         Bytes.
@@ -46,7 +46,7 @@ def peak_of(call: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         call()
-    with tempfile.TemporaryDirectory() as folder:  # the trace is the profiler's only public form of single events
+    with tempfile.TemporaryDirectory() as folder:  # only the trace file shows single events through a public API
         trace = Path(folder) / "trace.json"
         profiled.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]

@@ -1,4 +1,4 @@
-"""A loss as it is trained, for diagnostics: with no method to observe, or on a copy of the model in float64."""
+"""Prepares a loss for diagnostics: without a method to observe, or on a float64 copy of its model."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ from gradconsist.types import Inputs
 
 
 def unobserved(consistency: object) -> Settings:
-    """The options of a loss; joint statistics in place of observed ones.
+    """Returns the options of a loss, with joint statistics instead of observed ones.
 
     Args:
-        consistency: what the user passed as the loss.
+        consistency: the user's argument for the loss.
 
     Returns:
         Its options.
 
     Raises:
-        ConfigError: it is no loss.
+        ConfigError: `consistency` is not a GradientConsistencyLoss.
     """
     if not isinstance(consistency, GradientConsistencyLoss):
         raise ConfigError(
             f"`consistency` is a {type(consistency).__name__}: pass the GradientConsistencyLoss that you train with, so"
-            " that its own options are looked at."
+            " that its own options count."
         )
     own = consistency.settings
     return replace(own, batchnorm="auto") if own.batchnorm == "observed" else own
 
 
 def double_of(consistency: GradientConsistencyLoss, **changes: Any) -> GradientConsistencyLoss:
-    """The same loss on a copy of its model in float64, of all pairs, with both views differentiated.
+    """Makes the same loss on a float64 copy of its model, over all pairs, with both views differentiated.
 
     Args:
-        consistency: the loss; it and its model stay untouched.
-        **changes: further options.
+        consistency: the loss; it and its model do not change.
+        **changes: further options to change.
 
     Returns:
-        A loss.
+        A new loss.
     """
     own = unobserved(consistency)
     model = copy.deepcopy(own.model).double()
@@ -62,7 +62,7 @@ def double_of(consistency: GradientConsistencyLoss, **changes: Any) -> GradientC
 
 
 def statistics_here(loss: GradientConsistencyLoss, weak: Inputs, strong: Inputs) -> list[Statistics] | None:
-    """The statistics that the loss takes at this point, to be held there; None where it needs none."""
+    """Computes the statistics that the loss uses at the current weights, to hold them; None if it needs none."""
     own = loss.settings
     if not concatenable(weak, strong) and not needs_statistics(own.model, own.batchnorm):
         return None
@@ -73,7 +73,7 @@ def statistics_here(loss: GradientConsistencyLoss, weak: Inputs, strong: Inputs)
 
 
 def _names_in_copy(model: nn.Module, encoder: Any) -> Encoder:
-    """An encoder that also names the parameters of a copy of the model: modules become predicates on names."""
+    """Makes the encoder work for a copy of the model, by turning modules into predicates on names."""
     if encoder is None or (callable(encoder) and not isinstance(encoder, nn.Module)):
         return encoder
     modules: Iterable[nn.Module] = [encoder] if isinstance(encoder, nn.Module) else encoder

@@ -1,8 +1,8 @@
-"""Tests of the loss on the user's own model.
+"""`verify`: tests the gradient of L_g on your own model.
 
-`verify` compares the gradient of L_g, which rests on torch's second derivatives of every operator in the model, with
-finite differences of L_g, which rest on first derivatives only. Torch has had second derivatives that are wrong in
-silence; a list of them goes stale, a measurement on the model at hand does not.
+It compares the gradient of L_g, which needs torch's second derivatives of every operator in the model, with finite
+differences of L_g, which need first derivatives only. Some of torch's second derivatives have been silently wrong; a
+list of them goes stale, a measurement on your model does not.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _STEPS = (1e-4, 1e-5, 1e-6)
 
 @dataclass(frozen=True)
 class DirectionError:
-    """One direction v in parameter space, and both derivatives of L_g along it.
+    """Both derivatives of L_g along one direction v in parameter space.
 
     Attributes:
-        name: "all parameters", or the one parameter that the direction moves.
+        name: "all parameters", or the name of the only parameter that the direction moves.
         analytic: ⟨dL_g/dtheta, v⟩.
-        numeric: (L_g(theta + h v) - L_g(theta - h v)) / 2 h, at the step of the smallest error.
-        errors: |analytic - numeric| by step size h, relative to the size that ⟨dL_g/dtheta, v⟩ has for a random v.
+        numeric: (L_g(theta + h v) - L_g(theta - h v)) / 2 h, at the step size with the smallest error.
+        errors: |analytic - numeric| per step size h, relative to the typical size of ⟨dL_g/dtheta, v⟩ for a random v.
     """
 
     name: str
@@ -43,7 +43,7 @@ class DirectionError:
 
     @property
     def error(self) -> float:
-        """The error at the best step: large steps are curved, small ones round, and a kink may lie on some."""
+        """The error at the best step size: curvature spoils large steps, rounding small ones, and kinks some."""
         return min(self.errors.values())
 
 
@@ -52,8 +52,8 @@ class VerifyReport:
     """What `verify` found.
 
     Attributes:
-        directions: one entry a random direction.
-        suspects: parameters whose own derivative disagrees; filled where a direction failed.
+        directions: one entry per random direction.
+        suspects: parameters whose own derivative disagrees; only filled if a direction failed.
         tolerance: bound on the relative error.
     """
 
@@ -100,35 +100,35 @@ def verify(
 ) -> VerifyReport:
     """Tests the gradient of a loss on its own model by directional finite differences in float64.
 
-    For random directions v, scaled tensor by tensor to the parameters' own norms, compares
+    For random directions v, scaled per tensor to the norm of the parameter, it compares
 
         ⟨dL_g/dtheta, v⟩    with    (L_g(theta + h v) - L_g(theta - h v)) / (2 h),    h = 1e-4, 1e-5, 1e-6
 
-    on a float64 copy of the model, with BatchNorm's statistics held at their values in theta, or taken at each point
-    where the gradient goes through them. With ``dropout="on"`` all evaluations draw the same numbers. Where a direction
-    fails, each parameter is tested by itself, and those that disagree are named.
+    on a float64 copy of the model. BatchNorm's statistics stay at their values in theta, or are computed at each point
+    if the gradient goes through them. With ``dropout="on"``, all evaluations draw the same numbers. If a direction
+    fails, each parameter is tested alone, and the report names those that disagree.
 
-    Costs about ``2 + 6 * directions`` evaluations of L_g, and ``6`` more per parameter tensor after a failure. A
-    handful of pairs is enough. A model with kinks (ReLU, max-pooling) may fail at single steps; the smallest error
-    counts.
+    It costs about ``2 + 6 * directions`` evaluations of L_g, and ``6`` more per parameter tensor after a failure. A
+    handful of pairs is enough. A model with kinks (ReLU, max-pooling) may fail at some step sizes; only the smallest
+    error counts.
 
     Args:
-        consistency: the loss, with the options that it is trained with, and a `loss_fn` that works in float64. All
-            pairs are compared and both views differentiated, whatever `max_pairs` and `stop_gradient` say;
+        consistency: the loss, with the options that you train with, and a `loss_fn` that works in float64. All pairs
+            are compared and both views differentiated, regardless of `max_pairs` and `stop_gradient`.
             ``batchnorm="observed"`` is tried with joint statistics.
         weak: weak views, as for the loss.
         strong: strong views, as for the loss.
         target: targets, as for the loss.
         weight: weights, as for the loss.
         directions: number of random directions.
-        seed: their seed.
+        seed: seed of the directions.
         tolerance: bound on the relative error.
 
     Returns:
-        The report; ``report.ok`` is the verdict and ``print(report)`` the evidence.
+        The report; ``report.ok`` is the verdict, ``print(report)`` shows the evidence.
 
     Raises:
-        ConfigError: an option is out of range, or `consistency` is no loss.
+        ConfigError: an option is out of range, or `consistency` is not a GradientConsistencyLoss.
         InputValueError: no pair is left to compare, or all are degenerate.
 
     Example:
@@ -143,7 +143,7 @@ def verify(
     check_number("tolerance", tolerance, least=1e-12)
     loss = double_of(consistency, reduction="sum", fused=True)
     weak, strong = (map_members(doubled, check_inputs(*view)) for view in (("weak", weak), ("strong", strong)))
-    loss._probed.report_only = True  # what the loss itself would refuse is to show here, with numbers
+    loss._probed.report_only = True  # show with numbers what the loss itself would refuse
     trial = _Trial(loss, weak, strong, doubled(target), weight)
     generator = torch.Generator().manual_seed(seed)
     tested = [trial.test("all parameters", trial.parameters, generator) for _ in range(directions)]
@@ -155,7 +155,7 @@ def verify(
 
 
 class _Trial:
-    """L_g around one point, with the statistics of that point unless its gradient goes through them."""
+    """Evaluates L_g around one point, with the statistics of that point unless its gradient goes through them."""
 
     def __init__(self, loss: GradientConsistencyLoss, *arguments: Any) -> None:
         self._loss = loss
@@ -167,7 +167,7 @@ class _Trial:
         if not loss.settings.through_statistics:
             self._statistics = statistics_here(loss, arguments[0], arguments[1])
         loss.evaluate(*arguments, statistics=self._statistics, generator=_same_draws()).backward()
-        loss._calls = 0  # with a projection, the matrices of that call
+        loss._calls = 0  # with a projection, use the matrices of that call again
         named = dict(loss.settings.model.named_parameters())
         self.parameters = {name: p for name, p in named.items() if p.requires_grad}
         self._gradient = {name: p.grad.to_dense().clone() for name, p in self.parameters.items() if p.grad is not None}
@@ -179,29 +179,29 @@ class _Trial:
         }
 
     def test(self, name: str, moved: Mapping[str, Tensor], generator: torch.Generator) -> DirectionError:
-        """Both derivatives along a random direction in the parameters `moved`."""
+        """Computes both derivatives along a random direction in the parameters `moved`."""
         v = {key: self._direction(parameter, generator) for key, parameter in moved.items()}
         analytic = sum(float((self._gradient[key] * v[key]).sum()) for key in v)
-        # The size of ⟨g, v⟩ for a random v: a chance near-zero product must not turn rounding into a large error.
+        # The typical size of ⟨g, v⟩ for a random v: if ⟨g, v⟩ is near zero by chance, rounding must not look large.
         usual = sum(float(self._gradient[k].square().sum() * v[k].square().sum()) / v[k].numel() for k in v) ** 0.5
-        # A wrong derivative that reads zero must show too, so the numeric value sets the scale as well.
+        # A derivative that is wrongly zero must show too, so the numeric value also sets the scale.
         numeric = {h: (self._value(v, h) - self._value(v, -h)) / (2 * h) for h in _STEPS}
-        floor = 1e-9  # of L_g, which is of order 1: below it both are rounding
+        floor = 1e-9  # L_g is of order 1: below this, both are rounding
         errors = {h: abs(analytic - value) / max(abs(value), usual, floor) for h, value in numeric.items()}
         best = min(errors, key=lambda h: errors[h])
         return DirectionError(name, analytic, numeric[best], errors)
 
     def _direction(self, parameter: Tensor, generator: torch.Generator) -> Tensor:
-        """A random direction of the parameter's own norm (of norm 1 for one that is zero)."""
+        """Draws a random direction with the norm of the parameter (norm 1 if the parameter is zero)."""
         v = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype).to(parameter.device)
         if id(parameter) in self._padding:
-            v[self._padding[id(parameter)]] = 0  # the padding row is used, and has no gradient by definition
+            v[self._padding[id(parameter)]] = 0  # the padding row is used, but has no gradient by definition
         scale = float(parameter.detach().norm()) or 1.0
         return v * (scale / max(float(v.norm()), 1e-30))
 
     @torch.no_grad()
     def _value(self, v: Mapping[str, Tensor], h: float) -> float:
-        """L_g at theta + h v."""
+        """Computes L_g at theta + h v."""
         before = {key: self.parameters[key].clone() for key in v}
         try:
             for key, direction in v.items():

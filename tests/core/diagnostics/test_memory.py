@@ -131,7 +131,7 @@ def test_limits_decide_and_larger_chunks_than_one_beyond_them_are_not_run() -> N
     assert [row.reason for row in limited.rows] == ["not run: a smaller chunk was beyond `max_bytes`"] * 2 + [None]
     assert [row.seconds is None for row in limited.rows] == [True, True, False]
     assert limited.recommended is None
-    assert str(limited).startswith("recommended: none of these keeps the limits")
+    assert str(limited).startswith("recommended: none of these is within the limits")
     between = memory_report(gc, pair, chunk_sizes=(None, 4), stop_gradient=(None,), max_bytes=(low + high) / 2)
     assert between.recommended is between.rows[1]
     assert memory_report(gc, pair, chunk_sizes=(4,), stop_gradient=(None,), max_seconds=0.0).recommended is None
