@@ -15,7 +15,7 @@ from gradconsist.errors import UnsupportedModuleError
 def reduced_with(base: Tensor, total: Tensor, parameters: Mapping[str, nn.Parameter]) -> Tensor:
     """Adds the term to `base` so that only the parameters that DistributedDataParallel expects get a gradient.
 
-    DistributedDataParallel has seen only the graph of its own forward and marked all parameters outside that graph as
+    DistributedDataParallel has seen only the graph of its forward and marked all parameters outside that graph as
     ready. It fails if one of them then appears in the backward, for example that of a layer whose output the network
     drops. So the graph of the sum leads only to the parameters of `base`. If another parameter gets a nonzero gradient
     from the term, you get an error.
@@ -23,7 +23,7 @@ def reduced_with(base: Tensor, total: Tensor, parameters: Mapping[str, nn.Parame
     Args:
         base: the algorithm's loss.
         total: its value plus the weighted term, with the graph of the term only.
-        parameters: the trainable parameters of the compared model, keyed by name.
+        parameters: the trainable parameters of the compared model, with their names as keys.
 
     Returns:
         The scalar that the algorithm differentiates.

@@ -124,8 +124,8 @@ class Method(nn.Module):
         if not all(concatenable(batches[0], other) for other in batches[1:]):
             shapes = " and ".join(str([tuple(leaf.shape) for leaf in leaves(batch)]) for batch in batches)
             raise InputShapeError(
-                f"inputs of shapes {shapes} are forwarded as one batch: resize or pad them to one shape, or have weak"
-                " and strong views forwarded apart, where the method has `joint=False`."
+                f"inputs of shapes {shapes} are forwarded as one batch: resize or pad them to one shape, or set"
+                " `joint=False`, if the method has it, to forward weak and strong views separately."
             )
         sizes = [len(leaves(batch)[0]) for batch in batches]
         joined = concatenate(*batches) if len(batches) > 1 else batches[0]
@@ -144,7 +144,7 @@ class Method(nn.Module):
                 " [B, C], floating point, one row per input."
             )
         raise LossContractError(
-            f"the model returned {described(output if logits is None else logits)} for {rows} inputs, and a method"
+            f"the model returned {described(output if logits is None else logits)} for {rows} inputs, but a method"
             " needs logits [B, C], or an object with `logits`: pass `logits_fn=`, a function from the model's output to"
             " logits, such as `lambda output: output[0]`."
         )

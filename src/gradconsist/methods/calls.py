@@ -31,7 +31,7 @@ def check_call(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> N
     given = [f"{len(args)} positional argument{'s' if len(args) > 1 else ''}"] if args else []
     given += [f"the keyword{'s' if len(kwargs) > 1 else ''} {', '.join(map(repr, kwargs))}"] if kwargs else []
     raise InputTypeError(
-        f"{name} was called with {' and '.join(given) or 'nothing'}, and takes one batch: pass"
+        f"{name} was called with {' and '.join(given) or 'nothing'}, but takes one batch: pass"
         " SSLBatch(x, y, weak, strong)."
     )
 
@@ -62,16 +62,16 @@ def step_failure(method: nn.Module, error: Exception, batch: Any) -> GradConsist
         if len({*devices.values(), *models}) > 1:
             found = ", ".join(f"`{name}` on {device}" for name, device in devices.items())
             found += f", the model on {' and '.join(models)}"
-            return DeviceError(f"the step needs tensors of one device, and has {found}: move them with `.to(device)`.")
+            return DeviceError(f"the step needs tensors on one device, but has {found}: move them with `.to(device)`.")
     place = innermost(method, error)
     if place is not None and place[0] != "":
         del parts["batch.y"]
         return model_failure(error, method, parts, root="")
     if isinstance(batch.y, Tensor) and ("out of bounds" in said or "Class values must be" in said):
         return InputValueError(
-            f"`batch.y` has classes from {int(batch.y.min())} to {int(batch.y.max())}, and the model has fewer logits"
+            f"`batch.y` has classes from {int(batch.y.min())} to {int(batch.y.max())}, but the model has fewer logits"
             f" ({said.rstrip('.')}): give class indices from 0 to the number of logits - 1."
         )
     if isinstance(batch.y, Tensor) and "one_hot is only applicable" in said:
-        return InputTypeError(f"`batch.y` is {batch.y.dtype}, and this method needs class indices [n] of torch.int64.")
+        return InputTypeError(f"`batch.y` is {batch.y.dtype}, but this method needs class indices [n] of torch.int64.")
     return None

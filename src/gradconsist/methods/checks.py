@@ -43,8 +43,8 @@ def check_batch(batch: SSLBatch) -> None:
         )
     if x == 0 or weak == 0:
         raise InputShapeError(
-            f"`batch` has {x} labeled and {weak} unlabeled inputs, and the mean over none is NaN: give at least one of"
-            " each; drop the loader's last batch where it is empty."
+            f"`batch` has {x} labeled and {weak} unlabeled inputs, but a mean over none is NaN: give at least one of"
+            " each; drop the loader's last batch if it is empty."
         )
     x_built, *views = (check_inputs(f"batch.{name}", getattr(batch, name)) for name in ("x", "weak", "strong"))
     for name, view in zip(("weak", "strong"), views, strict=True):

@@ -191,8 +191,8 @@ class JacobianPenalty:
         if not loss.requires_grad:
             raise UnsupportedModuleError(
                 "the model's output has no derivative for its inputs that depends on a trainable parameter: something"
-                " on the way cuts the graph (`.detach()`, `.sign()`, rounding, `no_grad`), or all is frozen. There is"
-                " nothing to penalise."
+                " on the way cuts the graph (`.detach()`, `.sign()`, rounding, `no_grad`), or everything is frozen. So"
+                " there is nothing to penalise."
             )
         fact = Probed.fact("derivative of the Jacobian", self.model, pairs.weak)
         if fact not in self._probed.passed:

@@ -386,7 +386,7 @@ def test_a_model_without_logits_for_each_input_is_refused(model: nn.Module) -> N
     method, batch = build("fixmatch"), DATA[0]
     method.model = model
     with pytest.raises(
-        LossContractError, match=r"returned a tensor .* for 22 inputs, and a method needs logits \[B, C\]"
+        LossContractError, match=r"returned a tensor .* for 22 inputs, but a method needs logits \[B, C\]"
     ):
         method(batch)
 
