@@ -20,7 +20,7 @@ from faults_page import with_tables as with_fault_tables
 from help_page import GRIDS, help_page
 from imagenet_page import with_tables as with_imagenet_tables
 from installations_page import with_installations
-from matrix_page import matrix_page
+from matrix_page import matrix_page, memory_sentence
 from reproduce_page import with_paper_tables
 from scorecard_page import scorecard
 from shared import RATIO, RESULTS, between, command, made, result_of, table
@@ -86,8 +86,8 @@ def with_cost(readme: str) -> str:
 
 def matrix() -> str:
     """The page of the matrix."""
-    result = result_of("matrix")
-    return matrix_page(result, command(result))
+    result, memory = result_of("matrix"), result_of("matrix_memory")
+    return matrix_page(result, command(result), memory_sentence(memory, command(memory)))
 
 
 def does_it_help() -> str:

@@ -40,7 +40,18 @@ def entries(result: dict[str, Any]) -> list[Entry]:
     return found
 
 
-def matrix_page(result: dict[str, Any], command: str) -> str:
+def memory_sentence(result: dict[str, Any], command: str) -> str:
+    """What was measured of layers that remember something, in a run of their own."""
+    cells = entries(result)
+    counts = Counter(cell.verdict for cell in cells)
+    return (
+        f"Layers that remember something from call to call ({', '.join(f'`{row}`' for row in result['cells'])}) were"
+        f" measured later, by `{command}`: {len(cells)} cells, {counts['pass']} of them pass, {counts['refused']} are"
+        f" refused as the row says, silently wrong: {counts['wrong']}."
+    )
+
+
+def matrix_page(result: dict[str, Any], command: str, memory: str) -> str:
     """docs/matrix.md."""
     cells = entries(result)
     environment, setting = result["environment"], result["setting"]
@@ -52,6 +63,8 @@ def matrix_page(result: dict[str, Any], command: str) -> str:
 This page is written by `python docs/generators/make_pages.py` from `benchmarks/results/matrix.json`, which was made by
 `{command}` with torch {environment["torch"]} on a CPU. **{len(cells)} cells, {sum(c.calls for c in cells)} calls;
 silently wrong: {counts["wrong"]}.**
+
+{memory}
 
 A cell is a row (a model or a layer), an engine and a precision. Its calls, with `fused` on and off and different
 chunks, are compared in five quantities with a float64 loop over samples that shares no code with the library: the

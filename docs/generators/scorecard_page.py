@@ -210,7 +210,7 @@ def _counts(row: dict[str, Any], what: str) -> str:
 
 def _tests(name: str) -> Any:
     """A module of tests/core, for the sake of its table."""
-    for folder in ("tests/core", "tests"):
+    for folder in ("tests/core/inputs", "tests/core", "tests"):
         if str(ROOT / folder) not in sys.path:
             sys.path.insert(0, str(ROOT / folder))
     return __import__(name)

@@ -270,7 +270,7 @@ class RunningCentre(Remembers):
     def forward(self, x: Tensor) -> Tensor:
         y = x - self.kept
         with torch.no_grad():
-            self.kept.lerp_(x.mean(0), 0.4)
+            self.kept.mul_(0.6).add_(x.mean(0), alpha=0.4)
         return y
 
 
