@@ -66,8 +66,8 @@ class GradientConsistencyLoss:
         max_pairs: compare at most this many pairs: a random subset of those with positive weight, rescaled so that the
             expectation does not change.
         stop_gradient: "weak" or "strong" treats that view's gradient as a constant.
-        min_norm: a gradient with a norm at or below this is noise, without a direction. Unit: loss per unit of a
-            parameter.
+        min_norm: a gradient whose norm is at most this counts as noise, with no direction. The unit is that of the loss
+            per unit of a parameter.
         reduction: "mean" divides by the number of pairs of the call, also counting those of weight 0; "sum" does not
             divide; "none" returns [B] and needs ``fused=False``.
         fused: True computes the parameter gradient inside the call, chunk by chunk, and keeps one buffer of the

@@ -28,8 +28,8 @@ class GGCRWrapper(nn.Module):
     ``out = wrapper(...)`` calls ``method(...)`` with the same arguments and returns a `StepOutput`. During the warm-up,
     with ``weight=0``, in eval mode, or if a step has no pair, only the method runs: its loss, gradients, buffers,
     random stream and state are bitwise the same as without the wrapper. There is one exception, which leaves no trace:
-    on the first training step that has a pair, the wrapper tries the term on one. So a missing `pair_fn`, wrong shapes
-    or a model that cannot be compared show up right away, not after the warm-up.
+    on the first training step with pairs, the wrapper tries the term on one of them. So a missing `pair_fn`, wrong
+    shapes or a model that cannot be compared show up right away, not after the warm-up.
 
     You keep control of the optimizer, GradScaler, gradient accumulation and the distributed wrapper
     (``DDP(wrapper)``).
@@ -38,7 +38,7 @@ class GGCRWrapper(nn.Module):
         method: any callable. It returns a `StepOutput`, a scalar tensor, a mapping with ``"loss"``, or a tuple that
             starts with one of these. If it is a module, the wrapper registers it: its parameters and state become part
             of the wrapper's.
-        consistency: the term. Its ``model`` must be the one that the method trains.
+        consistency: the term. Its ``model`` should be the one that the method trains.
         weight: lambda after warm-up and ramp.
         warmup_steps: number of steps of this wrapper before the term is added.
         ramp_steps: number of steps after the warm-up over which lambda grows linearly.
