@@ -1,28 +1,28 @@
-"""Every error that gradconsist raises on purpose.
+"""The errors that gradconsist raises.
 
-All of them derive from `GradConsistError` and from the built-in class that fits, so ``except ValueError`` keeps
-working. A message names the argument or the module's path, says what was found, and ends with the remedy.
+Each derives from `GradConsistError` and from the built-in class that fits, so ``except ValueError`` keeps working.
+A message names the argument or the module's path, says what was found, and ends with what to do.
 """
 
 
 class GradConsistError(Exception):
-    """Base class of the family: catch it to catch everything that this library refuses."""
+    """Base class: catch it to catch every error that this library raises on purpose."""
 
 
 class ConfigError(GradConsistError, ValueError):
-    """An option has a value that it cannot have, alone or beside another option."""
+    """An option has an invalid value, or two options do not go together."""
 
 
 class InputTypeError(GradConsistError, TypeError):
-    """A view, target or weight is not a tensor (or a dict, tuple or list of tensors and constants) of a usable kind."""
+    """A view, target or weight is not a usable tensor, or dict, tuple or list of tensors and constants."""
 
 
 class InputShapeError(GradConsistError, ValueError):
-    """The sizes of views, target and weight do not belong together."""
+    """The sizes of views, target and weight do not match."""
 
 
 class InputValueError(GradConsistError, ValueError):
-    """A target or a weight has entries outside its range, or two views hold different constants."""
+    """A target or weight has entries out of range, or the two views hold different constants."""
 
 
 class NonFiniteError(GradConsistError, ValueError):
@@ -34,7 +34,7 @@ class DeviceError(GradConsistError, ValueError):
 
 
 class GradModeError(GradConsistError, RuntimeError):
-    """A loss was asked for where no graph can be built; `measure` works there."""
+    """The loss was called where no graph can be built; `measure` works there."""
 
 
 class ParameterSelectionError(GradConsistError, ValueError):
@@ -42,15 +42,15 @@ class ParameterSelectionError(GradConsistError, ValueError):
 
 
 class LossContractError(GradConsistError, ValueError):
-    """`loss_fn`, the model's output or a wrapped method does not return what the contract asks for."""
+    """`loss_fn`, the model or a wrapped method returned something of the wrong type or shape."""
 
 
 class ModelError(GradConsistError, RuntimeError):
-    """The model's forward or `loss_fn` failed with an error of torch's or Python's own, which is the cause."""
+    """The model's forward or `loss_fn` raised an error from torch or Python, kept as ``__cause__``."""
 
 
 class UnsupportedModuleError(GradConsistError, NotImplementedError):
-    """A module or operation for which the result could not be exact; the message says what to use instead."""
+    """The result cannot be exact with this module or operation; the message says what to use instead."""
 
 
 class StateError(GradConsistError, ValueError):

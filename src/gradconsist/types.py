@@ -1,6 +1,6 @@
-"""The records that methods, wrapper and loss exchange.
+"""The types that methods, wrapper and loss exchange.
 
-Index letters: B pairs of a call, C classes.
+Index letters: B pairs per call, C classes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 Constant: TypeAlias = bool | int | float | str | torch.dtype | torch.device | None
-"""What a mapping or sequence may hold beside tensors: it goes to the model unchanged, the same for every sample."""
+"""What a mapping or sequence may hold besides tensors. It goes to the model unchanged, the same for every sample."""
 
 Inputs: TypeAlias = Tensor | Mapping[str, Tensor | Constant] | Sequence[Tensor | Constant]
 """What a model takes: a tensor (``model(x)``), a mapping (``model(**x)``) or a sequence (``model(*x)``).
@@ -26,7 +26,7 @@ LossFunction: TypeAlias = Callable[[Any, Tensor], Tensor]
 
 
 class GradProducts(NamedTuple):
-    """Inner products of the two views' per-sample gradients, one row a pair.
+    """Inner products of the two views' per-sample gradients, one row per pair.
 
     Attributes:
         weak: ||g_w||^2, [B].
@@ -39,12 +39,12 @@ class GradProducts(NamedTuple):
     cross: Tensor
 
     def isfinite(self) -> Tensor:
-        """Which pairs [B] have three finite numbers."""
+        """Tells which pairs [B] have three finite numbers."""
         return torch.isfinite(self.weak) & torch.isfinite(self.strong) & torch.isfinite(self.cross)
 
 
 class ViewPair(NamedTuple):
-    """The two views of one unlabeled batch, as a method compared them.
+    """The two views of one unlabeled batch that a method compared.
 
     Attributes:
         weak: weakly augmented inputs, batch first.
@@ -65,7 +65,7 @@ class StepOutput(NamedTuple):
     Attributes:
         loss: scalar with its graph.
         pair: what gradient consistency may compare; None where the step has no such pair.
-        logs: numbers worth looking at, by name.
+        logs: numbers to log, each with its name.
     """
 
     loss: Tensor
@@ -76,7 +76,8 @@ class StepOutput(NamedTuple):
 class SSLBatch(NamedTuple):
     """One step's data: labeled inputs with labels, and two views of the unlabeled inputs.
 
-    Inputs are tensors, or mappings or sequences of tensors and constants (text models), all three built alike.
+    Inputs are tensors, or mappings or sequences of tensors and constants (text models). `x`, `weak` and `strong` must
+    have the same structure.
 
     Attributes:
         x: labeled inputs.
@@ -95,7 +96,7 @@ class SSLBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class ConsistencyRecord:
-    """What one comparison saw, pair by pair: detached tensors of shape [B].
+    """Cosines and gradient norms of one comparison, as detached tensors [B], one entry per pair.
 
     Attributes:
         cosine: GC(u); NaN for pairs that were not compared or are degenerate.
@@ -112,7 +113,7 @@ class ConsistencyRecord:
     compared: Tensor = field(repr=False)
 
     def summary(self) -> dict[str, float]:
-        """The record in six numbers; means are NaN where nothing was compared.
+        """Sums the record up in six numbers; means are NaN if nothing was compared.
 
         Returns:
             pairs, compared and degenerate as counts; cosine_mean over the pairs that have a cosine;
