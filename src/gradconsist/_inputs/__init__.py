@@ -1,4 +1,5 @@
-"""What a call is given: batches of tensors, pairs of views, options, parameters, and the default cross-entropy.
+"""The arguments of a call: batches of tensors, pairs of views, options, parameters, and the default cross-entropy.
 
-Everything is checked here, once: the rest of the library meets normal forms only. Knows nothing of how a model is run.
+Arguments are checked and brought into a normal form here, once, so the rest of the library need not check again.
+Nothing in this folder knows how a model is run.
 """

@@ -1,8 +1,8 @@
 """Inputs with a leading batch dimension: one tensor, or a dict, tuple or list of tensors and constants.
 
-Constants are what a model is called with beside its tensors: None, flags, numbers, strings, dtypes and devices. Only
-tensors have rows; constants go to the model unchanged. Whatever the user passes is normalised once, by `check_inputs`,
-to a tensor, a dict or a tuple; the rest of the library meets nothing else.
+Constants are what a model takes besides tensors: None, flags, numbers, strings, dtypes and devices. Tensors have one
+row per sample; constants go to the model unchanged. `check_inputs` normalises the user's inputs once to a tensor, a
+dict or a tuple, and the rest of the library sees nothing else.
 """
 
 from __future__ import annotations
@@ -20,39 +20,39 @@ _CONSTANTS = get_args(Constant)
 
 
 def is_constant(member: object) -> bool:
-    """Whether a member of a mapping or sequence is passed to the model unchanged."""
+    """Tells whether a member of a mapping or sequence goes to the model unchanged."""
     return isinstance(member, _CONSTANTS)
 
 
 def same_constant(a: object, b: object) -> bool:
-    """Whether two constants are one for the model: True is not 1."""
+    """Tells whether two constants are the same to the model: equal and of one type, so True is not 1."""
     return a is b or (is_constant(a) and type(a) is type(b) and a == b)
 
 
 def members(inputs: Inputs) -> list[Any]:
-    """The tensors and constants of `inputs`, in order."""
+    """Returns the tensors and constants of `inputs`, in order."""
     if isinstance(inputs, Tensor):
         return [inputs]
     return list(inputs.values()) if isinstance(inputs, Mapping) else list(inputs)
 
 
 def leaves(inputs: Inputs) -> list[Tensor]:
-    """The tensors of `inputs`, in order."""
+    """Returns the tensors of `inputs`, in order."""
     return [member for member in members(inputs) if isinstance(member, Tensor)]
 
 
 def constants(inputs: Inputs) -> Hashable:
-    """The constants of `inputs` with their places: the model may do something else for others."""
+    """Returns the constants of `inputs` with their places, as a key: with others the model may compute differently."""
     return tuple((place, repr(member)) for place, member in places("", inputs) if is_constant(member))
 
 
 def map_leaves(function: Callable[..., Any], *inputs: Any) -> Any:
-    """Applies `function` to corresponding tensors of equally built `inputs`; constants are those of the first."""
+    """Applies `function` to corresponding tensors of `inputs` of one structure; keeps the constants of the first."""
     return map_members(lambda *row: function(*row) if isinstance(row[0], Tensor) else row[0], *inputs)
 
 
 def map_members(function: Callable[..., Any], *inputs: Any) -> Any:
-    """Applies `function` to corresponding members of equally built `inputs`; returns the structure of the first."""
+    """Applies `function` to corresponding members of `inputs` of one structure; returns the structure of the first."""
     first = inputs[0]
     if isinstance(first, Tensor):
         return function(*inputs)
@@ -62,52 +62,52 @@ def map_members(function: Callable[..., Any], *inputs: Any) -> Any:
 
 
 def rebuilt(template: Inputs, values: Sequence[Tensor]) -> Inputs:
-    """Inputs of the structure of `template` with other tensors."""
+    """Returns `template` with its tensors replaced by `values`, in order."""
     supply = iter(values)
     result: Inputs = map_leaves(lambda _: next(supply), template)
     return result
 
 
 def in_order_of(first: Inputs, second: Inputs) -> Inputs:
-    """`second` with its entries in the order of `first`: entries are paired by key, in whatever order they come."""
+    """Returns `second` with its entries in the order of `first`; entries of mappings are matched by key."""
     ordered: Inputs = map_members(lambda _, member: member, first, second)
     return ordered
 
 
 def doubled(member: Any) -> Any:
-    """A member for a model in float64: floating tensors, without their graph, and floating dtypes become float64."""
+    """Converts a member for a model in float64: floating tensors (detached) and floating dtypes become float64."""
     if isinstance(member, torch.dtype):
         return torch.float64 if member.is_floating_point else member
     return member.detach().double() if isinstance(member, Tensor) and member.is_floating_point() else member
 
 
 def take(inputs: Inputs, index: Tensor | slice) -> Inputs:
-    """The rows `index` of every tensor."""
+    """Takes the samples `index` of every tensor."""
     taken: Inputs = map_leaves(lambda leaf: leaf[index], inputs)
     return taken
 
 
 def call(model: Callable[..., Any], inputs: Inputs) -> Any:
-    """``model(x)``, ``model(**x)`` or ``model(*x)``, after the kind of `inputs`."""
+    """Calls ``model(x)``, ``model(**x)`` or ``model(*x)``, depending on the type of `inputs`."""
     if isinstance(inputs, Tensor):
         return model(inputs)
     return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
 
 
 def concatenable(first: Inputs, second: Inputs) -> bool:
-    """Whether the tensors of both agree in all dimensions but the batch."""
+    """Tells whether the tensors of both agree in all dimensions but the batch."""
     both = zip(leaves(first), leaves(in_order_of(first, second)), strict=True)
     return all(a.shape[1:] == b.shape[1:] for a, b in both)
 
 
 def concatenate(*batches: Inputs) -> Inputs:
-    """All batches as one."""
+    """Concatenates batches along the batch dimension."""
     joined: Inputs = map_leaves(lambda *parts: torch.cat(parts), *batches)
     return joined
 
 
 def places(name: str, inputs: Any) -> list[tuple[str, Any]]:
-    """The members of `inputs`, each with the expression that names it in a message, such as ``weak['mask']``."""
+    """Lists the members of `inputs`, each with its name for a message, such as ``weak['mask']``."""
     if isinstance(inputs, Mapping):
         return [(f"{name}[{key!r}]", leaf) for key, leaf in inputs.items()]
     if isinstance(inputs, tuple | list):
@@ -116,13 +116,13 @@ def places(name: str, inputs: Any) -> list[tuple[str, Any]]:
 
 
 def is_wrapper(tensor: Tensor) -> bool:
-    """Whether a subclass of Tensor decides what operations do with it: distributed, masked, fake or packed numbers."""
+    """Tells whether `tensor` is of a subclass with its own dispatch (distributed, masked, fake or packed numbers)."""
     own: Any = type(tensor.data).__torch_dispatch__
     return own is not Tensor.__torch_dispatch__
 
 
 def check_inputs(name: str, inputs: Any) -> Inputs:
-    """Normalises a view and says what is wrong with it.
+    """Checks a view and brings it into its normal form.
 
     Args:
         name: the argument's name, for the message.
@@ -132,9 +132,9 @@ def check_inputs(name: str, inputs: Any) -> Inputs:
         A tensor, a dict or a tuple, with one common batch size.
 
     Raises:
-        InputTypeError: not a tensor, or a dict, tuple or list of tensors and constants; no tensor among them; or a
-            tensor of a kind that is not handled.
-        InputShapeError: no batch dimension, an empty batch, or different batch sizes inside.
+        InputTypeError: the view is not a tensor, or dict, tuple or list of tensors and constants; it holds no tensor;
+            or it holds a kind of tensor that is not supported.
+        InputShapeError: a tensor has no batch dimension or an empty batch, or batch sizes differ.
     """
     if isinstance(inputs, Mapping):
         normal: Any = dict(inputs)
@@ -157,7 +157,7 @@ def check_inputs(name: str, inputs: Any) -> Inputs:
 
 
 def _remedy(found: Any) -> str:
-    """What to pass instead of `found`."""
+    """Says what to pass instead of `found`."""
     if isinstance(found, str) or (isinstance(found, Sequence) and any(isinstance(each, str) for each in found)):
         return "tokenize texts first, and pass the tokenizer's tensors (return_tensors='pt')."
     return (
@@ -184,7 +184,7 @@ def _check_leaf(place: str, leaf: Any) -> None:
 
 
 def same_structure(first: Inputs, second: Inputs) -> bool:
-    """Whether both are built alike: two tensors, dicts with the same keys, or tuples of one length."""
+    """Tells whether both have one structure: two tensors, dicts with the same keys, or tuples of one length."""
     if isinstance(first, Mapping) and isinstance(second, Mapping):
         return set(first) == set(second)
     if isinstance(first, Tensor) or isinstance(second, Tensor):
@@ -193,7 +193,7 @@ def same_structure(first: Inputs, second: Inputs) -> bool:
 
 
 def check_constants(name: str, first: Inputs, other: str, second: Inputs) -> None:
-    """Views that are built alike must hold tensors at the same places, and equal constants at the others.
+    """Checks that two views of one structure hold tensors at the same places and equal constants at the others.
 
     Args:
         name: the first view's name, for the message.
@@ -213,7 +213,7 @@ def check_constants(name: str, first: Inputs, other: str, second: Inputs) -> Non
         if isinstance(a, Tensor) or isinstance(b, Tensor):
             raise InputTypeError(f"{found}: pass a tensor in both, or the same constant in both.")
         if not same_constant(a, b):
-            raise InputValueError(f"{found}: the model is called with one value for all, so pass the same in both.")
+            raise InputValueError(f"{found}: the model gets one value for all samples, so pass the same in both.")
 
 
 def _shown(member: Any) -> str:

@@ -1,4 +1,4 @@
-"""Which pairs of a call are compared, and what each weighs in the sum."""
+"""Chooses the pairs of a call to compare, and their weights in the sum."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gradconsist._inputs.pairs import Pairs
 
 @dataclass(frozen=True)
 class Subset:
-    """The pairs that are compared, [n], and the weight of each, rescaling and reduction included."""
+    """Indices [n] of the compared pairs, and their weights [n] with rescaling and reduction included."""
 
     index: Tensor
     weight: Tensor
@@ -21,14 +21,14 @@ class Subset:
 def select(
     pairs: Pairs, max_pairs: int | None, reduction: str, generator: torch.Generator, dtype: torch.dtype
 ) -> Subset:
-    """The pairs of positive weight, or a random subset of them, with weights that keep the expectation.
+    """Selects the pairs of positive weight, or a random subset of them with weights that keep the expectation.
 
     Args:
         pairs: all pairs of the call.
         max_pairs: size of the subset; None for all.
         reduction: "mean" divides by the number of all pairs.
-        generator: draws the subset.
-        dtype: of the weights.
+        generator: source of the random subset.
+        dtype: dtype of the weights.
 
     Returns:
         The subset.

@@ -1,8 +1,8 @@
 """The default per-sample loss: cross-entropy, written so that small residuals keep their relative accuracy.
 
-Semi-supervised methods select confident samples, whose per-sample gradient is J^T (p - t) with a tiny residual p - t.
-Computed as `softmax - onehot` its true-class entry is off by the rounding of 1, 6e-8 in float32: nothing for a loss,
-all of it for the *direction* of a gradient whose residual is 1e-6.
+Semi-supervised methods select confident samples. Their per-sample gradient is J^T (p - t) with a tiny residual p - t.
+Computed as `softmax - onehot`, its true-class entry is off by the rounding of 1, which is 6e-8 in float32. That does
+not matter for a loss, but it spoils the *direction* of a gradient whose residual is 1e-6.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from gradconsist._inputs.precision import wide
 from gradconsist.errors import LossContractError
 
-# What the default loss is not for, with a loss that is.
+# Tasks that the default loss does not cover, each with a loss that does.
 REGRESSION = (
     "for regression pass `loss_fn=lambda output, target: (output.squeeze(1) - target).square()`, or"
     " `(output - target).square().mean(1)` for several columns"
@@ -37,7 +37,7 @@ ONE_LOGIT = (
 
 
 def find_logits(output: Any) -> Tensor | None:
-    """The logits in a model's output: itself, or its attribute or key ``logits``; None where there are none."""
+    """Finds the logits in a model's output: the output, or its attribute or key ``logits``; None if there are none."""
     if isinstance(output, Mapping):
         output = output.get("logits")
     elif not isinstance(output, Tensor):
@@ -46,7 +46,7 @@ def find_logits(output: Any) -> Tensor | None:
 
 
 def described(output: Any) -> str:
-    """A model's output for a message, such as "a tuple (tensor [4, 3], NoneType)"."""
+    """Describes a model's output for a message, such as "a tuple (tensor [4, 3], NoneType)"."""
     if isinstance(output, Tensor):
         return f"a tensor {list(output.shape)}"
     if not isinstance(output, tuple | list | Mapping):
@@ -58,15 +58,15 @@ def described(output: Any) -> str:
 
 
 def cross_entropy(output: Any, target: Tensor) -> Tensor:
-    """Cross-entropy per sample, in float32 at least.
+    """Computes the cross-entropy per sample, in float32 at least.
 
     For class indices it is computed as
 
         -log softmax(z)[t] = softplus(logsumexp of the other logits - z[t])
 
     whose derivative is sigmoid(.) times a difference of order 1, exact to rounding for any confidence. For
-    probabilities, a residual softmax(z) - t that is all rounding (a target that is the view's own prediction) is zero
-    by definition, and so is its derivative.
+    probabilities, a residual softmax(z) - t that is only rounding error counts as zero, and so does its derivative.
+    This happens if the target is the view's own prediction.
 
     Args:
         output: logits [B, C], or an object with them as attribute or key ``logits``.
@@ -76,7 +76,7 @@ def cross_entropy(output: Any, target: Tensor) -> Tensor:
         Losses [B].
 
     Raises:
-        LossContractError: there are no such logits, or only one for each sample.
+        LossContractError: there are no such logits, or only one per sample.
     """
     logits = find_logits(output)
     if logits is None or logits.dim() != 2:
@@ -91,23 +91,23 @@ def cross_entropy(output: Any, target: Tensor) -> Tensor:
     if not target.is_floating_point():
         return _hard(logits, target)
     target = target.to(logits.dtype)
-    # Probabilities that are a class index in disguise get its accuracy.
+    # One-hot probabilities get the accuracy of a class index.
     return torch.where(target.amax(1) == 1, _hard(logits, target.argmax(1)), _soft(logits, target))
 
 
 def check_several(classes: int) -> None:
-    """Cross-entropy needs two classes at least.
+    """Checks that there are two classes at least, which cross-entropy needs.
 
     Args:
-        classes: columns of the logits.
+        classes: number of columns of the logits.
 
     Raises:
-        LossContractError: there is one.
+        LossContractError: there is only one.
     """
     if classes == 1:
         raise LossContractError(
             "the model's output has one logit per sample, and the default loss is cross-entropy over the logits, which"
-            f" is 0 for every output with a single one: {ONE_LOGIT}; {REGRESSION}."
+            f" is always 0 for a single logit: {ONE_LOGIT}; {REGRESSION}."
         )
 
 
@@ -121,7 +121,7 @@ def _soft(logits: Tensor, target: Tensor) -> Tensor:
     with torch.no_grad():
         log_p = logits.log_softmax(1)
         p = log_p.exp()
-        # Rounding of a probability: that of the logit, which is relative to it, and that of the exponential.
+        # A probability is rounded twice: through the logit, relative to the logit's size, and in the exponential.
         rounding = 16 * torch.finfo(logits.dtype).eps * p * (1 + logits.abs() + log_p.abs())
         own = ((p - target).abs() <= rounding.nan_to_num(0.0)).all(1, keepdim=True)
     return F.cross_entropy(torch.where(own, logits.detach(), logits), target, reduction="none")

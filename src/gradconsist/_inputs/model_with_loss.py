@@ -1,4 +1,4 @@
-"""Model and loss as one module."""
+"""Joins model and loss into one module."""
 
 from __future__ import annotations
 
@@ -24,6 +24,6 @@ class ModelWithLoss(nn.Module):
         self.loss_fn = loss_fn
 
     def forward(self, inputs: Inputs, target: Tensor | None) -> tuple[Any, Any]:
-        """The model's output and its losses; None for the losses without a target."""
+        """Returns the model's output and its losses; the losses are None without a target."""
         output = call(self.model, inputs)
         return output, None if target is None else self.loss_fn(output, target)

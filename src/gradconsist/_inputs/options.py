@@ -1,4 +1,4 @@
-"""What an option may be: every mistake gets the option's name, what was found, and the remedy."""
+"""Checks of option values. Each error names the option, says what was found and what to do."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from gradconsist.errors import ConfigError
 
 
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
-    """`value` must be one of `choices`.
+    """Checks that `value` is one of `choices`.
 
     Raises:
-        ConfigError: it is not; the message names the nearest choice.
+        ConfigError: it is not; the message names the closest choice.
     """
     options = list(choices)
     if any(value is option or (isinstance(value, str) and value == option) for option in options):
@@ -24,7 +24,7 @@ def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
 
 
 def check_count(name: str, value: object, least: int = 1, most: float = math.inf) -> None:
-    """`value` must be an int (and no bool) of at least `least` and at most `most`.
+    """Checks that `value` is an int (not a bool) in [least, most].
 
     Raises:
         ConfigError: it is not.
@@ -35,7 +35,7 @@ def check_count(name: str, value: object, least: int = 1, most: float = math.inf
 
 
 def check_number(name: str, value: object, least: float, most: float = math.inf) -> None:
-    """`value` must be a finite real number in [least, most].
+    """Checks that `value` is a finite real number in [least, most].
 
     Raises:
         ConfigError: it is not.

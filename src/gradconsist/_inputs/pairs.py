@@ -1,4 +1,4 @@
-"""What a call may be given: every mistake gets the argument's name, what was found, and the remedy."""
+"""Checks of the arguments of a call. Each error names the argument, says what was found and what to do."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from gradconsist.types import Inputs
 
 @dataclass(frozen=True)
 class Pairs:
-    """The checked arguments of a call: B pairs on one device, without graph in target and weight.
+    """The checked arguments of a call: B pairs on one device.
 
     Attributes:
         weak: weak views.
         strong: strong views.
-        target: targets, [B, ...].
+        target: targets, [B, ...], without a graph.
         weight: [B], in float32 at least.
-        device: where they are.
+        device: their common device.
     """
 
     weak: Inputs
@@ -54,7 +54,7 @@ class Pairs:
         return self.target.shape[0]
 
     def first(self) -> Pairs:
-        """The first pair of positive weight alone, or else the first one, with weight 1."""
+        """Returns the first pair of positive weight (the first pair if there is none), with weight 1."""
         positive = self.weight.detach().nonzero().flatten()
         index = positive[:1] if len(positive) else positive.new_zeros(1)
         weight = torch.ones_like(self.weight[index].detach())
@@ -80,11 +80,11 @@ def check_pairs(
         The checked pairs.
 
     Raises:
-        InputTypeError: an argument is no tensor of a usable kind.
-        InputShapeError: batch sizes or ranks do not belong together.
+        InputTypeError: an argument is not a usable tensor.
+        InputShapeError: batch sizes or ranks do not match.
         InputValueError: an entry is out of range, or the views hold different constants.
         NonFiniteError: target or weight has NaN or infinite entries.
-        ConfigError: an input requires grad, which `fused=True` cannot serve.
+        ConfigError: an input requires grad, which `fused=True` does not support.
     """
     weak, strong = check_inputs("weak", weak), check_inputs("strong", strong)
     if not same_structure(weak, strong):
@@ -94,7 +94,7 @@ def check_pairs(
     size = leaves(weak)[0].shape[0]
     if leaves(strong)[0].shape[0] != size:
         raise InputShapeError(
-            f"`weak` has {size} samples and `strong` {leaves(strong)[0].shape[0]}: row i of both is one input."
+            f"`weak` has {size} samples and `strong` {leaves(strong)[0].shape[0]}: row i of both must be one input."
         )
     both = [*places("weak", weak), *places("strong", strong)]
     named = {place: member for place, member in both if isinstance(member, Tensor)}
@@ -120,7 +120,7 @@ def check_pairs(
 
 
 def check_target(target: Any, size: int, default_loss: bool) -> Tensor:
-    """The target without its graph, one row a sample.
+    """Checks the target and detaches it; it must have one row per sample.
 
     Args:
         target: what the user passed.
@@ -131,9 +131,9 @@ def check_target(target: Any, size: int, default_loss: bool) -> Tensor:
         The checked target.
 
     Raises:
-        InputTypeError: no tensor of a usable kind.
-        InputShapeError: another number of rows.
-        InputValueError: a negative class, or rows that are not probabilities.
+        InputTypeError: the target is not a usable tensor.
+        InputShapeError: the number of rows is wrong.
+        InputValueError: a class is negative, or rows are not probabilities.
     """
     if not isinstance(target, Tensor):
         raise InputTypeError(
@@ -141,7 +141,9 @@ def check_target(target: Any, size: int, default_loss: bool) -> Tensor:
             " arrays: torch.from_numpy)."
         )
     if target.dim() == 0 or target.shape[0] != size:
-        raise InputShapeError(f"`target` has shape {tuple(target.shape)}, the views {size} samples: one row a pair.")
+        raise InputShapeError(
+            f"`target` has shape {tuple(target.shape)}, but there are {size} pairs: pass one row per pair."
+        )
     target = target.clone() if target.is_inference() else target.detach()
     if not default_loss:
         return target
@@ -172,7 +174,7 @@ def _check_probabilities(target: Tensor) -> None:
     if not bool(torch.isfinite(target).all()):
         raise NonFiniteError("`target` has NaN or infinite entries: pass probabilities.")
     total = target.double().sum(1)
-    # A row of C rounded entries is off by up to C / 2 units in the last place.
+    # The sum of C rounded entries is off by up to C / 2 units in the last place.
     tolerance = max(1e-3, target.shape[1] * torch.finfo(target.dtype).eps)
     if bool((target < 0).any()) or bool(((total - 1).abs() > tolerance).any()):
         binary = bool(((target == 0) | (target == 1)).all())
@@ -184,22 +186,22 @@ def _check_probabilities(target: Tensor) -> None:
 
 
 def check_weight(weight: Any, target: Tensor, fused: bool) -> Tensor:
-    """Weights [B] in float32 at least; ones for None.
+    """Checks the weights [B] and returns them in float32 at least; ones for None.
 
     Args:
         weight: what the user passed.
-        target: one row a weight, on the device that both must share.
+        target: checked target, one row per weight, on the device that both must share.
         fused: whether the weights cannot get a gradient.
 
     Returns:
         The checked weights.
 
     Raises:
-        InputTypeError: no real or boolean tensor.
-        InputShapeError: another shape than [B].
-        ConfigError: it requires grad, which `fused=True` cannot serve.
-        NonFiniteError: NaN or infinite entries.
-        InputValueError: negative entries.
+        InputTypeError: the weight is not a real or boolean tensor.
+        InputShapeError: its shape is not [B].
+        ConfigError: it requires grad, which `fused=True` does not support.
+        NonFiniteError: it has NaN or infinite entries.
+        InputValueError: it has negative entries.
     """
     if weight is None:
         return torch.ones(target.shape[0], device=target.device)
@@ -209,7 +211,9 @@ def check_weight(weight: Any, target: Tensor, fused: bool) -> Tensor:
             f"`weight` is {found}: pass a real or boolean tensor [B] (for NumPy arrays: torch.from_numpy)."
         )
     if weight.shape != target.shape[:1]:
-        raise InputShapeError(f"`weight` has shape {tuple(weight.shape)}, expected ({target.shape[0]},): one a pair.")
+        raise InputShapeError(
+            f"`weight` has shape {tuple(weight.shape)}, expected ({target.shape[0]},): pass one weight per pair."
+        )
     if fused and weight.requires_grad:
         raise ConfigError(
             "`weight` requires grad, but `fused=True` forms gradients for the model's parameters only: detach it, or"
@@ -235,21 +239,24 @@ def non_finite_tensor(model: nn.Module, weak: Inputs, strong: Inputs) -> str | N
 
 
 def check_one_device(model: nn.Module, tensors: dict[str, torch.Tensor]) -> torch.device:
-    """The device that model and inputs share.
+    """Checks that model and inputs are on one device, and returns it.
 
     Args:
         model: the model.
-        tensors: inputs by the name that a message should use.
+        tensors: inputs, each with its name for a message.
 
     Returns:
         The device.
 
     Raises:
-        DeviceError: parameters or inputs lie on several devices, or on the meta device.
+        DeviceError: parameters or inputs are on several devices, or on the meta device.
     """
     places = {str(parameter.device) for parameter in model.parameters()}
     if len(places) != 1:
-        raise DeviceError(f"the parameters of `model` lie on {sorted(places)}: a model split over devices is refused.")
+        raise DeviceError(
+            f"the parameters of `model` are on {sorted(places)}: move them to one device, since a split model is not"
+            " supported."
+        )
     device = next(model.parameters()).device
     if device.type == "meta":
         raise DeviceError(

@@ -1,7 +1,7 @@
-"""Which parameters are compared, and which are differentiated for.
+"""Selects the parameters whose gradients are compared, and those that get a gradient.
 
-Compared (E in the formulas): the trainable parameters that `encoder` names. Differentiated: every trainable parameter
-of the model, because the compared gradients depend on all of them.
+The compared parameters (E in the formulas) are the trainable ones that `encoder` selects. L_g is differentiated for
+every trainable parameter of the model, because the compared gradients depend on all of them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Encoder: TypeAlias = nn.Module | Sequence[nn.Module] | Callable[[str], bool] | N
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, Parameter]:
-    """Every parameter with ``requires_grad``, by its first name in ``model.named_parameters()`` (tied ones once).
+    """Returns every parameter with ``requires_grad`` and its first name in ``model.named_parameters()`` (tied: once).
 
     Args:
         model: the model.
@@ -39,13 +39,13 @@ def trainable_parameters(model: nn.Module) -> dict[str, Parameter]:
 
 
 def holds(module: nn.Module, parameters: Iterable[Parameter]) -> bool:
-    """Whether `parameters` are parameters of `module`, so that what trains `module` trains them."""
+    """Tells whether all `parameters` belong to `module`, so that training `module` trains them."""
     own = {id(parameter) for parameter in module.parameters()}
     return all(id(parameter) in own for parameter in parameters)
 
 
 def compared_parameters(model: nn.Module, encoder: Encoder) -> dict[str, Parameter]:
-    """The trainable parameters that `encoder` names.
+    """Returns the trainable parameters that `encoder` selects.
 
     Args:
         model: the model.
@@ -88,7 +88,7 @@ def compared_parameters(model: nn.Module, encoder: Encoder) -> dict[str, Paramet
         if parameter.is_complex():
             raise ParameterSelectionError(
                 f"the compared parameter {name!r} is {parameter.dtype}, and the cosine of complex gradients is not"
-                " defined here: leave it out by `encoder`, or keep its real and imaginary parts as the parameter."
+                " defined here: leave it out with `encoder`, or store its real and imaginary parts as the parameter."
             )
     if not chosen and named:
         raise ParameterSelectionError(
@@ -123,7 +123,7 @@ def _everything(name: str) -> bool:
 
 
 def _parameters_of(model: nn.Module, modules: Sequence[nn.Module]) -> set[int]:
-    """Identities of the parameters of `modules`, which may be submodules or fresh containers of them."""
+    """Returns the ids of the parameters of `modules`, which may be submodules or new containers of submodules."""
     own = {id(parameter) for parameter in model.parameters()}
     wanted: set[int] = set()
     for position, module in enumerate(modules):

@@ -1,4 +1,4 @@
-"""Sums in float32 at least: in 16 bits a sum of squares loses digits, and may overflow where its terms do not."""
+"""Widens tensors to float32 before they are summed: in 16 bits a sum of squares loses digits and may overflow."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def wide_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype of `tensor`, or float32 where that is narrower."""
+    """Returns the dtype of `tensor`, or float32 if that dtype is narrower."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """`tensor` in `wide_dtype`; the same object where it has it already."""
+    """Converts `tensor` to `wide_dtype`; returns the same object if it has that dtype already."""
     return tensor.to(wide_dtype(tensor))

@@ -1,4 +1,4 @@
-"""Weights as pure functions of the step: a resumed run has nothing to restore but the step."""
+"""Weights as pure functions of the step, so that a resumed run has only the step to restore."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 
 def linear_ramp(step: int, steps: int) -> float:
-    """min(1, step / steps): 0 at step 0, 1 from `steps` on; always 1 for ``steps=0``.
+    """Ramps as min(1, step / steps): 0 at step 0, 1 from `steps` on; always 1 for ``steps=0``.
 
     >>> [linear_ramp(step, 4) for step in (0, 1, 4, 9)]
     [0.0, 0.25, 1.0, 1.0]
@@ -15,9 +15,9 @@ def linear_ramp(step: int, steps: int) -> float:
 
 
 def warmup_then_ramp(step: int, weight: float, warmup_steps: int, ramp_steps: int = 0) -> float:
-    """lambda(t): 0 while step < warmup_steps, then `weight`, reached linearly over `ramp_steps`.
+    """Returns lambda(t): 0 while step < warmup_steps, then `weight`, reached linearly over `ramp_steps`.
 
-    The ramp's first step has weight / ramp_steps and not 0, so that the term is there from the warm-up's end on.
+    The ramp's first step has weight / ramp_steps rather than 0, so the term is active as soon as the warm-up ends.
 
     >>> [warmup_then_ramp(step, 0.1, 1000) for step in (0, 999, 1000)]
     [0.0, 0.0, 0.1]
@@ -30,7 +30,7 @@ def warmup_then_ramp(step: int, weight: float, warmup_steps: int, ramp_steps: in
 
 
 def sigmoid_ramp(step: int, steps: int) -> float:
-    """exp(-5 (1 - t)^2) with t = min(1, step / steps): slow at first, 1 from `steps` on; always 1 for ``steps=0``.
+    """Ramps as exp(-5 (1 - t)^2) with t = min(1, step / steps): slow at first, 1 from `steps`; 1 for ``steps=0``.
 
     >>> [round(sigmoid_ramp(step, 4), 4) for step in (0, 2, 4, 9)]
     [0.0067, 0.2865, 1.0, 1.0]

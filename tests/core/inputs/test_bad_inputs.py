@@ -231,7 +231,7 @@ TABLE: list[Bad | Refused | Handled | Elsewhere] = [
         5,
         "few labels",
         InputShapeError,
-        r"`target` has shape \(4,\), the views 5 .*row",
+        r"`target` has shape \(4,\), but there are 5 pairs: .*row",
         put(target=lambda t: t[:4]),
     ),
     Bad(
@@ -317,7 +317,7 @@ TABLE: list[Bad | Refused | Handled | Elsewhere] = [
         "`weak` is on meta, .*cpu: move",
         put(weak=lambda x: x.to("meta")),
     ),
-    Refused(26, "a model on two devices", DeviceError, r"\['cpu', 'meta'\]: a model split over", _split),
+    Refused(26, "a model on two devices", DeviceError, r"\['cpu', 'meta'\]: move them to one device", _split),
     Refused(
         27,
         "meta tensors",
