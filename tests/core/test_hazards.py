@@ -255,7 +255,7 @@ PARALLEL: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "FSDP1 inside, names kept": (lambda: _fsdp1("inside", use_orig_params=True), "sharded by FSDP"),
     "FSDP2": (lambda: _fsdp2("whole"), "`model` is sharded by FSDP.*DistributedDataParallel"),
     "FSDP2 part": (lambda: _fsdp2("part"), r"`model\.stem` is sharded by FSDP"),
-    "tensor parallel": (_tensor_parallel, r"`model\.stem` has the parameter 'weight' of the kind DTensor.*plain"),
+    "tensor parallel": (_tensor_parallel, r"`model\.stem` has the parameter 'weight' of type DTensor.*plain"),
 }
 
 

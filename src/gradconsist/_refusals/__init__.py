@@ -1,5 +1,6 @@
-"""No number rather than a wrong one: what is refused, and how it is said.
+"""Raises an error where a number would be wrong.
 
-`models` looks at modules before anything runs, `graphs` at autograd graphs, `limits` at what torch says, `failures` at
-errors of the user's own model, `loading` at state dicts. Each message names what was found and the remedy.
+`models` checks modules before anything runs, and `graphs` checks autograd graphs. `limits` explains errors of torch,
+`failures` errors of the user's model, and `loading` checks state dicts. Each message says what was found and what to
+do.
 """

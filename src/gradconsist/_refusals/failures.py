@@ -1,4 +1,4 @@
-"""Errors of the user's own model and loss, told with the view, the module, torch's own words and the remedy."""
+"""Explains errors of the user's model and loss: which view, which module, what torch said, and what to do."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from gradconsist.errors import GradConsistError, InputTypeError, ModelError, Uns
 from gradconsist.types import Inputs
 
 Works = Callable[[Inputs], bool]
-"""Whether the model runs on these inputs."""
+"""Tells whether the model runs on these inputs."""
 
 _RAW = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
-# What says how wide a layer's input must be, by torch's words for another width.
+# Torch's words for an input of the wrong width, the attributes that hold the right width, and where it belongs.
 _WIDTHS = (
     (r"mat1 and mat2 shapes|size mismatch", ("in_features",), "as the size of the last dimension"),
     (r"channels", ("in_channels", "num_channels"), "as the size of dimension 1"),
@@ -36,19 +36,19 @@ _CASTS = {
     torch.float16: ".half()",
     torch.bfloat16: ".bfloat16()",
 }
-# How exported programs say which batch they take.
+# How exported programs say which batch size they take.
 _GUARDS = re.compile(r"size\(\)\[0\] == (\d+)|shape\[0\] to be equal to (\d+)")
 
 
 def innermost(model: nn.Module, error: BaseException) -> tuple[str, nn.Module] | None:
-    """The module of `model` in whose forward `error` was raised.
+    """Finds the innermost module of `model` in whose forward `error` was raised.
 
     Args:
         model: the whole model.
-        error: with its traceback.
+        error: the error, with its traceback.
 
     Returns:
-        Path ("" is the model itself) and module; None where no forward of the model was running.
+        Path ("" is the model itself) and module; None if no forward of the model was running.
     """
     paths = {id(module): path for path, module in model.named_modules()}
     found = None
@@ -62,18 +62,18 @@ def innermost(model: nn.Module, error: BaseException) -> tuple[str, nn.Module] |
 def model_failure(
     error: Exception, model: nn.Module, views: Mapping[str, Inputs], works: Works | None = None, root: str = "model"
 ) -> GradConsistError | None:
-    """The library's own error for one that the user's model or loss raised.
+    """Turns an error raised by the user's model or loss into one of this library's.
 
     Args:
         error: what was raised, with its traceback.
         model: the model, or a module that holds it.
-        views: what it ran on, by the name that a message should use.
+        views: its inputs, each with its name for a message.
         works: tries the model on inputs; None if it must not run again.
-        root: what the paths of `model` begin with in a message; "" for nothing.
+        root: prefix of the paths of `model` in a message; "" for none.
 
     Returns:
-        The error to raise from `error`. None for an error that is no failure of the model, and for exceptions of
-        neither Python's nor torch's own classes: those are the user's.
+        The error to raise from `error`. None if `error` did not come from the model, or if its class belongs to
+        neither Python nor torch: such exceptions are the user's own.
     """
     if type(error).__module__.split(".")[0] not in ("builtins", "torch") or not isinstance(error, _RAW):
         return None
@@ -100,7 +100,7 @@ def model_failure(
         sizes = guard[1] or guard[2]
     if sizes is not None:
         return UnsupportedModuleError(
-            f"the model takes only batches of size {sizes}, and this library runs single samples and chunks of a call:"
+            f"the model takes only batches of size {sizes}, but this library runs single samples and chunks of a call:"
             " write the forward for any batch size (`x.flatten(1)` and not `x.view(8, -1)`, `x.squeeze(1)` and not"
             " `x.squeeze()`), or export with a dynamic batch dimension (in torch.export.export:"
             " `dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)`)."
@@ -125,7 +125,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _failed_loss(error: Exception) -> tuple[Any, Tensor] | None:
-    """Output and target of the call of `loss_fn` in which `error` was raised."""
+    """Returns output and target of the call of `loss_fn` in which `error` was raised; None if it was not in one."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         values = frame.f_locals
         if frame.f_code is ModelWithLoss.forward.__code__ and "output" in values:
@@ -146,10 +146,10 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _described(views: Mapping[str, Inputs]) -> str:
-    """Names, dtypes and shapes, those that are alike together."""
+    """Lists names, dtypes and shapes of the views; grouped if dtype and shape are equal."""
     alike: dict[str, list[str]] = {}
     for name, view in views.items():
-        # A normalised view is a tensor, a dict or a tuple; batches of methods may also hold lists.
+        # A checked view is a tensor, a dict or a tuple, but a method's batch may also hold lists.
         for place, leaf in places(name, tuple(view) if isinstance(view, list) else view):
             if isinstance(leaf, Tensor):
                 alike.setdefault(_kind(leaf), []).append(f"`{place}`")
@@ -157,14 +157,14 @@ def _described(views: Mapping[str, Inputs]) -> str:
 
 
 def _named(model: nn.Module) -> dict[str, inspect.Parameter]:
-    """The arguments of the model's forward that have a name."""
+    """Returns the arguments that the model's forward declares, without `*args` and `**kwargs`."""
     several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = inspect.signature(model.forward).parameters
     return {key: parameter for key, parameter in parameters.items() if parameter.kind not in several}
 
 
 def _other_arguments(model: nn.Module, name: str, view: Inputs) -> str | None:
-    """What to say if the model's forward does not take such a view at all."""
+    """Returns a message if the signature of the model's forward does not fit the view, else None."""
     keywords = dict(view) if isinstance(view, Mapping) else {}
     arguments = () if isinstance(view, Mapping) else (view,) if isinstance(view, Tensor) else tuple(view)
     try:
@@ -181,7 +181,7 @@ def _other_arguments(model: nn.Module, name: str, view: Inputs) -> str | None:
     if not isinstance(view, Mapping):
         count = f"{len(arguments)} tensor{'s' if len(arguments) > 1 else ''}"
         return (
-            f"`{name}` gives the model {count}, and the forward of {type(model).__name__} takes {takes}: {reason}. Pass"
+            f"`{name}` gives the model {count}, but the forward of {type(model).__name__} takes {takes}: {reason}. Pass"
             " a tuple with one tensor for each argument, or a dict with the arguments' names as keys."
         )
     missing = [
@@ -190,18 +190,18 @@ def _other_arguments(model: nn.Module, name: str, view: Inputs) -> str | None:
     extra = [key for key in keywords if key not in named]
     parts = [f"{what} {', '.join(map(repr, keys))}" for what, keys in (("missing", missing), ("extra", extra)) if keys]
     return (
-        f"`{name}` has the keys {', '.join(map(repr, keywords))}, and the forward of {type(model).__name__} takes"
+        f"`{name}` has the keys {', '.join(map(repr, keywords))}, but the forward of {type(model).__name__} takes"
         f" {takes} ({'; '.join(parts) or reason}): pass a dict with the keys that the forward takes."
     )
 
 
 def _tried(views: Mapping[str, Inputs], works: Works) -> tuple[dict[str, Inputs], str | None]:
-    """The views on which the model fails, and the batch sizes that it takes if it does not take all."""
+    """Returns the views on which the model fails, and the batch sizes that work if only some do."""
     failing = {name: view for name, view in views.items() if not works(view)}
     for view in (failing or views).values():
         first, count = leaves(view)[0], len(leaves(view)[0])
         sizes = sorted({1, 2, count, 2 * count})
-        # One sample again and again: what fails for other numbers of it depends on the number alone.
+        # One sample repeated: if the model fails for some of these sizes, only the size can be the cause.
         rows = {size: torch.zeros(size, dtype=torch.long, device=first.device) for size in sizes}
         taken = [size for size in sizes if works(take(view, rows[size]))]
         if 0 < len(taken) < len(sizes):

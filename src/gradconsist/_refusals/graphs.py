@@ -1,4 +1,4 @@
-"""Looks into autograd graphs for what would be wrong in silence."""
+"""Searches autograd graphs for operations whose result would be silently wrong."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from gradconsist.errors import ConfigError, UnsupportedModuleError
 
-# Operators whose second derivative under vmap is wrong in silence, by what they leave in the graph; docs/
-# torch-derivatives.md. `forward` computes them by formula wherever Python sees the call.
+# Nodes of operators whose second derivative under vmap is silently wrong (docs/torch-derivatives.md). Where the call
+# comes from Python, `_forward` computes them with another formula.
 _WRONG_UNDER_VMAP = {
     "NativeLayerNormBackwardBackward0": "LayerNorm",
     "NativeBatchNormBackwardBackward0": "InstanceNorm or BatchNorm",
@@ -18,27 +18,27 @@ _WRONG_UNDER_VMAP = {
 }
 
 
-# What `once_differentiable`, and torch itself, leave in a graph that cannot be differentiated.
+# Nodes that `once_differentiable` and torch itself put into a graph that cannot be differentiated.
 _CUTS = ("torch::autograd::Error", "Error", "DelayedError", "NotImplemented")
 
 
 def name_of(node: Any) -> str:
-    """What a node computes. By its class: a custom Function may set an attribute ``name`` of its own."""
+    """Returns a node's name. It asks the class, because a custom Function may set an attribute ``name``."""
     return str(type(node).name(node))
 
 
 def leaf_of(node: Any) -> Tensor | None:
-    """The tensor that waits for a gradient at this node, if it is such a node."""
+    """Returns the leaf tensor whose gradient this node accumulates, or None."""
     return node.variable if name_of(node) == "torch::autograd::AccumulateGrad" else None
 
 
 def cut_node(*tensors: Tensor) -> bool:
-    """Whether the graph of `tensors` has a node that only raises."""
+    """Tells whether the graph of `tensors` has a node that only raises an error."""
     return any(name_of(node) in _CUTS for node in nodes(*tensors))
 
 
 def nodes(*tensors: Tensor, behind: Sequence[Tensor] = ()) -> Iterator[Any]:
-    """Every node of the graph that ends in `tensors`, once, as far as to those that made `behind`."""
+    """Yields each node of the graph of `tensors` once, and stops at the nodes that made the tensors in `behind`."""
     seen: set[Any] = {tensor.grad_fn for tensor in behind}
     stack = [tensor.grad_fn for tensor in tensors]
     while stack:
@@ -51,12 +51,12 @@ def nodes(*tensors: Tensor, behind: Sequence[Tensor] = ()) -> Iterator[Any]:
 
 
 def leaves_of(*tensors: Tensor) -> set[int]:
-    """Identities of the tensors that a backward of `tensors` would reach and give a gradient."""
+    """Returns the ids of the leaf tensors that would get a gradient from a backward of `tensors`."""
     return {id(leaf) for node in nodes(*tensors) if (leaf := leaf_of(node)) is not None}
 
 
 def used_otherwise(loss: Tensor, tensors: Mapping[str, Tensor], kind: str) -> set[str]:
-    """Names of the leaves in `tensors` that another operation than `kind`, the name of its node, uses in the graph."""
+    """Returns the names of the leaves in `tensors` that some node other than `kind` uses in the graph of `loss`."""
     names = {id(tensor): name for name, tensor in tensors.items()}
     found = set()
     for node in nodes(loss) if tensors else ():
@@ -66,19 +66,19 @@ def used_otherwise(loss: Tensor, tensors: Mapping[str, Tensor], kind: str) -> se
 
 
 def check_first_derivative(loss: Tensor, own: Mapping[str, Tensor]) -> None:
-    """Refuses what hides parameters from `torch.autograd.grad`, and what has a wrong second derivative.
+    """Refuses a graph that hides parameters from `torch.autograd.grad` or has a wrong second derivative.
 
-    Reentrant checkpointing keeps the parameters inside out of the graph: `autograd.grad` reads their gradient as zero,
-    without an error where no differentiated parameter lies before the checkpoint. A parameter that is used through
-    another name than the module's own (a list, a closure) cannot be replaced, so engines would disagree.
+    Reentrant checkpointing keeps the parameters inside it out of the graph. `autograd.grad` then returns zero for them,
+    without an error if no differentiated parameter comes before the checkpoint. A parameter that is used through a
+    reference outside its module (a list, a closure) cannot be replaced, so engines would disagree.
 
     Args:
-        loss: a loss of the model with copies in place of its parameters, with its graph.
-        own: the model's parameters, by name, none of which should be in that graph.
+        loss: a loss of the model run with copies in place of its parameters, with its graph.
+        own: the model's parameters with their names; none of them should be in that graph.
 
     Raises:
-        UnsupportedModuleError: the model checkpoints in the reentrant way, uses a parameter past its module, or
-            reaches torch's own weight_norm.
+        UnsupportedModuleError: the model uses reentrant checkpointing, a parameter through a reference outside its
+            module, or torch's own weight_norm.
     """
     names = {id(parameter): name for name, parameter in own.items()}
     for node in nodes(loss):
@@ -103,13 +103,13 @@ def check_first_derivative(loss: Tensor, own: Mapping[str, Tensor]) -> None:
 
 
 def check_batched(gradients: Sequence[Tensor]) -> None:
-    """Refuses per-sample gradients by vmap whose derivative would be wrong.
+    """Refuses per-sample gradients from vmap whose derivative would be wrong.
 
     Args:
         gradients: per-sample gradients, with their graph.
 
     Raises:
-        UnsupportedModuleError: the model reaches an operator of torch that is wrong under vmap.
+        UnsupportedModuleError: the model calls an operator of torch that is wrong under vmap.
     """
     for name in {name_of(node) for node in nodes(*gradients)} & set(_WRONG_UNDER_VMAP):
         raise UnsupportedModuleError(
@@ -120,10 +120,11 @@ def check_batched(gradients: Sequence[Tensor]) -> None:
 
 
 def check_scripts(loss: Tensor) -> None:
-    """Refuses scripted functions for per-sample gradients by vmap.
+    """Refuses scripted functions, which vmap differentiates only once.
 
-    A warm one differentiates by a graph of its own, which under vmap of grad loses the way to the parameters outside:
-    the first derivative is right, and its own derivative is missing, in silence (seen in torch 2.6, 2.13 and 2.15).
+    After its first runs a scripted function uses its own autograd graph, which under vmap of grad is not connected to
+    the parameters outside. The first derivative is right; the second is silently missing (seen in torch 2.6, 2.13 and
+    2.15).
 
     Args:
         loss: a loss outside vmap, with its graph, of a model that has run before.
@@ -141,8 +142,8 @@ def check_scripts(loss: Tensor) -> None:
 def check_second_derivative(loss: Tensor, parameters: Sequence[Tensor], *, fused: bool) -> None:
     """Refuses a graph of per-sample gradients whose derivative would be incomplete.
 
-    `once_differentiable` leaves a node that raises when it is run, and cuts the graph behind it: a derivative for named
-    parameters never runs it, and misses a part without an error.
+    `once_differentiable` puts in a node that raises when it runs, and cuts the graph there. A derivative with respect
+    to given parameters never runs that node, so a part is missing without an error.
 
     Args:
         loss: a loss of per-sample gradients, with its graph.
@@ -151,11 +152,11 @@ def check_second_derivative(loss: Tensor, parameters: Sequence[Tensor], *, fused
 
     Raises:
         UnsupportedModuleError: a function in the model has no second derivative.
-        ConfigError: `fused`, and something else waits for a gradient.
+        ConfigError: with `fused`, another tensor in the graph requires grad.
     """
     expected = {id(parameter) for parameter in parameters}
     foreign: list[Tensor] = []
-    # Parameters may have a history of their own, where functional_call put other tensors in their place.
+    # The search stops at the parameters: functional_call may have replaced them by tensors that have a graph.
     for node in nodes(loss, behind=parameters):
         if name_of(node) in _CUTS:
             raise UnsupportedModuleError(

@@ -1,4 +1,4 @@
-"""Whether a `state_dict` belongs to the module that it is loaded into, judged by its keys before anything is loaded."""
+"""Checks by its keys, before loading, that a `state_dict` belongs to the module it is loaded into."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _WRAPPERS = {"module.": "DistributedDataParallel", "_orig_mod.": "torch.compile"
 
 
 def check_keys(owner: nn.Module, state: Any, name: str) -> None:
-    """Refuses the state of another object: of a module inside `owner`, of one around it, or of a wrapped one.
+    """Refuses the state of another object: a module inside `owner`, a module around it, or a wrapped one.
 
-    Other differences are left to torch, which names the keys.
+    Torch reports all other differences, with the keys.
 
     Args:
-        owner: what the state is loaded into.
-        state: what was given.
-        name: what a message should call `owner`.
+        owner: the module that the state is loaded into.
+        state: what the user passed.
+        name: name of `owner` in a message.
 
     Raises:
-        StateError: the keys are those of something else.
+        StateError: the keys belong to another object.
     """
     if not isinstance(state, Mapping):
         raise StateError(f"`state_dict` is a {type(state).__name__}: pass what `{name}.state_dict()` returned.")
@@ -58,7 +58,7 @@ def check_keys(owner: nn.Module, state: Any, name: str) -> None:
 
 
 def _owner_of(owner: nn.Module, own: Collection[str], given: Collection[str]) -> str | None:
-    """The path of the first module of `owner`, itself included, that has all the keys `given`."""
+    """Returns the path of the first module of `owner`, itself included, that has all the keys `given`."""
     for path, _ in owner.named_modules():
         if all((f"{path}.{key}" if path else key) in own for key in given):
             return path

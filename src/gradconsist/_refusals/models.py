@@ -1,4 +1,4 @@
-"""Models that are refused by name, because a number would be wrong or torch would fail far from the cause."""
+"""Refuses models for which a number would be wrong, or torch would fail far from the cause."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from gradconsist._inputs.batch import is_wrapper
 from gradconsist.errors import ConfigError, UnsupportedModuleError
 
-# By the class's qualified name: most of these live in modules that are slow or impossible to import everywhere.
+# By qualified name, because most of these classes are slow, or not everywhere possible, to import.
 _WRAPPERS = {
     "torch.nn.parallel.distributed.DistributedDataParallel": (
         "pass the inner model (`ddp.module`) to the loss and wrap the step instead: DDP(GGCRWrapper(method, loss))"
@@ -38,14 +38,14 @@ _ONCE = {
 
 
 def check_model(model: object) -> None:
-    """Refuses a model that cannot be compared exactly.
+    """Refuses a model whose gradients cannot be compared exactly.
 
     Args:
         model: what the user passed as `model`.
 
     Raises:
         ConfigError: it is not a module.
-        UnsupportedModuleError: it, or a module inside it, is of a kind that is refused; the message names its path.
+        UnsupportedModuleError: the model or a module inside it is not supported; the message names its path.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"`model` is a {type(model).__name__}, not a torch.nn.Module: pass the module itself.")
@@ -69,7 +69,7 @@ def check_model(model: object) -> None:
         if "replicate" in composed:
             raise UnsupportedModuleError(
                 f"{where} was replicated in place (`replicate`), which counts every forward of the model as a step:"
-                " leave the model as it is and wrap the step instead: DDP(GGCRWrapper(method, loss))."
+                " leave the model unchanged and wrap the step instead: DDP(GGCRWrapper(method, loss))."
             )
         sharded = any(getattr(p, "_fsdp_flattened", False) for p in module._parameters.values())
         if sharded or "fully_shard" in composed or type(module).__name__.startswith("FSDP"):
@@ -85,7 +85,7 @@ def _is_of(module: nn.Module, names: Collection[str]) -> bool:
 
 
 def _composed(module: nn.Module) -> Collection[str]:
-    """Names of the functions of torch.distributed that changed `module` in place."""
+    """Returns the names of the functions of torch.distributed that changed `module` in place."""
     contract: Any = sys.modules.get("torch.distributed._composable.contract")
     return (contract._get_registry(module) or ()) if hasattr(contract, "_get_registry") else ()
 
@@ -94,7 +94,7 @@ def _check_parameter(where: str, name: str, parameter: nn.Parameter) -> None:
     kind = type(parameter.data)
     if kind.__name__ == "DTensor" or (parameter.requires_grad and is_wrapper(parameter)):
         raise UnsupportedModuleError(
-            f"{where} has the parameter {name!r} of the kind {kind.__name__}, which is no ordinary dense tensor: use a"
+            f"{where} has the parameter {name!r} of type {kind.__name__}, which is not an ordinary dense tensor: use a"
             " model with plain parameters (for several processes: DistributedDataParallel over the wrapper)."
         )
     if parameter.requires_grad and parameter.is_inference():
@@ -117,8 +117,8 @@ def _check_module(where: str, module: nn.Module) -> None:
         )
     if isinstance(module, nn.CrossMapLRN2d):
         raise UnsupportedModuleError(
-            f"{where} is a CrossMapLRN2d, whose derivative in torch is not that of its value, and which has no second"
-            " one: use LocalResponseNorm."
+            f"{where} is a CrossMapLRN2d, whose first derivative is wrong in torch and which has no second derivative:"
+            " use LocalResponseNorm."
         )
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         raise UnsupportedModuleError(
@@ -137,6 +137,6 @@ def _check_module(where: str, module: nn.Module) -> None:
 
 
 def process_count() -> int:
-    """W, the number of processes of the default group; 1 where there is none."""
+    """Returns W, the number of processes in the default group; 1 if there is no group."""
     ready = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if ready else 1

@@ -295,7 +295,7 @@ FAILS = [
           r"`weak\['ids'\]` .*`strong\['mask'\]` .*`model\.words` \(Embedding\).*integers: pass ids with `\.long\(\)`"),
     Fails("ids too large", Text, {"ids": IDS, "mask": MASK}, {"ids": IDS + 1, "mask": MASK},
           r"failed on `strong\['ids'\]` .*`model\.words`.*ids from 0 to 6 \(num_embeddings=7\)", cause=IndexError),
-    Fails("a key less", Text, {"ids": IDS}, {"ids": IDS}, r"`weak` has the keys 'ids', and the forward of Text takes"
+    Fails("a key less", Text, {"ids": IDS}, {"ids": IDS}, r"`weak` has the keys 'ids', but the forward of Text takes"
           r" 'ids', 'mask', 'scale' \(optional\) \(missing 'mask'\)", InputTypeError, TypeError),
     Fails("a key more", Text, {"ids": IDS, "mask": MASK, "y": IDS}, {"ids": IDS, "mask": MASK, "y": IDS},
           r"`weak` has the keys 'ids', 'mask', 'y', .*\(extra 'y'\)", InputTypeError, TypeError),
