@@ -1,6 +1,7 @@
-"""Each sample stands for itself: how the user's model is run so that a per-sample loss is a function of its own sample.
+"""Runs the user's model so that each per-sample loss depends on its own sample only.
 
-`per_sample` is the forward. In it, `batchnorm` holds statistics constant, `exact_operators` stand in for torch's where
-its second derivative is wrong, `remembered` puts back what modules keep. `statistics` takes BatchNorm's joint
-statistics, `observer` those of a method's own forward. `sandbox`, `isolation` and `randomness` go around it.
+`per_sample` is the forward. Inside it, `batchnorm` holds statistics constant, `exact_operators` replaces operators of
+torch with a wrong second derivative, and `remembered` restores what modules keep between forwards. `statistics` takes
+BatchNorm's joint statistics, `observer` those of a method's forward. `sandbox`, `isolation` and `randomness` protect
+the process and the model around a forward.
 """

@@ -1,18 +1,20 @@
 """BatchNorm with constant statistics, as an explicit affine map.
 
 With batch statistics a sample's output depends on its neighbours, so "the gradient of one sample" needs a definition.
-Ours: the statistics that the forward would use are constants, and are never updated by us. With them BatchNorm is
+We take the statistics that the forward would use, hold them constant, and never update the running ones. BatchNorm is
+then
 
     y = (x - mean) * scale + beta,    scale = gamma / sqrt(var + eps)
 
-and every engine, per sample or in chunks, computes the same numbers. The fused operator in evaluation mode would do as
-well in theory; it has no batching rule under `torch.func.vmap` and an expensive second derivative.
+and every engine, per sample or in chunks, computes the same numbers. The fused operator in eval mode would do in
+theory, but it has no batching rule under `torch.func.vmap` and an expensive second derivative.
 
-Calls are told apart by their position in the forward, not by module: a layer that runs twice has two sets of
-statistics, and a function that calls `F.batch_norm` without a module works like any other.
+Calls are identified by their position in the forward, not by module. So a layer that runs twice has two sets of
+statistics, and a function that calls `F.batch_norm` without a module works too.
 
-A call whose input does not grow with the batch normalises no samples, but a parameter (weight standardisation, as timm
-writes it) or one map at a time. It is no matter of neighbours: it takes its own statistics, with their graph.
+If the input of a call does not grow with the batch, the call does not normalise samples but a parameter (weight
+standardisation, as timm writes it) or one map at a time. Neighbours do not matter there, so the call uses the
+statistics of its own input, with their graph.
 """
 
 from __future__ import annotations
@@ -27,17 +29,17 @@ from gradconsist._inputs.precision import wide
 from gradconsist.errors import ConfigError, InputShapeError, UnsupportedModuleError
 
 BatchNormPolicy: TypeAlias = Literal["auto", "batch", "running", "observed"]
-WEAK, STRONG = 0, 1  # which view a sample is, where the views have constants of their own
+WEAK, STRONG = 0, 1  # which view a sample is, if the two views have different constants
 
 
 class Statistics(NamedTuple):
     """Mean and biased variance of one BatchNorm call, [channels] each.
 
     Attributes:
-        mean: over the batch and all positions.
-        variance: likewise.
-        rows: leading size of the input that they were taken of; 0 if unknown.
-        samples: of the forward that they were taken in; 0 if unknown.
+        mean: mean over the batch and all positions.
+        variance: biased variance over the same.
+        rows: first dimension of the call's input; 0 if unknown.
+        samples: number of samples in that forward; 0 if unknown.
     """
 
     mean: Tensor
@@ -47,15 +49,15 @@ class Statistics(NamedTuple):
 
 
 Constants: TypeAlias = "list[Statistics] | tuple[list[Statistics], list[Statistics]]"
-"""Constants of a forward's BatchNorm calls: one list for all samples, or one for weak and one for strong views."""
+"""Constants for the BatchNorm calls of a forward: one list for all samples, or one for weak and one for strong."""
 
 
 class StatisticsMissingError(Exception):
-    """A forward met a BatchNorm in batch mode though no statistics were taken; caught inside the library."""
+    """A BatchNorm ran in batch mode before statistics were taken; caught inside the library."""
 
 
 def batch_statistics(x: Tensor) -> Statistics:
-    """Statistics over the batch and all positions, in float32 at least; with the graph of `x`, if it has one.
+    """Computes statistics over the batch and all positions, in float32 at least, with the graph of `x` if it has one.
 
     Args:
         x: input of a BatchNorm, [B, channels, ...].
@@ -64,41 +66,41 @@ def batch_statistics(x: Tensor) -> Statistics:
         Mean and biased variance.
 
     Raises:
-        InputShapeError: there is one value per channel, whose variance would be 0.
+        InputShapeError: there is only one value per channel, so the variance would be 0.
     """
     if x.numel() == x.shape[1]:
         raise InputShapeError(
-            f"a BatchNorm in batch mode met one value per channel (input of shape {tuple(x.shape)}): use more pairs per"
+            f"a BatchNorm in batch mode got one value per channel (input of shape {tuple(x.shape)}): use more pairs per"
             " call, or `batchnorm='running'`."
         )
     dims = [dim for dim in range(x.dim()) if dim != 1]
     values = wide(x)
-    # Two sums and not torch.var_mean, which takes as long as a convolution on a CPU; as accurate, since centered.
+    # Not torch.var_mean, which takes as long as a convolution on a CPU. Centered sums are as accurate.
     mean = values.mean(dims)
     shape = [1, -1] + [1] * (x.dim() - 2)
     if torch.is_grad_enabled() and values.requires_grad:
         return Statistics(mean, (values - mean.view(shape)).square().mean(dims), len(x))
-    # By samples, so that no second tensor of the input's size is needed.
+    # In parts of 64 samples, so that no second tensor of the input's size is needed.
     squares = sum((part - mean.view(shape)).square_().sum(dims) for part in values.split(64))
     return Statistics(mean, squares / (x.numel() // x.shape[1]), len(x))
 
 
 def affine(x: Tensor, statistics: Statistics, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """``(x - mean) * scale + beta`` with constant statistics, in float32 at least, returned in the dtype of `x`."""
+    """Computes ``(x - mean) * scale + beta`` in float32 at least, and returns it in the dtype of `x`."""
     shape = [1, -1] + [1] * (x.dim() - 2)
-    # Not x * scale + (bias - mean * scale): where the mean is large that cancels in float32.
+    # Not x * scale + (bias - mean * scale), which cancels in float32 if the mean is large.
     centered = x - statistics.mean.view(shape)
     scale = torch.rsqrt(statistics.variance + eps)
     scale = scale if weight is None else scale * weight
     if torch.is_grad_enabled():
         return scaled(centered, scale, bias, 1).to(x.dtype)
-    # The forward that takes statistics has all inputs at once: no copies.
+    # In place: the forward that takes statistics holds all inputs at once.
     y = centered.mul_(scale.view(shape))
     return (y if bias is None else y.add_(bias.view(shape))).to(x.dtype)
 
 
 def scaled(x: Tensor, scale: Tensor | None, shift: Tensor | None, dim: int) -> Tensor:
-    """``x * scale + shift`` along dimension `dim` of `x`. Torch function modes see it, like a function of torch."""
+    """Computes ``x * scale + shift`` along dimension `dim` of `x`; torch function modes see the call."""
     if has_torch_function((x, scale, shift)):
         seen: Tensor = handle_torch_function(scaled, (x, scale, shift), x, scale, shift, dim)
         return seen
@@ -108,7 +110,7 @@ def scaled(x: Tensor, scale: Tensor | None, shift: Tensor | None, dim: int) -> T
 
 
 def standardized(x: Tensor, dims: int, eps: float) -> Tensor:
-    """``(x - mean) / sqrt(var + eps)`` over the last `dims` dimensions. Torch function modes see it."""
+    """Computes ``(x - mean) / sqrt(var + eps)`` over the last `dims` dimensions; torch function modes see the call."""
     if has_torch_function((x,)):
         seen: Tensor = handle_torch_function(standardized, (x,), x, dims, eps)
         return seen
@@ -118,7 +120,7 @@ def standardized(x: Tensor, dims: int, eps: float) -> Tensor:
 
 
 def needs_statistics(model: nn.Module, batchnorm: BatchNormPolicy) -> bool:
-    """Whether some BatchNorm module of `model` will ask for batch statistics under this policy."""
+    """Tells whether some BatchNorm module of `model` needs batch statistics under this policy."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     if batchnorm == "running":
         return False
@@ -126,10 +128,10 @@ def needs_statistics(model: nn.Module, batchnorm: BatchNormPolicy) -> bool:
 
 
 class BatchNormCalls:
-    """Answers the BatchNorm calls of one or more forwards, in the order in which they come.
+    """Replaces the BatchNorm calls of one or more forwards, in the order in which they come.
 
-    While recording, each call in batch mode takes its statistics from its own input. Afterwards the same calls, in the
-    same order, get the recorded ones. Where the two views have constants of their own, both are given beforehand.
+    While recording, each call in batch mode takes statistics from its input. Later forwards make the same calls in the
+    same order and get the recorded statistics. If the two views have different constants, both are passed as `given`.
     """
 
     def __init__(self, policy: BatchNormPolicy, given: Constants | None = None) -> None:
@@ -141,17 +143,17 @@ class BatchNormCalls:
         self._view: Tensor | int | None = None
 
     def start_forward(self, samples: int, view: Tensor | int | None = None, *, record: bool = False) -> None:
-        """Before a forward of so many samples of this view: the next call is the first one."""
+        """Starts a forward of `samples` samples of this view: the next call is the first one."""
         self._position = 0
         self._samples = samples
         self._view = view
         self._recording = [] if record else None
 
     def finish_forward(self) -> None:
-        """After a forward: keeps what was recorded, or checks that every recorded call came.
+        """Ends a forward: keeps the recorded statistics, or checks that every recorded call was made.
 
         Raises:
-            UnsupportedModuleError: this forward made fewer calls than the one whose statistics were taken.
+            UnsupportedModuleError: this forward made fewer calls than the recorded one.
         """
         if self._recording is not None:
             self.recorded, self._recording = self._recording, None
@@ -169,10 +171,10 @@ class BatchNormCalls:
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        """Stands in for `torch.nn.functional.batch_norm`, whose signature it has; buffers are not written."""
+        """Replaces `torch.nn.functional.batch_norm`, with the same signature, without writing to buffers."""
         del momentum
         statistics = self._statistics(input, running_mean, running_var, training)
-        # Another number of samples and as many rows: these do not belong to samples.
+        # The number of samples differs but the number of rows does not, so the rows are not samples.
         if self._samples != statistics.samples and statistics.rows == len(input):
             channels = wide(input).transpose(0, 1)
             y = standardized(channels.flatten(1), 1, eps).view(channels.shape).transpose(0, 1)
@@ -191,7 +193,7 @@ class BatchNormCalls:
         eps: float,
         cudnn_enabled: bool,
     ) -> Tensor:
-        """Stands in for `torch.batch_norm`, which has the same arguments in another order."""
+        """Replaces `torch.batch_norm`, which takes the arguments in another order."""
         del cudnn_enabled
         return self(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
@@ -202,8 +204,8 @@ class BatchNormCalls:
         if not use_batch:
             if running_mean is None or running_var is None:
                 raise ConfigError(
-                    "`batchnorm='running'` met a BatchNorm without running statistics (track_running_stats=False): use"
-                    " `batchnorm='auto'` or 'batch'."
+                    "`batchnorm='running'` found a BatchNorm without running statistics (track_running_stats=False):"
+                    " use `batchnorm='auto'` or 'batch'."
                 )
             return Statistics(running_mean, running_var)
         if self._recording is not None:
@@ -224,7 +226,7 @@ class BatchNormCalls:
             return statistics
         if self._view is None:
             raise ConfigError(
-                "the views have BatchNorm statistics of their own (`batchnorm='observed'`, a method with several"
+                "the two views have different BatchNorm statistics (`batchnorm='observed'`, a method with several"
                 " forwards), and the engine does not say which view a sample is: pass `view` to `Problem.losses`, or"
                 " use `batchnorm='auto'`."
             )
@@ -242,29 +244,29 @@ class BatchNormCalls:
 
 
 def _row(rows: Tensor, number: Tensor | int) -> Tensor:
-    """``rows[number]``, which torch 2.6 cannot batch under vmap where `number` is a tensor."""
+    """Returns ``rows[number]``, which torch 2.6 cannot batch under vmap if `number` is a tensor."""
     if isinstance(number, int):
         return rows[number]
     return rows.index_select(0, number.reshape(1)).squeeze(0)
 
 
 def _by_view(weak: list[Statistics], strong: list[Statistics]) -> list[Statistics]:
-    """Statistics [2, channels] of each call, weak and strong.
+    """Stacks the statistics of both views to [2, channels] for each call.
 
     Args:
-        weak: of the calls of the weak views' forward.
-        strong: likewise.
+        weak: statistics of the calls in the weak views' forward.
+        strong: statistics of the calls in the strong views' forward.
 
     Returns:
-        One entry for each call.
+        One entry per call.
 
     Raises:
         UnsupportedModuleError: the forwards made different calls.
     """
     if [len(each.mean) for each in weak] != [len(each.mean) for each in strong]:
         raise UnsupportedModuleError(
-            f"the model's BatchNorm calls differ between the method's own forwards: {len(weak)} with the weak views,"
-            f" {len(strong)} with the strong ones, or other channels. Use `batchnorm='auto'`."
+            f"the model's BatchNorm calls differ between the method's forwards: {len(weak)} with the weak views and"
+            f" {len(strong)} with the strong ones, or the numbers of channels differ. Use `batchnorm='auto'`."
         )
     return [
         w._replace(

@@ -1,6 +1,7 @@
-"""Operators by another formula than torch's, where its second derivative is missing or wrong; and without dropout.
+"""Replacements for operators of torch whose second derivative is missing or wrong, and for dropout.
 
-Each stands in for a function of torch while the user's model runs. What cannot be computed exactly is refused here.
+Each replaces a function of torch while the user's model runs. A function that cannot be computed exactly raises an
+error.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from gradconsist._forward.batchnorm import Statistics, affine, scaled, standardi
 from gradconsist._inputs.precision import wide
 from gradconsist.errors import UnsupportedModuleError
 
-# Functions whose first argument is returned unchanged while dropout is off.
+# With dropout off, these return their first argument unchanged.
 _DROPOUTS = [
     *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
     *(torch.dropout, torch.dropout_, torch.feature_dropout, torch.feature_dropout_),
@@ -27,8 +28,8 @@ _ATTENTION_SIGNATURE = inspect.signature(F.multi_head_attention_forward)
 _EUCLIDEAN = ("fro", 2, 2.0)
 
 
-# torch.func.vmap drops the derivative through mean and variance from the second derivative of the fused LayerNorm and
-# InstanceNorm, in silence (seen in torch 2.13 and 2.15 on CPU; the loop is right). By formula both are right.
+# Under torch.func.vmap the second derivative of the fused LayerNorm and InstanceNorm silently lacks the part through
+# mean and variance (seen in torch 2.13 and 2.15 on CPU; the loop is right). Written as formulas, both are right.
 
 
 def _layer_norm(
@@ -41,7 +42,7 @@ def _layer_norm(
 ) -> Tensor:
     del cudnn_enable
     if list(input.shape[-len(normalized_shape) :]) != list(normalized_shape):
-        return F.layer_norm(input, normalized_shape, weight, bias, eps)  # torch tells what is wrong
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)  # torch raises its own error
     y = standardized(wide(input), len(normalized_shape), eps).flatten(-len(normalized_shape))
     weight, bias = (None if given is None else given.flatten() for given in (weight, bias))
     return scaled(y, weight, bias, y.dim() - 1).view(input.shape).to(input.dtype)
@@ -57,11 +58,14 @@ def _instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """InstanceNorm from the input's own statistics, without the write to the running ones; else the affine map."""
+    """Computes InstanceNorm without updating running statistics; the affine map if `use_input_stats` is False."""
     del momentum
     if not use_input_stats:
         if running_mean is None or running_var is None:
-            raise UnsupportedModuleError("InstanceNorm without input statistics needs running ones: none are there.")
+            raise UnsupportedModuleError(
+                "InstanceNorm without input statistics needs running ones, and there are none: pass `running_mean` and"
+                " `running_var`, or use_input_stats=True."
+            )
         return affine(input, Statistics(running_mean, running_var), weight, bias, eps)
     return scaled(standardized(wide(input), input.dim() - 2, eps), weight, bias, 1).to(input.dtype)
 
@@ -82,7 +86,7 @@ def _torch_instance_norm(
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """``v * g / ||v||``: the second derivative of torch's fused form is wrong, in silence (seen in torch 2.13)."""
+    """Computes ``v * g / ||v||``; torch's fused form has a silently wrong second derivative (seen in torch 2.13)."""
     if dim == -1:
         return v * (g / torch.linalg.vector_norm(v))
     others = [other for other in range(v.dim()) if other != dim]
@@ -90,7 +94,7 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 
 def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
-    """``clamp(x / 6 + 1 / 2, 0, 1)``, whose fused form has no second derivative in torch."""
+    """Computes ``clamp(x / 6 + 1 / 2, 0, 1)``; torch's fused form has no second derivative."""
     y = (input / 6.0 + 0.5).clamp(0.0, 1.0)
     return input.copy_(y) if inplace else y
 
@@ -110,7 +114,7 @@ def _embedding(
         raise UnsupportedModuleError(
             "Embedding(scale_grad_by_freq=True) scales a sample's gradient by the rest of the batch: switch it off."
         )
-    del sparse  # a sparse gradient has no inner products that can be differentiated; the value is the same
+    del sparse  # inner products of sparse gradients cannot be differentiated; the value is the same
     return F.embedding(input, weight, padding_idx, None, norm_type, False, False)
 
 
@@ -139,9 +143,9 @@ def _scaled_attention_without_dropout(
     return F.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, **options)
 
 
-# Euclidean norms. Torch gives ||x|| the derivative 0 at x = 0, a subgradient, and divides by the norm on the way:
-# differentiated once more, 0 / 0 is NaN for the whole model. A map of zeros is not rare (a dead channel before a GRN,
-# as in ConvNeXt V2, in bfloat16 above all). Everywhere else these are torch's own kernels on the same numbers.
+# Euclidean norms. At x = 0 torch gives ||x|| the derivative 0, a subgradient, but divides by the norm on the way: the
+# second derivative has 0 / 0, and the whole model gets NaN. A map of zeros is not rare (a dead channel before a GRN, as
+# in ConvNeXt V2, in bfloat16 above all). Everywhere else these functions run torch's own kernels on the same numbers.
 
 
 def _norm(x: Tensor, dim: Any, keepdim: bool) -> Tensor:
@@ -193,11 +197,11 @@ EXACT: dict[Any, Callable[..., Any]] = {
     torch.linalg.vector_norm: _vector_norm,
     F.normalize: _normalize,
 }
-"""By the function of torch that each stands in for."""
+"""Replacements by the function of torch that they replace."""
 
 WITHOUT_DROPOUT: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(_DROPOUTS, lambda input, *args, **kwargs: input),
     F.multi_head_attention_forward: _attention_without_dropout,
     F.scaled_dot_product_attention: _scaled_attention_without_dropout,
 }
-"""Likewise, where random layers are off."""
+"""More replacements, for when random layers are off."""

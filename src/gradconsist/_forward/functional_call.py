@@ -1,4 +1,4 @@
-"""A module run with other tensors in the place of its parameters and buffers."""
+"""Calls a module with other tensors in place of its parameters and buffers."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ def call_with(
     kwargs: Mapping[str, Any] | None = None,
     left: dict[str, Tensor] | None = None,
 ) -> Any:
-    """``functional_call`` that replaces and puts back each place once.
+    """Works like ``functional_call``, but replaces and restores each place once.
 
-    Torch's own finds tied tensors by their names. A module that is registered under two names has two names for one
-    place: torch replaces it twice, and what it puts back last is the replacement, so that the user's model would be
-    left without its parameter, in silence (seen in torch 2.13 and 2.15).
+    ``functional_call`` finds tied tensors by name. A module that is registered under two names has two names for one
+    place: torch replaces it twice and restores the replacement last. The user's model would silently lose its parameter
+    (seen in torch 2.13 and 2.15).
 
     Args:
-        module: what to call.
-        tensors: replacements by name; tied tensors by the first of their names.
-        args: for the call.
-        kwargs: for the call.
-        left: filled with what is in the places of `tensors` after the call: a module may put others there.
+        module: the module to call.
+        tensors: replacements by name; for tied tensors, the first name.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+        left: filled with the tensors in the places of `tensors` after the call, since a module may put others there.
 
     Returns:
-        What the module returns.
+        The module's output.
     """
     places = list(_places(module))
     given = {id(own): tensors[name] for name, own in places if name in tensors}
@@ -43,7 +43,7 @@ def call_with(
 
 
 def _places(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every place of a parameter or buffer, once, by its first name."""
+    """Yields each place of a parameter or buffer once, with its first name."""
     for path, owner in module.named_modules():
         for key, tensor in [*owner._parameters.items(), *owner._buffers.items()]:
             if tensor is not None:

@@ -1,7 +1,7 @@
-"""What goes on around a comparison and must not reach into it: other threads, transforms, compilers, checkpoints.
+"""Shields a comparison from other threads, transforms, compilers and checkpoints.
 
-A comparison puts other tensors in the place of the model's parameters and buffers while the model runs, and sets flags
-of torch that hold for the whole process. Two at once would see each other's.
+While the model runs, a comparison replaces its parameters and buffers and sets flags of torch for the whole process.
+Two comparisons at once would see each other's tensors and flags.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gradconsist.errors import GradModeError
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-# The non-reentrant form; the second name is that of newer releases (seen in 2.15).
+# Generators of the non-reentrant form; newer releases of torch use the second name (seen in 2.15).
 _CHECKPOINTS = ("_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl")
 
 _lock = threading.Lock()
@@ -31,18 +31,18 @@ _here = threading.local()
 
 @contextmanager
 def one_comparison() -> Iterator[None]:
-    """Lets one comparison of the process run at a time; another thread's waits.
+    """Lets one comparison per process run at a time; other threads wait.
 
     Yields:
         None.
 
     Raises:
-        GradModeError: the call comes from inside a comparison, or from inside a transform.
+        GradModeError: the call comes from inside a comparison or a transform.
     """
     if getattr(_here, "compares", False):
         raise GradModeError(
             "GradientConsistencyLoss was called inside a comparison (by `loss_fn`, a hook or the model's own forward),"
-            " where it would need a third derivative: call it beside the other one and add the two losses."
+            " where it would need a third derivative: call it outside, next to the other one, and add the two losses."
         )
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         raise GradModeError(
@@ -58,7 +58,7 @@ def one_comparison() -> Iterator[None]:
 
 
 def uncompiled(function: _Function) -> _Function:
-    """`function`, which torch.compile leaves alone where it is called by a function that is compiled."""
+    """Wraps `function` so that torch.compile leaves it alone when compiled code calls it."""
     skipped = _disable_dynamo(function)
 
     @wraps(function)
@@ -72,13 +72,13 @@ def uncompiled(function: _Function) -> _Function:
 
 @contextmanager
 def as_written() -> Iterator[None]:
-    """Compiled functions inside the model run as Python, and checkpointed ones keep what they compute.
+    """Runs compiled functions inside the model as plain Python, and checkpointed functions without recomputation.
 
-    Compiled code cannot be differentiated twice. A checkpoint would compute its part again in the backward, where our
+    Compiled code cannot be differentiated twice. A checkpoint would run its function again in the backward, where our
     rules (constant BatchNorm statistics, dropout off) no longer hold.
     """
     kept = {name: getattr(checkpoint, name) for name in _CHECKPOINTS if hasattr(checkpoint, name)}
-    # Where torch._dynamo was never imported, nothing has been compiled, and the import would take seconds.
+    # If torch._dynamo was never imported, nothing has been compiled, and importing it would take seconds.
     dynamo = "torch._dynamo" in sys.modules
     with torch.compiler.set_stance("force_eager") if dynamo else nullcontext():
         try:
@@ -91,5 +91,5 @@ def as_written() -> Iterator[None]:
 
 
 def _keep(*_: Any, **__: Any) -> Iterator[None]:
-    """In place of the generator around a checkpointed function, which runs it once before the call and once after."""
+    """Replaces torch's generator around a checkpointed function, which saves and restores what it computes."""
     yield

@@ -1,4 +1,4 @@
-"""BatchNorm's statistics in a method's own forwards, read while they run and without changing them."""
+"""Reads BatchNorm's statistics from a method's forwards, without changing them."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class _Forward:
     """One forward of the model.
 
     Attributes:
-        inputs: the tensors that it was called with.
-        constants: what else it was called with: a flag may have sent it another way.
-        statistics: of its BatchNorm calls in batch mode.
+        inputs: its tensor arguments.
+        constants: its other arguments, since a flag may change what the model computes.
+        statistics: statistics of its BatchNorm calls in batch mode.
     """
 
     inputs: list[Tensor]
@@ -34,7 +34,7 @@ class _Forward:
     statistics: list[Statistics] = field(default_factory=list)
 
     def holds(self, view: Inputs) -> bool:
-        """Whether the samples of `view` are, in their order and side by side, among the inputs."""
+        """Tells whether the inputs contain the samples of `view` as one contiguous block, in order."""
         given = [view[name] for name in sorted(view)] if isinstance(view, Mapping) else members(view)
         parts, constants = _sorted_out(given)
         if len(parts) != len(self.inputs) or len(constants) != len(self.constants):
@@ -48,10 +48,10 @@ class _Forward:
 
 
 class Observer(TorchFunctionMode):
-    """Records each BatchNorm call in batch mode of each forward of `model` inside the block.
+    """Records the BatchNorm calls in batch mode of every forward of `model` inside the block.
 
     Args:
-        model: the model whose forwards are told apart.
+        model: the model to watch.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -96,16 +96,16 @@ class Observer(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def observed(self, pair: ViewPair) -> Constants:
-        """The statistics of the forwards in batch mode that the two views went through.
+        """Returns the statistics of the forwards in batch mode that the two views went through.
 
         Args:
             pair: the views that the method compared.
 
         Returns:
-            One entry for each BatchNorm call in batch mode; two lists where the views went through two forwards.
+            One entry per BatchNorm call in batch mode; two such lists if the views went through two forwards.
 
         Raises:
-            ConfigError: no forward in batch mode, or several of which it is not clear which one was a view's.
+            ConfigError: a view went through no forward in batch mode, or through several with different statistics.
         """
         found = [forward for forward in self._forwards if forward.statistics]
         weak, strong = (_statistics_of(name, getattr(pair, name), found) for name in ("weak", "strong"))
@@ -113,25 +113,25 @@ class Observer(TorchFunctionMode):
 
 
 def _sorted_out(given: list[Any]) -> tuple[list[Tensor], list[Any]]:
-    """The tensors, and what is none."""
+    """Splits arguments into tensors and others."""
     tensors = [part for part in given if isinstance(part, Tensor)]
     return tensors, [part for part in given if not isinstance(part, Tensor)]
 
 
 def _statistics_of(name: str, view: Inputs, found: list[_Forward]) -> list[Statistics]:
-    """The statistics of the forward that the view went through."""
+    """Returns the statistics of the forward that the view went through."""
     own = [forward.statistics for forward in found if forward.holds(view)]
     if not own or not all(_same_statistics(own[0], other) for other in own[1:]):
         raise ConfigError(
-            "`batchnorm='observed'` needs, for each view, one forward of the model in train mode that it goes through"
-            f" in one piece, called with the same constants (flags, None); of {len(found)} that the method did in this"
-            f" step, {len(own)} held the {name} views of its pair. Use `batchnorm='auto'`, or a method that forwards"
-            " them so (FixMatch); calls of the model's parts are not seen."
+            "`batchnorm='observed'` needs one forward of the model in train mode that contains all samples of a view in"
+            f" one piece, called with the same constants (flags, None). Of {len(found)} in this step, {len(own)} held"
+            f" the {name} views of the method's pair. Use `batchnorm='auto'`, or a method that runs such a forward"
+            " (FixMatch); calls of the model's parts are not seen."
         )
     if any(each.samples == 1 < each.rows for each in own[0]):
         raise ConfigError(
-            "`batchnorm='observed'` met one sample alone in a forward, and a BatchNorm call on more rows than that: it"
-            " cannot be told whether these are the sample's. Use more pairs a step, or `batchnorm='auto'`."
+            "`batchnorm='observed'` found a forward of one sample with a BatchNorm call on several rows, and cannot"
+            " tell whether these belong to the sample. Use more pairs per step, or `batchnorm='auto'`."
         )
     return own[0]
 
@@ -142,7 +142,7 @@ def _same_statistics(a: list[Statistics], b: list[Statistics]) -> bool:
 
 
 def _places(whole: Tensor, part: Tensor) -> list[int]:
-    """Where in `whole` the first row of `part` is found, with room for the others."""
+    """Finds where `part` may start in `whole`: its first row is there, and the others have room."""
     room = len(whole) - len(part) + 1
     if room < 1 or not len(part) or whole.shape[1:] != part.shape[1:] or whole.device != part.device:
         return []
@@ -155,4 +155,4 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 def _same(a: Tensor, b: Tensor) -> Tensor:
     b = b.to(a.dtype)
-    return (a == b) | ((a != a) & (b != b))  # a pair that is left out may hold NaN
+    return (a == b) | ((a != a) & (b != b))  # pairs that are not compared may hold NaN

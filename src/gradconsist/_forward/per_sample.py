@@ -1,15 +1,15 @@
-"""The forward that is compared: the user's model, evaluated so that each sample stands for itself.
+"""Runs the user's model and loss so that each per-sample loss depends on its own sample only.
 
 `PerSampleForward` calls the model on a batch and returns one loss per sample, under these rules:
 
-- BatchNorm uses constant statistics (`normalization`), InstanceNorm does not update its running ones;
+- BatchNorm uses constant statistics (`batchnorm`), and InstanceNorm does not update its running ones;
 - dropout and other random layers are off, unless asked for;
-- buffers are handed to the model as copies, so that none of the user's can change;
-- operators whose second derivative is missing or wrong in torch are computed by another formula: fused attention,
+- the model gets copies of its buffers, so the user's buffers cannot change;
+- operators whose second derivative is missing or wrong in torch are computed with another formula: fused attention,
   mkldnn and cuDNN recurrent layers, `weight_norm`, `hardsigmoid`, norms of zero vectors, and under vmap LayerNorm and
   InstanceNorm.
 
-Modes, flags and attributes are restored on the way out, whatever happens inside.
+Modes, flags and attributes are restored afterwards, even after an error.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from gradconsist.types import Inputs, LossFunction
 
 
 class _ComparisonMode(TorchFunctionMode):
-    """Replaces single torch functions while the user's forward runs; everything else passes through."""
+    """Replaces some torch functions while the user's forward runs."""
 
     def __init__(self, batchnorm: BatchNormCalls, *, dropout: bool) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class _ComparisonMode(TorchFunctionMode):
         }
         if not dropout:
             self._rules |= WITHOUT_DROPOUT
-        # The same functions as an exported model calls them.
+        # An exported model calls the same functions by these names.
         for name in ("batch_norm", "instance_norm", "layer_norm", "_weight_norm", "dropout", "feature_dropout"):
             rule, packet = self._rules.get(getattr(torch, name)), getattr(torch.ops.aten, name)
             if rule is not None:
@@ -59,16 +59,16 @@ class _ComparisonMode(TorchFunctionMode):
 
 
 class PerSampleForward:
-    """The user's model and loss as a function from a batch to per-sample losses.
+    """Computes per-sample losses of a batch with the user's model and loss.
 
     Args:
         model: the user's model.
         loss_fn: ``(output, target) -> [B]``.
-        batchnorm: what answers the BatchNorm calls.
-        parameters: stand-ins for the model's parameters, by name; None for the model's own.
-        dropout: whether random layers stay as they are.
+        batchnorm: replacement for BatchNorm calls.
+        parameters: replacements for the model's parameters by name; None for no replacements.
+        dropout: whether random layers stay on.
         autocast: device type and dtype of the caller's autocast region, or None.
-        loss_scale: factor on the losses, so that float16 gradients do not underflow; the cosine does not see it.
+        loss_scale: factor on the losses, so that float16 gradients do not underflow; it does not change the cosine.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class PerSampleForward:
         self._both = ModelWithLoss(model, loss_fn)
 
     def output(self, inputs: Inputs, view: int | None = None, *, record: bool = False) -> Any:
-        """The model's output; with `record`, takes BatchNorm statistics on the way."""
+        """Returns the model's output; with `record`, also records BatchNorm statistics."""
         return self._run(inputs, None, {}, view, record=record)[0]
 
     def losses(
@@ -102,7 +102,7 @@ class PerSampleForward:
         parameters: Mapping[str, Tensor] | None = None,
         view: Tensor | int | None = None,
     ) -> Tensor:
-        """Losses [B] (times `loss_scale`), with `parameters` in place of the model's own.
+        """Computes losses [B], times `loss_scale`, with `parameters` in place of the model's.
 
         Args:
             inputs: samples, batch first.
@@ -114,7 +114,7 @@ class PerSampleForward:
             Losses [B], in float32 at least.
 
         Raises:
-            LossContractError: `loss_fn` returned something else than one real number per sample.
+            LossContractError: `loss_fn` did not return one real number per sample.
         """
         _, value = self._run(inputs, target, parameters or {}, view)
         if not isinstance(value, Tensor) or value.shape != target.shape[:1] or not value.is_floating_point():
@@ -134,7 +134,7 @@ class PerSampleForward:
         *,
         record: bool = False,
     ) -> tuple[Any, Any]:
-        # Copies: a forward that writes into its buffers (step counts, running statistics) writes into these.
+        # Copies, since a forward may write into its buffers (step counts, running statistics).
         state = {name: buffer.clone() for name, buffer in self._both.named_buffers()}
         state |= {f"model.{name}": tensor for name, tensor in {**self.parameters, **parameters}.items()}
         self.batchnorm.start_forward(len(leaves(inputs)[0]), view, record=record)
@@ -142,7 +142,7 @@ class PerSampleForward:
             stack.enter_context(_ComparisonMode(self.batchnorm, dropout=self.dropout))
             if self.autocast is not None:
                 device, dtype = self.autocast
-                # No cached casts: a cast cached under no_grad would cut the graph in a later forward, in silence.
+                # No cached casts: a cast cached under no_grad would silently cut the graph of a later forward.
                 stack.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=False))
             stack.enter_context(nothing_kept(self._both))
             result: tuple[Any, Any] = call_with(self._both, state, (inputs, target))

@@ -1,4 +1,4 @@
-"""The random state of the process: untouched by a comparison, and a witness of chance inside a model."""
+"""Keeps the process's random state unchanged by a comparison, and detects random draws inside a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gradconsist.errors import UnsupportedModuleError
 
 
 def _numpy_random() -> Any:
-    """NumPy's own generator, where a model may have imported it."""
+    """Returns NumPy's global generator, or None if NumPy was not imported."""
     return getattr(sys.modules.get("numpy"), "random", None)
 
 
@@ -26,17 +26,17 @@ def _state(device: torch.device) -> tuple[Any, ...]:
 
 def _same(first: tuple[Any, ...], second: tuple[Any, ...]) -> bool:
     cuda = first[1] is None or torch.equal(first[1], second[1])
-    # As text: the state holds an array, which NumPy abbreviates, and a position in it, which every draw changes.
+    # Compared as text: NumPy abbreviates the array in the state, but every draw changes the position in it.
     return torch.equal(first[0], second[0]) and cuda and first[2] == second[2] and str(first[3]) == str(second[3])
 
 
 @contextmanager
 def preserved_randomness(device: torch.device, seed: int | None) -> Iterator[None]:
-    """Gives the block random numbers from `seed`, or none at all, and restores the user's random state after it.
+    """Seeds random numbers for the block, or forbids them, and restores the user's random state afterwards.
 
     Args:
-        device: where the model is; its generator is preserved beside the CPU's and Python's own.
-        seed: seed for the block, or None if nothing in it may draw a number.
+        device: the model's device; its generator is preserved, as are those of the CPU, Python and NumPy.
+        seed: seed for the block, or None if nothing in it may draw a random number.
 
     Yields:
         None.
@@ -56,7 +56,7 @@ def preserved_randomness(device: torch.device, seed: int | None) -> Iterator[Non
         yield
         if seed is None and not _same(before, _state(device)):
             raise UnsupportedModuleError(
-                "the model drew random numbers though `dropout='off'` switched its dropout off: put the random part in"
+                "the model drew random numbers although `dropout='off'` turned its dropout off: put the random part in"
                 " eval mode, or use `dropout='on'`, which compares with an independent draw per view. If another thread"
                 " drew them meanwhile, let it wait."
             )

@@ -1,10 +1,10 @@
-"""What modules keep from one forward to the next, and how to run them as if they kept nothing.
+"""Runs modules as if they kept nothing from one forward to the next.
 
-Buffers are only a part of it: a module may also assign to attributes, write into tensors that it never registered, or
-fill lists and dictionaries. A per-sample gradient is that of a forward that meets all of this as it was before the
-call, whatever other samples, views or chunks have left there.
+Buffers are only part of what a module keeps. It may also assign to attributes, write into tensors that it never
+registered, or fill lists and dictionaries. The forward for a per-sample gradient must find all of this in the state
+before the call, whatever other samples, views or chunks have left there.
 
-Buffers are handed to a model as copies (`forward`). This file takes care of the rest, which is called memory here.
+`per_sample` gives the model copies of its buffers. This file handles the rest, which is called memory here.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 Content: TypeAlias = "dict[tuple[int, str], Any]"
 """Values by module and attribute; lists, dictionaries, sets and deques as copies."""
 
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # modes, hooks and registries: no memory of a module's own
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # modes, hooks and registries, which are not memory
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
-_DIFFERENT = "samples leave different things in attributes, which are no tensors of one shape"
+_DIFFERENT = "samples leave different values in attributes, and these are not tensors of one shape"
 
 
 class Memory:
-    """The attributes of a module and its submodules, beside those that every module has.
+    """Reads and writes the attributes of a module and its submodules, except those that every module has.
 
     Args:
-        module: whose attributes.
+        module: the module.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._owners = list(module.modules())
-        self._containers: dict[tuple[int, str], Any] = {}  # filled in place: others may hold them, too
+        self._containers: dict[tuple[int, str], Any] = {}  # filled in place, since others may hold them too
 
     def read(self) -> Content:
-        """What is there now."""
+        """Returns the present content."""
         content: Content = {}
         for number, owner in enumerate(self._owners):
             for name, value in vars(owner).items():
@@ -50,7 +50,7 @@ class Memory:
         return content
 
     def restore(self, content: Content) -> None:
-        """Makes it what `content` says, and nothing else."""
+        """Makes the memory equal to `content`; deletes all other attributes."""
         for number, owner in enumerate(self._owners):
             own = vars(owner)
             for name in [name for name in own if name not in _OF_EVERY_MODULE and (number, name) not in content]:
@@ -58,7 +58,7 @@ class Memory:
         self.write(content)
 
     def write(self, content: Content) -> None:
-        """Puts `content` in its places."""
+        """Writes `content` to its places and leaves other attributes alone."""
         for (number, name), value in content.items():
             container = self._containers.get((number, name))
             if container is not None and type(container) is type(value):
@@ -70,10 +70,10 @@ class Memory:
 
 @contextmanager
 def nothing_kept(module: nn.Module) -> Iterator[None]:
-    """Within the block the module may write where it likes; afterwards its memory is as it was.
+    """Restores the module's memory after the block, whatever the module writes inside it.
 
     Args:
-        module: the module. Tensors among its attributes, if they are no parameters, are lent as copies.
+        module: the module. Tensors among its attributes, except parameters, are replaced by copies inside the block.
 
     Yields:
         None.
@@ -92,7 +92,7 @@ def nothing_kept(module: nn.Module) -> Iterator[None]:
 
 
 def _holds_tensors(value: Any) -> bool:
-    """Whether a forward could write into it in a way that putting it back does not undo."""
+    """Tells whether a forward could change `value` in place, which restoring the attribute would not undo."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list | tuple | deque):
@@ -105,7 +105,7 @@ def _registries(module: nn.Module) -> list[dict[str, Any]]:
 
 
 def lent(content: Any) -> Any:
-    """`content` with copies in place of its tensors, the same copy for the same tensor."""
+    """Returns `content` with its tensors copied, except parameters; the same tensor gets the same copy."""
     copies: dict[int, Tensor] = {}
 
     def copy(leaf: Any) -> Any:
@@ -117,14 +117,14 @@ def lent(content: Any) -> Any:
 
 
 class SampleStates:
-    """The buffers and the memory of a layer that runs once for each sample of a batch, every time from the same start.
+    """Manages buffers and memory of a layer that runs once per sample of a batch, each time from the same state.
 
     Args:
-        model: the whole model, which may hold buffers of the layer in other places, too.
+        model: the whole model, which may hold buffers of the layer in other places too.
         layer: the layer.
 
     Attributes:
-        start: what is there before: buffers by name, and memory.
+        start: the state before the first sample: buffers by name, and memory.
     """
 
     def __init__(self, model: nn.Module, layer: nn.Module) -> None:
@@ -142,13 +142,13 @@ class SampleStates:
         return [set(registry) for owner in self._layer.modules() for registry in _registries(owner)]
 
     def lend(self, start: dict[Any, Any]) -> dict[str, Tensor]:
-        """Before a sample's forward.
+        """Prepares a sample's forward: sets the memory and returns the buffers.
 
         Args:
-            start: `self.start` with the sample's own tensors.
+            start: `self.start` with the sample's tensors.
 
         Returns:
-            Buffers for this forward, by name.
+            Buffers for this forward, each with its name.
         """
         copies = lent(start)
         self._met = {key: _Met(copies[key], value) for key, value in start.items()}
@@ -156,13 +156,13 @@ class SampleStates:
         return {name: copies[name] for name in self._buffers}
 
     def collect(self, buffers: dict[str, Tensor]) -> None:
-        """After a sample's forward.
+        """Collects what a sample's forward left in buffers and memory.
 
         Args:
-            buffers: what the forward has left in their places.
+            buffers: the buffers after the forward.
 
         Raises:
-            RuntimeError: it registered something, or deleted an attribute.
+            RuntimeError: the forward registered something or deleted an attribute.
         """
         now: dict[Any, Any] = {name: buffers[name] for name in self._buffers}
         now.update(self._memory.read())
@@ -174,10 +174,10 @@ class SampleStates:
                 self._changed.add(key)
 
     def tensors(self) -> list[Tensor]:
-        """What the samples have left in places that changed, with a row for each sample.
+        """Stacks what the samples left in places that changed: tensors with one row per sample.
 
         Raises:
-            RuntimeError: they left different things that are no tensors of one shape.
+            RuntimeError: samples left different values that are not tensors of one shape.
         """
         found: list[Tensor] = []
         for key in self._changed:
@@ -186,10 +186,10 @@ class SampleStates:
         return found
 
     def put(self, tensors: Iterator[Tensor]) -> None:
-        """Hands what they have left to whatever follows in the same forward.
+        """Writes what the samples left to buffers and memory, for layers that run later in the same forward.
 
         Args:
-            tensors: of `tensors`, as those see them who follow.
+            tensors: the result of `tensors`, in the form that later layers see.
         """
         after = {key: _rebuilt(plan, tensors) for key, plan in self._plans.items()}
         memory = {key: after.get(key, value) for key, value in {**self.start, **after}.items()}
@@ -200,19 +200,19 @@ class SampleStates:
 
 
 class _Met:
-    """What one sample meets in one place.
+    """The value that one sample's forward finds in one place.
 
     Args:
-        copy: what it is lent.
-        original: what that was copied from.
+        copy: the copy that the forward gets.
+        original: the value that was copied.
     """
 
     def __init__(self, copy: Any, original: Any) -> None:
-        self._copies, self._form = tree_flatten(copy)  # now: the forward may change what a container holds
+        self._copies, self._form = tree_flatten(copy)  # before the forward, which may change a container
         self._originals = tree_flatten(original)[0]
 
     def remains(self, value: Any) -> bool:
-        """Whether that is what `value` still is: the same objects, and in tensors the same numbers."""
+        """Tells whether `value` is unchanged: the same objects, and the same numbers in tensors."""
         flat, form = tree_flatten(value)
         return form == self._form and all(map(_unchanged, flat, self._copies, self._originals))
 
@@ -220,7 +220,7 @@ class _Met:
 def _unchanged(now: Any, copy: Any, original: Any) -> bool:
     if not isinstance(now, Tensor) or not isinstance(original, Tensor):
         return _equal(now, copy)
-    # By value, since a write through `.data` leaves no version.
+    # Compared by value, since a write through `.data` does not change the version counter.
     alike = now.shape == original.shape and now.dtype == original.dtype and torch.equal(now, original)
     return alike and (now is copy or not now.requires_grad)
 
@@ -237,7 +237,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _joined(values: Sequence[Any]) -> tuple[list[Tensor], Any]:
-    """One value for a whole batch from one for each sample: tensors with a row for each, and where they belong."""
+    """Joins the values of all samples into one: tensors with one row per sample, and a plan of where they belong."""
     flat = [tree_flatten(value) for value in values]
     form = flat[0][1]
     tensors: list[Tensor] = []
@@ -254,6 +254,6 @@ def _joined(values: Sequence[Any]) -> tuple[list[Tensor], Any]:
 
 
 def _rebuilt(plan: Any, tensors: Iterator[Tensor]) -> Any:
-    """The value that `_joined` took apart, with `tensors` in the place of its tensors."""
+    """Rebuilds the value that `_joined` took apart, with `tensors` in place of its tensors."""
     parts, form = plan
     return tree_unflatten([next(tensors) if is_tensor else value for is_tensor, value in parts], form)

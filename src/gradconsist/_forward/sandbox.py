@@ -1,4 +1,4 @@
-"""What holds around every forward that this library makes of a user's model."""
+"""Sets up and restores random state, modes and flags around every forward of the user's model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gradconsist.types import Inputs
 
 
 def autocast_region(device: torch.device) -> tuple[str, torch.dtype] | None:
-    """Device type and dtype of the caller's autocast region, or None."""
+    """Returns device type and dtype of the caller's autocast region, or None."""
     kind = device.type
     return (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
 
@@ -35,28 +35,28 @@ def our_rules(
     seed: int | None = None,
     dropout: bool = False,
 ) -> Iterator[None]:
-    """Random state, modes and flags as the rules of `forward` need them, and errors of torch explained.
+    """Sets random state, modes and flags for `PerSampleForward` inside the block, and explains errors of torch.
 
     Args:
         model: the user's model.
-        device: where it is.
-        views: what the model runs on, by the name that a message should use.
-        seed: of the block's random numbers; None if it may draw none.
+        device: the model's device.
+        views: the model's inputs, each with its name for a message.
+        seed: seed of the block's random numbers; None if it may draw none.
         dropout: whether random layers stay on.
 
     Yields:
         None.
 
     Raises:
-        UnsupportedModuleError: torch cannot differentiate the model; the message names the remedy.
-        InputTypeError: the model's forward does not take such views.
-        ModelError: the model or its loss failed with an error of torch's or Python's own.
+        UnsupportedModuleError: torch cannot differentiate the model; the message says what to do.
+        InputTypeError: the views do not fit the arguments of the model's forward.
+        ModelError: the model or its loss raised an error from torch or Python.
     """
     try:
         with (
             preserved_randomness(device, seed),
             comparison_scope(model, dropout=dropout),
-            # Everything but the forwards runs in full precision: derivatives and sums are not for autocast.
+            # Only the forwards run under autocast; derivatives and sums need full precision.
             torch.autocast(device.type, enabled=False),
         ):
             yield
@@ -77,7 +77,7 @@ def _refusal(
 
 
 def _works(model: nn.Module, device: torch.device, inputs: Inputs) -> bool:
-    """Whether the model alone runs on `inputs`."""
+    """Tells whether the model by itself runs on `inputs`."""
     forward = PerSampleForward(model, lambda output, target: target, BatchNormCalls("auto"))
     try:
         with preserved_randomness(device, seed=0), comparison_scope(model, dropout=False), torch.no_grad():
@@ -91,15 +91,15 @@ def _works(model: nn.Module, device: torch.device, inputs: Inputs) -> bool:
 
 @contextmanager
 def comparison_scope(model: nn.Module, *, dropout: bool) -> Iterator[None]:
-    """Flags of torch and of `model` as the comparison needs them; as they were, on the way out.
+    """Sets flags of torch and of `model` for the comparison, and restores them afterwards.
 
-    Random layers are told from others by what they are: a module in train mode without parameters, buffers and
-    children has nothing to learn or to remember, so what training changes in it is chance (dropout, stochastic depth,
-    noise). Those go to eval mode. Recurrent layers hold dropout of their own.
+    A layer counts as random if it is in train mode and has no parameters, buffers or children. It has nothing to learn
+    or remember, so train mode can only add chance to it (dropout, stochastic depth, noise). Such layers are put in eval
+    mode, and so are recurrent layers, which may apply dropout themselves.
 
-    What a forward assigns to attributes (features that it keeps, counters, the weight that an old weight_norm hook
-    sets) is put back too: under vmap it would be a tensor that is dead outside. Objects that it changes in place, and
-    what the user's own hooks collect, are the user's.
+    Attributes that a forward assigns (features that it keeps, counters, the weight that an old weight_norm hook sets)
+    are restored too: under vmap they would hold tensors that are invalid outside. Objects changed in place, and what
+    the user's hooks collect, are left to the user.
     """
     attributes = [(module, dict(vars(module))) for module in model.modules()]
     fastpath = torch.backends.mha.get_fastpath_enabled()
@@ -123,7 +123,7 @@ def comparison_scope(model: nn.Module, *, dropout: bool) -> Iterator[None]:
 
 @contextmanager
 def _native_recurrence() -> Iterator[None]:
-    """Torch's own recurrent kernels: neither those of mkldnn nor those of cuDNN can be differentiated twice."""
+    """Uses torch's own recurrent kernels; those of mkldnn and cuDNN cannot be differentiated twice."""
     # Not `mkldnn.flags(...)`: that context also writes float32 precision flags, which it warns about or leaves changed.
     mkldnn, cudnn = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
     try:

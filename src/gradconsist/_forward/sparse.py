@@ -1,7 +1,7 @@
-"""Gradients of embeddings made with ``sparse=True``, in the form that torch's own have.
+"""Gives embeddings made with ``sparse=True`` sparse gradients, as torch does.
 
-Inside a comparison the gradient of an embedding is dense, because a sparse one has no inner products that can be
-differentiated. What reaches the parameter is sparse again: `torch.optim.SparseAdam` takes nothing else.
+Inside a comparison the gradient of an embedding is dense, because inner products of sparse gradients cannot be
+differentiated. The parameter gets a sparse gradient again, since `torch.optim.SparseAdam` takes nothing else.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 
 def sparse_parameters(model: nn.Module) -> set[str]:
-    """First names of the parameters that are weights of ``nn.Embedding(sparse=True)`` and of nothing else.
+    """Returns the first names of parameters that are weights of ``nn.Embedding(sparse=True)`` and nothing else.
 
     Args:
-        model: the model. A tied weight has a dense gradient in torch as soon as one of its uses has.
+        model: the model. In torch, a tied weight has a dense gradient as soon as one of its uses has.
 
     Returns:
         Names as in ``model.named_parameters()``.
@@ -31,16 +31,16 @@ def sparse_parameters(model: nn.Module) -> set[str]:
 
 
 def in_its_form(gradient: Tensor, sparse: bool) -> Tensor:
-    """`gradient` [rows, width], or if `sparse` its rows that are not zero, as a coalesced COO tensor."""
+    """Returns `gradient` [rows, width], or if `sparse` its nonzero rows as a coalesced COO tensor."""
     return gradient.to_sparse(1) if sparse else gradient
 
 
 def aliases(parameters: Mapping[str, Tensor], sparse: Container[str]) -> dict[str, Tensor]:
-    """Views of the parameters with a graph, which send a gradient on in the parameter's own form.
+    """Makes views of the parameters, with a graph, that pass on gradients in dense or sparse form.
 
     Args:
-        parameters: each with its name.
-        sparse: names of those whose gradient is sparse; looked at in the backward, since a use that makes a gradient
+        parameters: parameters by name.
+        sparse: names of those with a sparse gradient. It is read in the backward, since a use that makes a gradient
             dense may be found after the views were made.
 
     Returns:
@@ -55,7 +55,7 @@ def aliases(parameters: Mapping[str, Tensor], sparse: Container[str]) -> dict[st
 
 
 class _Alias(torch.autograd.Function):
-    """A view whose gradient is handed on in sparse form; differentiable again."""
+    """A view that passes its gradient on in sparse form; can be differentiated again."""
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, name: str, sparse: Container[str]) -> Tensor:

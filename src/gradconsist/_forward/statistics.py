@@ -1,13 +1,13 @@
-"""BatchNorm's joint statistics: taken before the chunks, and, if wanted, a part of what L_g is differentiated for.
+"""Takes BatchNorm's joint statistics before the chunks run, and optionally differentiates L_g through them.
 
-Joint statistics need a forward of all pairs before the first chunk. The gradients that are compared hold these
-statistics s constant, so L_g is a function F(p, s) of the parameters p and of s. By the definition its derivative is
-that of F for p. But s depends on p, and what a step changes is F(p, s(p)):
+Joint statistics need a forward of all pairs before the first chunk. The compared gradients hold these statistics s
+constant, so L_g is a function F(p, s) of the parameters p and of s. By definition its derivative is dF/dp. But s
+depends on p, and a step changes F(p, s(p)):
 
     d L_g / dp = dF/dp + (ds/dp)^T dF/ds
 
-The second summand needs dF/ds, which the chunks give like any other derivative, and one forward and backward of all
-pairs for the product.
+The second term needs dF/ds, which the chunks give like any other derivative, and one forward and backward of all pairs
+for the product.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from gradconsist.errors import ConfigError, InputShapeError, UnsupportedModuleEr
 from gradconsist.types import Inputs
 
 _CONVOLUTIONS = {getattr(torch, f"conv{kind}{dims}d"): 2 + dims for kind in ("", "_transpose") for dims in (1, 2, 3)}
-_PART_BYTES = 2**22  # of the input of a convolution that takes a batch in parts
+_PART_BYTES = 2**22  # input size of one part, for a convolution that takes a batch in parts
 
 
 class _InParts(TorchFunctionMode):
-    """Convolutions take a large batch in parts: oneDNN copies what it gets and what it returns.
+    """Splits large batches of convolutions into parts, because oneDNN copies inputs and outputs.
 
     On a WRN-28-2 with 448 images of 32 x 32 the forward peaks at 306 MiB instead of 349 (CPU, one thread).
     """
@@ -57,15 +57,15 @@ def _in_parts(func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def take_statistics(forward: PerSampleForward, weak: Inputs, strong: Inputs) -> None:
-    """Records the joint statistics of all weak and strong inputs, by one forward without graph.
+    """Records the joint statistics of all weak and strong inputs in one forward without a graph.
 
     Args:
-        forward: its BatchNorm calls answer with these statistics from now on.
+        forward: its BatchNorm calls use these statistics from now on.
         weak: all weak views of a call.
-        strong: all strong views.
+        strong: all strong views of a call.
 
     Raises:
-        InputShapeError: the views cannot be one batch.
+        InputShapeError: the views cannot be put in one batch.
     """
     if not concatenable(weak, strong):
         raise InputShapeError(
@@ -77,15 +77,15 @@ def take_statistics(forward: PerSampleForward, weak: Inputs, strong: Inputs) -> 
 
 
 def check_through_statistics(wanted: object, batchnorm: BatchNormPolicy, dropout: str) -> None:
-    """Refuses options with which there are no statistics of the call's own to differentiate.
+    """Refuses options that leave no statistics of the call to differentiate.
 
     Args:
         wanted: the option `through_statistics`.
-        batchnorm: policy.
+        batchnorm: the BatchNorm policy.
         dropout: "off" or "on".
 
     Raises:
-        ConfigError: `wanted` is no boolean; the statistics are given, or their forward is another one each time.
+        ConfigError: `wanted` is not a boolean, the statistics do not come from the call, or their forward is random.
     """
     check_choice("through_statistics", wanted, (True, False))
     if not wanted:
@@ -93,8 +93,8 @@ def check_through_statistics(wanted: object, batchnorm: BatchNormPolicy, dropout
     if batchnorm in ("running", "observed") or dropout == "on":
         given = f"batchnorm={batchnorm!r}" if dropout == "off" else "dropout='on'"
         raise ConfigError(
-            f"`through_statistics=True` does not go with `{given}`: only joint statistics of the call itself, in a"
-            " forward without chance, can be differentiated. Use `batchnorm='auto'` or 'batch' and `dropout='off'`."
+            f"`through_statistics=True` does not go with `{given}`: only joint statistics of the call itself, from a"
+            " forward that is not random, can be differentiated. Use `batchnorm='auto'` or 'batch' and `dropout='off'`."
         )
 
 
@@ -102,32 +102,32 @@ def check_can_follow(*, given: bool, half: bool) -> None:
     """Refuses a call whose statistics cannot be differentiated.
 
     Args:
-        given: whether the statistics are the caller's.
-        half: whether some of the call is computed in float16.
+        given: whether the caller passed the statistics.
+        half: whether part of the call runs in float16.
 
     Raises:
-        ConfigError: one of both.
+        ConfigError: `given` or `half` is true.
     """
     if given:
         raise ConfigError(
-            "`through_statistics=True` met given `statistics`, whose dependence on the parameters is not known here:"
-            " leave one of both out."
+            "`through_statistics=True` does not go with given `statistics`, whose dependence on the parameters is not"
+            " known here: leave one of the two out."
         )
     if half:
         raise ConfigError(
-            "`through_statistics=True` was not proven in float16, where its parts may underflow: use bfloat16 or"
-            " float32."
+            "`through_statistics=True` has not been verified in float16, where parts of it may underflow: use bfloat16"
+            " or float32."
         )
 
 
 class StatisticsPath:
-    """The joint statistics of a call, on the way from the parameters to L_g.
+    """Differentiates L_g through the joint statistics of a call.
 
     Args:
-        forward: whose BatchNorm calls answer with recorded statistics.
+        forward: its BatchNorm calls use the recorded statistics.
         weak: all weak views of the call.
-        strong: all strong views.
-        stand_ins: makes views of the model's parameters, by name.
+        strong: all strong views of the call.
+        stand_ins: makes views of the model's parameters, each with its name.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class StatisticsPath:
         self._stand_ins = stand_ins
 
     def cut(self) -> list[Tensor]:
-        """Puts leaves in the place of the recorded statistics, for which the chunks can be differentiated: for dF/ds.
+        """Replaces the recorded statistics by leaf tensors, so that the chunks can be differentiated for them (dF/ds).
 
         Returns:
             Mean and variance of each call.
@@ -151,10 +151,10 @@ class StatisticsPath:
         return _flat(calls.recorded)
 
     def join(self) -> None:
-        """Gives the recorded statistics their graph: nothing is left to add after the chunks.
+        """Gives the recorded statistics their graph, so that nothing has to be added after the chunks.
 
-        Stand-ins of their own lead to the parameters: through those of the chunks, an engine that asks autograd for a
-        sample's gradient would get the statistics' part in it, too.
+        The graph reaches the parameters through new views. Through the views that the chunks use, an engine that asks
+        autograd for a sample's gradient would also get the part of the statistics.
         """
         own = self._forward.parameters
         self._forward.parameters = self._stand_ins()
@@ -164,14 +164,14 @@ class StatisticsPath:
             self._forward.parameters = own
 
     def again(self) -> list[Tensor]:
-        """The tensors of `cut` with their graph: (ds/dp)^T dF/ds is still owed to chunks that met the leaves."""
+        """Returns the tensors of `cut` with their graph, to add (ds/dp)^T dF/ds for chunks that used the leaves."""
         return self._record()
 
     def _record(self) -> list[Tensor]:
-        """The statistics anew, with their graph.
+        """Records the statistics again, now with their graph.
 
         Raises:
-            UnsupportedModuleError: they are others than before.
+            UnsupportedModuleError: they differ from those before.
         """
         calls = self._forward.batchnorm
         before = calls.recorded or []
@@ -179,15 +179,15 @@ class StatisticsPath:
         now = calls.recorded or []
         if len(now) != len(before) or not all(map(_about_equal, now, before)):
             raise UnsupportedModuleError(
-                "the model's BatchNorm statistics were others when its forward ran again on the same inputs, so"
+                "the model's BatchNorm statistics changed when its forward ran again on the same inputs, so"
                 " `through_statistics=True` would differentiate another function: its forward depends on something"
-                " beside inputs and parameters (a counter, a grad mode). Make it fixed, or leave the option out."
+                " besides inputs and parameters (a counter, a grad mode). Make it fixed, or leave the option out."
             )
         return _flat(now)
 
 
 def _about_equal(now: Statistics, before: Statistics) -> bool:
-    """Within the rounding of a forward, in units of the values that were averaged: a mean may be all noise."""
+    """Tells whether both agree within rounding, relative to the averaged values, since a mean may be all rounding."""
     if now.mean.shape != before.mean.shape:
         return False
     tolerance = {torch.float64: 1e-8, torch.float32: 5e-2}[now.mean.dtype]  # float32 also holds those of half types

@@ -143,7 +143,7 @@ class Changing(nn.Module):
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "graph"])
 def test_a_forward_with_other_statistics_is_refused(fused: bool) -> None:
     gc = GradientConsistencyLoss(Changing(), through_statistics=True, fused=fused)
-    with pytest.raises(UnsupportedModuleError, match="statistics were others when its forward ran again"):
+    with pytest.raises(UnsupportedModuleError, match="statistics changed when its forward ran again"):
         gc(*views())
 
 
@@ -262,14 +262,14 @@ def test_given_statistics_are_refused() -> None:
     model, pairs = network(), views()
     calls = [module for module in model if isinstance(module, nn.BatchNorm2d)]
     given = [Statistics(call.running_mean, call.running_var) for call in calls]
-    with pytest.raises(ConfigError, match="met given `statistics`"):
+    with pytest.raises(ConfigError, match="go with given `statistics`"):
         GradientConsistencyLoss(model, through_statistics=True).evaluate(*pairs, statistics=given)
 
 
 def test_float16_is_refused() -> None:
     model, (weak, strong, target) = network().float(), views()
     gc = GradientConsistencyLoss(model, through_statistics=True)
-    with torch.autocast("cpu", dtype=torch.float16), pytest.raises(ConfigError, match="not proven in float16"):
+    with torch.autocast("cpu", dtype=torch.float16), pytest.raises(ConfigError, match="not been verified in float16"):
         gc(weak.float(), strong.float(), target)
 
 
