@@ -1,6 +1,6 @@
-"""From inner products to L_g: one call of the loss.
+"""Computes L_g from the inner products of an engine: one call of the loss.
 
-`settings` are the options. `trial` finds out about a model by running it once. `comparison` is the call: statistics,
-chunks, weights, record. `similarity` is the mathematics, pure tensors. `gradient_buffer` forms the gradient chunk by
-chunk. `advice` warns of a term that does nothing.
+`settings` holds the options. `trial` checks a model by running it once; it uses `mixing` and `custom_functions`.
+`comparison` is the call itself: statistics, chunks, weights, record. `similarity` is the mathematics, on plain tensors.
+`gradient_buffer` forms the gradient chunk by chunk. `advice` warns of a term that does nothing.
 """

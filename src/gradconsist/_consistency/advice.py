@@ -1,4 +1,4 @@
-"""Warnings about a term that can be computed and is of no use, each given once by the logger "gradconsist"."""
+"""Warns of a term that can be computed but does nothing useful; each warning comes once, from logger "gradconsist"."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from gradconsist.types import ConsistencyRecord
 
 logger = logging.getLogger("gradconsist")
 
-_IDLE_CALLS = 3  # in a row without a pair that has a cosine
+_IDLE_CALLS = 3  # calls in a row without a pair that has a cosine
 
 
 def warn_of_probabilities(logits: Tensor) -> bool:
-    """Warns where what should be logits are probabilities; returns whether they are.
+    """Warns if the logits look like probabilities.
 
     Args:
         logits: [B, C].
@@ -28,24 +28,24 @@ def warn_of_probabilities(logits: Tensor) -> bool:
     if found:
         logger.warning(
             "the model's output looks like probabilities (no entry is negative, rows sum to 1), and the default loss"
-            " applies a softmax of its own: take the softmax out of the model, or pass a `loss_fn` for probabilities,"
+            " applies another softmax: take the softmax out of the model, or pass a `loss_fn` for probabilities,"
             " such as `lambda output, target: torch.nn.functional.nll_loss(output.log(), target, reduction='none')`."
         )
     return found
 
 
 def warn_of_unreached(unreached: Collection[str], compared: Collection[str]) -> None:
-    """Warns of compared parameters without a way to the loss.
+    """Warns of compared parameters that the loss does not depend on.
 
     Args:
-        unreached: their names.
-        compared: the names of all.
+        unreached: names of these parameters.
+        compared: names of all compared parameters.
     """
     if unreached:
         names = ", ".join(list(unreached)[:3]) + (", ..." if len(unreached) > 3 else "")
         logger.warning(
-            "%d of %d compared parameters have no way to the loss, so their gradients are zero (%s): if they are meant"
-            " to be trained, look for a `.detach()` or `no_grad` behind them; if not, leave them out by `encoder`.",
+            "the loss does not depend on %d of %d compared parameters, so their gradients are zero (%s): if they should"
+            " be trained, look for a `.detach()` or `no_grad` after them; if not, leave them out with `encoder`.",
             len(unreached),
             len(compared),
             names,
@@ -56,19 +56,19 @@ def warn_of_functions(verdicts: Mapping[str, bool]) -> None:
     """Warns of custom Functions whose second derivative could not be tested.
 
     Args:
-        verdicts: by name and place, whether it was tested.
+        verdicts: maps each Function, with its place, to whether it was tested.
     """
     untested = [name for name, tested in verdicts.items() if not tested]
     if untested:
         logger.warning(
-            "the model runs custom autograd code whose second derivative nobody has checked: %s. If it is incomplete,"
-            " the gradient of L_g is wrong without an error: test it by `gradconsist.diagnostics.verify`.",
+            "the model runs custom autograd code whose second derivative could not be checked: %s. If it is incomplete,"
+            " the gradient of L_g is silently wrong: test it with `gradconsist.diagnostics.verify`.",
             ", ".join(untested),
         )
 
 
 def warn_of_equal_views() -> None:
-    """Warns of two views that are one."""
+    """Warns of two views with the same numbers."""
     logger.warning(
         "`weak` and `strong` hold the same numbers in every compared pair, so every cosine is 1 and the loss is 0: pass"
         " two augmentations of the same samples."
@@ -76,21 +76,21 @@ def warn_of_equal_views() -> None:
 
 
 class IdleCalls:
-    """Notices that no pair has had a cosine for several calls: L_g is then exactly 0, and stays so in silence."""
+    """Warns if no pair had a cosine for several calls, since L_g is then exactly 0 and trains nothing."""
 
     def __init__(self) -> None:
-        self._streak: Tensor | None = None  # calls in a row, on the device: it is looked at once for several calls
+        self._streak: Tensor | None = None  # calls in a row; on the device, and read only once in several calls
         self._calls = 0
         self._warned = False
 
     def watch(self, record: ConsistencyRecord, target: Tensor, min_norm: float, criterion: Criterion) -> None:
-        """Looks at a call that was made for its gradient.
+        """Counts a call that was made for its gradient, and warns if there were too many idle ones.
 
         Args:
-            record: of the call.
-            target: of the call.
-            min_norm: bound for degenerate pairs.
-            criterion: what a pair adds, which a degenerate one may do, too.
+            record: record of the call.
+            target: target of the call.
+            min_norm: bound on the norms of degenerate pairs.
+            criterion: what a pair adds to the loss; only with `Disagreement` do degenerate pairs add nothing.
         """
         if self._warned or not isinstance(criterion, Disagreement):
             return
@@ -98,7 +98,7 @@ class IdleCalls:
         self._streak = idle.long() if self._streak is None else idle * (self._streak.to(idle.device) + 1)
         self._calls += 1
         soft = target.is_floating_point()
-        at_once = soft and self._calls == 1  # where a soft target goes wrong, it does so from the start
+        at_once = soft and self._calls == 1  # a soft target that is wrong is wrong from the first call
         if self._calls % _IDLE_CALLS and not at_once:
             return
         calls = int(self._streak)

@@ -1,6 +1,6 @@
-"""One comparison from checked pairs to the loss: statistics, chunks, weights, reduction, record.
+"""Runs one comparison, from checked pairs to the loss: statistics, chunks, weights, reduction, record.
 
-Knows engines only by their seam, and layers not at all.
+It uses engines only through `Engine.products`, and knows nothing of layers.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ from gradconsist.types import ConsistencyRecord, GradProducts
 
 # Float16 gradients below 6e-8 vanish. GradScaler starts at 2^16 on a mean over about 2^6 samples.
 _FLOAT16_LOSS_SCALE = 2.0**10
-# Pairs of large gradients, beyond 65504 with it, are computed with less, by these steps and down to about this.
+# Pairs whose gradients exceed 65504 with that scale get smaller ones, in these steps and down to about this value.
 _FLOAT16_SCALE_STEP, _FLOAT16_LEAST_SCALE = 2.0**6, 2.0**-2
-# So do derivatives for them, of norm weight / ||g|| a pair and spread over all parameters: these are brought to this.
+# Derivatives for them also vanish: their norm is weight / ||g|| per pair, over all parameters. It is scaled to this.
 _FLOAT16_DERIVATIVE_NORM = 2.0**7
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One call of a loss, beside its pairs.
+    """The options and state of one call, without its pairs.
 
     Attributes:
         settings: the loss's options.
-        criterion: what a pair adds.
+        criterion: what a pair adds to the loss.
         generator: source of randomness.
-        probed: what earlier calls found out about the model; added to.
-        statistics: given constants of the BatchNorm calls, of both views or for each; or None.
+        probed: what earlier calls found out about the model; this call adds to it.
+        statistics: constants for the BatchNorm calls, joint or one list per view; None to take them here.
         projection: matrices of this call, or None.
-        measure: whether numbers are wanted and no derivative.
+        measure: whether only numbers are wanted, without a derivative.
     """
 
     settings: Settings
@@ -65,17 +65,17 @@ class Comparison:
 
     @cached_property
     def compared(self) -> Mapping[str, Tensor]:
-        """E, by name."""
+        """The compared parameters (E) and their names."""
         return compared_parameters(self.settings.model, self.settings.encoder)
 
     @cached_property
     def trainable(self) -> Mapping[str, Tensor]:
-        """What L_g is differentiated for, by name."""
+        """The parameters that L_g is differentiated for, and their names."""
         return trainable_parameters(self.settings.model)
 
     @property
     def constant(self) -> tuple[str | None, ...]:
-        """Views whose gradient has no graph."""
+        """Views whose gradient is held constant."""
         return ("weak", "strong") if self.measure else (self.settings.stop_gradient,)
 
     @property
@@ -85,33 +85,33 @@ class Comparison:
 
     @property
     def fused(self) -> bool:
-        """Whether the gradient is formed inside."""
+        """Whether the gradient is formed in the forward."""
         return self.settings.fused and not self.measure
 
     @property
     def reduction(self) -> str:
-        """As for the loss; a measurement tells pairs apart."""
+        """The loss's reduction; none for a measurement."""
         return "none" if self.measure else self.settings.reduction
 
     @property
     def through_statistics(self) -> bool:
-        """Whether the joint statistics are differentiated, too."""
+        """Whether L_g is also differentiated through the joint statistics."""
         return self.settings.through_statistics and not self.measure
 
 
 def compare(options: Comparison, pairs: Pairs) -> tuple[Tensor, ConsistencyRecord]:
-    """L_g and the record of `pairs`.
+    """Computes L_g and the record of `pairs`.
 
     Args:
-        options: the loss's options.
+        options: options and state of the call.
         pairs: checked arguments.
 
     Returns:
-        The loss (scalar, or [B] without reduction) and what was seen.
+        The loss (scalar, or [B] without reduction) and the record.
 
     Raises:
         GradConsistError: the model cannot be compared exactly, or a gradient is not finite.
-        ModelError: the model or `loss_fn` failed with an error of torch's or Python's own.
+        ModelError: the model or `loss_fn` raised an error from torch or Python.
     """
     selection = select(pairs, options.settings.max_pairs, options.reduction, options.generator, _wide(options))
     source = options.generator
@@ -123,7 +123,7 @@ def compare(options: Comparison, pairs: Pairs) -> tuple[Tensor, ConsistencyRecor
 
 
 def _wide(options: Comparison) -> torch.dtype:
-    """The dtype of products and loss: the compared parameters' widest, float32 at least."""
+    """Returns the dtype of products and loss: the widest of the compared parameters', float32 at least."""
     return reduce(torch.promote_types, (parameter.dtype for parameter in options.compared.values()), torch.float32)
 
 
@@ -139,7 +139,7 @@ class _Run:
         self.selection = selection
         dtypes = [parameter.dtype for parameter in options.trainable.values()]
         half = torch.float16 in (dtypes if autocast is None else [autocast[1], *dtypes])
-        # Where the derivative is the user's own backward, their GradScaler scales it, and this would work against it.
+        # If the user's backward forms the derivative, their GradScaler scales it, and this scale would interfere.
         own = options.fused or not torch.is_grad_enabled()
         self.scale = _FLOAT16_LOSS_SCALE if half and own else 1.0
         self.drop_non_finite = half
@@ -171,7 +171,7 @@ class _Run:
                 take_statistics(self.forward, *views)
             try:
                 loss = self._loss()
-            except StatisticsMissingError:  # a BatchNorm that no module announced
+            except StatisticsMissingError:  # F.batch_norm was called without a BatchNorm module
                 take_statistics(self.forward, *views)
                 loss = self._loss()
         else:
@@ -183,7 +183,7 @@ class _Run:
 
     def _loss(self) -> Tensor:
         probe_model(self.forward, self.pairs, self.selection.index, self.options.probed, self.options.compared)
-        self.sparse -= self.options.probed.dense  # in place: the aliases look at it
+        self.sparse -= self.options.probed.dense  # in place, because the aliases read this set
         problem = Problem(
             losses=self.forward.losses,
             parameters={name: self.aliases[name] for name in self.options.compared},
@@ -198,12 +198,12 @@ class _Run:
         )
         with suppress(_EngineChangedError):
             return self._sum(problem)
-        # From the first pair on, so that sums have one order whenever the engine changes: a resumed run, which meets
-        # the change anew, stays bitwise equal.
+        # Starts again from the first pair, so that the order of sums does not depend on when the engine changed. A
+        # resumed run, in which the engine changes again, stays bitwise equal.
         return self._sum(problem)
 
     def _sum(self, problem: Problem) -> Tensor:
-        """The sum over chunks, its gradient formed on the way if fused."""
+        """Sums over chunks; forms the gradient on the way if fused."""
         options = self.options
         path = self._path()
         self.through = path.cut() if path and options.fused else []
@@ -235,7 +235,7 @@ class _Run:
         return buffer.attach(options.trainable, self.sparse)
 
     def _path(self) -> StatisticsPath | None:
-        """The way of the joint statistics, where L_g is differentiated through them."""
+        """Returns the path through the joint statistics if L_g is differentiated through them, else None."""
         options = self.options
         if not options.through_statistics or self.batchnorm.recorded is None or not torch.is_grad_enabled():
             return None
@@ -244,7 +244,7 @@ class _Run:
         return StatisticsPath(self.forward, self.pairs.weak, self.pairs.strong, stand_ins)
 
     def _attempt(self, problem: Problem, index: Tensor, weight: Tensor, buffer: GradientBuffer | None) -> Tensor:
-        """One chunk's terms; where torch refuses the engine and another one takes the chunk, everything starts anew."""
+        """Computes one chunk's terms; if only another engine can run the chunk, the call starts again with that one."""
         try:
             return self._chunk(problem, index, weight, buffer)
         except torch.OutOfMemoryError:
@@ -259,7 +259,7 @@ class _Run:
 
     def _chunk(self, problem: Problem, index: Tensor, weight: Tensor, buffer: GradientBuffer | None) -> Tensor:
         terms = self._terms(problem, index, weight)
-        # The automatic engine may have changed, so it is part of the fact.
+        # The engine is part of the key, because the automatic one may have changed.
         fact = Probed.fact(f"derivative by {self.settings.engine!r}", self.settings.model, problem.weak)
         first = terms.requires_grad and fact not in self.options.probed.passed  # `measure` has nothing to settle
         if first:
@@ -268,7 +268,7 @@ class _Run:
         if buffer is not None:
             buffer.add(terms.sum(), self._amplification(index, weight) if self.drop_non_finite else 1.0)
         elif first:
-            # Fails here, by name, and not in the user's own backward.
+            # If this fails, it must fail here with a clear error, not in the user's backward.
             aliases = list(self.aliases.values())
             torch.autograd.grad(terms.sum(), aliases, allow_unused=True, retain_graph=True)
         if first:
@@ -276,14 +276,14 @@ class _Run:
         return terms
 
     def _amplification(self, index: Tensor, weight: Tensor) -> float:
-        """A power of two that keeps the derivatives of a chunk within float16."""
+        """Returns a power of two that keeps the derivatives of a chunk within the range of float16."""
         steep = self.options.criterion.steepness(self.norm_weak[index], self.norm_strong[index])
         slopes = weight.detach() * steep / self.scales[index]
         steepest = float(slopes.masked_fill(self.degenerate[index], 0.0).max())
         return 1.0 if steepest == 0.0 else 2.0 ** math.floor(math.log2(_FLOAT16_DERIVATIVE_NORM / steepest))
 
     def _terms(self, problem: Problem, index: Tensor, weight: Tensor) -> Tensor:
-        """The weighted terms of the pairs `index`, and their rows of the record."""
+        """Returns the weighted terms of the pairs `index`, and fills in their entries of the record."""
         products = self._products(problem, index)
         degenerate = degenerate_pairs(products, self.settings.min_norm)
         similarity = cosine(products, degenerate)
@@ -294,7 +294,7 @@ class _Run:
         return weight * self.options.criterion.terms(products, similarity, degenerate)
 
     def _products(self, problem: Problem, index: Tensor, scale: float | None = None) -> GradProducts:
-        """Finite inner products of the pairs `index`; zeros (degenerate) where float16 overflows at every scale."""
+        """Returns finite inner products of the pairs `index`; zeros (degenerate) if float16 always overflows."""
         scale = self.scale if scale is None else scale
         self.forward.loss_scale = scale
         self.scales[index] = scale
@@ -309,9 +309,9 @@ class _Run:
             cause = f"{culprit} has such entries" if culprit else cause
             raise NonFiniteError(
                 f"the gradients of {int((~finite).sum())} of {len(index)} pairs are NaN or infinite: {cause}. Skip the"
-                " step; if it comes again, lower the learning rate or compute in a wider dtype."
+                " step; if it happens again, lower the learning rate or compute in a wider dtype."
             )
-        # Computed again, each on their own: multiplied by 0 the others would still send NaN backwards.
+        # Both groups are computed again, separately: masked by 0, the others would still send NaN backwards.
         parts = [(finite, scale)]
         if scale > _FLOAT16_LEAST_SCALE:
             parts.append((~finite, scale / _FLOAT16_SCALE_STEP))
@@ -329,20 +329,20 @@ class _Run:
         if size is None or isinstance(size, int):
             return everything if size is None else size
         preferred: Any = getattr(self.settings.engine, "preferred_chunk", None)
-        # Of a pair that is compared: the others may hold what the model cannot take.
+        # Asked with a compared pair, since the others may hold anything.
         most = everything if preferred is None else int(preferred(problem.take(self.selection.index[:1])))
-        return math.ceil(everything / math.ceil(everything / most))  # even: a rest of few pairs would be slow
+        return math.ceil(everything / math.ceil(everything / most))  # even chunks: a small last one would be slow
 
     def _zero(self) -> Tensor:
         shape = (len(self.pairs),) if self.options.reduction == "none" else ()
         return torch.zeros(shape, dtype=self.wide, device=self.pairs.device)
 
     def _connected(self, total: Tensor) -> Tensor:
-        """`total`, with a graph in any case: distributed reducers wait for every parameter, compared pairs or not."""
+        """Gives `total` a graph if it has none, because distributed reducers wait for every parameter."""
         if total.requires_grad or not torch.is_grad_enabled():
             return total
         return total + zero(self.options.trainable, self.sparse).to(total.dtype)
 
 
 class _EngineChangedError(Exception):
-    """The automatic engine took another way in the middle of a call; caught inside this module."""
+    """The automatic engine changed in the middle of a call; caught inside this module."""

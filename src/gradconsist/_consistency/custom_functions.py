@@ -1,13 +1,13 @@
-"""Custom `torch.autograd.Function`s inside a model: is their second derivative right?
+"""Tests the second derivative of custom `torch.autograd.Function`s inside a model.
 
-L_g is differentiated through the backward of every operation. The author of a Function wrote that backward, and may
-have written it for the first derivative alone: where it uses a detached tensor, torch differentiates what is left, and
-a part of the gradient is missing without an error. So each Function that a model runs is tested by itself, once:
+L_g is differentiated through the backward of every operation. The author of a Function wrote that backward, perhaps
+for the first derivative only. If it uses a detached tensor, torch differentiates what is left, and part of the gradient
+is silently missing. So each Function that a model runs is tested by itself, once:
 
     s(x, c) = ⟨backward of c at x, v⟩        ⟨ds/d(x, c), u⟩ = (s((x, c) + h u) - s((x, c) - h u)) / 2 h
 
 with the inputs x of a call that the model has made, a random cotangent c and random directions v and u, in float64.
-That the backward is the derivative of the forward is not asked: a straight-through estimator is right as it stands.
+The backward need not be the derivative of the forward: a straight-through estimator passes.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from gradconsist._forward.randomness import preserved_randomness
 from gradconsist._refusals.graphs import cut_node, name_of, nodes
 from gradconsist.errors import UnsupportedModuleError
 
-_STEPS = (1e-5, 1e-6, 1e-7)  # of the inputs' own size; the smallest error counts, since a kink may lie on some
+_STEPS = (1e-5, 1e-6, 1e-7)  # relative to the inputs; the smallest error counts, since a step may cross a kink
 _TOLERANCE = 1e-4
-_MOST_CALLS = 4  # of one Function, with other arguments that are no tensors
+_MOST_CALLS = 4  # calls of one Function that differ in their non-tensor arguments
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Call:
     """One call of a Function.
 
     Attributes:
-        function: its class.
-        args: what `apply` was given, tensors detached.
-        trained: for each argument whether it required grad.
-        path: of the module that made the call; empty for the model itself, None where no module did.
+        function: the Function's class.
+        args: arguments of `apply`, with tensors detached.
+        trained: whether each argument required grad.
+        path: path of the module that made the call; empty for the model itself, None if no module did.
     """
 
     function: type[Function]
@@ -57,10 +57,10 @@ class Call:
 
 
 def custom_functions(loss: Tensor) -> tuple[list[type[Function]], list[str]]:
-    """Functions in a graph that torch does not bring along: the classes of those in Python, the names of those in C++.
+    """Finds custom Functions in a graph: the classes of those in Python, the names of those in C++.
 
     Args:
-        loss: with its graph.
+        loss: a loss with its graph.
 
     Returns:
         Classes and names, each once.
@@ -77,15 +77,15 @@ def custom_functions(loss: Tensor) -> tuple[list[type[Function]], list[str]]:
 
 
 def check_custom_functions(loss: Tensor, model: nn.Module, again: Callable[[], object]) -> dict[str, bool]:
-    """Tests the second derivative of every custom Function that a loss has run.
+    """Tests the second derivative of every custom Function in the graph of a loss.
 
     Args:
-        loss: of one sample, with its graph.
-        model: whose modules are named in messages.
+        loss: the loss of one sample, with its graph.
+        model: the model, for the names of modules in messages.
         again: computes the loss once more.
 
     Returns:
-        By name and place, whether it was tested; False where it could not be.
+        Maps each Function, with its place, to whether it was tested; False if that was not possible.
 
     Raises:
         UnsupportedModuleError: a Function's second derivative is wrong.
@@ -107,7 +107,7 @@ def check_custom_functions(loss: Tensor, model: nn.Module, again: Callable[[], o
             raise UnsupportedModuleError(
                 f"the custom autograd.Function {call.where} has a wrong second derivative, off by"
                 f" {min(error, 1.0):.0%} from finite differences of its backward: the backward probably uses a detached"
-                " tensor. Keep tensors by `ctx.save_for_backward` and compute the backward from them with"
+                " tensor. Keep tensors with `ctx.save_for_backward` and compute the backward from them with"
                 " differentiable operations, or replace the Function; `diagnostics.verify` tests the whole model."
             )
         verdicts[call.where] = verdicts.get(call.where, True) and error is not None
@@ -116,7 +116,7 @@ def check_custom_functions(loss: Tensor, model: nn.Module, again: Callable[[], o
 
 @contextmanager
 def _recorded(functions: Iterable[type[Function]], model: nn.Module) -> Iterator[list[Call]]:
-    """The calls of these Functions within the block: the first few of each that differ in more than tensors."""
+    """Records calls of these Functions inside the block: the first few of each that differ in more than tensors."""
     paths = {id(module): path for path, module in model.named_modules()}
     calls: list[Call] = []
     own = [(function, vars(function).get("forward")) for function in functions]
@@ -151,7 +151,7 @@ def _recorder(function: type[Function], paths: dict[int, str], calls: list[Call]
 
 
 def _caller(paths: dict[int, str]) -> str | None:
-    """The path of the innermost module in whose forward this is."""
+    """Returns the path of the innermost module whose forward is running."""
     frame: Any = sys._getframe(2)
     while frame is not None:
         module = frame.f_locals.get("self")
@@ -162,14 +162,14 @@ def _caller(paths: dict[int, str]) -> str | None:
 
 
 def second_derivative_error(call: Call) -> float | None:
-    """How far a Function's second derivative is from finite differences of its backward.
+    """Measures how far a Function's second derivative is from finite differences of its backward.
 
     Args:
-        call: what the model called it with.
+        call: a call that the model made.
 
     Returns:
-        The relative error, infinite where the backward refuses to be differentiated; None where the Function cannot be
-        run in float64, or its own error hides that of the derivative.
+        The relative error; infinite if the backward cannot be differentiated. None if the Function cannot run in
+        float64, or if its own numerical error hides that of the derivative.
     """
     try:
         return _error(call)
@@ -197,18 +197,18 @@ def _error(call: Call) -> float | None:
         if s.requires_grad:
             parts = torch.autograd.grad(s, leaves, allow_unused=True)
         analytic = sum(float((part * w).sum()) for part, w in zip(parts, u, strict=True) if part is not None)
-        # Relative; to s where both derivatives are rounding.
+        # Relative to the derivative, or to s if both derivatives are only rounding error.
         scale = max(abs(analytic), *map(abs, numeric), 1e-9 * float(s.detach().abs()), 1e-30)
         error = min(abs(analytic - each) for each in numeric) / scale
         noise = min(abs(a - b) for a, b in pairwise(numeric)) / scale
         if not math.isfinite(scale) or (error > _TOLERANCE and noise > 0.1 * error):
-            return None  # computed in less than float64, or by chance, or at a kink
+            return None  # not float64 throughout, or random, or at a kink
         found.append(error)
     return min(found)
 
 
 def _s(call: Call, x: Sequence[Tensor], c: Sequence[Tensor], v: Sequence[Tensor], *, graph: bool) -> Tensor:
-    """⟨backward of c at x, v⟩."""
+    """Computes s = ⟨backward of c at x, v⟩."""
     x = [part if part.requires_grad else part.detach().requires_grad_() for part in x]
     with torch.enable_grad():
         outputs = _outputs(call, x)
@@ -218,7 +218,7 @@ def _s(call: Call, x: Sequence[Tensor], c: Sequence[Tensor], v: Sequence[Tensor]
 
 
 def _outputs(call: Call, x: Sequence[Tensor]) -> list[Tensor]:
-    """The outputs that have a derivative, with random numbers that are the same in every run."""
+    """Runs the Function and returns its differentiable outputs; random numbers are the same in every run."""
     supply = iter(x)
     args = []
     for arg, trained in zip(call.args, call.trained, strict=True):
@@ -244,5 +244,5 @@ def _random(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _size(part: Tensor) -> float:
-    """The usual size of an entry; 1 where all are 0."""
+    """Returns the root mean square of the entries, or 1 if all are 0."""
     return float(part.detach().square().mean().sqrt()) or 1.0

@@ -1,7 +1,7 @@
-"""Gradient in the forward: L_g and its parameter gradient, chunk by chunk, with one parameter-sized buffer.
+"""Forms L_g and its gradient in the forward, chunk by chunk, with one buffer of the size of the parameters.
 
-Each chunk's graph is differentiated and freed before the next one is built, so that memory does not grow with the
-number of pairs. Weights enter before the sum over samples: applied to the summed gradient they would be silently wrong.
+Each chunk's graph is differentiated and freed before the next one is built, so memory does not grow with the number of
+pairs. Weights must be applied before the sum over samples: applied to the summed gradient they would be silently wrong.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from gradconsist.errors import GradModeError
 
 
 class GradientBuffer:
-    """The sum of the chunks' values and parameter gradients.
+    """Sums up the values and parameter gradients of chunks.
 
     Args:
-        aliases: views of the parameters, which the chunks use in their place. Differentiating for the parameters
-            themselves would run the user's tensor hooks, once here and once in the backward.
+        aliases: views of the parameters, which the chunks use instead. Differentiating for the parameters themselves
+            would run the user's tensor hooks twice, once here and once in the backward.
         through: other tensors that the chunks use and that depend on the parameters.
     """
 
@@ -35,22 +35,22 @@ class GradientBuffer:
         """Adds one chunk's loss and gradient, and frees its graph.
 
         Args:
-            loss: of the chunk.
-            amplification: a power of two by which the loss is multiplied while it is differentiated, so that float16
-                in between does not underflow; less where it would overflow.
+            loss: the chunk's loss.
+            amplification: a power of two by which the loss is multiplied during differentiation, so that float16 does
+                not underflow on the way; reduced if it would overflow.
         """
         parts: Sequence[Tensor | None] = [None] * len(self._sources)
-        if loss.requires_grad:  # else the gradients are constant, as of a linear model with a linear loss
+        if loss.requires_grad:  # else the gradients are constant, as for a linear model with a linear loss
             parts = self._differentiate(loss, amplification)
-        # Only now, so that a chunk that failed (out of memory, say) can be tried again.
+        # Added last, so that a chunk that failed (out of memory, say) can be tried again.
         self._value = loss.detach() if self._value is None else self._value + loss.detach()
         self._accumulate(parts)
 
     def add_through(self, values: Sequence[Tensor]) -> None:
-        """Adds what the gradient owes to the tensors in `through`: the chain rule's other half.
+        """Adds the part of the gradient that goes through the tensors in `through`, by the chain rule.
 
         Args:
-            values: the same tensors with their graph down to the aliases; without one, where none of them is behind.
+            values: the same tensors with their graph to the aliases; without a graph if they do not depend on them.
         """
         parts = self._gradients[self._own :]
         known = [(v, part) for v, part in zip(values, parts, strict=True) if part is not None and v.requires_grad]
@@ -75,12 +75,12 @@ class GradientBuffer:
         return [None if part is None else part / factor for part in parts]
 
     def attach(self, parameters: Mapping[str, Tensor], sparse: Container[str] = ()) -> Tensor:
-        """The value as a tensor whose backward hands the buffered gradient, scaled, to the parameters.
+        """Returns the value as a tensor whose backward gives the buffered gradient, scaled, to the parameters.
 
         Args:
-            parameters: the named parameters, in the order of the aliases. One that no chunk depends on gets no
+            parameters: the named parameters, in the order of the aliases. A parameter that no chunk depends on gets no
                 gradient, as in an ordinary backward.
-            sparse: names of those whose gradient is handed over in sparse form.
+            sparse: names of the parameters that get a sparse gradient.
 
         Returns:
             Scalar tensor that requires grad.
@@ -91,25 +91,25 @@ class GradientBuffer:
 
 
 def zero(parameters: Mapping[str, Tensor], sparse: Container[str] = ()) -> Tensor:
-    """0 as a scalar with a derivative of 0 for each of the parameters."""
+    """Returns the scalar 0, with a derivative of 0 for each of the parameters."""
     zeros = [in_its_form(torch.zeros_like(parameter), name in sparse) for name, parameter in parameters.items()]
     return with_gradient(None, zeros, list(parameters.values()))
 
 
 def with_gradient(value: Tensor | None, gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
-    """`value` (None is 0) as a scalar whose derivative for `parameters` is `gradients` (None is none)."""
+    """Returns `value` (0 if None) as a scalar whose derivative for `parameters` is `gradients`."""
     result: Tensor = _GradientInForward.apply(value, list(gradients), *parameters)
     return result
 
 
 class _GradientInForward(torch.autograd.Function):
-    """Identity on the value; its derivative for the parameters is the buffer, known beforehand."""
+    """Identity on the value, whose derivative for the parameters is the buffer."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor | None, gradients: list[Tensor | None], *parameters: Tensor) -> Tensor:
-        # Saved as any graph saves what it needs: a backward frees the buffer, and a second one raises, unless the first
-        # kept the graph. The parameters are not saved, which would forbid an optimizer step before the backward: their
-        # values are not used.
+        # Saved like the tensors of any graph: a backward frees the buffer, and a second one raises unless the first
+        # kept the graph. The parameters are not saved: their values are not used, and saving them would forbid an
+        # optimizer step before the backward.
         own = [part for part in gradients if part is not None]
         ctx.save_for_backward(*(own or [parameters[0].new_empty(0)]))
         ctx.present, ctx.parameters, ctx.nothing = [part is not None for part in gradients], parameters, value is None
@@ -123,10 +123,10 @@ class _GradientInForward(torch.autograd.Function):
 
 
 class _Scaled(torch.autograd.Function):
-    """The buffer times the upstream gradient; a constant in the parameters, which says so when it is differentiated.
+    """Multiplies the buffer by the upstream gradient; raises an error if the result is differentiated again.
 
-    `once_differentiable` would do so only where the upstream gradient has a graph. Beside another term of the same
-    loss, whose gradient has one, the missing part would read as zero. Where `nothing` was compared it is zero.
+    `once_differentiable` would raise only if the upstream gradient has a graph. Next to another term of the same loss,
+    whose gradient has a graph, the missing part would be read as zero. If `nothing` was compared, it is zero.
     """
 
     @staticmethod
@@ -141,6 +141,6 @@ class _Scaled(torch.autograd.Function):
         if ctx.nothing:
             return (None, None, None, *(None for _ in cotangents))
         raise GradModeError(
-            "the gradient of L_g was differentiated once more, and `fused=True` has formed it as a constant: pass"
+            "the gradient of L_g was differentiated once more, but `fused=True` has formed it as a constant: pass"
             " `fused=False` to GradientConsistencyLoss, which keeps the graph."
         )

@@ -1,4 +1,4 @@
-"""Which module mixes the samples of a batch, found by running one sample alone and beside another."""
+"""Finds the module that mixes the samples of a batch, by running one sample alone and together with another."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gradconsist.errors import UnsupportedModuleError
 
 @dataclass(eq=False)
 class _Call:
-    """One call of a module: copies of the tensors that went in, and of those that came out."""
+    """One call of a module, with copies of its input and output tensors."""
 
     path: str
     inputs: list[Tensor]
@@ -25,19 +25,19 @@ class _Call:
 def mixing_refusal(
     model: nn.Module, alone: Callable[[], Any], together: Callable[[], Any], tolerance: float
 ) -> UnsupportedModuleError:
-    """The refusal of a model or loss that mixes samples, with the place where it does.
+    """Builds the error for a model or loss that mixes samples, naming the place where it does.
 
-    The place is the first call, in order of completion, whose inputs agree between the two runs in the row of the first
-    sample and whose outputs do not.
+    The place is the first call, in order of completion, whose inputs for the first sample agree between the two runs
+    and whose outputs do not.
 
     Args:
         model: the user's model.
         alone: runs model and loss on one sample.
-        together: runs both on that sample and another one behind it.
-        tolerance: what outputs may differ by from rounding, relative to their largest entry.
+        together: runs both on that sample followed by another one.
+        tolerance: difference that rounding may cause, relative to the largest entry.
 
     Returns:
-        The refusal.
+        The error to raise.
     """
     modules = dict(model.named_modules())
     with _recorded(model) as first:
@@ -71,9 +71,9 @@ def mixing_refusal(
 
 
 def _place(first: Sequence[_Call], second: Sequence[_Call], tolerance: float) -> str | None:
-    """Path of the module that mixes, "loss_fn", or None if it cannot be told."""
+    """Returns the path of the module that mixes, "loss_fn", or None if it is not clear."""
     if [call.path for call in first] != [call.path for call in second]:
-        return None  # the number of samples decides which modules run
+        return None  # which modules run depends on the number of samples
     for one, two in zip(first, second, strict=True):
         if _agree(one.inputs, two.inputs, tolerance) and not _agree(one.outputs, two.outputs, tolerance):
             return one.path
@@ -84,7 +84,7 @@ def _place(first: Sequence[_Call], second: Sequence[_Call], tolerance: float) ->
 
 @contextmanager
 def _recorded(model: nn.Module) -> Iterator[list[_Call]]:
-    """Records the calls of all modules of `model` within the block, in order of completion."""
+    """Records the calls of all modules of `model` inside the block, in order of completion."""
     finished: list[_Call] = []
     running: list[_Call] = []
     paths = {module: path for path, module in model.named_modules()}
@@ -109,7 +109,7 @@ def _recorded(model: nn.Module) -> Iterator[list[_Call]]:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """Copies of the tensors in a nest: a layer that works in place would overwrite them."""
+    """Copies the tensors of a nested structure, since a layer that works in place would overwrite them."""
     if isinstance(value, Tensor):
         return [value.detach().clone()]
     if isinstance(value, Mapping):
@@ -120,14 +120,14 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _agree(first: Sequence[Tensor], second: Sequence[Tensor], tolerance: float) -> bool:
-    """Whether the first sample has the same numbers in both runs."""
+    """Tells whether the first sample has the same numbers in both runs."""
     if len(first) != len(second):
         return False
     return all(any(_close(a, part, tolerance) for part in _parts(a, b)) for a, b in zip(first, second, strict=True))
 
 
 def _parts(alone: Tensor, together: Tensor) -> Iterator[Tensor]:
-    """What of `together` may be the first sample's: all, one half of a dimension, or every second row of it."""
+    """Yields what may be the first sample in `together`: all, half of a dimension, or every second row of it."""
     if alone.shape == together.shape:
         yield together
     for dim in range(alone.dim() if alone.dim() == together.dim() else 0):

@@ -1,4 +1,4 @@
-"""The options of a `GradientConsistencyLoss` in one record that checks itself; they are documented there."""
+"""Checks and holds the options of a `GradientConsistencyLoss`, where they are documented."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Reduction = Literal["mean", "sum", "none"]
 
 @dataclass(frozen=True)
 class Settings:
-    """See `GradientConsistencyLoss`, which has the same arguments. A given name of an engine becomes that engine.
+    """The checked options of a `GradientConsistencyLoss`, which documents them; `engine` is an object, never a name.
 
     Raises:
-        ConfigError: an option has no such value, or does not go with another.
+        ConfigError: an option has an invalid value, or two options do not go together.
         ParameterSelectionError: `encoder` selects nothing that is trainable.
         UnsupportedModuleError: the model contains a module for which the result would not be exact.
     """

@@ -1,6 +1,6 @@
-"""From inner products to the loss: pure tensors, ignorant of models and layers.
+"""Computes the loss from inner products: plain tensors, without models or layers.
 
-Every engine returns the same three numbers per pair, and everything that follows is written here once:
+Every engine returns the same three numbers per pair, and the rest is computed from them here:
 
     weak = ||g_w||^2      strong = ||g_s||^2      cross = ⟨g_w, g_s⟩      GC = cross / sqrt(weak * strong)
 
@@ -18,14 +18,14 @@ from gradconsist.types import GradProducts
 
 
 def degenerate_pairs(products: GradProducts, min_norm: float) -> Tensor:
-    """Pairs whose cosine is noise: ||g_w|| <= min_norm or ||g_s|| <= min_norm.
+    """Finds pairs whose cosine is noise: ||g_w|| <= min_norm or ||g_s|| <= min_norm.
 
-    The derivative of the cosine grows like 1/||g||, and confident samples, which semi-supervised methods select, have
-    gradients that vanish: this is a normal case and not a corner.
+    The derivative of the cosine grows like 1/||g||. Semi-supervised methods select confident samples, whose gradients
+    vanish, so this case is common.
 
     Args:
         products: inner products, [B] each.
-        min_norm: bound on each norm, in the loss's own units.
+        min_norm: bound on each norm, in the loss's units.
 
     Returns:
         Boolean tensor [B].
@@ -34,11 +34,11 @@ def degenerate_pairs(products: GradProducts, min_norm: float) -> Tensor:
 
 
 def cosine(products: GradProducts, degenerate: Tensor) -> Tensor:
-    """GC = ⟨g_w, g_s⟩ / (||g_w|| ||g_s||), and 0 with a zero derivative for degenerate pairs.
+    """Computes GC = ⟨g_w, g_s⟩ / (||g_w|| ||g_s||), and 0 with a zero derivative for degenerate pairs.
 
-    Each norm is divided by on its own: their product overflows and underflows where the norms do not, and so does the
-    derivative of `rsqrt`, weak^(-3/2). The value is clamped to [-1, 1], which rounding can leave by a few units in the
-    last place; the derivative is not clamped, so a pair at the edge still pulls.
+    The norms divide one after the other: their product can overflow or underflow where the norms do not, and so can the
+    derivative of `rsqrt`, weak^(-3/2). The value is clamped to [-1, 1], since rounding can exceed these bounds by a few
+    units in the last place. The derivative is not clamped, so a pair at a bound still contributes to the gradient.
 
     Args:
         products: inner products, [B] each.
@@ -57,10 +57,10 @@ def cosine(products: GradProducts, degenerate: Tensor) -> Tensor:
 
 
 class Criterion(Protocol):
-    """What a pair adds to the loss, as a function of its inner products."""
+    """Defines what a pair adds to the loss, as a function of its inner products."""
 
     def terms(self, products: GradProducts, similarity: Tensor, degenerate: Tensor) -> Tensor:
-        """Terms [B], before their weights.
+        """Returns the terms [B], before their weights.
 
         Args:
             products: inner products, [B] each.
@@ -73,12 +73,12 @@ class Criterion(Protocol):
         ...
 
     def steepness(self, norm_weak: Tensor, norm_strong: Tensor) -> Tensor:
-        """About how large the derivative of a term for its two gradients is, [B]: what float16 must be able to hold."""
+        """Estimates the size [B] of the derivative of a term for its two gradients, which must fit into float16."""
         ...
 
 
 class Disagreement:
-    """1 - GC; 0 for degenerate pairs, whose cosine is noise."""
+    """Adds 1 - GC per pair; 0 for degenerate pairs, whose cosine is noise."""
 
     def terms(self, products: GradProducts, similarity: Tensor, degenerate: Tensor) -> Tensor:
         """See `Criterion.terms`."""
@@ -86,18 +86,18 @@ class Disagreement:
         return (1.0 - similarity).masked_fill(degenerate, 0.0)
 
     def steepness(self, norm_weak: Tensor, norm_strong: Tensor) -> Tensor:
-        """1 / ||g||, of the smaller one."""
+        """Returns 1 / ||g|| of the smaller gradient."""
         return 1.0 / torch.minimum(norm_weak, norm_strong)
 
 
 class SquaredNorms:
-    """(||g_w||^2 + ||g_s||^2) / 2, which is smooth at 0: no pair is left out."""
+    """Adds (||g_w||^2 + ||g_s||^2) / 2 per pair; smooth at 0, so no pair is left out."""
 
     def terms(self, products: GradProducts, similarity: Tensor, degenerate: Tensor) -> Tensor:
         """See `Criterion.terms`."""
         del similarity, degenerate
-        return 0.5 * products.weak + 0.5 * products.strong  # not their sum first, which overflows earlier
+        return 0.5 * products.weak + 0.5 * products.strong  # halved first, since the sum may overflow
 
     def steepness(self, norm_weak: Tensor, norm_strong: Tensor) -> Tensor:
-        """||g||, of the larger one."""
+        """Returns ||g|| of the larger gradient."""
         return torch.maximum(norm_weak, norm_strong)

@@ -1,4 +1,4 @@
-"""What is found out about a model by trying: on the first call, and again when its modules or modes have changed."""
+"""Checks a model by running it, on the first call and again when its modules or modes have changed."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from gradconsist.types import Inputs
 
 @dataclass
 class Probed:
-    """What is known of one model, kept by its loss from call to call.
+    """Results of the checks of one model, kept by its loss between calls.
 
     Attributes:
-        passed: checks that passed, each with the state of the model for which it did.
-        classes: width of the logits; None where there are none, or before the first call.
+        passed: checks that passed, each with the state of the model at that time.
+        classes: number of columns of the logits; None if there are no logits, or before the first call.
         functions: custom autograd Functions that the model runs, and whether their second derivative was tested.
         told: warnings that were given.
-        report_only: whether a Function with a wrong second derivative is left for a report to tell, and not refused.
-        dense: parameters that are weights of sparse embeddings only, by the modules, and were found in another use.
+        report_only: whether a Function with a wrong second derivative goes into a report instead of raising an error.
+        dense: weights of sparse embeddings that have another use in the forward, so their gradient is dense.
     """
 
     passed: set[Hashable] = field(default_factory=set)
@@ -50,14 +50,14 @@ class Probed:
     dense: set[str] = field(default_factory=set)
 
     def once(self, warning: str) -> bool:
-        """Whether it has not been given yet; from now on it has."""
+        """Tells whether `warning` is given for the first time, and marks it as given."""
         first = warning not in self.told
         self.told.add(warning)
         return first
 
     @staticmethod
     def fact(check: str, model: nn.Module, inputs: Inputs) -> Hashable:
-        """`check`, of the model as it is now (modules, modes, what is trained) and as it is called: its constants."""
+        """Returns a key for `check` with the model's present modules, modes, ``requires_grad`` and input constants."""
         modules = tuple((id(module), module.training) for module in model.modules())
         return check, modules, tuple(parameter.requires_grad for parameter in model.parameters()), constants(inputs)
 
@@ -65,21 +65,21 @@ class Probed:
 def probe_model(
     forward: PerSampleForward, pairs: Pairs, index: Tensor, probed: Probed, compared: Collection[str] = ()
 ) -> None:
-    """Tries the model on a pair of the call, unless it passed before; on every call, checks targets by its classes.
+    """Tries the model on a pair of the call unless it passed before, and checks the targets on every call.
 
     Args:
         forward: the model under this call's rules.
         pairs: the call's pairs.
-        index: which of them are compared; the others may hold anything, and are not looked at.
-        probed: what is known so far; added to where a check passed.
+        index: the compared pairs; the others may hold anything and are not used.
+        probed: results so far; passed checks are added.
         compared: names of the parameters whose gradients are compared.
 
     Raises:
-        LossContractError: the loss does not depend on the model's parameters, or on no compared one.
-        UnsupportedModuleError: a sample's loss depends on its neighbours, on chance, or on parameters behind our back;
-            or a custom Function has a wrong second derivative.
+        LossContractError: the loss depends on no parameter of the model, or on no compared one.
+        UnsupportedModuleError: a sample's loss depends on its neighbours, on chance, or on a parameter used outside its
+            module; or a custom Function has a wrong second derivative.
         InputValueError: a class index is outside the model's classes.
-        InputShapeError: probabilities have another width than the logits.
+        InputShapeError: probabilities and logits differ in their number of columns.
     """
     forward_fact, functions_fact = (Probed.fact(check, forward.model, pairs.weak) for check in ("forward", "functions"))
     differentiated = torch.is_grad_enabled() and not probed.report_only  # `measure` needs no second derivative
@@ -87,7 +87,7 @@ def probe_model(
     if wanted:
         weak, strong = take(pairs.weak, index), take(pairs.strong, index)
         taken = replace(pairs, weak=weak, strong=strong, target=pairs.target[index])
-        # With random numbers of its own: a first call must draw the masks that any other call would.
+        # With separate random numbers, so that a first call draws the same masks as any other call.
         with preserved_randomness(pairs.device, seed=0):
             if forward_fact in wanted:
                 with comparison_scope(forward.model, dropout=False):
@@ -101,8 +101,8 @@ def probe_model(
 
 
 def _try_forward(forward: PerSampleForward, pairs: Pairs, probed: Probed) -> bool:
-    """Whether samples are independent; False if the call cannot tell: no two different samples, NaN, or chance."""
-    # Dropout off, whatever the comparison does: the same sample twice must give the same numbers.
+    """Checks that samples are independent; returns False if the call cannot show it (equal samples, NaN, or chance)."""
+    # Dropout is always off here, because the same sample must give the same numbers twice.
     quiet = PerSampleForward(forward.model, forward.loss_fn, forward.batchnorm, autocast=forward.autocast)
     everything, target = pairs.weak, pairs.target
     if concatenable(pairs.weak, pairs.strong):
@@ -116,7 +116,7 @@ def _try_forward(forward: PerSampleForward, pairs: Pairs, probed: Probed) -> boo
             probed.told |= {"softmax"} if warn_of_probabilities(logits) else set()
         alone = _numbers(quiet, take(everything, slice(0, 1)), target[:1])
         if _differ(alone, _numbers(quiet, take(everything, slice(0, 1)), target[:1]), 0.0):
-            if forward.dropout:  # chance is allowed, and hides what neighbours do
+            if forward.dropout:  # chance is allowed, and hides any effect of neighbours
                 return False
             raise UnsupportedModuleError(
                 "the model gives one sample different outputs in two calls: it draws random numbers that"
@@ -135,11 +135,11 @@ def _try_forward(forward: PerSampleForward, pairs: Pairs, probed: Probed) -> boo
                 lambda: _numbers(quiet, take(everything, both), target[both]),
                 _rounding(forward, alone),
             )
-    return bool(torch.isfinite(torch.cat([alone[-1], together[-1]])).all())  # the losses; NaN compares with nothing
+    return bool(torch.isfinite(torch.cat([alone[-1], together[-1]])).all())  # losses that are NaN cannot be compared
 
 
 def _rounding(forward: PerSampleForward, numbers: list[Tensor]) -> float:
-    """What a batched computation may differ by from that of one sample, by the coarsest dtype on the way."""
+    """Returns how much results in a batch may differ from those of one sample, given the coarsest dtype used."""
     dtypes = {tensor.dtype for tensor in (*forward.model.parameters(), *numbers)}
     if forward.autocast is not None or dtypes & {torch.float16, torch.bfloat16}:
         return 5e-2
@@ -147,11 +147,11 @@ def _rounding(forward: PerSampleForward, numbers: list[Tensor]) -> float:
 
 
 def _only_rounding(forward: PerSampleForward, inputs: Inputs, target: Tensor, both: Tensor) -> bool:
-    """Whether what differed between one sample and two was rounding, which deep models amplify: not so in float64."""
+    """Tells whether one sample and two differed only by rounding, which deep models amplify, by trying in float64."""
     tensors = {**dict(forward.model.named_buffers()), **dict(forward.model.named_parameters())}
     if all(tensor.dtype == torch.float64 for tensor in tensors.values() if tensor.is_floating_point()):
-        return False  # it was float64 that differed
-    # Those of whole numbers stay out: given as they are, a BatchNorm would count these forwards in the user's own.
+        return False  # the difference was in float64 already
+    # Integer buffers are left out: a BatchNorm given the user's own counter would count these forwards in it.
     double = {name: doubled(tensor) for name, tensor in tensors.items() if tensor.is_floating_point()}
     exact = PerSampleForward(forward.model, forward.loss_fn, forward.batchnorm, parameters=double)
     inputs, target = map_members(doubled, take(inputs, both)), doubled(target[both])
@@ -165,8 +165,8 @@ def _only_rounding(forward: PerSampleForward, inputs: Inputs, target: Tensor, bo
 
 
 def _numbers(forward: PerSampleForward, inputs: Inputs, target: Tensor) -> list[Tensor]:
-    """What must not depend on neighbours: logits, where there are some, and losses."""
-    # One view's constants for all: here only samples are told from each other.
+    """Returns what must not depend on neighbours: the logits, if there are any, and the losses."""
+    # All samples get the weak view's constants, because views do not matter here.
     logits = find_logits(forward.output(inputs, WEAK))
     losses = forward.losses(inputs, target, view=WEAK)
     return [losses] if logits is None or not logits.is_floating_point() else [logits, losses]
@@ -174,14 +174,14 @@ def _numbers(forward: PerSampleForward, inputs: Inputs, target: Tensor) -> list[
 
 def _differ(first: list[Tensor], second: list[Tensor], tolerance: float) -> bool:
     for a, b in zip(first, second, strict=True):
-        finite = torch.isfinite(a) & torch.isfinite(b)  # a NaN has a cause and an error of its own
+        finite = torch.isfinite(a) & torch.isfinite(b)  # NaN has another cause, and raises another error
         if a.shape != b.shape or bool(((a - b).abs() > tolerance * b.abs().amax().clamp(min=1e-3))[finite].any()):
             return True
     return False
 
 
 def _first_different(inputs: Inputs) -> int | None:
-    """The first row that is not the same as row 0."""
+    """Returns the index of the first sample that differs from sample 0, or None."""
     different = torch.stack([(leaf != leaf[:1]).reshape(len(leaf), -1).any(1) for leaf in leaves(inputs)]).any(0)
     return int(different.nonzero()[0]) if bool(different.any()) else None
 
@@ -192,13 +192,13 @@ def _equal_views(pairs: Pairs) -> bool:
 
 
 def _one_loss(forward: PerSampleForward, pairs: Pairs, parameters: Mapping[str, Tensor]) -> Tensor:
-    """The loss of one sample, with its graph."""
+    """Computes the loss of one sample, with its graph."""
     with torch.enable_grad():
         return forward.losses(take(pairs.weak, slice(0, 1)), pairs.target[:1], parameters, WEAK)
 
 
 def _try_derivative(forward: PerSampleForward, pairs: Pairs, probed: Probed, compared: Collection[str]) -> None:
-    """The loss of one sample has a graph, through nothing but the parameters that were handed in, and some compared."""
+    """Checks that the loss of one sample has a graph to some compared parameter, and only to replaced parameters."""
     own = {name: parameter for name, parameter in forward.model.named_parameters() if parameter.requires_grad}
     copies = {name: parameter.detach().clone().requires_grad_() for name, parameter in own.items()}
     loss = _one_loss(forward, pairs, copies)
@@ -215,7 +215,7 @@ def _try_derivative(forward: PerSampleForward, pairs: Pairs, probed: Probed, com
     if compared and len(unreached) == len(compared):
         raise LossContractError(
             f"the loss depends on none of the {len(compared)} compared parameters ({unreached[0]!r}, ...), so every"
-            " gradient is zero: something behind them cuts the graph (`.detach()`, `no_grad`, a frozen part), or"
+            " gradient is zero: something after them cuts the graph (`.detach()`, `no_grad`, a frozen part), or"
             " `encoder` names a part that this forward does not use."
         )
     if unreached and probed.once("unreached"):
@@ -225,7 +225,7 @@ def _try_derivative(forward: PerSampleForward, pairs: Pairs, probed: Probed, com
 
 
 def _try_functions(forward: PerSampleForward, pairs: Pairs, probed: Probed) -> None:
-    """The custom autograd Functions that the loss of one sample runs have a second derivative, and the right one."""
+    """Checks that the custom autograd Functions in the loss of one sample have the right second derivative."""
     loss = _one_loss(forward, pairs, {})
     found = check_custom_functions(loss, forward.model, lambda: _one_loss(forward, pairs, {}))
     if found and probed.once("functions"):
