@@ -1,13 +1,13 @@
-"""Layer-wise inner products of per-sample gradients, differentiable, without the gradients themselves.
+"""Computes inner products of per-sample gradients layer by layer, differentiably, without forming the gradients.
 
-A linear layer's gradient for one sample is the outer product of the gradient d of what it returned and of its input a.
-The inner product of two such gradients is therefore that of the inputs times that of the output gradients:
+For one sample, the gradient of a linear layer's weight is the outer product of the output gradient d and the input a.
+So the inner product of two such gradients is that of the inputs times that of the output gradients:
 
     ⟨d aᵀ, d' a'ᵀ⟩ = ⟨a, a'⟩ ⟨d, d'⟩
 
-Positions of a sequence or an image add up on both sides. `rules` has such a formula for each kind of layer, `capture`
-collects a and d of every call of every layer, `operators` the calls outside modules, and `engine` puts the sums
-together; a parameter without a rule is taken sample by sample.
+Positions of a sequence or an image add up on both sides. `rules` has such a formula for each kind of layer. `capture`
+and `operators` record every call of an operator with a compared parameter, inside modules or not. `engine` adds up the
+parts. For a parameter without a rule, the per-sample gradient is formed.
 
     >>> import torch
     >>> from gradconsist import GradientConsistencyLoss

@@ -1,10 +1,10 @@
-"""Sees each call of an operator with a compared parameter while the forward runs, batched, under `torch.func.vmap`.
+"""Records each call of an operator with a compared parameter while a batched forward runs under `torch.func.vmap`.
 
-Inside, each compared parameter is represented by a stand-in: the parameter expanded, without a copy, to one row per
-sample. Whatever the model does with it is exact, since the gradient for the rows is the per-sample gradient. That is
-the fallback, by construction, for any use that is not known here. Where an operator with a rule meets a stand-in, it is
-computed with the parameter itself, for all samples at once, and remembered with its input and the gradient edge of its
-output. Which dimension holds the samples is never guessed: vmap keeps track of it.
+Inside the forward, a stand-in replaces each compared parameter: the parameter expanded, without a copy, to one row per
+sample. Whatever the model does with it is exact, since the gradient for the rows is the per-sample gradient. This is
+the fallback for every use without a rule. An operator with a rule that gets a stand-in runs with the parameter itself,
+for all samples at once, and the call is recorded with its input and the gradient edge of its output. Which dimension
+holds the samples is never guessed: vmap keeps track of it.
 """
 
 from __future__ import annotations
@@ -28,10 +28,7 @@ from gradconsist.errors import UnsupportedModuleError
 
 
 class Capture(Operators, TorchFunctionMode):
-    """The mode; `uses` fills while a forward runs.
-
-    Its arguments are those of `Operators`.
-    """
+    """The function mode that records uses in `uses` while a forward runs; it takes the arguments of `Operators`."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -56,8 +53,8 @@ class Capture(Operators, TorchFunctionMode):
             module: the layer.
             rule: its rule.
             forward: its forward.
-            *args: what it was called with.
-            **kwargs: what it was called with.
+            *args: positional arguments of the call.
+            **kwargs: keyword arguments of the call.
 
         Returns:
             Its output.
@@ -69,7 +66,8 @@ class Capture(Operators, TorchFunctionMode):
         if any(isinstance(inner, nn.modules.batchnorm._BatchNorm) for inner in module.modules()):
             raise UnsupportedModuleError(
                 f"{type(module).__name__}, which has a registered rule, holds a BatchNorm, whose statistics are"
-                " constants that a rule does not see: take the BatchNorm out, or the rule back by `unregister_rule`."
+                " constants that a rule does not see: take the BatchNorm out, or remove the rule with"
+                " `unregister_rule`."
             )
         state |= {local: alias for local, (_, alias) in own.items() if alias is not None}
         modes = _get_current_function_mode_stack()
@@ -82,7 +80,7 @@ class Capture(Operators, TorchFunctionMode):
             if not isinstance(y, Tensor):
                 raise UnsupportedModuleError(
                     f"{type(module).__name__}, which has a registered rule, returned a {type(y).__name__}: a rule needs"
-                    " a layer that returns one tensor. Take the rule back by `unregister_rule`."
+                    " a layer that returns one tensor. Remove the rule with `unregister_rule`."
                 )
             y = y.clone() if y._is_view() else y
             call = LayerCall(module, rule, state, samples, maps)
@@ -95,17 +93,17 @@ class Capture(Operators, TorchFunctionMode):
     def one_by_one(
         self, model: nn.Module, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Runs a layer that vmap refuses, sample by sample; its parameters have a row a sample, so it stays exact.
+        """Runs a layer that vmap refuses sample by sample; its parameters have one row per sample, so it stays exact.
 
-        Every sample meets buffers and attributes as they were before the call. What the layer leaves in them has a row
-        for each sample afterwards, like its output, so that a second call goes on from there for each.
+        Every sample finds buffers and attributes in their state before the call. What the layer leaves in them then has
+        one row per sample, like its output, so a second call continues from there for each sample.
 
         Args:
             model: the whole model.
             module: the layer.
             forward: its forward.
-            *args: what it was called with.
-            **kwargs: what it was called with.
+            *args: positional arguments of the call.
+            **kwargs: keyword arguments of the call.
 
         Returns:
             Its output, of any structure of tensors.
@@ -141,7 +139,7 @@ class Capture(Operators, TorchFunctionMode):
 
     @contextmanager
     def _passing(self, modes: list[Any]) -> Iterator[None]:
-        """Below vmap no mode is active: `modes` are again, and this one lets every call pass."""
+        """Activates `modes` again, since none is active below vmap, and pauses this one."""
         self._paused = True
         try:
             with ExitStack() as stack:
@@ -152,12 +150,12 @@ class Capture(Operators, TorchFunctionMode):
             self._paused = False
 
     def release(self) -> None:
-        """Lets go of everything: the replacements are methods of this object, so it would outlive its use."""
+        """Drops all references: the replacements are methods of this object, a cycle that would keep it alive."""
         self.replacements.clear()
         self.uses = []
 
     def _inside(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, with the calls that it makes seen too."""
+        """Wraps `function` so that this mode also sees the calls inside it."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with self:
@@ -169,5 +167,5 @@ class Capture(Operators, TorchFunctionMode):
 def _flat_tensors(module: nn.Module, output: Any) -> tuple[list[Tensor], list[Any]]:
     flat, form = tree_flatten(output)
     if not all(isinstance(leaf, Tensor) for leaf in flat):
-        raise RuntimeError(f"{type(module).__name__} returns something else than tensors, and vmap refuses it")
+        raise RuntimeError(f"{type(module).__name__} returns something other than tensors, and vmap refuses it")
     return flat, [form]

@@ -1,7 +1,7 @@
-"""Convolution, closed under differentiation, and the per-sample gradients of its weights.
+"""Convolution with efficient higher derivatives, and the per-sample gradients of its weights.
 
 Torch differentiates the derivative of a convolution through convolutions whose kernel is a whole feature map, and
-through a loop over groups. The three functions below are each other's derivatives instead, and each is one native call:
+through a loop over groups. The three functions below are each other's derivatives, and each is one native call:
 
     Convolution(x, w) -> y        derivatives: InputGradient, WeightGradient
     InputGradient(gy, w) -> gx    derivatives: Convolution, WeightGradient
@@ -23,11 +23,11 @@ from torch import Tensor
 
 @dataclass
 class Stage:
-    """Which derivative is being taken.
+    """Tells convolutions which derivative is being taken.
 
     Attributes:
-        outputs_only: the first one, with respect to layer outputs: gradients of weights are not asked for, but a custom
-            function cannot see that.
+        outputs_only: whether it is the first one, for layer outputs only. It needs no gradients of weights, but a
+            custom function cannot see that by itself.
     """
 
     outputs_only: bool = False
@@ -35,7 +35,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a convolution is beside its weights; the arguments of `torch.convolution`."""
+    """The settings of a convolution: the arguments of `torch.convolution` after the bias."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -45,17 +45,17 @@ class Geometry:
     groups: int = 1
 
     def arguments(self) -> tuple[Any, ...]:
-        """In torch's order."""
+        """Returns the arguments in torch's order."""
         output_padding = self.output_padding or (0,) * len(self.stride)
         return (*map(list, (self.stride, self.padding, self.dilation)), self.transposed, output_padding, self.groups)
 
     def for_samples(self, count: int) -> Geometry:
-        """With `count` times the groups."""
+        """Returns the same geometry with `count` times the groups."""
         return replace(self, groups=count * self.groups)
 
 
 class Convolution(torch.autograd.Function):
-    """y = conv(x, w): x [B, C, ...], w as torch has it, y [B, p, ...]."""
+    """Computes y = conv(x, w): x [B, C, ...], w in torch's layout, y [B, p, ...]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, geometry: Geometry, stage: Stage | None = None) -> Tensor:
@@ -75,7 +75,7 @@ class Convolution(torch.autograd.Function):
 
 
 class InputGradient(torch.autograd.Function):
-    """The gradient of ⟨gy, conv(x, w)⟩ for x, whose shape is given."""
+    """Computes the gradient of ⟨gy, conv(x, w)⟩ for x, whose shape is given."""
 
     @staticmethod
     def forward(ctx: Any, gy: Tensor, w: Tensor, shape: Sequence[int], geometry: Geometry) -> Tensor:
@@ -92,7 +92,7 @@ class InputGradient(torch.autograd.Function):
 
 
 class WeightGradient(torch.autograd.Function):
-    """The gradient of ⟨gy, conv(x, w)⟩ for w, whose shape is given."""
+    """Computes the gradient of ⟨gy, conv(x, w)⟩ for w, whose shape is given."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gy: Tensor, shape: Sequence[int], geometry: Geometry) -> Tensor:
@@ -115,13 +115,13 @@ def _derivative(gy: Tensor, x: Tensor, w: Tensor, geometry: Geometry, which: int
 
 
 def sample_gradients(x: Tensor, gy: Tensor, shape: Sequence[int], geometry: Geometry) -> Tensor:
-    """Per-sample weight gradients, by one grouped convolution.
+    """Computes per-sample weight gradients with one grouped convolution.
 
     Args:
         x: inputs [N, b, C, ...]: N samples of b maps each.
         gy: gradients of the outputs [N, b, p, ...].
-        shape: of the weight.
-        geometry: of the layer.
+        shape: shape of the weight.
+        geometry: geometry of the layer.
 
     Returns:
         [N, *shape].
@@ -135,13 +135,13 @@ def sample_gradients(x: Tensor, gy: Tensor, shape: Sequence[int], geometry: Geom
 
 
 def per_sample_convolution(x: Tensor, w: Tensor, geometry: Geometry, stage: Stage | None = None) -> Tensor:
-    """Convolution of every sample with weights of its own.
+    """Convolves each sample with its own weights.
 
     Args:
         x: [N, b, C, ...].
         w: [N, *weight shape].
-        geometry: of the layer.
-        stage: see `Stage`; None where the weights' gradient is wanted in any case.
+        geometry: geometry of the layer.
+        stage: see `Stage`; None if the weights' gradient is always wanted.
 
     Returns:
         [N, b, p, ...].
@@ -164,7 +164,7 @@ def normal_form(
     output_padding: Any = 0,
     transposed: bool = False,
 ) -> tuple[Tensor, Geometry]:
-    """The input and geometry of a call of ``F.conv*d``, whose arguments come in several forms.
+    """Brings the arguments of ``F.conv*d``, which come in several forms, into one form.
 
     Args:
         input: [..., C, spatial].
@@ -174,11 +174,11 @@ def normal_form(
         dilation: int or ints.
         groups: groups.
         kernel: spatial size of the weight.
-        output_padding: int or ints, of a transposed convolution.
-        transposed: whether it is one.
+        output_padding: int or ints, for a transposed convolution.
+        transposed: whether the convolution is transposed.
 
     Returns:
-        The input (padded, where "same" is asymmetric) and the geometry.
+        The input (padded if "same" is asymmetric) and the geometry.
     """
     stride, dilation, output_padding = (_ints(value, dims) for value in (stride, dilation, output_padding))
     if padding == "valid":

@@ -1,8 +1,8 @@
-"""Proves that every use of a compared parameter has been accounted for, or refuses by name.
+"""Checks that every use of a compared parameter is accounted for, and raises an error that names it if not.
 
-A compared parameter is in the model in two ways only: as its stand-in, whose gradient is the per-sample gradient
-whatever is done with it, and inside a recorded use. What is left to prove is that the recorded uses are complete (each
-one that the losses depend on got the gradient of its output) and that their inputs are still what the operator saw.
+A compared parameter enters the model in two ways only: as its stand-in, whose gradient is the per-sample gradient
+whatever the model does with it, and inside a recorded use. Two things are left to check. Each recorded use that the
+losses depend on must have the gradient of its output, and its inputs must not have changed since the call.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from gradconsist.errors import UnsupportedModuleError
 
 
 def check_inputs(uses: Sequence[Use]) -> None:
-    """Refuses a layer whose input was overwritten after it had been used.
+    """Refuses a layer whose input was overwritten after the layer had used it.
 
     Args:
-        uses: of one forward.
+        uses: the uses of one forward.
 
     Raises:
-        UnsupportedModuleError: an input has another version than when it was recorded.
+        UnsupportedModuleError: the version of an input has changed since it was recorded.
     """
     for use in uses:
         if tuple(x._version for x in use.inputs) != use.versions:
@@ -34,11 +34,11 @@ def check_inputs(uses: Sequence[Use]) -> None:
 
 
 def check_coverage(losses: Tensor, uses: Sequence[Use], outputs: Sequence[Tensor | None]) -> None:
-    """Refuses a use that the losses depend on though no gradient of its output arrived.
+    """Refuses a use that the losses depend on but whose output got no gradient.
 
     Args:
-        losses: of one forward, with their graph.
-        uses: of that forward.
+        losses: the losses of one forward, with their graph.
+        uses: the uses of that forward.
         outputs: for each use the gradient of its output, or None.
 
     Raises:

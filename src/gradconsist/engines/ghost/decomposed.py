@@ -1,4 +1,4 @@
-"""Torch functions that hide matrix products from a function mode, opened up."""
+"""Decomposes torch functions that hide matrix products from a function mode."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 
 def body(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The Python body of a torch function without its dispatch to modes, so that a mode sees the calls inside.
+    """Copies a torch function without its dispatch to modes, so that a mode sees the calls inside it.
 
     Args:
         function: a function of `torch.nn.functional` that begins with ``if has_torch_function(...)``.
 
     Returns:
-        The same code, in which that test is False.
+        The same code, in which that test is always False.
     """
     blind = {**function.__globals__, "has_torch_function": lambda _: False}
     copy = types.FunctionType(function.__code__, blind, function.__name__, function.__defaults__, function.__closure__)
@@ -52,7 +52,7 @@ def _rnn_step(activation: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
 
 
 def _recurrent(original: Callable[..., Any], step: Callable[..., Any], states: int) -> Callable[..., Any]:
-    """`torch.lstm` and its kin as linear layers and pointwise functions; packed sequences are left to `original`."""
+    """Writes `torch.lstm` and the like as linear layers and pointwise functions; `original` runs packed sequences."""
 
     def run(
         input: Tensor, hx: Any, parameters: Any, has_biases: Any, num_layers: Any, dropout: Any, train: Any,
@@ -87,7 +87,7 @@ def _direction(
     step: Callable[..., Any], x: Tensor, state: tuple[Tensor, ...], weights: list[Tensor], has_biases: bool,
     *, reverse: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
-    """One layer in one direction: x [T, B, features] -> outputs [T, B, hidden] and the last state."""
+    """Runs one layer in one direction: x [T, B, features] -> outputs [T, B, hidden] and the last state."""
     w_ih, w_hh = weights[:2]
     b_ih, b_hh = weights[2:4] if has_biases else (None, None)
     w_hr = weights[-1] if len(weights) in (3, 5) else None

@@ -28,19 +28,19 @@ from gradconsist.types import GradProducts, Inputs
 
 logger = logging.getLogger("gradconsist")
 
-# What the graph of a chunk may keep, and pairs at most. Fixed numbers and not timings, so that a resumed run adds up in
-# the same order and stays bitwise equal. On CPUs larger chunks gain little (benchmarks/cost/step_cost.py). CUDA was not
-# measured.
+# Limits of a chunk: bytes that its graph may keep, and pairs. Fixed numbers rather than timings, so that a resumed run
+# sums in the same order and stays bitwise equal. On CPUs larger chunks gain little (benchmarks/cost/step_cost.py). CUDA
+# was not measured.
 _CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2**33}
 _MOST_PAIRS = 256
 
 
 @dataclass
 class _Known:
-    """What was found out about one model.
+    """Results about one model, kept between calls.
 
     Attributes:
-        looped: modules that run sample by sample, by path, with the reason.
+        looped: paths of modules that run sample by sample, each with the reason.
         kept: bytes that the graph of one pair keeps, by shapes and constants.
     """
 
@@ -50,27 +50,28 @@ class _Known:
 
 @dataclass(frozen=True)
 class GhostEngine:
-    """Inner products of per-sample gradients, layer by layer, from layer inputs and gradients of layer outputs.
+    """Computes inner products of per-sample gradients layer by layer, from layer inputs and output gradients.
 
     For a layer y_t = W a_t at positions t, the gradient of one sample's loss is G = sum_t d_t a_t^T with d_t the
-    gradient for y_t. The engine runs both views of a chunk as one batch, asks autograd for all d (and for no gradient
-    of a parameter), and takes ||G_w||^2, ||G_s||^2, ⟨G_w, G_s⟩ from a and d, in the cheaper of two forms a layer:
+    gradient for y_t. The engine runs both views of a chunk as one batch and asks autograd for all d, but for no
+    gradient of a parameter. It computes ||G_w||^2, ||G_s||^2 and ⟨G_w, G_s⟩ from a and d, in the cheaper of two forms
+    per layer:
 
-        gradient    G itself, one layer at a time: T p c multiplications a sample
+        gradient    G itself, one layer at a time: T p c multiplications per sample
         gram        sum over t, t' of ⟨a_t, a_t'⟩ ⟨d_t, d_t'⟩: T^2 (c + p)
 
-    Both are exact. What has no rule (bare and parametrised weights, scales and shifts, recurrences of one's own) is
-    exact too: its per-sample gradient is formed. A parameter used several times has one sum of gradients.
+    Both are exact. For parameters without a rule (bare and parametrised weights, scales and shifts, custom recurrent
+    layers) the per-sample gradient is formed, which is exact too. The gradients of all uses of a parameter are summed.
 
-    The forward runs under `torch.func.vmap`, which keeps track of the samples' dimension. A module inside the model
-    that vmap refuses (its control flow depends on its input, say) runs sample by sample, the rest as before; it is told
-    once by the logger "gradconsist". A model that it refuses as a whole needs `LoopEngine`, to which ``engine="auto"``
-    turns by itself.
+    The forward runs under `torch.func.vmap`, which keeps track of the samples' dimension. If vmap refuses a module
+    inside the model (because its control flow depends on its input, say), that module runs sample by sample and the
+    rest as before; the logger "gradconsist" warns once. If vmap refuses the whole model, use `LoopEngine`;
+    ``engine="auto"`` switches to it by itself.
 
     Args:
         form: "auto" chooses by a count of multiplications and passes over memory, the same in every run. "gradient"
-            and "gram" force one form wherever a layer has both. In float32, "gram" gives way to "gradient" where
-            positions cancel so far that accuracy would suffer.
+            and "gram" force one form wherever a layer has both. In float32, "gradient" replaces "gram" where positions
+            cancel so far that accuracy would suffer.
     """
 
     projects: ClassVar[bool] = True
@@ -83,7 +84,7 @@ class GhostEngine:
         check_choice("form", self.form, FORMS)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # What was found out belongs to models: a copy finds out for itself.
+        # A copy starts without results, which are kept per model.
         return GhostEngine, (self.form,)
 
     def products(self, problem: Problem) -> GradProducts:
@@ -112,7 +113,7 @@ class GhostEngine:
         return products
 
     def looped(self, model: nn.Module) -> Mapping[str, str]:
-        """Modules of `model` that run sample by sample, by path, with what torch said of them under vmap."""
+        """Returns the paths of modules of `model` that run sample by sample, each with torch's error under vmap."""
         return dict(self._models[model].looped) if model in self._models else {}
 
     def _known(self, problem: Problem) -> _Known:
@@ -128,7 +129,7 @@ class GhostEngine:
             return _total(problem, self._grams_of_two(problem, weak, strong))
 
     def _see_both(self, problem: Problem) -> Seen:
-        """Both views as one batch."""
+        """Runs both views as one batch."""
         samples, target = _interleaved(problem.weak, problem.strong), problem.target.repeat_interleave(2, 0)
         view = torch.tensor([WEAK, STRONG], device=target.device).repeat(len(problem.target))
         return see(problem, samples, target, view, problem.graph_weak, self._known(problem).looped)
@@ -139,13 +140,13 @@ class GhostEngine:
         return see(problem, samples, problem.target, views, graph, self._known(problem).looped)
 
     def routes(self, problem: Problem) -> dict[str, str]:
-        """How each compared parameter reaches its inner products.
+        """Describes how the inner products of each compared parameter are computed.
 
         Args:
             problem: the pairs.
 
         Returns:
-            A description by parameter name; empty where the losses do not depend on it.
+            A description per parameter name; empty if the losses do not depend on the parameter.
         """
         together = _stackable(problem.weak, problem.strong)
         seen = self._see_both(problem) if together else self._see_one(replace(problem, graph_weak=False), WEAK)
@@ -166,9 +167,9 @@ class GhostEngine:
         return " + ".join(parts) + (f" ({count} uses as one)" if count > 1 else "")
 
     def preferred_chunk(self, problem: Problem) -> int:
-        """The size from which on more pairs gain nothing, less where a pair's graph is so large that they do not fit.
+        """Returns the size beyond which more pairs gain nothing, or less if the graphs would take too much memory.
 
-        The graph of one pair is built once to see how much it keeps.
+        The graph of one pair is built once to measure it.
         """
         kind = next(iter(problem.parameters.values())).device.type
         limit = _CHUNK_BYTES.get(kind, _CHUNK_BYTES["cpu"])
@@ -185,12 +186,12 @@ class GhostEngine:
         if key not in kept:
             try:
                 kept[key] = self._graph_bytes(problem)
-            except RuntimeError:  # comes again with the first chunk, where it is dealt with
+            except RuntimeError:  # raised again by the first chunk, where it is handled
                 return 1
         return max(1, min(_MOST_PAIRS, limit // max(1, kept[key])))
 
     def _graph_bytes(self, problem: Problem) -> int:
-        """What the graph of one pair keeps."""
+        """Measures the bytes that the graph of one pair keeps."""
         kept: dict[int, int] = {}
 
         def weigh(tensor: Tensor) -> Tensor:
@@ -201,19 +202,19 @@ class GhostEngine:
         device = problem.target.device
         one = problem.take(torch.zeros(1, dtype=torch.long, device=device))
         with (
-            preserved_randomness(device, seed=0),  # a trial must not draw what the call itself would
+            preserved_randomness(device, seed=0),  # a trial must not use up random numbers of the call
             torch.autograd.graph.saved_tensors_hooks(weigh, lambda tensor: tensor),
         ):
             self.products(one)
         return sum(kept.values())
 
     def _grams(self, problem: Problem, seen: Seen) -> list[Tensor | None]:
-        """M of every parameter, or of its sketch, from samples that come interleaved."""
+        """Computes M of every parameter, or of its sketch, from interleaved samples."""
         found = [] if problem.projection is None else sketches(seen, problem.parameters, problem.projection).values()
         return [*map(pair_gram, found), *(self._gram(name, seen) for name in _exact(problem))]
 
     def _grams_of_two(self, problem: Problem, weak: Seen, strong: Seen) -> list[Tensor | None]:
-        """The same from views that were seen one by one."""
+        """Computes the same from views that ran in separate forwards."""
         grams = [self._gram_of_two(name, weak, strong, len(problem.target)) for name in _exact(problem)]
         if problem.projection is not None:
             mine, other = (sketches(seen, problem.parameters, problem.projection) for seen in (weak, strong))
@@ -221,7 +222,7 @@ class GhostEngine:
         return grams
 
     def _gram(self, name: str, seen: Seen) -> Tensor | None:
-        """M of one parameter, from samples that come interleaved."""
+        """Computes M of one parameter from interleaved samples."""
         single = _single(name, seen)
         if single is not None:
             return products(*single, self.form)
@@ -229,10 +230,10 @@ class GhostEngine:
         return None if gradient is None else pair_gram(gradient)
 
     def _gram_of_two(self, name: str, weak: Seen, strong: Seen, samples: int) -> Tensor | None:
-        """M of one parameter, from views that were seen one by one."""
+        """Computes M of one parameter from views that ran in separate forwards."""
         if name not in weak.rows and name not in strong.rows and len(weak.of(name)) == len(strong.of(name)) == 1:
             (a, d_weak), (b, d_strong) = weak.of(name)[0], strong.of(name)[0]
-            # Outputs have a sample's maps or positions folded into the rows; pairs are pairs of samples.
+            # Outputs have each sample's maps or positions folded into the rows, but pairs are pairs of samples.
             d_weak, d_strong = (d.unflatten(0, (samples, -1)) for d in (d_weak, d_strong))
             if a.rule == b.rule and d_weak.shape == d_strong.shape and _shape(a.input) == _shape(b.input):
                 x = None if a.input is None or b.input is None else _pairwise(a.input, b.input)
@@ -241,7 +242,7 @@ class GhostEngine:
 
 
 def _exact(problem: Problem) -> list[str]:
-    """The parameters whose gradients are compared as they are."""
+    """Returns the names of parameters that are compared without projection."""
     projection = problem.projection
     if projection is None:
         return list(problem.parameters)
@@ -249,7 +250,7 @@ def _exact(problem: Problem) -> list[str]:
 
 
 def _gram_of_rows(weak: Tensor | None, strong: Tensor | None) -> Tensor | None:
-    """M of gradients or sketches [n, ...]; None is zero."""
+    """Computes M of gradients or sketches [n, ...]; None stands for zero."""
     given = strong if weak is None else weak
     if given is None:
         return None
@@ -258,7 +259,7 @@ def _gram_of_rows(weak: Tensor | None, strong: Tensor | None) -> Tensor | None:
 
 
 def _single(name: str, seen: Seen) -> tuple[Rule, Tensor | None, Tensor] | None:
-    """Rule, input and output gradient where a parameter has one use, or several that are one; else None."""
+    """Returns rule, input and output gradient if a parameter has one use, or several that can be joined; else None."""
     uses = seen.of(name)
     if name in seen.rows or not uses:
         return None
@@ -280,13 +281,13 @@ def _total(problem: Problem, grams: list[Tensor | None]) -> GradProducts:
 
 
 def _stackable(weak: Inputs, strong: Inputs) -> bool:
-    """Whether weak and strong samples can be rows of one batch."""
+    """Tells whether weak and strong samples fit into one batch."""
     pairs = zip(leaves(weak), leaves(strong), strict=True)
     return all(a.shape == b.shape and a.dtype == b.dtype for a, b in pairs)
 
 
 def _pairwise(weak: Tensor, strong: Tensor) -> Tensor:
-    """w0, s0, w1, s1, ... from w0, w1, ... and s0, s1, ..."""
+    """Interleaves w0, w1, ... and s0, s1, ... to w0, s0, w1, s1, ..."""
     return torch.stack([weak, strong], 1).flatten(0, 1)
 
 

@@ -1,11 +1,11 @@
-"""Gram matrices of pairs: from the gradients of a weak and a strong view to their three inner products.
+"""Computes Gram matrices of pairs: the three inner products of a weak and a strong view's gradients.
 
-Samples come interleaved, w0, s0, w1, s1, ..., so that a tensor of N = 2 n rows is n pairs of two without a copy. Every
+Samples are interleaved, w0, s0, w1, s1, ..., so a tensor of N = 2 n rows can be read as n pairs without a copy. Every
 rule returns, for its parameter, the matrices
 
     M_i = [[||g_w||^2, ⟨g_w, g_s⟩], [⟨g_s, g_w⟩, ||g_s||^2]]        [n, 2, 2]
 
-of which only the upper triangle is read. Matrices of different parameters add up.
+of which only the upper triangle is used. Matrices of different parameters add up.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gradconsist._inputs.precision import wide
 
 
 class _RowGram(torch.autograd.Function):
-    """rows [n, r, K] -> rows rows^T [n, r, r]. Autograd would form both terms of the derivative one by one."""
+    """Maps rows [n, r, K] to rows rows^T [n, r, r]. Autograd would form the two terms of the derivative separately."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ class _RowGram(torch.autograd.Function):
 
 
 def row_gram(rows: Tensor) -> Tensor:
-    """Inner products of the rows of each matrix, in float32 at least.
+    """Computes inner products of the rows of each matrix, in float32 at least.
 
     Args:
         rows: [n, r, K].
@@ -46,7 +46,7 @@ def row_gram(rows: Tensor) -> Tensor:
 
 
 class _PairGram(_RowGram):
-    """The same for r = 2, summed pairwise: a matrix product over a long K loses digits."""
+    """Does the same for r = 2 with pairwise sums, because a matrix product over a long K loses digits."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class _PairGram(_RowGram):
 
 
 def pair_gram(gradients: Tensor) -> Tensor:
-    """M of per-sample gradients that are at hand.
+    """Computes M from per-sample gradients.
 
     Args:
         gradients: [N, ...], interleaved.
@@ -70,20 +70,20 @@ def pair_gram(gradients: Tensor) -> Tensor:
     return gram
 
 
-# Where positions cancel, ||sum_t d_t a_t^T||^2 is much smaller than sum_t ||d_t||^2 ||a_t||^2, and its rounding error,
-# relative to the latter, is not small any more. In float32, 6e-8 * 64 keeps the cosine well within 2e-5.
+# If positions cancel, ||sum_t d_t a_t^T||^2 is much smaller than sum_t ||d_t||^2 ||a_t||^2. Its rounding error scales
+# with the latter, so it is no longer small. In float32, 6e-8 * 64 keeps the cosine well within 2e-5.
 WORST_CANCELLATION = 64.0
 
 
 def position_gram(inputs: Tensor, outputs: Tensor) -> Tensor | None:
-    """M of G = sum_t d_t a_t^T without forming G: sum over t, t' of ⟨a_t, a_t'⟩ ⟨d_t, d_t'⟩.
+    """Computes M of G = sum_t d_t a_t^T without forming G: sum over t, t' of ⟨a_t, a_t'⟩ ⟨d_t, d_t'⟩.
 
     Args:
         inputs: a, [N, T, features in], interleaved.
         outputs: gradients d of the outputs, [N, T, features out].
 
     Returns:
-        [n, 2, 2], or None where positions cancel so far that float32 would lose accuracy.
+        [n, 2, 2], or None if positions cancel so far that float32 would lose accuracy.
     """
     samples, positions = inputs.shape[:2]
     n = samples // 2
@@ -97,7 +97,7 @@ def position_gram(inputs: Tensor, outputs: Tensor) -> Tensor | None:
 
 
 def cancels(squared_norms: Tensor, uncancelled: Tensor) -> bool:
-    """Whether some squared norm is small against the sum of its positions' own, where the dtype would suffer."""
+    """Tells whether some squared norm is so small against the sum over its positions that accuracy would suffer."""
     if squared_norms.dtype == torch.float64:
         return False
     return bool((squared_norms.detach() * WORST_CANCELLATION < uncancelled.detach()).any())

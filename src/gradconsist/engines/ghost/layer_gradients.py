@@ -1,4 +1,4 @@
-"""One batched forward of samples, differentiated for the outputs of its layers."""
+"""Runs one batched forward and differentiates it for the outputs of its layers."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from gradconsist.types import Inputs
 
 @dataclass(frozen=True)
 class Seen:
-    """One forward of N samples, differentiated for the outputs of its layers.
+    """Results of one forward of N samples, differentiated for the outputs of its layers.
 
     Attributes:
         uses: every call of an operator with a rule whose output the losses depend on.
         outputs: for each use the gradient of its output.
-        rows: per-sample gradients [N, *shape] through everything else, by parameter; absent where there is none.
+        rows: per-sample gradients [N, *shape] through everything else, by parameter; only for parameters that have one.
     """
 
     uses: list[Use]
@@ -35,11 +35,11 @@ class Seen:
     rows: dict[str, Tensor]
 
     def of(self, name: str) -> list[tuple[Use, Tensor]]:
-        """Uses of one parameter, with the gradients of their outputs."""
+        """Returns the uses of one parameter, with the gradients of their outputs."""
         return [(use, d) for use, d in zip(self.uses, self.outputs, strict=True) if use.parameter == name]
 
     def gradient(self, name: str) -> Tensor | None:
-        """Per-sample gradients [N, *shape] of one parameter, over all its uses; None where the losses ignore it."""
+        """Sums the per-sample gradients [N, *shape] of one parameter over its uses; None if the losses ignore it."""
         parts = [use.rule.gradients(use.input, d) for use, d in self.of(name)]
         parts += [self.rows[name]] if name in self.rows else []
         if not parts:
@@ -56,18 +56,18 @@ def see(
     graph: bool,
     looped: Container[str] = (),
 ) -> Seen:
-    """One forward and one backward, to the outputs of layers, for a batch of samples.
+    """Runs one forward, and one backward to the outputs of layers, for a batch of samples.
 
     Args:
         problem: losses and compared parameters.
         inputs: N samples.
         target: their targets.
-        view: which view each is, [N].
-        graph: whether the result can be differentiated.
+        view: the view of each sample, [N].
+        graph: whether the result must be differentiable.
         looped: paths of modules that run sample by sample.
 
     Returns:
-        What was seen.
+        Uses, output gradients and other per-sample gradients.
     """
     is_tensor = isinstance(inputs, Tensor)
     columns = leaves(inputs)
@@ -92,7 +92,7 @@ def see(
         batched = vmap(loss, in_dims=in_dims, randomness="different" if problem.random else "error")
         losses = batched(stand_ins, target, view, *columns)
         wanted: list[Any] = [*(use.output for use in uses), *stand_ins.values()]
-        # The sum and not the mean: each output gradient is that of its own sample's loss.
+        # The sum rather than the mean, so that each output gradient is that of the sample's loss.
         found = torch.autograd.grad(losses.sum(), wanted, create_graph=graph, allow_unused=True)
     stage.outputs_only = False
     outputs, rows = found[: len(uses)], dict(zip(stand_ins, found[len(uses) :], strict=True))

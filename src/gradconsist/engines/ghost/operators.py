@@ -1,4 +1,4 @@
-"""The operators that have a rule, computed with the parameters themselves, and pointwise ones done at less cost."""
+"""Replaces operators that have a rule, which run with the parameters themselves, and makes pointwise ones cheaper."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from gradconsist.engines.ghost.rules import Bias, ConvolutionWeight, EmbeddingWe
 
 
 class Operators(Record):
-    """Replacements of torch functions, by function.
+    """Replaces torch functions and records their uses of compared parameters.
 
     Args:
         parameters: see `Record`.
         stand_ins: see `Record`.
-        stage: told to the convolutions.
+        stage: passed to the convolutions.
 
     Attributes:
-        replacements: by the function that they stand in for.
+        replacements: maps torch functions to their replacements.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], stand_ins: Mapping[str, Tensor], stage: Stage) -> None:
@@ -53,7 +53,7 @@ class Operators(Record):
 
         def compute(n: int, per_sample: list[bool], x: Tensor) -> Tensor:
             x = rows(x, per_sample[0], n)
-            # Flat, because the output of a matrix product is no view: what is done to it in place comes after its edge.
+            # Flat, because the output of a matrix product is not a view, so in-place changes of it come after its edge.
             y = F.linear(x.flatten(0, -2), w, b)
             self._note(name, w, LinearWeight(), (x,), y)
             self._note(bias_name, b, Bias(-1, x.shape[1:-1].numel()), (), y)
@@ -103,13 +103,13 @@ class Operators(Record):
     def _convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
         dims = len(geometry.stride)
         name, w = self._own(weight)
-        # Inside only beside a compared weight: the output of any other may be one convolution a sample.
+        # The bias is added inside only for a compared weight. With any other, there may be one convolution per sample.
         bias_name, b = self._own(None if w is None else bias)
         unbatched = input.dim() == dims + 1
 
         def compute(n: int, per_sample: list[bool], x: Tensor, given: Tensor) -> Tensor:
             x = rows(x, per_sample[0], n)
-            if w is None and per_sample[1]:  # made by the model from parameters: a weight for every sample
+            if w is None and per_sample[1]:  # the model computed the weight, which now differs between samples
                 return per_sample_convolution(x, _autocast(given), geometry)
             given = _autocast(given) if w is None else _autocast(w)
             y: Tensor = Convolution.apply(x.flatten(0, 1), given, geometry, self._stage)
@@ -126,7 +126,7 @@ class Operators(Record):
 
     def _scaled(self, x: Tensor, scale: Tensor | None, shift: Tensor | None, dim: int) -> Tensor:
         if scale is None and shift is None:
-            return x.clone()  # `Standardize` keeps its output, and what follows may write into this one
+            return x.clone()  # `Standardize` keeps its output, and later layers may write into this one
         channels = x.shape[dim]
         scale = x.new_ones(channels) if scale is None else scale
         shift = x.new_zeros(channels) if shift is None else shift
@@ -153,7 +153,7 @@ class Operators(Record):
         eps: float = 1e-5,
     ) -> Tensor:  # fmt: skip
         per_group = input[0].numel() // max(1, num_groups)
-        # Torch tells what is wrong with such arguments; on CUDA autocast has an opinion of its own on the dtype.
+        # Torch raises its own error for such arguments; on CUDA, autocast chooses the dtype.
         if per_group < 2 or input.shape[1] % num_groups or (input.is_cuda and torch.is_autocast_enabled("cuda")):
             return F.group_norm(input, num_groups, weight, bias, eps)
         wide = input.to(torch.promote_types(input.dtype, torch.float32))
@@ -174,7 +174,7 @@ class Operators(Record):
         return self._below(compute, input)
 
     def _requires_grad(self, tensor: Tensor) -> bool:
-        """Under vmap a tensor always says no, and ``if h.requires_grad: h.register_hook(...)`` would be left out."""
+        """Returns the true ``requires_grad``. Under vmap it is False, so ``if h.requires_grad`` would skip a hook."""
         answer: list[bool] = []
 
         def compute(n: int, per_sample: list[bool], x: Tensor) -> Tensor:
@@ -185,13 +185,13 @@ class Operators(Record):
         return answer[0]
 
     def _cross_entropy(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Autocast computes the likelihood in float32; vmap takes cross-entropy apart past it."""
+        """Computes in float32 under autocast, which does not see cross-entropy under vmap, where it is decomposed."""
         wide = torch.is_autocast_enabled(input.device.type) and input.dtype in (torch.float16, torch.bfloat16)
         return F.cross_entropy(input.float() if wide else input, *args, **kwargs)
 
 
 def _autocast(tensor: Tensor) -> Tensor:
-    """As autocast would hand it to a matrix product."""
+    """Casts a tensor as autocast would for a matrix product."""
     kind = tensor.device.type
     if torch.is_autocast_enabled(kind) and tensor.is_floating_point() and tensor.dtype != torch.float64:
         return tensor.to(torch.get_autocast_dtype(kind))

@@ -1,12 +1,13 @@
-"""The pixel form: inner products of per-sample convolution weight gradients, without forming these.
+"""The pixel form: inner products of per-sample convolution weight gradients, without forming the gradients.
 
 With U the unfolded patches of an input x and D the gradients of the outputs, G = D^T U and ⟨G, G'⟩ = sum over t, t' of
-K[t, t'] ⟨d_t, d_t'⟩ with K = U U'^T. For stride 1 the patches need not be formed: an entry of K is a sum of entries of
-the Gram matrix P of single pixels, along a diagonal,
+K[t, t'] ⟨d_t, d_t'⟩ with K = U U'^T. For stride 1 the patches need not be formed. An entry of K is a sum of entries of
+the Gram matrix P of single pixels along a diagonal,
 
     K[t, t'] = sum over kernel offsets o of P[t + o, t' + o]
 
-which is separable over the axes. Cost T^2 (C + p) a product instead of T^2 (k C + p), or T k C p for G itself.
+which is separable over the axes. This costs T^2 (C + p) per inner product instead of T^2 (k C + p), or T k C p for G
+itself.
 """
 
 from __future__ import annotations
@@ -24,21 +25,21 @@ from gradconsist.engines.ghost.gram import cancels
 
 
 def has_pixel_form(geometry: Geometry) -> bool:
-    """Whether a layer has a pixel form."""
+    """Tells whether a convolution has a pixel form."""
     return not geometry.transposed and set(geometry.stride) == {1}
 
 
 def pixel_gram(x: Tensor, gy: Tensor, kernel: tuple[int, ...], geometry: Geometry) -> Tensor | None:
-    """M of the weight gradients of a convolution with stride 1.
+    """Computes M of the weight gradients of a convolution with stride 1.
 
     Args:
         x: inputs [N, C, ...], interleaved.
         gy: gradients of the outputs [N, p, ...].
         kernel: spatial size of the weight.
-        geometry: of the layer.
+        geometry: geometry of the layer.
 
     Returns:
-        [n, 2, 2], or None where positions cancel so far that float32 would lose accuracy.
+        [n, 2, 2], or None if positions cancel so far that float32 would lose accuracy.
     """
     gram, uncancelled = _PixelGram.apply(wide(x), gy.to(wide_dtype(x)), kernel, geometry)
     if cancels(gram.diagonal(dim1=1, dim2=2), uncancelled):
@@ -48,7 +49,7 @@ def pixel_gram(x: Tensor, gy: Tensor, kernel: tuple[int, ...], geometry: Geometr
 
 
 class _PixelGram(torch.autograd.Function):
-    """Blocks of a pair: (w, w) and (s, s) are kept as one batch of N, (w, s) as one of n."""
+    """Computes M from blocks per pair: (w, w) and (s, s) form one batch of N, (w, s) one of n."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gy: Tensor, kernel: tuple[int, ...], geometry: Geometry) -> tuple[Tensor, Tensor]:
@@ -68,7 +69,7 @@ class _PixelGram(torch.autograd.Function):
     def backward(ctx: Any, cotangent: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         x, gy, *blocks = ctx.saved_tensors
         kernel, geometry = ctx.options
-        if torch.is_grad_enabled():  # a derivative of this one is wanted: what was kept has no graph
+        if torch.is_grad_enabled():  # a derivative of this one is wanted, and the saved blocks have no graph
             blocks = _summed(x, gy, kernel, geometry)
         own = 2.0 * cotangent.diagonal(dim1=1, dim2=2).reshape(-1)
         cross = cotangent[:, 0, 1]
@@ -80,12 +81,12 @@ class _PixelGram(torch.autograd.Function):
 
 
 def _positions(tensor: Tensor, geometry: Geometry) -> Tensor:
-    """[N, g, channels, T]."""
+    """Reshapes to [N, g, channels, T]."""
     return tensor.reshape(len(tensor), geometry.groups, -1, math.prod(tensor.shape[2:]))
 
 
 def _summed(x: Tensor, gy: Tensor, kernel: tuple[int, ...], geometry: Geometry) -> list[Tensor]:
-    """K, own and cross, at the output's positions, and what it is for the outputs at the input's."""
+    """Computes K at output positions, and its counterpart for output gradients at input positions; own and cross."""
     back = [d * (k - 1) - pad for d, k, pad in zip(geometry.dilation, kernel, geometry.padding, strict=True)]
     patches = [
         _diagonal_sums(p, tuple(x.shape[2:]), kernel, geometry.dilation, geometry.padding)
@@ -99,12 +100,12 @@ def _summed(x: Tensor, gy: Tensor, kernel: tuple[int, ...], geometry: Geometry) 
 
 
 def _blocks(a: Tensor) -> list[Tensor]:
-    """Gram matrices over positions, [N, g, T, T] and [n, g, T, T], of a [N, g, channels, T]."""
+    """Computes Gram matrices over positions, [N, g, T, T] and [n, g, T, T], of a [N, g, channels, T]."""
     return [a.transpose(2, 3) @ a, a[0::2].transpose(2, 3) @ a[1::2]]
 
 
 def _pull(a: Tensor, own: Tensor, cross: Tensor, scale_own: Tensor, scale_cross: Tensor) -> Tensor:
-    """The derivative of sum scale * ⟨Gram blocks of a, given blocks⟩ for a."""
+    """Computes the derivative of sum scale * ⟨Gram blocks of a, given blocks⟩ for a."""
     result = (a @ own) * scale_own.view(-1, 1, 1, 1)
     scaled = cross * scale_cross.view(-1, 1, 1, 1)
     result[0::2] += a[1::2] @ scaled.transpose(2, 3)
@@ -115,7 +116,7 @@ def _pull(a: Tensor, own: Tensor, cross: Tensor, scale_own: Tensor, scale_cross:
 def _diagonal_sums(
     p: Tensor, size: tuple[int, ...], kernel: tuple[int, ...], dilation: tuple[int, ...], padding: Any
 ) -> Tensor:
-    """Sums over kernel offsets o of p[t + o, t' + o], zero outside; p [B, g, T, T] with T = prod(size)."""
+    """Sums p[t + o, t' + o] over kernel offsets o, zero outside; p [B, g, T, T] with T = prod(size)."""
     dims = len(size)
     p = p.view(*p.shape[:2], *size, *size)
     for axis in range(dims):

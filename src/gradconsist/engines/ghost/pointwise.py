@@ -1,7 +1,7 @@
-"""Pointwise layers whose stock second derivatives cost more than they must.
+"""Pointwise layers with cheaper second derivatives than torch's.
 
-Torch forms the second derivative of a normalisation from a dozen elementwise nodes, and that of a ReLU with a tensor of
-zeros for the input. Here each takes about as many passes as it has results.
+Torch computes the second derivative of a normalisation with a dozen elementwise nodes, and that of a ReLU with a tensor
+of zeros for the input. Here each takes about as many passes over memory as it has results.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class ChannelAffine(torch.autograd.Function):
-    """y = x * scale + shift: x [N, S, C, S'], scale and shift [N, C]."""
+    """Computes y = x * scale + shift: x [N, S, C, S'], scale and shift [N, C]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -46,10 +46,10 @@ def _column(values: Tensor) -> Tensor:
 
 
 class Standardize(torch.autograd.Function):
-    """y = (x - mean x) r and r = 1 / sqrt(var x + eps), for each row of x [R, M]; r is [R, 1].
+    """Computes y = (x - mean x) r and r = 1 / sqrt(var x + eps) for each row of x [R, M]; r is [R, 1].
 
-    With the mean m(.) over a row, d x = r (d y - m(d y) - y m(y d y)) - r^2 y d r / M. The first part, S(d y), is its
-    own adjoint, so the second derivative is made of the same pass.
+    With the mean m(.) over a row, d x = r (d y - m(d y) - y m(y d y)) - r^2 y d r / M. The first part, S(d y), is
+    self-adjoint, so the second derivative uses the same pass.
     """
 
     @staticmethod
@@ -66,7 +66,7 @@ class Standardize(torch.autograd.Function):
 
 
 class _StandardizeGradient(torch.autograd.Function):
-    """gx = S(gy) - r^2 y gr / M."""
+    """Computes gx = S(gy) - r^2 y gr / M."""
 
     @staticmethod
     def forward(ctx: Any, gy: Tensor, gr: Tensor, y: Tensor, r: Tensor) -> Tensor:
@@ -86,18 +86,18 @@ class _StandardizeGradient(torch.autograd.Function):
 
 
 def _standardized_back(g: Tensor, y: Tensor, r: Tensor, extra: Tensor | float = 0.0) -> Tensor:
-    """S(g), with `extra` added to m(y g): r (g - m(g) - y (m(y g) + extra))."""
+    """Computes S(g) with `extra` added to m(y g): r (g - m(g) - y (m(y g) + extra))."""
     along = (y * g).mean(1, keepdim=True) + extra
     return (g * r).sub_(r * g.mean(1, keepdim=True)).addcmul_(y, -r * along)
 
 
 class LeakyRelu(torch.autograd.Function):
-    """max(x, slope x) for 0 <= slope <= 1; its second derivative is zero almost everywhere, and left out."""
+    """Computes max(x, slope x) for 0 <= slope <= 1, without the second derivative, which is zero almost everywhere."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, slope: float) -> Tensor:
         y = F.leaky_relu(x, slope) if slope else F.relu(x)
-        ctx.save_for_backward(x if slope else y)  # as torch does: what may be overwritten later is the same
+        ctx.save_for_backward(x if slope else y)  # as in torch, so the same tensors may be overwritten later
         ctx.slope = slope
         return y
 

@@ -1,4 +1,4 @@
-"""What a forward leaves behind: the calls of operators with compared parameters, and how to run below vmap."""
+"""Records the calls of operators with compared parameters in a forward, and runs code below vmap."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Use:
     """One call of an operator with a compared parameter.
 
     Attributes:
-        parameter: its name.
-        rule: how its gradient follows from input and output gradient.
-        inputs: what the operator saw, [N, ...] each; none where the rule does not need it.
-        versions: of the inputs, to notice that one was overwritten.
-        output: where the gradient of the output will arrive.
-        own: the node of the parameter's alias that only this use has.
+        parameter: name of the parameter.
+        rule: computes the parameter's gradient from input and output gradient.
+        inputs: inputs of the operator, [N, ...] each; empty if the rule needs none.
+        versions: version counters of the inputs, to detect that one was overwritten.
+        output: gradient edge of the output.
+        own: autograd node of the parameter's alias, which only this use has.
     """
 
     parameter: str
@@ -37,19 +37,20 @@ class Use:
 
     @property
     def input(self) -> Tensor | None:
-        """The first input."""
+        """The first input, or None."""
         return self.inputs[0] if self.inputs else None
 
 
 class _Below(torch.autograd.Function):
     """Runs `compute(samples, per_sample, *tensors)` below vmap, on plain tensors.
 
-    A tensor with a row a sample comes with the samples in front, and ``True`` in `per_sample`; others as they are.
+    A tensor with one row per sample comes with the samples in dimension 0 and ``True`` in `per_sample`; other tensors
+    come unchanged.
     """
 
     @staticmethod
     def forward(compute: Compute, *tensors: Tensor) -> Any:
-        raise RuntimeError("no tensor with a row a sample: an anchor should have been among the arguments")
+        raise RuntimeError("no tensor has one row per sample: an anchor should have been among the arguments")
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -64,11 +65,11 @@ class _Below(torch.autograd.Function):
 
 
 class Record:
-    """The uses of compared parameters in one forward.
+    """Collects the uses of compared parameters in one forward.
 
     Args:
-        parameters: the compared parameters, E, by name.
-        stand_ins: what the model has in their place, by the same names: one row a sample.
+        parameters: the compared parameters (E) and their names.
+        stand_ins: their replacements in the model, with the same names and one row per sample.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], stand_ins: Mapping[str, Tensor]) -> None:
@@ -76,15 +77,15 @@ class Record:
         self.uses: list[Use] = []
         self._names = {id(stand_in): name for name, stand_in in stand_ins.items()}
         self._parameters = parameters
-        self._anchor = next(iter(stand_ins.values()))  # any tensor with a row a sample
+        self._anchor = next(iter(stand_ins.values()))  # any tensor with one row per sample
 
     def _own(self, tensor: Any) -> tuple[str | None, Tensor | None]:
-        """Name and parameter behind a stand-in, or None twice. An alias of its own tells this use from others."""
+        """Returns name and parameter of a stand-in, or None twice. A new alias identifies this use of the parameter."""
         name = self._names.get(id(tensor))
         return name, None if name is None else self._parameters[name].view_as(self._parameters[name])
 
     def _note(self, name: str | None, alias: Tensor | None, rule: Rule, inputs: tuple[Tensor, ...], y: Tensor) -> None:
-        if name is None or alias is None or not torch.is_grad_enabled():  # not compared, or a constant
+        if name is None or alias is None or not torch.is_grad_enabled():  # not compared, or constant
             return
         if not y.requires_grad:
             raise RuntimeError("a compared parameter is used inside another transform of torch.func")
@@ -92,11 +93,11 @@ class Record:
         self.uses.append(Use(name, rule, inputs, versions, get_gradient_edge(y), alias.grad_fn))
 
     def _below(self, compute: Compute, *tensors: Tensor) -> Any:
-        """`compute(samples, per_sample, *tensors)` on plain tensors."""
+        """Runs `compute(samples, per_sample, *tensors)` on plain tensors."""
         result = _Below.apply(lambda n, flags, *plain: compute(n, flags, *plain[:-1]), *tensors, self._anchor)
         return result
 
 
 def rows(tensor: Tensor, per_sample: bool, count: int) -> Tensor:
-    """`tensor` with a row a sample."""
+    """Returns `tensor` with one row per sample."""
     return tensor if per_sample else tensor.expand(count, *tensor.shape)

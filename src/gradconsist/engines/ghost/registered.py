@@ -1,4 +1,4 @@
-"""Layers that are not run as they are: those with a rule that the user registered, and those that vmap refuses."""
+"""Replaces the forward of layers with a rule that the user registered, and of layers that vmap refuses."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _REGISTERED: dict[type[nn.Module], LayerGradients] = {}
 
 
 def register_rule(module_type: type[nn.Module], gradients: LayerGradients) -> None:
-    """Teaches the ghost engine a layer: its per-sample parameter gradients from its input and output gradient.
+    """Registers a rule for a layer: its per-sample parameter gradients from its input and output gradient.
 
-    Without a rule a layer is exact too, and may be slow: its parameters then have one copy a sample. With one, its
-    forward runs once, for all samples as one batch, with the parameters themselves. Prove a rule by
+    A layer without a rule is exact too, but may be slow, because its parameters then have one copy per sample. With a
+    rule, the forward runs once, for all samples as one batch, with the parameters themselves. Check a rule with
     `gradconsist.diagnostics.check_rule`.
 
     Args:
@@ -36,7 +36,7 @@ def register_rule(module_type: type[nn.Module], gradients: LayerGradients) -> No
             module's parameters: plain torch operations are.
 
     Raises:
-        ConfigError: `module_type` is no module class, or has a rule.
+        ConfigError: `module_type` is not a module class, or has a rule already.
 
     Example:
         >>> class Scale(nn.Module):
@@ -53,18 +53,20 @@ def register_rule(module_type: type[nn.Module], gradients: LayerGradients) -> No
     if not callable(gradients):
         raise ConfigError(f"`gradients` is {gradients!r}: pass a function (module, x, d) -> {{name: [N, *shape]}}.")
     if module_type in _REGISTERED:
-        raise ConfigError(f"{module_type.__name__} has a rule: call `unregister_rule({module_type.__name__})` first.")
+        raise ConfigError(
+            f"{module_type.__name__} has a rule already: call `unregister_rule({module_type.__name__})` first."
+        )
     _REGISTERED[module_type] = gradients
 
 
 def unregister_rule(module_type: type[nn.Module]) -> None:
-    """Takes a registered rule back.
+    """Removes a registered rule.
 
     Args:
         module_type: the layer's class.
 
     Raises:
-        ConfigError: it has none.
+        ConfigError: the layer has no rule.
     """
     if _REGISTERED.pop(module_type, None) is None:
         raise ConfigError(f"`module_type` {module_type!r} has no registered rule.")
@@ -74,14 +76,13 @@ def unregister_rule(module_type: type[nn.Module]) -> None:
 def intercepted(
     model: nn.Module | None, run: Callable[..., Any], one_by_one: Callable[..., Any], looped: Container[str]
 ) -> Iterator[None]:
-    """Within the block, some layers call another function in place of their forward.
+    """Replaces the forward of some layers inside the block.
 
     Args:
-        model: whose layers.
+        model: the model that holds the layers, or None.
         run: called as ``run(layer, rule, forward, *args, **kwargs)`` for layers with a registered rule.
-        one_by_one: called as ``one_by_one(model, layer, forward, *args, **kwargs)`` for those whose paths are in
-            `looped`.
-        looped: paths.
+        one_by_one: called as ``one_by_one(model, layer, forward, *args, **kwargs)`` for layers in `looped`.
+        looped: paths of layers that run sample by sample.
 
     Yields:
         None.
@@ -106,15 +107,15 @@ def intercepted(
 
 
 def culprit(model: nn.Module | None, error: BaseException) -> str | None:
-    """The path of the module in whose forward `error` was raised.
+    """Finds the path of the innermost module in whose forward `error` was raised.
 
     Args:
         model: the whole model.
-        error: with its traceback.
+        error: the error, with its traceback.
 
     Returns:
-        The innermost module's path; None if it is the model itself, or one that holds a BatchNorm, whose calls are
-        counted by forward and not by sample.
+        The path; None if it is the model itself, or a module that holds a BatchNorm, whose calls are counted per
+        forward rather than per sample.
     """
     found = None if model is None else innermost(model, error)
     if found is None:
@@ -125,7 +126,7 @@ def culprit(model: nn.Module | None, error: BaseException) -> str | None:
 
 
 class WithState(nn.Module):
-    """A function of a layer, run with other parameters in the layer."""
+    """Runs a function of a layer with other parameters in the layer."""
 
     def __init__(self, layer: nn.Module, function: Callable[..., Any]) -> None:
         super().__init__()
@@ -137,13 +138,13 @@ class WithState(nn.Module):
         return self.function(*args, **kwargs)
 
     def run(self, state: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        """The function with `state` as the layer's parameters and buffers."""
+        """Calls the function with `state` as the layer's parameters and buffers."""
         return self.run_and_tell(state, args, kwargs)[0]
 
     def run_and_tell(
         self, state: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[Any, dict[str, Tensor]]:
-        """Likewise, and what is in the places of `state` afterwards."""
+        """Does the same, and also returns the tensors in the places of `state` after the call."""
         left: dict[str, Tensor] = {}
         result = call_with(self, {f"layer.{name}": tensor for name, tensor in state.items()}, args, kwargs, left)
         return result, {name.removeprefix("layer."): tensor for name, tensor in left.items()}
@@ -157,8 +158,8 @@ class LayerCall:
         layer: the layer.
         rule: its rule.
         state: its parameters and buffers during the call.
-        inputs: what it was called with.
-        maps: rows of its input that one sample has.
+        inputs: inputs of the call.
+        maps: number of input rows per sample.
     """
 
     layer: nn.Module
@@ -169,7 +170,7 @@ class LayerCall:
     _last: tuple[Any, Mapping[str, Tensor]] | None = field(default=None, repr=False)
 
     def gradients(self, d: Tensor) -> Mapping[str, Tensor]:
-        """What the rule returns, once for all parameters."""
+        """Runs the rule, once for all parameters."""
         if self._last is None or self._last[0] is not d:
             # Under autocast the output is narrower than the parameters.
             dtype = wide_dtype(d)
@@ -201,7 +202,7 @@ class LayerParameter:
             what = f"shape {tuple(gradient.shape)}" if isinstance(gradient, Tensor) else "nothing"
             raise LossContractError(
                 f"the registered rule of {type(self.call.layer).__name__} returned {what} for parameter"
-                f" {self.parameter!r}, expected a tensor of shape {shape}: one gradient a sample."
+                f" {self.parameter!r}, expected a tensor of shape {shape}: return one gradient per sample."
             )
         return gradient.unflatten(0, (-1, self.call.maps)).sum(1)
 

@@ -1,8 +1,8 @@
-"""Layer rules: from what a layer saw and the gradient of what it returned to the gradient of its parameter.
+"""Layer rules: compute the gradient of a layer's parameter from the layer's input and output gradient.
 
 For one call y = layer(x; p) on N samples, the gradient of sample i's loss for p is a function of x_i and of d_i, the
-gradient of that loss for y_i. A rule is that function, and may know a cheaper way to the inner products of a pair than
-through the gradients themselves. Everything is differentiable in x and d.
+gradient of that loss for y_i. A rule is that function. It may also have a cheaper way to the inner products of a pair
+than through the gradients. Everything is differentiable in x and d.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from gradconsist.engines.ghost.pixel import has_pixel_form, pixel_gram
 Form: TypeAlias = Literal["auto", "gradient", "gram"]
 FORMS = ("auto", "gradient", "gram")
 
-# An elementwise pass over a number costs about as much as this many multiplications inside a matrix product.
+# An elementwise pass costs, per number, about as much as this many multiplications inside a matrix product.
 _PASS = 20
 
 
 class Rule(Protocol):
-    """One parameter in one kind of call."""
+    """The rule of one parameter in one kind of call."""
 
     @property
     def name(self) -> str:
-        """As `diagnostics.check` prints it."""
+        """The name that `diagnostics.check` prints."""
         ...
 
     def gradients(self, x: Tensor | None, d: Tensor) -> Tensor:
-        """Per-sample gradients.
+        """Computes per-sample gradients.
 
         Args:
-            x: the input [N, ...], or None for a rule that does not need it.
-            d: gradients of the outputs, a sample's maps or positions folded into the rows.
+            x: the input [N, ...], or None if the rule does not need it.
+            d: gradients of the outputs, with each sample's maps or positions folded into the rows.
 
         Returns:
             [N, *parameter shape].
@@ -48,20 +48,20 @@ class Rule(Protocol):
         ...
 
     def gram(self, x: Tensor | None, d: Tensor) -> Tensor | None:
-        """M [n, 2, 2] of interleaved samples without forming gradients; None where there is no such way."""
+        """Computes M [n, 2, 2] of interleaved samples without forming gradients; None if the rule cannot."""
         ...
 
     def constant(self) -> Rule:
-        """The same rule without graph in whatever it holds."""
+        """Returns the same rule with all its tensors detached."""
         ...
 
     def costs(self, x: Tensor | None, d: Tensor) -> tuple[float, float]:
-        """Multiplications a pair, derivative included, of `gradients` and of `gram`: a guide for choosing."""
+        """Estimates multiplications per pair, derivative included, of `gradients` and of `gram`, to choose by."""
         ...
 
 
 def _given(x: Tensor | None) -> Tensor:
-    """The input, for a rule that is always given one."""
+    """Returns the input of a rule that always gets one."""
     if x is None:
         raise ValueError("this rule needs the layer's input")
     return x
@@ -69,7 +69,7 @@ def _given(x: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class LinearWeight:
-    """y = x W^T for any number of leading dimensions: G = sum over positions of d_t x_t^T."""
+    """Rule for y = x W^T with any number of leading dimensions: G = sum over positions of d_t x_t^T."""
 
     name: str = "linear"
 
@@ -95,17 +95,17 @@ class LinearWeight:
 
     @staticmethod
     def rows(x: Tensor | None, d: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions [N, T, features] of input and output gradient."""
+        """Reshapes input and output gradient to [N, T, features]."""
         x = _given(x)
         samples = x.shape[0]
         return x.reshape(samples, -1, x.shape[-1]), d.reshape(samples, -1, d.shape[-1])
 
 
 def joined(calls: Sequence[tuple[Tensor | None, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Several calls of a linear layer with one weight, as one call with more positions.
+    """Joins several calls of linear layers with one weight into one call with more positions.
 
     Args:
-        calls: input and output gradient of each.
+        calls: input and output gradient of each call.
 
     Returns:
         Input [N, T, c] and output gradient [N, T, p].
@@ -116,7 +116,7 @@ def joined(calls: Sequence[tuple[Tensor | None, Tensor]]) -> tuple[Tensor, Tenso
 
 @dataclass(frozen=True)
 class ConvolutionWeight:
-    """y = conv(x, W), transposed or not: G by one grouped convolution, or its products by the pixel form."""
+    """Rule for y = conv(x, W), transposed or not: G by one grouped convolution, or inner products by the pixel form."""
 
     shape: tuple[int, ...]
     geometry: Geometry
@@ -154,11 +154,11 @@ class ConvolutionWeight:
 
 @dataclass(frozen=True)
 class Bias:
-    """y = ... + b: the sum over everything but the channels.
+    """Rule for y = ... + b: sums d over everything but the channels.
 
     Attributes:
         channel: dimension of the channels, in outputs [N, maps, ...].
-        maps: rows of the output that one sample has.
+        maps: number of output rows per sample.
     """
 
     channel: int
@@ -185,7 +185,7 @@ class Bias:
 
 @dataclass(frozen=True)
 class EmbeddingWeight:
-    """y_t = W[id_t], with no gradient for the row of the padding index."""
+    """Rule for y_t = W[id_t], with no gradient for the row of the padding index."""
 
     shape: tuple[int, ...]
     padding: int | None
@@ -200,7 +200,7 @@ class EmbeddingWeight:
         return rows.index_add(0, (ids + start).flatten(), d.flatten(0, 1)).view(samples, *self.shape)
 
     def gram(self, x: Tensor | None, d: Tensor) -> Tensor | None:
-        """Sum over pairs of positions with the same id of ⟨d_t, d_t'⟩."""
+        """Sums ⟨d_t, d_t'⟩ over pairs of positions with the same id."""
         ids, d = self.positions(x, d)
         samples, positions = ids.shape
         both = ids.reshape(samples // 2, 2 * positions)
@@ -222,7 +222,7 @@ class EmbeddingWeight:
         return _PASS * 6.0 * math.prod(self.shape), 12.0 * positions**2 * (d.shape[2] + _PASS)
 
     def positions(self, x: Tensor | None, d: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids [N, T] and output gradients [N, T, features], zero at the padding index, in float32 at least."""
+        """Returns ids [N, T] and output gradients [N, T, features], zero at the padding index, in float32 at least."""
         x = _given(x)
         ids = x.reshape(x.shape[0], -1)
         d = d.reshape(*ids.shape, -1)
@@ -233,10 +233,10 @@ class EmbeddingWeight:
 
 
 def chosen(rule: Rule, x: Tensor | None, d: Tensor, form: Form) -> str:
-    """The form that one use takes: the one asked for, or the cheaper; "gradient" where there is no choice.
+    """Returns the form for one use: the requested one, or the cheaper one; "gradient" if there is no choice.
 
     Args:
-        rule: of the use.
+        rule: rule of the use.
         x: its input, interleaved.
         d: gradients of its output.
         form: "auto" or a form.
@@ -253,6 +253,6 @@ def chosen(rule: Rule, x: Tensor | None, d: Tensor, form: Form) -> str:
 
 
 def products(rule: Rule, x: Tensor | None, d: Tensor, form: Form) -> Tensor:
-    """M of one use, with the arguments of `chosen`: [n, 2, 2], differentiable."""
+    """Computes M [n, 2, 2] of one use, differentiable; takes the arguments of `chosen`."""
     gram = rule.gram(x, d) if chosen(rule, x, d, form) == "gram" else None
     return pair_gram(rule.gradients(x, d)) if gram is None else gram

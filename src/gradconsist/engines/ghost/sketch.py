@@ -1,13 +1,13 @@
-"""Sketches of per-sample gradients, from what a layer saw and the gradient of what it returned.
+"""Computes sketches of per-sample gradients from a layer's input and output gradient.
 
-For the weight of a layer, read as a matrix, G = sum over positions of d_t a_t^T, and a Kronecker projection of it is
+For the weight of a layer, read as a matrix, G = sum over positions of d_t a_t^T, and its Kronecker projection is
 
     L G R^T = sum over positions of (L d_t) (R a_t)^T
 
-so both factors are projected before they meet, and G is never formed. Everything else is formed and then projected; a
-sketch is linear in the gradient, so the uses of one parameter add up, cross terms included.
+Both factors are projected before they are multiplied, so G is never formed. All other gradients are formed first and
+then projected. A sketch is linear in the gradient, so the uses of one parameter add up, including cross terms.
 
-Index letters: N samples, b maps a sample, g groups, T positions, k rows of a factor, [n, m] the weight as a matrix.
+Index letters: N samples, b maps per sample, g groups, T positions, k rows of a factor, [n, m] the weight as a matrix.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _FACTORED = (LinearWeight, ConvolutionWeight, EmbeddingWeight)
 
 
 def sketches(seen: Seen, parameters: Mapping[str, Tensor], projector: Projector) -> dict[str, Tensor]:
-    """The sketches of all samples whose inner products are to be added up.
+    """Computes the sketches of all samples, whose inner products add up.
 
     Args:
-        seen: a forward of N samples.
-        parameters: the compared ones, in order.
+        seen: results of a forward of N samples.
+        parameters: the compared parameters, in order.
         projector: the matrices.
 
     Returns:
-        For "gaussian" one sketch [N, k], under an empty name; for "kronecker" the sketch [N, k, k] of each weight that
-        shrinks, by name. What the losses do not depend on is left out.
+        For "gaussian", one sketch [N, k] with the empty name; for "kronecker", names and sketches [N, k, k] of the
+        projected weights. Parameters that the losses do not depend on are left out.
     """
     found: dict[str, Tensor] = {}
     start = 0
@@ -57,7 +57,7 @@ def sketches(seen: Seen, parameters: Mapping[str, Tensor], projector: Projector)
 
 
 def route(name: str, seen: Seen, projector: Projector | None) -> str:
-    """How a parameter that is projected reaches its sketch; empty where the losses do not depend on it."""
+    """Describes how the sketch of a parameter is computed; empty if the losses do not depend on the parameter."""
     parts = []
     for use, _ in seen.of(name):
         factored = projector is not None and not projector.flat and isinstance(use.rule, _FACTORED)
@@ -67,14 +67,14 @@ def route(name: str, seen: Seen, projector: Projector | None) -> str:
 
 
 def of_use(rule: Rule, x: Tensor | None, d: Tensor, shape: torch.Size, start: int, projector: Projector) -> Tensor:
-    """The Kronecker sketch of one use of a weight.
+    """Computes the Kronecker sketch of one use of a weight.
 
     Args:
-        rule: of the use.
+        rule: rule of the use.
         x: its input [N, ...].
-        d: gradients of its output, a sample's maps or positions folded into the rows.
-        shape: of the weight.
-        start: where it begins in the flat vector of all parameters.
+        d: gradients of its output, with each sample's maps or positions folded into the rows.
+        shape: shape of the weight.
+        start: where the weight begins in the flat vector of all parameters.
         projector: the matrices.
 
     Returns:
@@ -93,10 +93,10 @@ def of_use(rule: Rule, x: Tensor | None, d: Tensor, shape: torch.Size, start: in
 
 
 def _convolution(rule: ConvolutionWeight, x: Tensor | None, d: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """R sees the patches of one side, by a convolution with k outputs, and L the channels of the other side.
+    """Applies R to the patches of one side, as a convolution with k outputs, and L to the channels of the other side.
 
-    The gradient for the weight [n, m / kernel, kernel] of a convolution is that of <d, conv(x, W)>, and of a transposed
-    one that of <x, conv(d, W)>: inputs and output gradients change places.
+    The weight [n, m / kernel, kernel] of a convolution has the gradient of <d, conv(x, W)>. That of a transposed
+    convolution has the gradient of <x, conv(d, W)>, so inputs and output gradients change places.
     """
     if x is None:
         raise ValueError("this rule needs the layer's input")
@@ -107,7 +107,7 @@ def _convolution(rule: ConvolutionWeight, x: Tensor | None, d: Tensor, left: Ten
     # [N b, channels, ...] -> [N b g, channels of a group, ...]
     by_group = patched.to(left.dtype).reshape(-1, rule.shape[1], *patched.shape[2:])
     patches = Convolution.apply(by_group, right.reshape(k, *rule.shape[1:]), plain)
-    for axis, size in enumerate(whole.shape[2:], 2):  # an output padding beyond the stride has further positions
+    for axis, size in enumerate(whole.shape[2:], 2):  # an output padding beyond the stride adds positions
         patches = patches.narrow(axis, 0, size)
     channels = left.view(k, groups, -1).transpose(0, 1) @ whole.to(left.dtype).reshape(
         len(whole), groups, left.shape[1] // groups, -1
