@@ -148,7 +148,7 @@ def test_help_shows_the_defaults_of_the_preset(capsys: pytest.CaptureFixture[str
         ({"ggcr_projection": "gaussian"}, "--ggcr-projection 'gaussian': write KIND:DIM, for example kronecker:16"),
         ({"ggcr_projection": "normal:8"}, "--ggcr-projection 'normal:8': write KIND:DIM.*choose one of 'kronecker'"),
         ({"ggcr_projection": "gaussian:0"}, "--ggcr-projection 'gaussian:0': write KIND:DIM.*at least 1"),
-        ({"ggcr_projection": "sparse:8"}, "--ggcr-projection 'sparse:8': .*which is gone.*'kronecker'"),
+        ({"ggcr_projection": "sparse:8"}, "--ggcr-projection 'sparse:8': .*which was removed.*'kronecker'"),
         ({"method": "mixmach"}, "--method 'mixmach' is unknown: choose from fixmatch, flexmatch, .*mixmatch, .*uda"),
         ({"method": "mixmatch"}, "--threshold 0.12: mixmatch has no such option; leave it out"),
         ({"method": "flexmatch", "brier_weight": 0.5}, "--brier-weight 0.5: flexmatch has no such option"),

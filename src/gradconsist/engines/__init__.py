@@ -1,8 +1,8 @@
-"""How the inner products of per-sample gradients are computed.
+"""Computes the inner products of per-sample gradients.
 
-An engine turns pairs of views into three numbers a pair, ||g_w||^2, ||g_s||^2 and ⟨g_w, g_s⟩, each differentiable in
-the model's parameters. All engines are exact and interchangeable; they differ in time, memory and in what torch lets
-them run. An engine of your own is any object with a method `products(problem) -> GradProducts`.
+An engine turns pairs of views into three numbers per pair, ||g_w||^2, ||g_s||^2 and ⟨g_w, g_s⟩, each differentiable in
+the model's parameters. All engines are exact and interchangeable. They differ in time, in memory, and in the models
+that torch lets them run. To write an engine, give any object a method `products(problem) -> GradProducts`.
 
     >>> from gradconsist.engines import ENGINES
     >>> sorted(ENGINES)
@@ -31,17 +31,17 @@ ENGINES: dict[str, Callable[[], Engine]] = {
 
 
 def make_engine(engine: str | Engine, projection: RandomProjection | None = None) -> Engine:
-    """The engine behind a name, or `engine` itself.
+    """Returns the engine of a name, or `engine` itself if it is an object.
 
     Args:
         engine: a key of `ENGINES`, or an object with `products`.
-        projection: what it will be asked to follow.
+        projection: the projection that the engine must support, or None.
 
     Returns:
         An engine.
 
     Raises:
-        ConfigError: it is neither, or it does not say that it follows projections.
+        ConfigError: `engine` is neither, or it does not support projections and one is given.
     """
     if isinstance(engine, str):
         check_choice("engine", engine, ENGINES)
@@ -52,8 +52,8 @@ def make_engine(engine: str | Engine, projection: RandomProjection | None = None
         )
     if projection is not None and not getattr(engine, "projects", False):
         raise ConfigError(
-            f"`projection` needs an engine that follows it, and {engine!r} does not say so: pass `engine='auto'`, or"
-            " compare `problem.projection.sketches(gradients)` in its `products` and set its attribute `projects`."
+            f"`projection` needs an engine that supports it, and {engine!r} does not: pass `engine='auto'`, or compare"
+            " `problem.projection.sketches(gradients)` in its `products` and set its attribute `projects` to True."
         )
     return engine
 

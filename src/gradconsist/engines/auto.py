@@ -1,4 +1,4 @@
-"""The default: the fastest engine that takes the model."""
+"""The default engine: the fastest one that can run the model."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ logger = logging.getLogger("gradconsist")
 
 
 class AutoEngine:
-    """`GhostEngine` until torch refuses the model under vmap, from then on `LoopEngine`. Both are exact.
+    """Uses `GhostEngine` until torch refuses the model under vmap, then `LoopEngine`. Both are exact.
 
-    The change is told once, as a warning of the logger "gradconsist", because it costs time.
+    The logger "gradconsist" warns once of the change, because it costs time.
     """
 
     projects: ClassVar[bool] = True
@@ -31,12 +31,12 @@ class AutoEngine:
         return self.engine.products(problem)
 
     def preferred_chunk(self, problem: Problem) -> int:
-        """What the engine in use prefers."""
+        """Returns what the engine in use prefers."""
         return self.engine.preferred_chunk(problem)
 
     @contextmanager
     def fall_back(self, error: RuntimeError) -> Iterator[None]:
-        """After `error`, the block is tried with the loop; if that fails too, its error counts and nothing changes.
+        """Runs the block with the loop engine after `error`, and keeps that engine if the block succeeds.
 
         Args:
             error: what the ghost engine, or the derivative of its result, raised.

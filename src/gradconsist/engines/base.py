@@ -1,7 +1,7 @@
-"""The seam: what an engine is given, and what it returns.
+"""The interface of engines: their input `Problem`, and their output `GradProducts`.
 
-An engine knows how to differentiate the per-sample losses of two views with respect to the compared parameters. It
-knows nothing of cosines, weights, chunks or reductions; those are written once, on top of `GradProducts`.
+An engine differentiates the per-sample losses of two views with respect to the compared parameters. It knows nothing of
+cosines, weights, chunks or reductions, which are computed from `GradProducts` elsewhere.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gradconsist.types import GradProducts, Inputs
 
 
 class Losses(Protocol):
-    """Per-sample losses, each a function of its own sample."""
+    """Computes per-sample losses, each of which depends on its own sample only."""
 
     def __call__(
         self,
@@ -29,14 +29,14 @@ class Losses(Protocol):
         parameters: Mapping[str, Tensor] | None = None,
         view: Tensor | int | None = None,
     ) -> Tensor:
-        """Losses [B].
+        """Returns the losses [B].
 
         Args:
             inputs: B samples.
             target: their targets.
-            parameters: tensors in place of named parameters.
-            view: 0 for weak, 1 for strong: which constants of BatchNorm are the samples' own; under vmap it may be a
-                tensor [] with a value for each sample. None is an error where the two views' constants differ.
+            parameters: replacements for parameters by name.
+            view: 0 for weak, 1 for strong; selects the BatchNorm constants. Under vmap it may be a tensor [] with one
+                value per sample. None is an error if the two views have different constants.
 
         Returns:
             Losses, in float32 at least.
@@ -50,15 +50,15 @@ class Problem:
 
     Attributes:
         losses: ``(inputs, target, replacements, view) -> [B]``, see `Losses`.
-        parameters: the compared parameters, E, by name.
+        parameters: the compared parameters (E) and their names.
         weak: weakly augmented inputs.
         strong: strongly augmented inputs.
-        target: targets for both.
+        target: targets for both views.
         graph_weak: whether the weak view's gradient keeps its graph.
         graph_strong: whether the strong view's gradient keeps its graph.
         random: whether the forward may draw random numbers.
-        model: whose modules run, for engines with rules for modules; None if unknown.
-        projection: whose sketches of the gradients are to be compared; None for the gradients themselves.
+        model: the model, for engines with rules for modules; None if unknown.
+        projection: compares sketches of the gradients instead of the gradients; None for the gradients.
     """
 
     losses: Losses
@@ -73,24 +73,27 @@ class Problem:
     projection: Projector | None = None
 
     def take(self, index: Tensor) -> Problem:
-        """The same problem for the pairs `index`."""
+        """Returns the same problem for the pairs `index` only."""
         return replace(self, weak=take(self.weak, index), strong=take(self.strong, index), target=self.target[index])
 
 
 class Engine(Protocol):
-    """Anything with this method is an engine.
+    """Any object with a method `products` is an engine.
 
-    It may also have ``preferred_chunk(problem) -> int``, the number of pairs at a time that `chunk_size="auto"` takes
-    (without it, all pairs go at once), ``fall_back(error)``, a context manager in which a chunk that failed is tried
-    once more, and ``projects = True``, which says that `products` follows `Problem.projection`: the products are then
-    those of ``problem.projection.sketches(gradients)``. Without it a projection is refused.
+    An engine may also have:
+
+    - ``preferred_chunk(problem) -> int``, the number of pairs per chunk for `chunk_size="auto"`; without it, all pairs
+      run at once;
+    - ``fall_back(error)``, a context manager in which a chunk that failed is tried once more;
+    - ``projects = True``, which says that `products` supports `Problem.projection` and then returns the products of
+      ``problem.projection.sketches(gradients)``. Without it, a projection raises an error.
     """
 
     def products(self, problem: Problem) -> GradProducts:
-        """The three inner products of every pair, [B] each, in float32 at least.
+        """Returns the three inner products of every pair, [B] each, in float32 at least.
 
-        Where ``problem.graph_weak`` and ``problem.graph_strong`` say so, they are differentiable in every trainable
-        parameter of the model, the compared ones included.
+        Through the views with ``problem.graph_weak`` or ``problem.graph_strong``, they are differentiable in every
+        trainable parameter of the model, including the compared ones.
 
         Args:
             problem: the pairs.
@@ -102,10 +105,10 @@ class Engine(Protocol):
 
 
 def inner(first: list[Tensor], second: list[Tensor], keep: int = 0) -> Tensor:
-    """⟨first, second⟩ over all tensors as one flat vector, summed in float32 at least.
+    """Computes ⟨first, second⟩ over all tensors as one flat vector, summed in float32 at least.
 
     Args:
-        first: gradients, one tensor a parameter.
+        first: gradients, one tensor per parameter.
         second: gradients in the same order.
         keep: number of leading dimensions that are not summed over.
 

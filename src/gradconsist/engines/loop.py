@@ -1,6 +1,6 @@
-"""The reference engine: one sample at a time, by `torch.autograd.grad` with ``create_graph=True``.
+"""The reference engine: one sample at a time, with `torch.autograd.grad` and ``create_graph=True``.
 
-Slow, and plain enough to be believed. It runs whatever torch can differentiate twice.
+It is slow, but simple enough to check by reading. It runs every model that torch can differentiate twice.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from gradconsist.types import GradProducts, Inputs
 
 @dataclass(frozen=True)
 class LoopEngine:
-    """Per-sample gradients by a loop over samples, as algorithm 1 of the paper writes them.
+    """Computes per-sample gradients in a loop over samples, as in algorithm 1 of the paper.
 
-    Each sample is a batch of one. Time: 2 B forwards and backwards; memory: the graphs of all pairs that are alive,
-    which with chunks of one pair and the fused backward is one.
+    Each sample is a batch of one. Time: 2 B forwards and backwards. Memory: the graphs of all pairs of a chunk, which
+    is one pair with chunks of one pair and ``fused=True``.
     """
 
     projects: ClassVar[bool] = True
@@ -42,20 +42,20 @@ class LoopEngine:
         return GradProducts(*torch.stack(rows).unbind(1))
 
     def preferred_chunk(self, problem: Problem) -> int:
-        """One pair: more at a time gain nothing here and keep more graphs alive."""
+        """Returns one pair: larger chunks gain nothing here and keep more graphs alive."""
         del problem
         return 1
 
 
 def _gradient(problem: Problem, inputs: Inputs, target: Tensor, view: int, graph: bool) -> list[Tensor]:
-    """The gradient of one sample's loss, one tensor a parameter; zeros where the loss does not depend on it."""
+    """Computes the gradient of one sample's loss, one tensor per parameter; zeros if the loss does not depend on it."""
     parameters = list(problem.parameters.values())
     with torch.enable_grad():
         loss = problem.losses(inputs, target, view=view).sum()
-        # Where nothing that comes from above has a graph (a loss that is linear in the output), `once_differentiable`
-        # cuts it without a word; above this one it leaves the node that `check_second_derivative` looks for.
+        # If the upstream gradient has no graph (a loss that is linear in the output), `once_differentiable` silently
+        # cuts the graph. With this factor, it leaves the node that `check_second_derivative` looks for.
         one = _one(parameters[0]).to(loss.dtype) if graph else None
-        # Not materialize_grads: its zeros are leaves that require grad.
+        # Not with materialize_grads, whose zeros are leaves that require grad.
         found = torch.autograd.grad(loss, parameters, one, create_graph=graph, allow_unused=True)
     gradient = [
         p.detach().new_zeros(p.shape) if part is None else part for p, part in zip(parameters, found, strict=True)
@@ -64,22 +64,22 @@ def _gradient(problem: Problem, inputs: Inputs, target: Tensor, view: int, graph
 
 
 def _one(parameter: Tensor) -> Tensor:
-    """1 with a graph, and a derivative of 0, whatever the parameter holds."""
+    """Returns 1 with a graph and a derivative of 0, whatever the parameter holds."""
     return 1.0 + 0.0 * parameter.reshape(-1)[:1].sum().nan_to_num(0.0, 0.0, 0.0)
 
 
 def refused_by_vmap(problem: Problem, error: RuntimeError) -> UnsupportedModuleError:
-    """The refusal for a model that fails under vmap and not in the per-sample loop.
+    """Builds the error for a model that fails under vmap but not in the per-sample loop.
 
     Args:
         problem: the pairs.
         error: what was raised under vmap.
 
     Returns:
-        The refusal.
+        The error to raise.
 
     Raises:
-        RuntimeError: the loop's own error, if it fails too: then it is the model's.
+        RuntimeError: the loop failed too, so the model is at fault; this is the loop's error.
     """
     LoopEngine().products(problem.take(torch.zeros(1, dtype=torch.long, device=problem.target.device)))
     return UnsupportedModuleError(

@@ -1,7 +1,8 @@
-"""Random projections: inner products of short sketches in place of those of whole gradients.
+"""Random projections: inner products of short sketches instead of whole gradients.
 
-`RandomProjection` is the user's option, `Projector` the matrices of one call. Engines hand a projector per-sample
-gradients, or the two factors of a layer's gradient before it is formed, and take the products of what comes back.
+`RandomProjection` is the user's option, and `Projector` holds the matrices of one call. An engine passes per-sample
+gradients to the projector, or the two factors of a layer's gradient before it is formed, and takes the inner products
+of the result.
 
 Index letters: N samples, k = dim, [n, m] a weight read as a matrix, P entries of E.
 """
@@ -25,56 +26,56 @@ Kind: TypeAlias = Literal["kronecker", "gaussian"]
 KINDS = ("kronecker", "gaussian")
 _REMOVED = ("rademacher", "sparse")
 
-_BLOCK = 2**22  # entries of a projection matrix at a time
+_BLOCK = 2**22  # entries of a projection matrix in memory at a time
 
-# SplitMix64 (Steele, Lea and Flood, 2014): a hash of 64 bits.
+# SplitMix64 (Steele, Lea and Flood, 2014), a 64-bit hash.
 _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _MASK = 2**64 - 1
 
 
 @dataclass(frozen=True)
 class RandomProjection:
-    """Compares P g_w with P g_s in place of g_w with g_s, for a random matrix P with E[PᵀP] = I.
+    """Compares P g_w with P g_s instead of g_w with g_s, for a random matrix P with E[PᵀP] = I.
 
     **What it gives.** Inner products without bias: for constant a and b, and P independent of them,
 
         E⟨Pa, Pb⟩ = aᵀ E[PᵀP] b = ⟨a, b⟩
 
-    so the three products of a pair are right on average over P, and with one P for both views identical views have
+    So the three products of a pair are right on average over P. Both views use the same P, so identical views have
     cosine 1.
 
-    **What it does not give.** The cosine is a ratio of products, and biased: for a dense P of k rows,
+    **What it does not give.** The cosine is a ratio of products, so it is biased: for a dense P of k rows,
     E[cos] = cos - cos (1 - cos²) / (2k) + O(1/k²), as for a correlation coefficient of k numbers, with a standard
-    deviation of about (1 - cos²) / sqrt(k). So are L_g and its gradient, at the same order. `max_pairs` and the
-    wrapper's `every` have no such bias. The norms of the record, and what `min_norm` bounds, are those of the sketches.
+    deviation of about (1 - cos²) / sqrt(k). L_g and its gradient are biased to the same order. `max_pairs` and the
+    wrapper's `every` have no such bias. The norms in the record, which `min_norm` bounds, are those of the sketches.
 
     The kinds differ in P and in cost:
 
-    - "kronecker": weights with two dimensions or more are read as matrices [n, m] = [first, all others]. Where
+    - "kronecker": weights with two dimensions or more are read as matrices [n, m] = [first, all others]. If
       k < min(n, m), the gradient G is replaced by S = L G Rᵀ [k, k] with independent entries ±1/sqrt(k) in L [k, n]
       and R [k, m]; E⟨L A Rᵀ, L B Rᵀ⟩ = tr(E[LᵀL] A E[RᵀR] Bᵀ) = ⟨A, B⟩. All other parameters (biases, scales of
       norms, narrow weights) stay exact, and the products of parameters add up. Since G = Σ_t d_t a_tᵀ over positions
-      t, S = Σ_t (L d_t)(R a_t)ᵀ: `GhostEngine` projects inputs and output gradients of linear layers, convolutions of
-      all kinds and embeddings, and never forms G. Var |S|² <= (4/k + 2/k²) |GGᵀ|² + (2/k²) |G|⁴: about 4/k of |G|⁴
-      where G has rank one, and towards 2/k² where its rank is high, since |GGᵀ|² >= |G|⁴ / rank.
+      t, S = Σ_t (L d_t)(R a_t)ᵀ. So `GhostEngine` projects inputs and output gradients of linear layers, convolutions
+      of all kinds and embeddings, and never forms G. Var |S|² <= (4/k + 2/k²) |GGᵀ|² + (2/k²) |G|⁴. That is about 4/k
+      of |G|⁴ if G has rank one, and goes towards 2/k² for high rank, since |GGᵀ|² >= |G|⁴ / rank.
     - "gaussian": k rows of independent normal numbers of variance 1/k. Var⟨Pa, Pb⟩ = (|a|²|b|² + ⟨a, b⟩²) / k. It
-      needs the per-sample gradient first and adds to its cost: a reference to compare with, never faster than the
-      exact products.
+      needs the per-sample gradient first and adds to its cost, so it is never faster than the exact products. Use it
+      as a reference.
 
-    docs/guides/cost.md has measurements. P follows from (seed, number of the draw, the parameter's position) alone. It
-    is the same in every engine, chunk and device, and in every process that has made as many calls.
+    docs/guides/cost.md has measurements. P depends only on the seed, the number of the draw and the parameter's
+    position. It is the same in every engine, chunk and device, and in every process that has made as many calls.
 
     Args:
-        dim: k, the rows of P, or of each factor. A "kronecker" projection with k >= min(n, m) for every weight is
-            exact.
-        kind: of matrix.
-        seed: of the matrices, in [0, 2^63).
-        resample_every: new matrices after so many calls of the loss; 0 or None keeps the first ones. The number of
-            calls is in the loss's ``state_dict()``, so a resumed run goes on with the same matrices. `measure` uses the
-            current ones and does not count.
+        dim: k, the number of rows of P, or of each factor. A "kronecker" projection with k >= min(n, m) for every
+            weight is exact.
+        kind: kind of matrix.
+        seed: seed of the matrices, in [0, 2^63).
+        resample_every: draw new matrices after so many calls of the loss; 0 or None keeps the first ones. The number of
+            calls is in the loss's ``state_dict()``, so a resumed run continues with the same matrices. `measure` uses
+            the current ones and does not count.
 
     Raises:
-        ConfigError: an option has no such value.
+        ConfigError: an option has an invalid value.
 
     Example:
         >>> projection = RandomProjection(3, "gaussian", seed=1)
@@ -95,8 +96,8 @@ class RandomProjection:
         check_count("dim", self.dim)
         if self.kind in _REMOVED:
             raise ConfigError(
-                f"`kind` is {self.kind!r}, which is gone: it forms the per-sample gradients first, so it cost more than"
-                " the exact term. Take 'kronecker', which projects before they exist, or 'gaussian', the reference."
+                f"`kind` is {self.kind!r}, which was removed: it forms the per-sample gradients first, so it cost more"
+                " than the exact term. Use 'kronecker', which never forms them, or 'gaussian', the reference."
             )
         check_choice("kind", self.kind, KINDS)
         check_count("seed", self.seed, least=0, most=2**63 - 1)
@@ -104,23 +105,23 @@ class RandomProjection:
             check_count("resample_every", self.resample_every, least=0)
 
     def projector(self, call: int = 0) -> Projector:
-        """The matrices of a call.
+        """Returns the matrices of a call.
 
         Args:
-            call: how many calls came before it.
+            call: number of calls before it.
 
         Returns:
-            What engines use.
+            The projector that engines use.
         """
         draw = call // self.resample_every if self.resample_every else 0
         return Projector(self.kind, self.dim, _derive(self.seed, draw))
 
     def matrix(self, shapes: Sequence[Sequence[int]], *, call: int = 0) -> Tensor:
-        """P as a whole, to look at and to test with: large for all but small models.
+        """Returns P as one matrix, for inspection and tests; it is large except for small models.
 
         Args:
-            shapes: of the compared parameters, in the model's order; their gradients, flattened and put one behind the
-                other, are what P multiplies.
+            shapes: shapes of the compared parameters, in the model's order. P multiplies their gradients, flattened and
+                concatenated.
             call: as in `projector`.
 
         Returns:
@@ -142,12 +143,12 @@ class RandomProjection:
 
 @dataclass(frozen=True)
 class Projector:
-    """The matrices of one call.
+    """Holds the matrices of one call.
 
     Attributes:
-        kind: of `RandomProjection`.
+        kind: as in `RandomProjection`.
         dim: k.
-        key: which matrices.
+        key: seed of this call's matrices.
     """
 
     kind: Kind
@@ -157,18 +158,18 @@ class Projector:
 
     @property
     def flat(self) -> bool:
-        """Whether all of E has one sketch of k numbers, and not every weight its own."""
+        """Whether all of E has one sketch of k numbers, instead of one sketch per weight."""
         return self.kind != "kronecker"
 
     def shrinks(self, shape: Sequence[int]) -> bool:
-        """Whether a parameter of this shape is projected by two factors."""
+        """Tells whether a parameter of this shape is projected by two factors."""
         return not self.flat and len(shape) > 1 and self.dim < min(shape[0], math.prod(shape[1:]))
 
     def sketches(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """P g of the samples, as tensors whose inner products add up.
+        """Computes P g for all samples, as tensors whose inner products add up.
 
         Args:
-            gradients: [N, *shape] of all compared parameters, in order.
+            gradients: gradients [N, *shape] of all compared parameters, in order.
 
         Returns:
             One tensor [N, k] for "gaussian"; one per parameter for "kronecker". In float32 at least.
@@ -180,14 +181,14 @@ class Projector:
         return [torch.stack(found).sum(0)] if self.flat else found
 
     def sketch(self, gradient: Tensor, start: int) -> Tensor:
-        """The part of one parameter: what is to be added up for "gaussian", and stands alone for "kronecker".
+        """Computes the part of one parameter: a summand of the sketch for "gaussian", a whole sketch for "kronecker".
 
         Args:
             gradient: [N, *shape].
-            start: where the parameter begins in the flat vector of all.
+            start: where the parameter begins in the flat vector of all parameters.
 
         Returns:
-            [N, k], [N, k, k], or the gradient itself where it is not projected.
+            [N, k], [N, k, k], or the gradient itself if it is not projected.
         """
         gradient = wide(gradient)
         if self.flat:
@@ -204,13 +205,13 @@ class Projector:
     def factors(
         self, shape: Sequence[int], start: int, dtype: torch.dtype, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """L [k, n] and R [k, m] of a weight that shrinks.
+        """Returns L [k, n] and R [k, m] for a weight that is projected.
 
         Args:
-            shape: of the weight.
+            shape: shape of the weight.
             start: as in `sketch`.
-            dtype: of the result.
-            device: of the result.
+            dtype: dtype of the result.
+            device: device of the result.
 
         Returns:
             Both factors.
@@ -224,15 +225,16 @@ class Projector:
         return self._factors[key]
 
     def blocks(self, like: Tensor, start: int, size: int) -> Iterator[tuple[slice, Tensor]]:
-        """The columns of "gaussian" for one parameter, as many at a time as memory bears.
+        """Yields the columns of "gaussian" for one parameter, in blocks of bounded size.
 
         Args:
-            like: has the dtype and device of the result.
+            like: a tensor with the dtype and device of the result.
             start: as in `sketch`.
-            size: of the parameter.
+            size: number of entries of the parameter.
 
         Yields:
-            Which columns, and a block [k, n] of P. Drawn on the CPU in float64, so that P depends on nothing else.
+            A slice of columns, and that block [k, n] of P. It is drawn on the CPU in float64, so that P does not depend
+            on dtype or device.
         """
         generator = torch.Generator(device="cpu").manual_seed(_derive(self.key, start))
         step = max(1, _BLOCK // self.dim)
@@ -244,7 +246,7 @@ class Projector:
 
 
 class _Projected(torch.autograd.Function):
-    """x -> P x, or Pᵀ x; nothing is kept for the derivative, which draws the same P again."""
+    """Computes P x, or Pᵀ x; saves nothing for the derivative, which draws the same P again."""
 
     @staticmethod
     def forward(
@@ -266,7 +268,7 @@ class _Projected(torch.autograd.Function):
 
 
 def _derive(key: int, *parts: int) -> int:
-    """A key in [0, 2^64) for a part of what `key` stands for; non-negative integers tell it from other parts."""
+    """Derives a key in [0, 2^64) from `key`; different non-negative integers `parts` give different keys."""
     for part in (0, *parts):
         z = (key + (part + 1) * _GOLDEN) & _MASK
         z = ((z ^ (z >> 30)) * _FIRST) & _MASK
@@ -276,7 +278,7 @@ def _derive(key: int, *parts: int) -> int:
 
 
 def _signs(key: int, size: int, width: int, device: torch.device) -> Tensor:
-    """Independent signs, int8 [size, width] of -1 and 1: bits of a hash of (key, position), alike on every device."""
+    """Draws independent signs, int8 [size, width] of -1 and 1: bits of a hash of (key, position), on any device."""
     per_row = -(-width // 64)
     z = torch.arange(1, size * per_row + 1, device=device) * _signed(_GOLDEN) + _signed(key)
     z = (z ^ _shifted(z, 30)) * _signed(_FIRST)
@@ -291,5 +293,5 @@ def _signed(value: int) -> int:
 
 
 def _shifted(z: Tensor, by: int) -> Tensor:
-    """To the right, with zeros: torch's own shift repeats the sign."""
+    """Shifts to the right and fills with zeros; torch's shift repeats the sign bit."""
     return (z >> by) & ((1 << (64 - by)) - 1)

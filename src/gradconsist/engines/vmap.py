@@ -1,4 +1,4 @@
-"""Per-sample gradients of a whole chunk at once: `torch.func.vmap` of `torch.func.grad`."""
+"""Computes per-sample gradients of a whole chunk at once, with `torch.func.vmap` of `torch.func.grad`."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from gradconsist.engines.loop import refused_by_vmap
 from gradconsist.errors import GradConsistError, UnsupportedModuleError
 from gradconsist.types import GradProducts, Inputs
 
-# Fixed numbers and not timings, so that a resumed run adds up in the same order and stays bitwise equal.
-# CPU: from 16 pairs on nothing is gained (benchmarks/cost/step_cost.py); CUDA: not measured yet.
+# Fixed numbers rather than timings, so that a resumed run sums in the same order and stays bitwise equal.
+# CPU: more than 16 pairs gain nothing (benchmarks/cost/step_cost.py). CUDA: not measured yet.
 _CHUNK = {"cpu": 16, "cuda": 64}
 _GRADIENT_BYTES = 2**30
-_COPIES = 8  # of E a pair: two gradients, their cotangents and the intermediates of each, an upper estimate
+_COPIES = 8  # copies of E per pair: two gradients, their cotangents, and intermediates of each; an upper estimate
 
 
 @dataclass(frozen=True)
 class VmapEngine:
-    """Vectorised per-sample gradients; they are materialised, so a chunk of n pairs holds 2 n copies of E.
+    """Computes vectorised per-sample gradients and stores them, so a chunk of n pairs holds 2 n copies of E.
 
-    Operators without a batching rule, data-dependent control flow and in-place writes into buffers are refused by
-    torch; the loop engine takes those models.
+    Torch refuses operators without a batching rule, data-dependent control flow and in-place writes into buffers; use
+    the loop engine for such models.
     """
 
     projects: ClassVar[bool] = True
@@ -42,12 +42,12 @@ class VmapEngine:
     )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return VmapEngine, ()  # which models were looked at is not for a copy
+        return VmapEngine, ()  # a copy starts without the list of checked models
 
     def products(self, problem: Problem) -> GradProducts:
         """See `Engine.products`."""
         graph, model = problem.graph_weak or problem.graph_strong, problem.model
-        called = constants(problem.weak)  # which may choose another way through the model
+        called = constants(problem.weak)  # with other constants the model may run other code
         if graph and (model is None or called not in self._looked_at.get(model, ())):
             _refuse_scripts(problem)
         try:
@@ -67,7 +67,7 @@ class VmapEngine:
         return GradProducts(inner(weak, weak, keep=1), inner(strong, strong, keep=1), inner(weak, strong, keep=1))
 
     def preferred_chunk(self, problem: Problem) -> int:
-        """The size from which on more pairs gain nothing, less where E is so large that they would not fit."""
+        """Returns the size beyond which more pairs gain nothing, or less if E is so large that they would not fit."""
         parameters = list(problem.parameters.values())
         size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
         most = _CHUNK.get(parameters[0].device.type, _CHUNK["cpu"])
@@ -75,9 +75,10 @@ class VmapEngine:
 
 
 class _RefuseHooks(TorchFunctionMode):
-    """Refuses gradient hooks on tensors inside the model: torch runs them in the first derivative only.
+    """Refuses gradient hooks on tensors inside the model, because torch runs them in the first derivative only.
 
-    Under vmap a tensor says that it does not require grad, so a hook behind that question would be left out as well.
+    Under vmap ``requires_grad`` is False for every tensor, so a hook registered under ``if h.requires_grad`` would be
+    missed.
     """
 
     def __torch_function__(
@@ -94,7 +95,7 @@ class _RefuseHooks(TorchFunctionMode):
 
 
 def _refuse_scripts(problem: Problem) -> None:
-    """Refuses scripted functions, by what they leave in the graph of one sample outside vmap."""
+    """Refuses scripted functions, found in the graph of one sample outside vmap."""
     one = slice(0, 1)
     with preserved_randomness(problem.target.device, seed=0), torch.enable_grad():
         for _ in range(2):  # the first run of a script is only profiled
@@ -103,7 +104,7 @@ def _refuse_scripts(problem: Problem) -> None:
 
 
 def _gradients(problem: Problem, inputs: Inputs, view: int, graph: bool) -> list[Tensor]:
-    """Gradients of all samples, [n, *parameter shape] each."""
+    """Computes the gradients of all samples, [n, *parameter shape] each."""
     is_tensor = isinstance(inputs, Tensor)
 
     def loss(parameters: Mapping[str, Tensor], target: Tensor, *sample: Tensor) -> Tensor:
@@ -118,7 +119,7 @@ def _gradients(problem: Problem, inputs: Inputs, view: int, graph: bool) -> list
         in_dims=(None, 0, *[0] * len(columns)),
         randomness="different" if problem.random else "error",
     )
-    # Under no_grad the inner `grad` still works and its result has no graph to the outside: a constant view.
+    # Under no_grad the inner `grad` still works, but its result has no graph, as wanted for a constant view.
     with torch.set_grad_enabled(graph):
         gradients = list(per_sample(dict(problem.parameters), problem.target, *columns).values())
     return gradients

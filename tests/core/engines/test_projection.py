@@ -145,8 +145,8 @@ def test_which_weights_the_kronecker_kind_projects() -> None:
         ({"dim": True}, "`dim` is True: give an int"),
         ({"dim": 2, "kind": "gausian"}, "`kind` is 'gausian': choose one of .*Did you mean 'gaussian'"),
         ({"dim": 2, "kind": None}, "`kind` is None: choose one of 'kronecker', 'gaussian'"),
-        ({"dim": 2, "kind": "rademacher"}, "'rademacher', which is gone: .* cost more .*'kronecker'.*'gaussian'"),
-        ({"dim": 2, "kind": "sparse"}, "'sparse', which is gone: .* cost more .*'kronecker'.*'gaussian'"),
+        ({"dim": 2, "kind": "rademacher"}, "'rademacher', which was removed: .* cost more .*'kronecker'.*'gaussian'"),
+        ({"dim": 2, "kind": "sparse"}, "'sparse', which was removed: .* cost more .*'kronecker'.*'gaussian'"),
         ({"dim": 2, "seed": -1}, "`seed` is -1: give an int of at least 0 and at most 9223372036854775807"),
         ({"dim": 2, "seed": 2**63}, "`seed` is 9223372036854775808: give an int"),
         ({"dim": 2, "seed": None}, "`seed` is None: give an int"),
@@ -174,7 +174,7 @@ class _Ignorant:
 
 def test_an_engine_that_would_ignore_the_projection_is_refused() -> None:
     GradientConsistencyLoss(nn.Linear(5, 3), engine=_Ignorant())
-    with pytest.raises(ConfigError, match=r"`projection` needs an engine that follows it.*_Ignorant.*`engine='auto'`"):
+    with pytest.raises(ConfigError, match=r"`projection` needs an engine that supports it.*_Ignorant.*`engine='auto'`"):
         GradientConsistencyLoss(nn.Linear(5, 3), engine=_Ignorant(), projection=RandomProjection(2))
 
 
