@@ -14,7 +14,7 @@ statistics, and a function that calls `F.batch_norm` without a module works too.
 
 If the input of a call does not grow with the batch, the call does not normalise samples but a parameter (weight
 standardisation, as timm writes it) or one map at a time. Neighbours do not matter there, so the call uses the
-statistics of its own input, with their graph.
+statistics of this input, with their graph.
 """
 
 from __future__ import annotations

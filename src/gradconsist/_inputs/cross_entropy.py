@@ -96,7 +96,7 @@ def cross_entropy(output: Any, target: Tensor) -> Tensor:
 
 
 def check_several(classes: int) -> None:
-    """Checks that there are two classes at least, which cross-entropy needs.
+    """Checks that the logits have at least two classes, which cross-entropy needs.
 
     Args:
         classes: number of columns of the logits.
