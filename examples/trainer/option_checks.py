@@ -64,7 +64,7 @@ def check_options(config: Config) -> None:
     not_negative("seed", "workers", "unlabeled_weight", "unlabeled_ramp", "brier_weight", "weight_decay")
     not_negative("jacobian_weight", "ggcr_weight", "ggcr_warmup", "ggcr_ramp")
     if config.ggcr_through_statistics and config.amp == "fp16":
-        raise OptionError("--ggcr-through-statistics was not proven in float16: use --amp bf16 or off.")
+        raise OptionError("--ggcr-through-statistics has not been verified in float16: use --amp bf16 or off.")
     if config.seed >= 2**63:
         raise OptionError(f"--seed must be below 2^63; found {config.seed}.")
     if not 0 <= config.ema < 1:

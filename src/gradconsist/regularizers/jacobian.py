@@ -186,7 +186,7 @@ class JacobianPenalty:
         if not bool(torch.isfinite(loss)):
             raise NonFiniteError(
                 "the Jacobian penalty is NaN or infinite: `inputs` or the model has such entries, or the output jumps."
-                " Skip the step; if it comes again, lower the learning rate or compute in a wider dtype."
+                " Skip the step; if it happens again, lower the learning rate or compute in a wider dtype."
             )
         if not loss.requires_grad:
             raise UnsupportedModuleError(
