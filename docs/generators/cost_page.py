@@ -117,7 +117,8 @@ projection = RandomProjection(8, "kronecker", seed=0, resample_every=1)
 gc = GradientConsistencyLoss(model, projection=projection)
 gc(weak, strong, target).backward()
 
-print(diagnostics.check(model, weak, strong, target, projection=projection))
+gc = GradientConsistencyLoss(model, projection=projection)
+print(diagnostics.check(gc, weak, strong, target))
 ```
 
 ```text

@@ -17,7 +17,7 @@ _PROGRAM = """
 import re, sys, warnings
 warnings.simplefilter("ignore")
 assert False, "asserts are still there"
-import core.test_bad_inputs as bad
+import core.inputs.test_bad_inputs as bad
 from gradconsist import GradientConsistencyLoss
 if "torch._dynamo" in sys.modules:
     sys.exit("importing the library imports the compiler")
