@@ -158,7 +158,10 @@ def test_help_shows_the_defaults_of_the_preset(capsys: pytest.CaptureFixture[str
         ({"method_decay": 1.0}, r"--method-decay is a decay in \[0, 1\), for example 0.999; found 1.0"),
         ({"method": "pseudolabel", "joint_forward": True}, "--joint-forward True: pseudolabel has no such option"),
         ({"device": "warp"}, "--device 'warp' is not usable here .*try cpu"),
-        ({"ggcr_through_statistics": True, "amp": "fp16"}, "--ggcr-through-statistics has not been verified in float16"),
+        (
+            {"ggcr_through_statistics": True, "amp": "fp16"},
+            "--ggcr-through-statistics has not been verified in float16",
+        ),
         ({"ggcr_through_statistics": True, "arch": "wrn-10-1-gn"}, "--arch wrn-10-1-gn has no BatchNorm; leave it out"),
         ({"ggcr_encoder": "backbone"}, "--ggcr-encoder 'backbone' is a prefix of no parameter: write encoder, all"),
         ({"ggcr_encoder": "backbone", "ggcr_weight": 0.0}, "--ggcr-encoder 'backbone' is a prefix of no parameter"),
