@@ -27,12 +27,6 @@ BUGS = [
         JACOBIAN, "list(drawn / torch.linalg.vector_norm(drawn, dim=-1, keepdim=True))", "list(drawn)",
     ),
     Bug(
-        "a constant direction hides what cannot be differentiated twice",
-        "a function without a second derivative is refused",
-        "regularizers/test_jacobian.py::test_a_function_without_a_second_derivative_is_refused",
-        JACOBIAN, "            v.requires_grad_()\n", "",
-    ),
-    Bug(
         "a norm for each parameter",
         "the ball is one of all parameters",
         "optim/test_sam.py::test_six_steps_with_groups[False-False]",
