@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from gradconsist import GradientConsistencyLoss
-from gradconsist.diagnostics import verify
+from gradconsist.diagnostics import check, verify
 from gradconsist.errors import UnsupportedModuleError
 from support import compare
 from support.oracle import judge
@@ -209,6 +209,38 @@ def test_one_that_cannot_be_tested_is_told_once(function: type[Function], caplog
     (record,) = caplog.records
     assert f"{function.__name__} (in '1')" in record.getMessage()
     assert "diagnostics.verify" in record.getMessage()
+
+
+class OnInputsFirst(nn.Module):
+    """Applies a Function to the inputs, which have no derivative, before it applies it to features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(9, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(Swish.apply(self.stem(Swish.apply(x))))
+
+
+def test_a_call_without_a_derivative_is_not_the_one_that_is_tested() -> None:
+    gc = GradientConsistencyLoss(OnInputsFirst().double())
+    gc(*views())
+    assert gc._probed.functions == {"Swish (in its forward)": True}
+
+
+def test_a_function_that_raises_something_else_in_float64_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    class Picky(Swish):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            if x.dtype == torch.float64:
+                raise KeyError(x.dtype)
+            return Swish.forward(ctx, x)
+
+    gc = GradientConsistencyLoss(network(Applies(Picky)), engine="loop")
+    gc(*views(torch.float32))
+    assert "Picky (in '1')" in caplog.text
+    report = str(check(gc, *views(torch.float32)))
+    assert report.startswith("UNPROVEN: Picky (in '1'): test it with diagnostics.verify\nexact, by LoopEngine()")
 
 
 def test_an_operator_of_a_library_is_one_too() -> None:
