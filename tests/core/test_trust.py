@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -136,6 +137,27 @@ def test_chance_inside_the_model_is_named() -> None:
     with pytest.raises(UnsupportedModuleError, match="random numbers"):
         GradientConsistencyLoss(Noisy())(*_views())
     GradientConsistencyLoss(Noisy(), dropout="on")(*_views()).backward()
+
+
+def test_numbers_drawn_from_numpy_are_noticed_and_put_back() -> None:
+    """Even where the output does not show them."""
+
+    class Draws(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = _mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            np.random.random()
+            return self.layers(x)
+
+    before = np.random.get_state()
+    with pytest.raises(UnsupportedModuleError, match="drew random numbers"):
+        GradientConsistencyLoss(Draws(), engine="loop")(*_views())
+    GradientConsistencyLoss(Draws(), engine="loop", dropout="on")(*_views())
+    after = np.random.get_state()
+    assert after[2] == before[2]
+    assert np.array_equal(after[1], before[1])
 
 
 def test_a_loss_that_uses_the_models_parameters_is_the_same_in_every_engine() -> None:
