@@ -63,7 +63,7 @@ class _Layer(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: UserList[Tensor] = UserList()  # no list, which every forward would meet as it was before the call
+        self.calls: UserList[Tensor] = UserList()  # a list would be restored after each forward
         self.act: Callable[[int, Tensor], Tensor] = lambda call, x: x
 
     def forward(self, x: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ class IdleCalls:
         self._warned = calls >= (1 if at_once else _IDLE_CALLS)
         if self._warned:
             cause = (
-                "The output may be saturated, or a layer after the encoder zero: see `loss.last`, or lower `min_norm`"
+                "The output may be saturated, or a layer after the encoder be zero: see `loss.last`, lower `min_norm`"
             )
             if soft:
                 cause = (

@@ -135,7 +135,7 @@ class SampleStates:
         self.start: dict[Any, Any] = {**self._buffers, **self._memory.read()}
         self._met: dict[Any, _Met] = {}
         self._left: dict[Any, list[Any]] = {}
-        self._changed: set[Any] = set()
+        self._changed: dict[Any, None] = {}  # in order, so that sums have the same order in every process
         self._plans: dict[Any, Any] = {}
 
     def _names(self) -> list[set[str]]:
@@ -171,7 +171,7 @@ class SampleStates:
         for key, value in now.items():
             self._left.setdefault(key, []).append(value)
             if key not in self._met or not self._met[key].remains(value):
-                self._changed.add(key)
+                self._changed[key] = None
 
     def tensors(self) -> list[Tensor]:
         """Stacks what the samples left in places that changed: tensors with one row per sample.

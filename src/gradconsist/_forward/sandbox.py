@@ -97,9 +97,8 @@ def comparison_scope(model: nn.Module, *, dropout: bool) -> Iterator[None]:
     or remember, so train mode can only add chance to it (dropout, stochastic depth, noise). Such layers are put in eval
     mode, and so are recurrent layers, which may apply dropout themselves.
 
-    Attributes that a forward assigns (features that it keeps, counters, the weight that an old weight_norm hook sets)
-    are restored too: under vmap they would hold tensors that are invalid outside. Objects changed in place, and what
-    the user's hooks collect, are left to the user.
+    Attributes that the user's hooks assign during a derivative are restored too: under vmap they would hold tensors
+    that are invalid outside. What a forward assigns is restored after each forward (`remembered`).
     """
     attributes = [(module, dict(vars(module))) for module in model.modules()]
     fastpath = torch.backends.mha.get_fastpath_enabled()

@@ -73,7 +73,7 @@ class CheckReport:
         how = "exact" if self.projection is None else f"inner products unbiased by {self.projection}"
         lines = [f"REFUSED: {self.refusal}"] if self.refusal else [f"{how}, by {self.engine}"]
         if self.looped:
-            lines.insert(0, f"SLOW: {', '.join(map(repr, self.looped))} runs sample by sample (reasons below)")
+            lines.insert(0, f"SLOW: run sample by sample (reasons below): {', '.join(map(repr, self.looped))}")
         if self.fallback and not self.refusal:
             lines.insert(0, "SLOW: the per-sample loop replaces the fast engine (reason below)")
         if self.untested:

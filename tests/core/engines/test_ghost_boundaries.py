@@ -68,6 +68,7 @@ def test_a_module_that_vmap_refuses_runs_sample_by_sample(engine: str) -> None:
     report = check(GradientConsistencyLoss(model, engine=engine), *_views())
     assert report.ok
     assert "GhostEngine" in report.engine
+    assert str(report).startswith("SLOW: run sample by sample (reasons below): '2'\nexact, by ")
     assert "runs sample by sample" in report.notes["2"]
 
 
