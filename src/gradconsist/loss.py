@@ -17,6 +17,7 @@ from gradconsist._consistency.similarity import Criterion, Disagreement
 from gradconsist._consistency.trial import Probed
 from gradconsist._forward.batchnorm import BatchNormPolicy, Constants
 from gradconsist._forward.isolation import one_comparison, uncompiled
+from gradconsist._forward.randomness import restore_generator
 from gradconsist._inputs.cross_entropy import cross_entropy
 from gradconsist._inputs.pairs import Pairs, check_pairs
 from gradconsist._inputs.parameters import Encoder
@@ -287,10 +288,12 @@ class GradientConsistencyLoss:
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the state of the loss's own generator, which `max_pairs` and ``dropout="on"`` draw from.
 
-        With a projection, it also holds the number of calls, which selects the projection's matrices.
+        It also holds the number of calls, if a projection selects its matrices by it, and the size of the chunk that
+        fitted, if the device ran out of memory.
         """
-        state = {"generator": self._generator.get_state()}
-        return state if self.settings.projection is None else state | {"calls": torch.tensor(self._calls)}
+        calls = {} if self.settings.projection is None else {"calls": torch.tensor(self._calls)}
+        chunk = {} if self._probed.fitted is None else {"chunk": torch.tensor(self._probed.fitted)}
+        return {"generator": self._generator.get_state(), **calls, **chunk}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restores what `state_dict` returned.
@@ -302,20 +305,18 @@ class GradientConsistencyLoss:
             StateError: `state` is something else.
         """
         expected = {"generator"} if self.settings.projection is None else {"generator", "calls"}
-        known = isinstance(state, Mapping) and set(state) == expected
+        known = isinstance(state, Mapping) and set(state) - {"chunk"} == expected
         if not known or not all(isinstance(part, Tensor) for part in state.values()):
             found = sorted(state) if isinstance(state, Mapping) else type(state).__name__
             form = ", ".join(f"{name!r}: Tensor" for name in sorted(expected, reverse=True))
             raise StateError(f"`state` holds {found}, expected {{{form}}}: pass this class's state_dict.")
-        calls = state.get("calls", torch.tensor(0))
-        if calls.dtype != torch.int64 or calls.numel() != 1 or int(calls) < 0:
-            raise StateError(f"`state['calls']` is {calls}, expected a number of calls: pass this class's state_dict.")
-        try:
-            # A copy: torch reads a view, such as a row of gathered states, from the wrong place and crashes.
-            self._generator.set_state(state["generator"].cpu().clone())
-        except (RuntimeError, TypeError) as error:
-            raise StateError(f"`state['generator']` is not the state of a torch.Generator: {error}") from error
-        self._calls = int(calls)
+        numbers = {name: part for name, part in state.items() if name != "generator"}
+        for name, number in numbers.items():
+            if number.dtype != torch.int64 or number.numel() != 1 or int(number) < (name == "chunk"):
+                raise StateError(f"`state[{name!r}]` is {number}, expected a count: pass this class's state_dict.")
+        restore_generator(self._generator, state["generator"])
+        self._calls = int(numbers.get("calls", 0))
+        self._probed.fitted = int(numbers["chunk"]) if "chunk" in numbers else None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({type(self.settings.model).__name__}, {self.settings!r})"

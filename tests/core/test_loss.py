@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradconsist import GradientConsistencyLoss, engines
+from gradconsist._consistency import comparison
 from gradconsist._consistency.similarity import cosine
-from gradconsist.errors import ConfigError, GradModeError
+from gradconsist.errors import ConfigError, GradModeError, StateError
 from gradconsist.types import GradProducts
 from support import compare
 from support.zoo import CASES, Problem
@@ -580,16 +581,67 @@ def test_automatic_chunks_are_of_about_equal_size(pairs: int, sizes: list[int]) 
     """A rest of one pair would take as long as a chunk of several."""
     seen: list[int] = []
 
-    class Spy(engines.LoopEngine):
+    class Spy:
+        most_pairs = 11
+
         def products(self, problem: engines.Problem) -> GradProducts:
             seen.append(len(problem.target))
-            return super().products(problem)
-
-        def preferred_chunk(self, problem: engines.Problem) -> int:
-            return 11
+            return engines.LoopEngine().products(problem)
 
     weak = torch.randn(pairs, 4)
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3))
     gc = GradientConsistencyLoss(model, engine=Spy())
     gc(weak, weak + 0.1 * torch.randn(pairs, 4), torch.arange(pairs) % 3)
     assert seen[-len(sizes) :] == sizes
+
+
+def test_automatic_chunks_are_limited_by_the_memory_of_a_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph of a pair keeps about 300 kB besides the parameters, which all pairs share."""
+    layers = nn.Conv2d(1, 8, 3), nn.Tanh(), nn.AvgPool2d(30), nn.Flatten(), nn.Linear(8, 3)
+    model, x, sizes = nn.Sequential(*layers), torch.randn(12, 1, 32, 32), []
+
+    class Spy(engines.LoopEngine):
+        most_pairs = 100
+
+        def products(self, problem: engines.Problem) -> GradProducts:
+            sizes.append(len(problem.target))
+            return super().products(problem)
+
+    monkeypatch.setitem(comparison._CHUNK_BYTES, "cpu", 2_000_000)
+    GradientConsistencyLoss(model, engine=Spy())(x, x + 0.1, torch.arange(12) % 3)
+    assert sizes[0] == 1 and set(sizes[1:]) == {6}
+    sizes.clear()
+    monkeypatch.setitem(comparison._CHUNK_BYTES, "cpu", 2**30)
+    GradientConsistencyLoss(model, engine=Spy())(x, x + 0.1, torch.arange(12) % 3)
+    assert sizes == [1, 12]
+
+
+def test_a_chunk_that_fitted_is_remembered_and_part_of_the_state() -> None:
+    sizes: list[int] = []
+
+    class Small(engines.LoopEngine):
+        most_pairs = 100
+
+        def products(self, problem: engines.Problem) -> GradProducts:
+            sizes.append(len(problem.target))
+            if len(problem.target) > 5:
+                raise torch.OutOfMemoryError("simulated")
+            return super().products(problem)
+
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)), torch.randn(16, 4)
+    gc, again = (GradientConsistencyLoss(model, engine=Small()) for _ in range(2))
+    assert set(gc.state_dict()) == {"generator"}
+    target = torch.arange(16) % 3
+    expected = GradientConsistencyLoss(model, engine="loop")(x, x + 0.1, target)
+    torch.testing.assert_close(gc(x, x + 0.1, target), expected)
+    assert sizes == [1, 16, 8, 4, 4, 4, 4]
+    sizes.clear()
+    again.load_state_dict(gc.state_dict())
+    assert torch.equal(gc(x, x + 0.1, target), again(x, x + 0.1, target))
+    assert sizes == [4, 4, 4, 4, 1, 4, 4, 4, 4]
+    for wrong in (torch.tensor(0), torch.tensor(2.0)):
+        with pytest.raises(StateError, match=r"`state\['chunk'\]` is .*, expected a count: pass"):
+            again.load_state_dict(gc.state_dict() | {"chunk": wrong})
+    strict = gc.with_options(chunk_size=8)
+    with pytest.raises(torch.OutOfMemoryError, match="simulated"):
+        strict(x, x + 0.1, target)

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial, reduce
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +16,7 @@ from torch import Tensor
 from gradconsist._consistency.gradient_buffer import GradientBuffer, zero
 from gradconsist._consistency.settings import Settings
 from gradconsist._consistency.similarity import Criterion, cosine, degenerate_pairs
-from gradconsist._consistency.trial import Probed, probe_model
+from gradconsist._consistency.trial import Probed, probe_engine, probe_model
 from gradconsist._forward.batchnorm import BatchNormCalls, Constants, StatisticsMissingError, needs_statistics
 from gradconsist._forward.per_sample import PerSampleForward
 from gradconsist._forward.sandbox import autocast_region, our_rules
@@ -27,12 +25,15 @@ from gradconsist._forward.statistics import StatisticsPath, check_can_follow, ta
 from gradconsist._inputs.chosen_pairs import Subset, select
 from gradconsist._inputs.pairs import Pairs, non_finite_tensor
 from gradconsist._inputs.parameters import compared_parameters, trainable_parameters
-from gradconsist._refusals.graphs import check_second_derivative
+from gradconsist.engines.auto import AutoEngine
 from gradconsist.engines.base import Problem
 from gradconsist.engines.projection import Projector
 from gradconsist.errors import NonFiniteError
 from gradconsist.types import ConsistencyRecord, GradProducts
 
+# Bytes that the graph of a chunk may keep. Fixed numbers rather than timings, so that a resumed run sums in the same
+# order and stays bitwise equal. CUDA was not measured.
+_CHUNK_BYTES = {"cpu": 2**30, "cuda": 2**33}
 # Float16 gradients below 6e-8 vanish. GradScaler starts at 2^16 on a mean over about 2^6 samples.
 _FLOAT16_LOSS_SCALE = 2.0**10
 # Pairs whose gradients exceed 65504 with that scale get smaller ones, in these steps and down to about this value.
@@ -196,43 +197,52 @@ class _Run:
             model=self.settings.model,
             projection=self.options.projection,
         )
-        with suppress(_EngineChangedError):
-            return self._sum(problem)
-        # Starts again from the first pair, so that the order of sums does not depend on when the engine changed. A
-        # resumed run, in which the engine changes again, stays bitwise equal.
-        return self._sum(problem)
-
-    def _sum(self, problem: Problem) -> Tensor:
-        """Sums over chunks; forms the gradient on the way if fused."""
-        options = self.options
         path = self._path()
-        self.through = path.cut() if path and options.fused else []
-        if path and not options.fused:
+        self.through = path.cut() if path and self.options.fused else []
+        if path and not self.options.fused:
             path.join()
-        buffer = GradientBuffer(list(self.aliases.values()), self.through) if options.fused else None
-        total = self._zero()
-        start, size = 0, self._chunk_size(problem)
-        while start < len(self.selection.index):
-            rows = slice(start, start + size)
-            index = self.selection.index[rows]
-            try:
-                terms = self._attempt(problem, index, self.selection.weight[rows], buffer)
-            except torch.OutOfMemoryError:
-                if options.settings.chunk_size != "auto" or size == 1:
-                    raise
-                size = (size + 1) // 2
-                torch.cuda.empty_cache()
-                continue
-            if options.reduction == "none":
-                total = total.index_add(0, index, terms)
-            elif buffer is None:
-                total = total + terms.sum()
-            start += size
+        buffer, total = self._sum_by_any_engine(problem)
         if buffer is None:
             return self._connected(total)
         if path:
             buffer.add_through(path.again())
-        return buffer.attach(options.trainable, self.sparse)
+        return buffer.attach(self.options.trainable, self.sparse)
+
+    def _sum_by_any_engine(self, problem: Problem) -> tuple[GradientBuffer | None, Tensor]:
+        """Sums over chunks, with the loop if the automatic engine needs it."""
+        engine = self.settings.engine
+        try:
+            return self._sum(problem)
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or not isinstance(engine, AutoEngine):
+                raise
+            # From the first pair again, so that the order of sums does not depend on when the engine changed. A resumed
+            # run, in which the engine changes again, stays bitwise equal.
+            with engine.loop_after(error):
+                return self._sum(problem)
+
+    def _sum(self, problem: Problem) -> tuple[GradientBuffer | None, Tensor]:
+        """Sums over chunks: values and gradient into a buffer if fused, else the terms with their graph."""
+        options, index, weight = self.options, self.selection.index, self.selection.weight
+        size = self._chunk_size(problem)
+        buffer = GradientBuffer(list(self.aliases.values()), self.through) if options.fused else None
+        total = self._zero()
+        start = 0
+        while start < len(index):
+            rows = slice(start, start + size)
+            try:
+                terms = self._terms(problem, index[rows], weight[rows])
+                if buffer is not None:
+                    buffer.add(terms.sum(), self._amplification(index[rows], weight[rows]))
+            except torch.OutOfMemoryError:
+                size = self._smaller(size)
+                continue
+            if options.reduction == "none":
+                total = total.index_add(0, index[rows], terms)
+            elif buffer is None:
+                total = total + terms.sum()
+            start += size
+        return buffer, total
 
     def _path(self) -> StatisticsPath | None:
         """Returns the path through the joint statistics if L_g is differentiated through them, else None."""
@@ -243,40 +253,10 @@ class _Run:
         stand_ins = partial(aliases, options.trainable, self.sparse)
         return StatisticsPath(self.forward, self.pairs.weak, self.pairs.strong, stand_ins)
 
-    def _attempt(self, problem: Problem, index: Tensor, weight: Tensor, buffer: GradientBuffer | None) -> Tensor:
-        """Computes one chunk's terms; if only another engine can run the chunk, the call starts again with that one."""
-        try:
-            return self._chunk(problem, index, weight, buffer)
-        except torch.OutOfMemoryError:
-            raise  # a smaller chunk may fit
-        except RuntimeError as error:
-            fall_back: Any = getattr(self.settings.engine, "fall_back", None)
-            if fall_back is None:
-                raise
-            with fall_back(error):
-                self._chunk(problem, index[:1], weight[:1], buffer)
-            raise _EngineChangedError from error
-
-    def _chunk(self, problem: Problem, index: Tensor, weight: Tensor, buffer: GradientBuffer | None) -> Tensor:
-        terms = self._terms(problem, index, weight)
-        # The engine is part of the key, because the automatic one may have changed.
-        fact = Probed.fact(f"derivative by {self.settings.engine!r}", self.settings.model, problem.weak)
-        first = terms.requires_grad and fact not in self.options.probed.passed  # `measure` has nothing to settle
-        if first:
-            expected = [*self.options.trainable.values(), *self.through]
-            check_second_derivative(terms, expected, fused=buffer is not None)
-        if buffer is not None:
-            buffer.add(terms.sum(), self._amplification(index, weight) if self.drop_non_finite else 1.0)
-        elif first:
-            # If this fails, it must fail here with a clear error, not in the user's backward.
-            aliases = list(self.aliases.values())
-            torch.autograd.grad(terms.sum(), aliases, allow_unused=True, retain_graph=True)
-        if first:
-            self.options.probed.passed.add(fact)
-        return terms
-
     def _amplification(self, index: Tensor, weight: Tensor) -> float:
-        """Returns a power of two that keeps the derivatives of a chunk within the range of float16."""
+        """Returns a power of two that keeps the derivatives of a chunk within the range of float16; else 1."""
+        if not self.drop_non_finite:
+            return 1.0
         steep = self.options.criterion.steepness(self.norm_weak[index], self.norm_strong[index])
         slopes = weight.detach() * steep / self.scales[index]
         steepest = float(slopes.masked_fill(self.degenerate[index], 0.0).max())
@@ -325,13 +305,27 @@ class _Run:
         return total
 
     def _chunk_size(self, problem: Problem) -> int:
-        everything, size = len(self.selection.index), self.settings.chunk_size
-        if size is None or isinstance(size, int):
-            return everything if size is None else size
-        preferred: Any = getattr(self.settings.engine, "preferred_chunk", None)
-        # Asked with a compared pair, since the others may hold anything.
-        most = everything if preferred is None else int(preferred(problem.take(self.selection.index[:1])))
-        return math.ceil(everything / math.ceil(everything / most))  # even chunks: a small last one would be slow
+        """Tries the engine on a pair, and returns the number of pairs per chunk: the option, or what memory allows."""
+        index, weight = self.selection.index, self.selection.weight
+        terms = (partial(self._terms, problem, index[i : i + 1], weight[i : i + 1]) for i in range(len(index)))
+        engine, probed = self.settings.engine, self.options.probed
+        # For the stand-ins: for the parameters themselves, gradient hooks of the user would run here.
+        expected = [*self.aliases.values(), *self.through]
+        kept = probe_engine(self.settings.model, engine, problem, terms, expected, probed, fused=self.options.fused)
+        everything, size = len(index), self.settings.chunk_size
+        if size != "auto":
+            return size or everything
+        limit = _CHUNK_BYTES.get(index.device.type, _CHUNK_BYTES["cpu"]) // max(1, kept)
+        most = min(everything, limit, getattr(engine, "most_pairs", None) or everything, probed.fitted or everything)
+        return math.ceil(everything / math.ceil(everything / max(1, most)))  # even: a small last one would be slow
+
+    def _smaller(self, size: int) -> int:
+        """Halves the size of a chunk that was out of memory, or raises the error again; later calls start with it."""
+        if self.settings.chunk_size != "auto" or size == 1:
+            raise
+        self.options.probed.fitted = (size + 1) // 2
+        torch.cuda.empty_cache()
+        return self.options.probed.fitted
 
     def _zero(self) -> Tensor:
         shape = (len(self.pairs),) if self.options.reduction == "none" else ()
@@ -342,7 +336,3 @@ class _Run:
         if total.requires_grad or not torch.is_grad_enabled():
             return total
         return total + zero(self.options.trainable, self.sparse).to(total.dtype)
-
-
-class _EngineChangedError(Exception):
-    """The automatic engine changed in the middle of a call; caught inside this module."""

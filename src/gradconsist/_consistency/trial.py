@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -24,8 +25,15 @@ from gradconsist._forward.sparse import sparse_parameters
 from gradconsist._inputs.batch import concatenable, concatenate, constants, doubled, leaves, map_members, take
 from gradconsist._inputs.cross_entropy import check_several, cross_entropy, find_logits
 from gradconsist._inputs.pairs import Pairs
-from gradconsist._refusals.graphs import check_first_derivative, leaves_of, used_otherwise
-from gradconsist.errors import InputShapeError, InputValueError, LossContractError, UnsupportedModuleError
+from gradconsist._refusals.graphs import check_first_derivative, check_second_derivative, leaves_of, used_otherwise
+from gradconsist.engines.base import Engine, Problem
+from gradconsist.errors import (
+    InputShapeError,
+    InputValueError,
+    LossContractError,
+    NonFiniteError,
+    UnsupportedModuleError,
+)
 from gradconsist.types import Inputs
 
 
@@ -40,6 +48,8 @@ class Probed:
         told: warnings that were given.
         report_only: whether a Function with a wrong second derivative goes into a report instead of raising an error.
         dense: weights of sparse embeddings that have another use in the forward, so their gradient is dense.
+        kept: bytes that the graph of one pair keeps, by engine, shapes and constants.
+        fitted: pairs of the chunk that fitted after the device ran out of memory; None if it never did.
     """
 
     passed: set[Hashable] = field(default_factory=set)
@@ -48,6 +58,8 @@ class Probed:
     told: set[str] = field(default_factory=set)
     report_only: bool = False
     dense: set[str] = field(default_factory=set)
+    kept: dict[Hashable, int] = field(default_factory=dict)
+    fitted: int | None = None
 
     def once(self, warning: str) -> bool:
         """Tells whether `warning` is given for the first time, and marks it as given."""
@@ -98,6 +110,79 @@ def probe_model(
                 _try_functions(forward, taken, probed)
                 probed.passed.add(functions_fact)
     _check_classes(forward, pairs.target, probed.classes)
+
+
+def probe_engine(
+    model: nn.Module,
+    engine: Engine,
+    problem: Problem,
+    terms: Iterable[Callable[[], Tensor]],
+    expected: Sequence[Tensor],
+    probed: Probed,
+    *,
+    fused: bool,
+) -> int:
+    """Tries engine and derivative on a pair unless they passed before, and measures the memory that a pair needs.
+
+    Args:
+        model: the model.
+        engine: the engine.
+        problem: the call's pairs.
+        terms: a function per compared pair that computes its term. The first term with a graph decides: in float16 a
+            gradient may overflow, and such a term shows nothing.
+        expected: tensors that the term must be differentiable in.
+        probed: results so far; what is found is added.
+        fused: whether `expected` is differentiated inside the call.
+
+    Returns:
+        Bytes that the graph of one pair keeps.
+
+    Raises:
+        UnsupportedModuleError: the derivative would not be complete.
+        RuntimeError: the engine or the derivative failed.
+    """
+    # The engine is part of the key, because the automatic one may have changed.
+    derivative = Probed.fact(f"derivative by {engine!r}", model, problem.weak)
+    sketched = problem.projection and (problem.projection.kind, problem.projection.dim)
+    shapes = tuple((leaf.shape[1:], leaf.dtype) for leaf in leaves(problem.weak))
+    memory = (derivative, problem.graph_weak, problem.graph_strong, sketched, shapes)
+    differentiated = problem.graph_weak or problem.graph_strong  # `measure` has nothing to differentiate
+    if memory in probed.kept and (derivative in probed.passed or not differentiated):
+        return probed.kept[memory]
+    with preserved_randomness(problem.target.device, seed=0):  # a trial must not use up random numbers of the call
+        for term in terms:
+            with suppress(NonFiniteError):  # of this pair or of others, which the call itself reports
+                value, probed.kept[memory] = _weighed(term, problem, model)
+                if value.requires_grad:
+                    check_second_derivative(value, expected, fused=fused)
+                    # If this fails, it must fail here with a clear error, not in the user's backward.
+                    torch.autograd.grad(value.sum(), expected, allow_unused=True, retain_graph=True)
+                    probed.passed.add(derivative)
+                if value.requires_grad or not differentiated:
+                    break
+    return probed.kept.get(memory, 0)
+
+
+def _weighed(term: Callable[[], Tensor], problem: Problem, model: nn.Module) -> tuple[Tensor, int]:
+    """Computes a term, and the bytes that its graph keeps besides the model's own tensors, which all pairs share."""
+    kept: dict[int, int] = {}
+    shared = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+
+    def weigh(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(weigh, lambda tensor: tensor):
+            value = term()
+        return value, sum(size for place, size in kept.items() if place not in shared)
+    except RuntimeError as error:
+        if "saved tensor hooks" not in str(error):
+            raise
+    # An engine that uses torch.func.grad, under which torch refuses such hooks, stores gradients of the compared
+    # parameters: two per pair, their cotangents, and intermediates of each. This is an upper estimate.
+    return term(), 8 * sum(parameter.nbytes for parameter in problem.parameters.values())
 
 
 def _try_forward(forward: PerSampleForward, pairs: Pairs, probed: Probed) -> bool:

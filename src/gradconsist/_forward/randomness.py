@@ -1,4 +1,4 @@
-"""Keeps the process's random state unchanged by a comparison, and detects random draws inside a model."""
+"""Keeps the process's random state unchanged by a comparison, detects draws inside a model, and restores generators."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from gradconsist.errors import UnsupportedModuleError
+from gradconsist.errors import StateError, UnsupportedModuleError
 
 
 def _numpy_random() -> Any:
@@ -68,3 +68,20 @@ def preserved_randomness(device: torch.device, seed: int | None) -> Iterator[Non
         random.setstate(before[2])
         if before[3] is not None:
             _numpy_random().set_state(before[3])
+
+
+def restore_generator(generator: torch.Generator, state: object) -> None:
+    """Sets a generator on the CPU to a saved state.
+
+    Args:
+        generator: the generator.
+        state: what its ``get_state()`` returned, on any device.
+
+    Raises:
+        StateError: `state` is something else.
+    """
+    try:
+        # A copy: torch reads a view, such as a row of gathered states, from the wrong place and crashes.
+        generator.set_state(state.cpu().clone())  # type: ignore[attr-defined]
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise StateError(f"`state['generator']` is not the state of a torch.Generator: {error}") from error

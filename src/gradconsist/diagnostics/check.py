@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor, nn
 
 from gradconsist._forward.batchnorm import BatchNormPolicy
 from gradconsist._inputs.parameters import compared_parameters
 from gradconsist.diagnostics.same_loss import unobserved
-from gradconsist.engines import AutoEngine, Engine, GhostEngine
+from gradconsist.engines import AutoEngine, Engine, GhostEngine, LoopEngine
 from gradconsist.engines.base import Problem
 from gradconsist.engines.projection import RandomProjection
 from gradconsist.errors import GradConsistError
@@ -133,16 +130,22 @@ def check(consistency: GradientConsistencyLoss, weak: Inputs, strong: Inputs, ta
     """
     own = unobserved(consistency)
     model, projection = own.model, own.projection
-    witness = _Witness(copy.deepcopy(own.engine))
-    loss = consistency.with_options(engine=witness, batchnorm=own.batchnorm, max_pairs=None)
+    engine = copy.deepcopy(own.engine)
+    auto = engine if isinstance(engine, AutoEngine) else None
+    witness = _Witness(engine if auto is None else auto.engine)
+    if auto is not None:
+        auto.engine = witness
+    loss = consistency.with_options(engine=auto or witness, batchnorm=own.batchnorm, max_pairs=None)
     try:
         weight = target.new_zeros(len(target), dtype=next(model.parameters()).dtype)
         weight[:2] = 1
         loss(weak, strong, target, weight)
     except GradConsistError as error:
         rows = _rows(model, {}, set(), "refused")
-        return CheckReport(rows, refusal=str(error), fallback=witness.reason, projection=projection)
-    running = witness.running()
+        return CheckReport(rows, refusal=str(error), projection=projection)
+    changed = auto is not None and auto.engine is not witness  # to the loop, which has no routes
+    running = LoopEngine() if changed else witness.engine
+    routes = {} if changed else witness.routes
     notes = _notes(model, own.batchnorm, own.dropout)
     looped = running.looped(model) if isinstance(running, GhostEngine) else {}
     notes |= {
@@ -152,8 +155,10 @@ def check(consistency: GradientConsistencyLoss, weak: Inputs, strong: Inputs, ta
     for name in loss._probed.functions:
         how = "NOT tested: see diagnostics.verify" if name in untested else "tested on one sample"
         notes[f"custom autograd code {name}"] = f"second derivative {how}"
-    rows = _rows(model, witness.routes, set(compared_parameters(model, own.encoder)), repr(running))
-    return CheckReport(rows, notes, repr(running), witness.reason, None, projection, list(looped), untested)
+    rows = _rows(model, routes, set(compared_parameters(model, own.encoder)), repr(running))
+    return CheckReport(
+        rows, notes, repr(running), auto.reason if auto else None, None, projection, list(looped), untested
+    )
 
 
 class _Witness:
@@ -162,26 +167,13 @@ class _Witness:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.projects = getattr(engine, "projects", False)
+        self.most_pairs = getattr(engine, "most_pairs", None)
         self.routes: dict[str, str] = {}
-        self.reason: str | None = None
-        if hasattr(engine, "fall_back"):
-            self.fall_back = self._fall_back
-
-    def running(self) -> Engine:
-        return self.engine.engine if isinstance(self.engine, AutoEngine) else self.engine
 
     def products(self, problem: Problem) -> GradProducts:
-        running = self.running()
         products = self.engine.products(problem)  # first, because its errors explain themselves
-        self.routes = running.routes(problem) if isinstance(running, GhostEngine) else {}
+        self.routes = self.engine.routes(problem) if isinstance(self.engine, GhostEngine) else {}
         return products
-
-    @contextmanager
-    def _fall_back(self, error: RuntimeError) -> Iterator[None]:
-        inner: Any = self.engine
-        with inner.fall_back(error):
-            yield
-        self.reason = str(error)
 
     def __repr__(self) -> str:
         return repr(self.engine)

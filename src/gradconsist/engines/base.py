@@ -80,13 +80,12 @@ class Problem:
 class Engine(Protocol):
     """Any object with a method `products` is an engine.
 
-    An engine may also have:
+    An engine may also have two attributes:
 
-    - ``preferred_chunk(problem) -> int``, the number of pairs per chunk for `chunk_size="auto"`; without it, all pairs
-      run at once;
-    - ``fall_back(error)``, a context manager in which a chunk that failed is tried once more;
-    - ``projects = True``, which says that `products` supports `Problem.projection` and then returns the products of
+    - ``projects = True`` says that `products` supports `Problem.projection` and then returns the products of
       ``problem.projection.sketches(gradients)``. Without it, a projection raises an error.
+    - ``most_pairs`` is the number of pairs beyond which a larger chunk gains nothing. ``chunk_size="auto"`` takes no
+      more, and fewer if they would need too much memory.
     """
 
     def products(self, problem: Problem) -> GradProducts:

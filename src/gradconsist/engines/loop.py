@@ -27,6 +27,7 @@ class LoopEngine:
     """
 
     projects: ClassVar[bool] = True
+    most_pairs: ClassVar[int] = 1  # larger chunks gain nothing here and keep more graphs alive
 
     def products(self, problem: Problem) -> GradProducts:
         """See `Engine.products`."""
@@ -40,11 +41,6 @@ class LoopEngine:
                 weak, strong = (problem.projection.sketches([g.unsqueeze(0) for g in view]) for view in (weak, strong))
             rows.append(torch.stack([inner(weak, weak), inner(strong, strong), inner(weak, strong)]))
         return GradProducts(*torch.stack(rows).unbind(1))
-
-    def preferred_chunk(self, problem: Problem) -> int:
-        """Returns one pair: larger chunks gain nothing here and keep more graphs alive."""
-        del problem
-        return 1
 
 
 def _gradient(problem: Problem, inputs: Inputs, target: Tensor, view: int, graph: bool) -> list[Tensor]:

@@ -21,12 +21,6 @@ from gradconsist.engines.loop import refused_by_vmap
 from gradconsist.errors import GradConsistError, UnsupportedModuleError
 from gradconsist.types import GradProducts, Inputs
 
-# Fixed numbers rather than timings, so that a resumed run sums in the same order and stays bitwise equal.
-# CPU: more than 16 pairs gain nothing (benchmarks/cost/step_cost.py). CUDA: not measured yet.
-_CHUNK = {"cpu": 16, "cuda": 64}
-_GRADIENT_BYTES = 2**30
-_COPIES = 8  # copies of E per pair: two gradients, their cotangents, and intermediates of each; an upper estimate
-
 
 @dataclass(frozen=True)
 class VmapEngine:
@@ -37,6 +31,7 @@ class VmapEngine:
     """
 
     projects: ClassVar[bool] = True
+    most_pairs: ClassVar[int] = 16  # more gain nothing on a CPU (benchmarks/cost/step_cost.py)
     _looked_at: WeakKeyDictionary[nn.Module, set[Hashable]] = field(
         default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
     )
@@ -65,13 +60,6 @@ class VmapEngine:
         if problem.projection is not None:
             weak, strong = problem.projection.sketches(weak), problem.projection.sketches(strong)
         return GradProducts(inner(weak, weak, keep=1), inner(strong, strong, keep=1), inner(weak, strong, keep=1))
-
-    def preferred_chunk(self, problem: Problem) -> int:
-        """Returns the size beyond which more pairs gain nothing, or less if E is so large that they would not fit."""
-        parameters = list(problem.parameters.values())
-        size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-        most = _CHUNK.get(parameters[0].device.type, _CHUNK["cpu"])
-        return max(1, min(most, _GRADIENT_BYTES // (_COPIES * size)))
 
 
 class _RefuseHooks(TorchFunctionMode):

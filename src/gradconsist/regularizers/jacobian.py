@@ -12,6 +12,7 @@ from gradconsist._consistency.trial import Probed, probe_model
 from gradconsist._forward.batchnorm import BatchNormCalls, BatchNormPolicy
 from gradconsist._forward.isolation import one_comparison, uncompiled
 from gradconsist._forward.per_sample import PerSampleForward
+from gradconsist._forward.randomness import restore_generator
 from gradconsist._forward.sandbox import autocast_region, our_rules
 from gradconsist._forward.sparse import aliases, sparse_parameters
 from gradconsist._inputs.batch import check_inputs, concatenate, leaves, map_leaves
@@ -237,10 +238,9 @@ class JacobianPenalty:
         Raises:
             StateError: `state` is something else.
         """
-        try:
-            self._generator.set_state(state["generator"].cpu())
-        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise StateError(f"`state` is not that of a JacobianPenalty ({error}): pass its own state_dict.") from error
+        if not isinstance(state, Mapping) or set(state) != {"generator"}:
+            raise StateError("`state` is not that of a JacobianPenalty: pass its own state_dict.")
+        restore_generator(self._generator, state["generator"])
 
     def __repr__(self) -> str:
         options = f"projections={self.projections!r}, batchnorm={self.batchnorm!r}"

@@ -233,7 +233,7 @@ def test_a_state_that_does_not_fit_is_refused() -> None:
     with pytest.raises(StateError, match=r"holds \['calls', 'generator'\], expected {'generator': Tensor}"):
         plain.load_state_dict(projected.state_dict())
     for calls in (torch.tensor(-1), torch.tensor(1.0), torch.tensor([1, 2])):
-        with pytest.raises(StateError, match=r"`state\['calls'\]` is .*expected a number of calls"):
+        with pytest.raises(StateError, match=r"`state\['calls'\]` is .*expected a count"):
             projected.load_state_dict(projected.state_dict() | {"calls": calls})
     assert projected.state_dict()["calls"] == 0
 

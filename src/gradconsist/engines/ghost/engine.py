@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradconsist._forward.batchnorm import STRONG, WEAK
-from gradconsist._forward.randomness import preserved_randomness
-from gradconsist._inputs.batch import constants, leaves, rebuilt
+from gradconsist._inputs.batch import leaves, rebuilt
 from gradconsist._inputs.options import check_choice
 from gradconsist._inputs.precision import wide_dtype
 from gradconsist.engines.base import Problem
@@ -28,12 +27,6 @@ from gradconsist.types import GradProducts, Inputs
 
 logger = logging.getLogger("gradconsist")
 
-# Limits of a chunk: bytes that its graph may keep, and pairs. Fixed numbers rather than timings, so that a resumed run
-# sums in the same order and stays bitwise equal. On CPUs larger chunks gain little (benchmarks/cost/step_cost.py). CUDA
-# was not measured.
-_CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2**33}
-_MOST_PAIRS = 256
-
 
 @dataclass
 class _Known:
@@ -41,11 +34,9 @@ class _Known:
 
     Attributes:
         looped: paths of modules that run sample by sample, each with the reason.
-        kept: bytes that the graph of one pair keeps, by shapes and constants.
     """
 
     looped: dict[str, str] = field(default_factory=dict)
-    kept: dict[Hashable, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,6 +66,7 @@ class GhostEngine:
     """
 
     projects: ClassVar[bool] = True
+    most_pairs: ClassVar[int] = 256
     form: Form = "auto"
     _models: WeakKeyDictionary[Any, _Known] = field(
         default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
@@ -165,48 +157,6 @@ class GhostEngine:
         parts = list(dict.fromkeys([f"{use.rule.name}, {form} form" for use, _ in uses] + rest))
         count = len(uses) + len(rest)
         return " + ".join(parts) + (f" ({count} uses as one)" if count > 1 else "")
-
-    def preferred_chunk(self, problem: Problem) -> int:
-        """Returns the size beyond which more pairs gain nothing, or less if the graphs would take too much memory.
-
-        The graph of one pair is built once to measure it.
-        """
-        kind = next(iter(problem.parameters.values())).device.type
-        limit = _CHUNK_BYTES.get(kind, _CHUNK_BYTES["cpu"])
-        tensors = [*problem.parameters.values(), *leaves(problem.weak)]
-        sketched = problem.projection and (problem.projection.kind, problem.projection.dim)
-        key = (
-            problem.graph_weak,
-            problem.graph_strong,
-            sketched,
-            constants(problem.weak),
-            *((tensor.shape[1:], tensor.dtype) for tensor in tensors),
-        )
-        kept = self._known(problem).kept
-        if key not in kept:
-            try:
-                kept[key] = self._graph_bytes(problem)
-            except RuntimeError:  # raised again by the first chunk, where it is handled
-                return 1
-        return max(1, min(_MOST_PAIRS, limit // max(1, kept[key])))
-
-    def _graph_bytes(self, problem: Problem) -> int:
-        """Measures the bytes that the graph of one pair keeps."""
-        kept: dict[int, int] = {}
-
-        def weigh(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        device = problem.target.device
-        one = problem.take(torch.zeros(1, dtype=torch.long, device=device))
-        with (
-            preserved_randomness(device, seed=0),  # a trial must not use up random numbers of the call
-            torch.autograd.graph.saved_tensors_hooks(weigh, lambda tensor: tensor),
-        ):
-            self.products(one)
-        return sum(kept.values())
 
     def _grams(self, problem: Problem, seen: Seen) -> list[Tensor | None]:
         """Computes M of every parameter, or of its sketch, from interleaved samples."""
