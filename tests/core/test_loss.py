@@ -595,8 +595,13 @@ def test_automatic_chunks_are_of_about_equal_size(pairs: int, sizes: list[int]) 
     assert seen[-len(sizes) :] == sizes
 
 
-def test_automatic_chunks_are_limited_by_the_memory_of_a_pair(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The graph of a pair keeps about 300 kB besides the parameters, which all pairs share."""
+@pytest.mark.parametrize(
+    ("usual", "limit", "busy", "size"), [(0, 2, 12, 6), (0, 9, 4, 4), (0, 9, 1, 1), (2, 9, 1, 6), (9, 9, 1, 12)]
+)
+def test_automatic_chunks_follow_the_memory_of_a_pair(
+    usual: int, limit: int, busy: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph of a pair keeps about 300 kB besides the parameters, which all pairs share; the limits are in MB."""
     layers = nn.Conv2d(1, 8, 3), nn.Tanh(), nn.AvgPool2d(30), nn.Flatten(), nn.Linear(8, 3)
     model, x, sizes = nn.Sequential(*layers), torch.randn(12, 1, 32, 32), []
 
@@ -607,13 +612,13 @@ def test_automatic_chunks_are_limited_by_the_memory_of_a_pair(monkeypatch: pytes
             sizes.append(len(problem.target))
             return super().products(problem)
 
-    monkeypatch.setitem(comparison._CHUNK_BYTES, "cpu", 2_000_000)
+    monkeypatch.setitem(comparison._CHUNK_BYTES, "cpu", usual * 10**6)
+    monkeypatch.setitem(comparison._MOST_BYTES, "cpu", limit * 10**6)
+    monkeypatch.setattr(comparison, "_MANY", 11)
+    monkeypatch.setattr(comparison, "_BUSY_PAIRS_OF_MANY", busy)
     GradientConsistencyLoss(model, engine=Spy())(x, x + 0.1, torch.arange(12) % 3)
-    assert sizes[0] == 1 and set(sizes[1:]) == {6}
-    sizes.clear()
-    monkeypatch.setitem(comparison._CHUNK_BYTES, "cpu", 2**30)
-    GradientConsistencyLoss(model, engine=Spy())(x, x + 0.1, torch.arange(12) % 3)
-    assert sizes == [1, 12]
+    assert sizes[0] == 1
+    assert set(sizes[1:]) == {size}
 
 
 def test_a_chunk_that_fitted_is_remembered_and_part_of_the_state() -> None:

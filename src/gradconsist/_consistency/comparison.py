@@ -31,9 +31,12 @@ from gradconsist.engines.projection import Projector
 from gradconsist.errors import NonFiniteError
 from gradconsist.types import ConsistencyRecord, GradProducts
 
-# Bytes that the graph of a chunk may keep. Fixed numbers rather than timings, so that a resumed run sums in the same
-# order and stays bitwise equal. CUDA was not measured.
-_CHUNK_BYTES = {"cpu": 2**30, "cuda": 2**33}
+# Bytes that the graph of a chunk may keep, and more for a few pairs, which keep all cores busy: fewer in a large call,
+# whose memory they would add to. Fixed numbers rather than timings, so that a resumed run sums in the same order and
+# stays bitwise equal (benchmarks/cost/step_cost.py, memory.py; CUDA was not measured).
+_CHUNK_BYTES = {"cpu": 2**28, "cuda": 2**33}
+_MOST_BYTES = {"cpu": 3 * 2**29, "cuda": 2**33}
+_BUSY_PAIRS, _BUSY_PAIRS_OF_MANY, _MANY = 28, 18, 112
 # Float16 gradients below 6e-8 vanish. GradScaler starts at 2^16 on a mean over about 2^6 samples.
 _FLOAT16_LOSS_SCALE = 2.0**10
 # Pairs whose gradients exceed 65504 with that scale get smaller ones, in these steps and down to about this value.
@@ -315,8 +318,11 @@ class _Run:
         everything, size = len(index), self.settings.chunk_size
         if size != "auto":
             return size or everything
-        limit = _CHUNK_BYTES.get(index.device.type, _CHUNK_BYTES["cpu"]) // max(1, kept)
-        most = min(everything, limit, getattr(engine, "most_pairs", None) or everything, probed.fitted or everything)
+        usual, limit = (
+            table.get(index.device.type, table["cpu"]) // max(1, kept) for table in (_CHUNK_BYTES, _MOST_BYTES)
+        )
+        wanted = min(limit, max(usual, _BUSY_PAIRS if everything <= _MANY else _BUSY_PAIRS_OF_MANY))
+        most = min(everything, wanted, getattr(engine, "most_pairs", None) or everything, probed.fitted or everything)
         return math.ceil(everything / math.ceil(everything / max(1, most)))  # even: a small last one would be slow
 
     def _smaller(self, size: int) -> int:
