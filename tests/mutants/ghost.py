@@ -25,8 +25,8 @@ BUGS = [
         "both views' gradients keep their graph",
         "test_loss.py::test_reductions[mean-fused-vmap]",
         "engines/vmap.py",
-        "_gradients(problem, problem.strong, STRONG, problem.graph_strong)",
-        "_gradients(problem, problem.strong, STRONG, False)",
+        "problem.strong, problem.target, STRONG, problem.graph_strong)",
+        "problem.strong, problem.target, STRONG, False)",
     ),
     Bug(
         "strong norm detached",
@@ -213,5 +213,23 @@ BUGS = [
         "engines/test_ghost_boundaries.py::test_an_engine_that_serves_two_models_keeps_them_apart",
         ENGINE, "return _Known() if problem.model is None else self._models.setdefault(problem.model, _Known())",
         "return next(iter(self._models.values()), None) or self._models.setdefault(problem.model, _Known())",
+    ),
+    Bug(
+        "the first sample answers for all",
+        "every sample gets the answer that it would have got alone",
+        "engines/test_conditions.py::test_every_answer_is_that_of_the_sample_alone[ghost-two ways-differ]",
+        "engines/conditions.py", "if any(answer != found[0] for answer in found):", "if not found:",
+    ),
+    Bug(
+        "groups are not put back in order",
+        "a pair's products stay with the pair",
+        "engines/test_conditions.py::test_groups_are_put_back_in_order",
+        "engines/conditions.py", "[back.to(parts[0].device)]", "",
+    ),
+    Bug(
+        "views that answer differently run together",
+        "a group that runs again must agree on what it disagreed on",
+        "engines/test_conditions.py::test_as_few_batches_as_there_are_answers",
+        ENGINE, "together=alike[int(rows[0])]", "together=False",
     ),
 ]  # fmt: skip

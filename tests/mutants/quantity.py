@@ -209,11 +209,11 @@ BUGS = [
         "E holds trainable parameters only",
         "test_exactness.py::test_frozen_parameters_are_not_compared[vmap]",
         "engines/vmap.py",
-        "gradients = list(per_sample(dict(problem.parameters), problem.target, *columns).values())",
-        "own = dict(problem.model.named_parameters())\n"
-        "        frozen = {n: p for n, p in own.items() if not p.requires_grad}\n"
-        "        every = {**problem.parameters, **frozen}\n"
-        "        gradients = list(per_sample(every, problem.target, *columns).values())",
+        "            return list(per_sample(dict(problem.parameters), target, *columns).values())",
+        "            own = dict(problem.model.named_parameters())\n"
+        "            frozen = {n: p for n, p in own.items() if not p.requires_grad}\n"
+        "            every = {**problem.parameters, **frozen}\n"
+        "            return list(per_sample(every, target, *columns).values())",
     ),
     Bug(
         "everything is compared, whatever the encoder",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -17,6 +17,7 @@ from gradconsist._forward.randomness import preserved_randomness
 from gradconsist._inputs.batch import constants, leaves, rebuilt, take
 from gradconsist._refusals.graphs import check_batched, check_scripts
 from gradconsist.engines.base import Problem, inner
+from gradconsist.engines.conditions import Conditions, SamplesDiffer, in_groups
 from gradconsist.engines.loop import refused_by_vmap
 from gradconsist.errors import GradConsistError, UnsupportedModuleError
 from gradconsist.types import GradProducts, Inputs
@@ -46,8 +47,8 @@ class VmapEngine:
         if graph and (model is None or called not in self._looked_at.get(model, ())):
             _refuse_scripts(problem)
         try:
-            weak = _gradients(problem, problem.weak, WEAK, problem.graph_weak)
-            strong = _gradients(problem, problem.strong, STRONG, problem.graph_strong)
+            weak = _gradients(problem, problem.weak, problem.target, WEAK, problem.graph_weak)
+            strong = _gradients(problem, problem.strong, problem.target, STRONG, problem.graph_strong)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -62,12 +63,19 @@ class VmapEngine:
         return GradProducts(inner(weak, weak, keep=1), inner(strong, strong, keep=1), inner(weak, strong, keep=1))
 
 
-class _RefuseHooks(TorchFunctionMode):
-    """Refuses gradient hooks on tensors inside the model, because torch runs them in the first derivative only.
+class _Calls(TorchFunctionMode):
+    """Answers conditions, and refuses gradient hooks on tensors, which torch runs in the first derivative only.
 
     Under vmap ``requires_grad`` is False for every tensor, so a hook registered under ``if h.requires_grad`` would be
     missed.
+
+    Args:
+        conditions: replacements that answer conditions; empty to leave them to torch.
     """
+
+    def __init__(self, conditions: Mapping[Any, Callable[..., Any]]) -> None:
+        super().__init__()
+        self._conditions = conditions
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -79,7 +87,7 @@ class _RefuseHooks(TorchFunctionMode):
                 "the model registers a gradient hook on a tensor in its forward, which vmap follows in the first"
                 " derivative only: use `engine='loop'` or 'auto'."
             )
-        return func(*args, **(kwargs or {}))
+        return self._conditions.get(func, func)(*args, **(kwargs or {}))
 
 
 def _refuse_scripts(problem: Problem) -> None:
@@ -91,14 +99,15 @@ def _refuse_scripts(problem: Problem) -> None:
     check_scripts(loss)
 
 
-def _gradients(problem: Problem, inputs: Inputs, view: int, graph: bool) -> list[Tensor]:
+def _gradients(problem: Problem, inputs: Inputs, target: Tensor, view: int, graph: bool) -> list[Tensor]:
     """Computes the gradients of all samples, [n, *parameter shape] each."""
     is_tensor = isinstance(inputs, Tensor)
 
     def loss(parameters: Mapping[str, Tensor], target: Tensor, *sample: Tensor) -> Tensor:
         batched = [leaf.unsqueeze(0) for leaf in sample]
         one: Inputs = batched[0] if is_tensor else rebuilt(inputs, batched)
-        with _RefuseHooks():
+        # A group that runs again draws other random numbers, which would favour some answers.
+        with _Calls({} if problem.random else Conditions(target).replacements):
             return problem.losses(one, target.unsqueeze(0), parameters, view).squeeze(0)
 
     columns = leaves(inputs)
@@ -107,7 +116,10 @@ def _gradients(problem: Problem, inputs: Inputs, view: int, graph: bool) -> list
         in_dims=(None, 0, *[0] * len(columns)),
         randomness="different" if problem.random else "error",
     )
-    # Under no_grad the inner `grad` still works, but its result has no graph, as wanted for a constant view.
-    with torch.set_grad_enabled(graph):
-        gradients = list(per_sample(dict(problem.parameters), problem.target, *columns).values())
-    return gradients
+    try:
+        # Under no_grad the inner `grad` still works, but its result has no graph, as wanted for a constant view.
+        with torch.set_grad_enabled(graph):
+            return list(per_sample(dict(problem.parameters), target, *columns).values())
+    except SamplesDiffer as difference:
+        answers = difference.answers
+    return in_groups(lambda rows: _gradients(problem, take(inputs, rows), target[rows], view, graph), answers)

@@ -58,7 +58,8 @@ def _recurrent(original: Callable[..., Any], step: Callable[..., Any], states: i
         input: Tensor, hx: Any, parameters: Any, has_biases: Any, num_layers: Any, dropout: Any, train: Any,
         bidirectional: Any, batch_first: Any = None,
     ) -> Any:  # fmt: skip
-        if batch_first is None or not isinstance(parameters, Sequence):  # the overload for packed sequences
+        packed = not isinstance(parameters, Sequence) or isinstance(hx, Tensor) == (states == 2)  # another overload
+        if batch_first is None or packed:
             return original(input, hx, parameters, has_biases, num_layers, dropout, train, bidirectional, batch_first)
         initial = hx if states == 2 else (hx,)
         x = input.transpose(0, 1) if batch_first else input

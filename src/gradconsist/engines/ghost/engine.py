@@ -16,6 +16,7 @@ from gradconsist._inputs.batch import leaves, rebuilt
 from gradconsist._inputs.options import check_choice
 from gradconsist._inputs.precision import wide_dtype
 from gradconsist.engines.base import Problem
+from gradconsist.engines.conditions import SamplesDiffer, in_groups
 from gradconsist.engines.ghost.gram import pair_gram
 from gradconsist.engines.ghost.layer_gradients import Seen, see
 from gradconsist.engines.ghost.registered import culprit
@@ -111,8 +112,31 @@ class GhostEngine:
     def _known(self, problem: Problem) -> _Known:
         return _Known() if problem.model is None else self._models.setdefault(problem.model, _Known())
 
-    def _products(self, problem: Problem) -> GradProducts:
-        if problem.graph_weak == problem.graph_strong and _stackable(problem.weak, problem.strong):
+    def _products(self, problem: Problem, *, together: bool = True) -> GradProducts:
+        """Computes the products in one batch, or in one batch per group of samples that answer all conditions alike.
+
+        Args:
+            problem: the pairs.
+            together: whether both views may be in one batch.
+
+        Returns:
+            Inner products.
+        """
+        try:
+            return self._in_one_batch(problem, together=together)
+        except SamplesDiffer as difference:
+            answers = difference.answers
+        if len(answers) == len(problem.target):  # the views ran one after the other
+            return GradProducts(*in_groups(lambda rows: self._products(problem.take(rows), together=False), answers))
+        pairs = list(zip(answers[::2], answers[1::2], strict=True))
+        alike = [weak == strong for weak, strong in pairs]
+        return GradProducts(
+            *in_groups(lambda rows: self._products(problem.take(rows), together=alike[int(rows[0])]), pairs)
+        )
+
+    def _in_one_batch(self, problem: Problem, *, together: bool) -> GradProducts:
+        together &= problem.graph_weak == problem.graph_strong and _stackable(problem.weak, problem.strong)
+        if together:
             seen = self._see_both(problem)
             with torch.set_grad_enabled(problem.graph_weak):
                 return _total(problem, self._grams(problem, seen))
@@ -141,7 +165,11 @@ class GhostEngine:
             A description per parameter name; empty if the losses do not depend on the parameter.
         """
         together = _stackable(problem.weak, problem.strong)
-        seen = self._see_both(problem) if together else self._see_one(replace(problem, graph_weak=False), WEAK)
+        try:
+            seen = self._see_both(problem) if together else self._see_one(replace(problem, graph_weak=False), WEAK)
+        except SamplesDiffer:  # one sample agrees with itself
+            together = False
+            seen = self._see_one(replace(problem.take(torch.tensor([0])), graph_weak=False), WEAK)
         exact = _exact(problem)
         return {
             name: self._route(name, seen, paired=together) if name in exact else route(name, seen, problem.projection)

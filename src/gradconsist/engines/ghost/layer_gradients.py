@@ -12,6 +12,7 @@ from torch.func import vmap
 
 from gradconsist._inputs.batch import leaves, rebuilt
 from gradconsist.engines.base import Problem
+from gradconsist.engines.conditions import Conditions
 from gradconsist.engines.ghost.capture import Capture
 from gradconsist.engines.ghost.conv import Stage
 from gradconsist.engines.ghost.coverage import check_coverage, check_inputs
@@ -68,6 +69,9 @@ def see(
 
     Returns:
         Uses, output gradients and other per-sample gradients.
+
+    Raises:
+        SamplesDiffer: samples answer a condition in the model or its loss differently.
     """
     is_tensor = isinstance(inputs, Tensor)
     columns = leaves(inputs)
@@ -78,6 +82,8 @@ def see(
         batched = [leaf.unsqueeze(0) for leaf in sample]
         one: Inputs = batched[0] if is_tensor else rebuilt(inputs, batched)
         capture = Capture(problem.parameters, stand_ins, stage)
+        if not problem.random:  # a group that runs again draws other numbers, which would favour some answers
+            capture.replacements |= Conditions(view).replacements
         try:
             with intercepted(problem.model, capture.layer, capture.one_by_one, looped), capture:
                 result = problem.losses(one, target.unsqueeze(0), stand_ins, view).squeeze(0)
