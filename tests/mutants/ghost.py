@@ -217,7 +217,7 @@ BUGS = [
     Bug(
         "the first sample answers for all",
         "every sample gets the answer that it would have got alone",
-        "engines/test_conditions.py::test_every_answer_is_that_of_the_sample_alone[ghost-two ways-differ]",
+        "engines/test_conditions.py::test_every_answer_is_that_of_the_sample_alone[ghost-two_ways-differ]",
         "engines/conditions.py", "if any(answer != found[0] for answer in found):", "if not found:",
     ),
     Bug(

@@ -58,7 +58,7 @@ def _cut(model: Any, h: Tensor, mask: Tensor) -> Tensor:
 
 FUNCTIONS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     "transformers": _as_transformers_do,
-    "two ways": _two_ways,
+    "two_ways": _two_ways,
     "a cut": _cut,
     "item": lambda model, h, mask: model.inner(h).tanh().sum(0) * mask.sum().item(),
     "float of each sample": lambda model, h, mask: model.inner(h).tanh().sum(0) * float(h.detach().max()),

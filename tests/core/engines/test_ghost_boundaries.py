@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -210,3 +211,45 @@ def test_a_loss_with_the_engine_can_be_copied_and_pickled() -> None:
     for twin in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
         assert twin(*_views()).item() == value
         assert repr(twin.engine) == repr(loss.engine)
+
+
+class Remembers(nn.Module):
+    """Puts its state into an argument, as attention does with a cache, and goes on from what it finds there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, cache: Any) -> Tensor:
+        known = cache if isinstance(cache, list) else cache.rows
+        h = self.inner(x) + (known[-1] if known else 0.0)
+        known.append(h)
+        return h if torch.ops.aten.item(h.sum()) > 0 else h.sin()
+
+
+class Cached(nn.Module):
+    """Makes a cache, calls a layer with it, and reads what the layer left there."""
+
+    def __init__(self, kind: Callable[[], Any]) -> None:
+        super().__init__()
+        self.kind, self.stem, self.part, self.head = kind, nn.Linear(5, 6), Remembers(), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        cache = self.kind()
+        h = self.part(self.stem(x), cache).tanh()
+        return self.head(h + sum(cache if isinstance(cache, list) else cache.rows))
+
+
+class Rows:
+    """A cache."""
+
+    def __init__(self) -> None:
+        self.rows: list[Tensor] = []
+
+
+@pytest.mark.parametrize("kind", [Rows, list])
+def test_no_sample_finds_what_another_left_in_an_argument(kind: Callable[[], Any]) -> None:
+    model = _double(Cached(kind))
+    with pytest.raises(UnsupportedModuleError, match="engine='loop'"):
+        GradientConsistencyLoss(model, engine="ghost")(*_views())
+    _assert_exact(model, "auto")

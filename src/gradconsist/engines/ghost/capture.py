@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from enum import Enum
 from typing import Any
 
 import torch
@@ -112,6 +113,7 @@ class Capture(Operators, TorchFunctionMode):
             return forward(*args, **kwargs)
         states = SampleStates(model, module)
         given, form = tree_flatten((args, kwargs, dict(module.named_parameters()), states.start))
+        _check_arguments(module, (args, kwargs))
         places = [place for place, value in enumerate(given) if isinstance(value, Tensor)]
         output_form: list[Any] = []
         modes = _get_current_function_mode_stack()
@@ -126,7 +128,9 @@ class Capture(Operators, TorchFunctionMode):
                         filled[place] = tensor
                     own_args, own_kwargs, parameters, start = tree_unflatten(filled, form)
                     state = {**parameters, **states.lend(start)}
+                    before = tree_flatten((own_args, own_kwargs))
                     output, left = WithState(module, forward).run_and_tell(state, own_args, own_kwargs)
+                    _check_unchanged(module, before, tree_flatten((own_args, own_kwargs)))
                     states.collect(left)
                     flat, output_form[:] = _flat_tensors(module, output)
                     outputs.append(flat)
@@ -169,3 +173,19 @@ def _flat_tensors(module: nn.Module, output: Any) -> tuple[list[Tensor], list[An
     if not all(isinstance(leaf, Tensor) for leaf in flat):
         raise RuntimeError(f"{type(module).__name__} returns something other than tensors, and vmap refuses it")
     return flat, [form]
+
+
+def _check_arguments(module: nn.Module, arguments: Any) -> None:
+    """Refuses objects that a sample could change for the next one, such as a cache of keys and values."""
+    for leaf in tree_flatten(arguments)[0]:
+        if hasattr(leaf, "__dict__") and not (isinstance(leaf, Tensor | nn.Module | type | Enum) or callable(leaf)):
+            raise RuntimeError(
+                f"{type(module).__name__} gets a {type(leaf).__name__}, in which it could keep one sample's values for"
+                " the next one, so it cannot run sample by sample"
+            )
+
+
+def _check_unchanged(module: nn.Module, before: tuple[list[Any], Any], after: tuple[list[Any], Any]) -> None:
+    """Refuses a layer that fills a list or dictionary among its arguments, since each sample has one of its own."""
+    if before[1] != after[1] or any(a is not b for a, b in zip(before[0], after[0], strict=True)):
+        raise RuntimeError(f"{type(module).__name__} changes a list or a dictionary among its arguments")
