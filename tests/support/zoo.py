@@ -233,7 +233,7 @@ def _channels_last(model: nn.Module) -> None:
 
 
 def _squared_error(output: Tensor, target: Tensor) -> Tensor:
-    onehot = (target[:, None] == torch.arange(3)).to(output.dtype)
+    onehot = (target[:, None] == torch.arange(3, device=target.device)).to(output.dtype)
     return (torch.softmax(output, 1) - onehot).square().sum(1)
 
 
