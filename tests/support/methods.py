@@ -130,15 +130,18 @@ def share(batch: SSLBatch, rank: int, sizes: Sequence[int]) -> SSLBatch:
     return SSLBatch(x[labeled], y[labeled], weak[unlabeled], strong[unlabeled], index[unlabeled])
 
 
-def distributed_run(name: str, rank: int | None, sizes: Sequence[int], steps: int) -> dict[str, Any]:
+def distributed_run(
+    name: str, rank: int | None, sizes: Sequence[int], steps: int, device: str = "cpu"
+) -> dict[str, Any]:
     """Steps of SGD by one rank under DDP, or in this process alone on the joined batches (`rank` None)."""
-    method = SHARED[name](plain_network()).train()
+    method = SHARED[name](plain_network().to(device)).train()
     step = method if rank is None else nn.parallel.DistributedDataParallel(method)
     optimizer = torch.optim.SGD(method.parameters(), lr=0.3)
     gradients, masks = [], []
     for batch in data(steps, labeled=4, unlabeled=sum(sizes)):
         optimizer.zero_grad()
-        out = step(batch if rank is None else share(batch, rank, sizes))
+        batch = batch if rank is None else share(batch, rank, sizes)
+        out = step(SSLBatch(*(part.to(device) for part in batch)))
         out.loss.backward()
         gradients.append(torch.cat([parameter.grad.flatten().clone() for parameter in method.model.parameters()]))
         masks.append(out.pair.weight.tolist())

@@ -177,11 +177,11 @@ def _one_device(func: Any, generator: torch.Generator | None, target: torch.devi
 
 @functools.cache
 def _is_native(func: Any) -> bool:
-    """Whether torch's own operator does not touch the memory: it allocates, or makes or changes a view."""
+    """Whether torch's own operator does without kernels: it allocates, makes or changes a view, or is a collective."""
     schema = func._schema
     changes = any(each.alias_info is not None and each.alias_info.is_write for each in schema.arguments)
     view = not changes and any(each.alias_info is not None for each in schema.returns)
-    return view or func.overloadpacket in NATIVE or torch.Tag.inplace_view in func.tags
+    return view or func.overloadpacket in NATIVE or torch.Tag.inplace_view in func.tags or func.namespace == "c10d"
 
 
 def _map(change: Callable[[Any], Any], value: Any) -> Any:

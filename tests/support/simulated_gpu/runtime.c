@@ -50,7 +50,9 @@ int cudaGetDeviceProperties(cudaDeviceProp *p, int d) {
 }
 const char *cudaGetErrorName(int e) { return e == OUT_OF_MEMORY ? "cudaErrorMemoryAllocation" : "cudaErrorSimulated"; }
 const char *cudaGetErrorString(int e) {
-  return e == OUT_OF_MEMORY ? "out of memory" : "the simulated GPU was to launch a kernel: run the operator in its mode";
+  return e == OUT_OF_MEMORY ? "out of memory"
+       : e == NO_KERNEL ? "the simulated GPU was to launch a kernel: run the operator in its mode"
+       : "the simulated GPU lacks a call of the CUDA runtime: add it to runtime.c";
 }
 static __thread int error;
 int cudaGetLastError(void) { int e = error; error = OK; return e; }
@@ -78,6 +80,7 @@ int cudaEventCreateWithFlags(void **e, unsigned f) { static long next = 16; *e =
 int cudaEventDestroy(void *e) { return OK; }
 int cudaEventQuery(void *e) { return OK; }
 int cudaEventRecord(void *e, void *s) { return OK; }
+int cudaEventRecordWithFlags(void *e, void *s, unsigned f) { return OK; }
 int cudaEventSynchronize(void *e) { return OK; }
 int cudaEventElapsedTime(float *ms, void *a, void *b) { *ms = 1; return OK; }
 
