@@ -7,7 +7,20 @@ survives is a hole in the suite; one that no longer applies is mended here toget
 (tests/core/test_seeded_bugs.py says which).
 """
 
-from mutants import adapters, batchnorm, ghost, layers, methods, projection, quantity, regular, reports, state, training
+from mutants import (
+    adapters,
+    batchnorm,
+    devices,
+    ghost,
+    layers,
+    methods,
+    projection,
+    quantity,
+    regular,
+    reports,
+    state,
+    training,
+)
 from mutants.bug import Bug, StaleError
 
 BUGS: list[Bug] = [
@@ -22,6 +35,7 @@ BUGS: list[Bug] = [
     *reports.BUGS,
     *adapters.BUGS,
     *regular.BUGS,
+    *devices.BUGS,
 ]
 
 __all__ = ["BUGS", "Bug", "StaleError"]

@@ -49,6 +49,16 @@ class SimulatedGPU(TorchDispatchMode):
         super().__init__()
         self.reset()
 
+    def __enter__(self) -> SimulatedGPU:
+        # CUDA's fused attention has no counterpart on the CPU. Attention is written out instead, as on an old GPU.
+        self._attention = _attention()
+        _attention(False, False, False)
+        return super().__enter__()  # type: ignore[no-any-return]
+
+    def __exit__(self, *error: Any) -> None:
+        _attention(*self._attention)
+        super().__exit__(*error)
+
     def reset(self) -> None:
         """Sets the counts to zero."""
         self.kernels: Counter[str] = Counter()
@@ -136,6 +146,15 @@ class SimulatedGPU(TorchDispatchMode):
                     f" ({func}: {tuple(leaf.shape)} is on the CPU, at {place()})"
                 )
             self.copies[f"to the device (an index) at {place()}"] += 1  # allowed; torch copies it
+
+
+def _attention(*enabled: bool) -> tuple[bool, ...]:
+    """Which fused kernels of attention may be used; sets it first if told to."""
+    backend = torch.backends.cuda
+    switches = backend.enable_flash_sdp, backend.enable_mem_efficient_sdp, backend.enable_cudnn_sdp
+    for switch, on in zip(switches, enabled, strict=False):
+        switch(on)
+    return backend.flash_sdp_enabled(), backend.mem_efficient_sdp_enabled(), backend.cudnn_sdp_enabled()
 
 
 def place() -> str:
