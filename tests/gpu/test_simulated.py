@@ -24,6 +24,7 @@ PARTS = [
     ("zoo.py", "not loop"),
     ("training.py", ""),
     ("budgets.py", ""),
+    ("single_precision.py", ""),
 ]
 
 

@@ -6,7 +6,8 @@ is silently missing. So each Function that a model runs is tested by itself, onc
 
     s(x, c) = ⟨backward of c at x, v⟩        ⟨ds/d(x, c), u⟩ = (s((x, c) + h u) - s((x, c) - h u)) / 2 h
 
-with the inputs x of a call that the model has made, a random cotangent c and random directions v and u, in float64.
+with the inputs x of a call that the model has made, a random cotangent c and random directions v and u, in float64 (on
+the CPU, if the device has none).
 The backward need not be the derivative of the forward: a straight-through estimator passes.
 """
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from gradconsist._forward.randomness import preserved_randomness
+from gradconsist._inputs.precision import in_float64
 from gradconsist._refusals.graphs import cut_node, name_of, nodes
 from gradconsist.errors import UnsupportedModuleError
 
@@ -180,7 +182,7 @@ def second_derivative_error(call: Call) -> float | None:
 
 def _error(call: Call) -> float | None:
     generator = torch.Generator().manual_seed(0)
-    x = [arg.double() for arg, trained in zip(call.args, call.trained, strict=True) if trained]
+    x = [in_float64(arg) for arg, trained in zip(call.args, call.trained, strict=True) if trained]
     with torch.enable_grad():
         outputs = _outputs(call, [part.clone().requires_grad_() for part in x])
     c = [_random(y, generator) for y in outputs]
@@ -226,7 +228,7 @@ def _outputs(call: Call, x: Sequence[Tensor]) -> list[Tensor]:
         if trained:
             args.append(next(supply).clone())  # a copy: a Function may write into its input
         else:
-            args.append(arg.double() if isinstance(arg, Tensor) and arg.is_floating_point() else arg)
+            args.append(in_float64(arg) if isinstance(arg, Tensor) else arg)
     with preserved_randomness(x[0].device, seed=0):
         result = call.function.apply(*args)
     flat = result if isinstance(result, tuple) else (result,)

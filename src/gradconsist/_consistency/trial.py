@@ -25,6 +25,7 @@ from gradconsist._forward.sparse import sparse_parameters
 from gradconsist._inputs.batch import concatenable, concatenate, constants, doubled, leaves, map_members, take
 from gradconsist._inputs.cross_entropy import check_several, cross_entropy, find_logits
 from gradconsist._inputs.pairs import Pairs
+from gradconsist._inputs.precision import has_float64
 from gradconsist._refusals.graphs import check_first_derivative, check_second_derivative, leaves_of, used_otherwise
 from gradconsist.engines.base import Engine, Problem
 from gradconsist.errors import (
@@ -236,6 +237,8 @@ def _only_rounding(forward: PerSampleForward, inputs: Inputs, target: Tensor, bo
     tensors = {**dict(forward.model.named_buffers()), **dict(forward.model.named_parameters())}
     if all(tensor.dtype == torch.float64 for tensor in tensors.values() if tensor.is_floating_point()):
         return False  # the difference was in float64 already
+    if not has_float64(target.device):
+        return False
     # Integer buffers are left out: a BatchNorm given the user's own counter would count these forwards in it.
     double = {name: doubled(tensor) for name, tensor in tensors.items() if tensor.is_floating_point()}
     exact = PerSampleForward(forward.model, forward.loss_fn, forward.batchnorm, parameters=double)

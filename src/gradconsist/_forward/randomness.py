@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from gradconsist.errors import StateError, UnsupportedModuleError
+from gradconsist.errors import DeviceError, StateError, UnsupportedModuleError
 
 
 def _numpy_random() -> Any:
@@ -19,16 +19,38 @@ def _numpy_random() -> Any:
     return getattr(sys.modules.get("numpy"), "random", None)
 
 
+def _generator_of(device: torch.device) -> tuple[Any, tuple[torch.device, ...]]:
+    """Returns the module of a device other than the CPU (torch.cuda, torch.xpu, ...), and how to tell it the device."""
+    module = getattr(torch, device.type, None)
+    lacking = [name for name in ("get_rng_state", "set_rng_state", "manual_seed") if not hasattr(module, name)]
+    if lacking:
+        raise DeviceError(
+            f"the model is on {device}, whose random state cannot be kept: `torch.{device.type}` has no"
+            f" {' and no '.join(f'`{name}`' for name in lacking)}. Use a backend that has, or move model and inputs to"
+            " the CPU."
+        )
+    return module, () if device.type == "mps" else (device,)
+
+
+def _seed(device: torch.device, seed: int) -> None:
+    module, _ = _generator_of(device)
+    generators = getattr(module, "default_generators", None)  # `manual_seed` seeds the current device, not this one
+    (generators[device.index or 0] if generators else module).manual_seed(seed)
+
+
 def _state(device: torch.device) -> tuple[Any, ...]:
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    own = None
+    if device.type != "cpu":
+        module, which = _generator_of(device)
+        own = module.get_rng_state(*which)
     numpy = _numpy_random()
-    return torch.get_rng_state(), cuda, random.getstate(), None if numpy is None else numpy.get_state(legacy=False)
+    return torch.get_rng_state(), own, random.getstate(), None if numpy is None else numpy.get_state(legacy=False)
 
 
 def _same(first: tuple[Any, ...], second: tuple[Any, ...]) -> bool:
-    cuda = first[1] is None or torch.equal(first[1], second[1])
+    device = first[1] is None or torch.equal(first[1], second[1])
     numpy = pickle.dumps(first[3]) == pickle.dumps(second[3])  # a dict that holds an array
-    return torch.equal(first[0], second[0]) and cuda and first[2] == second[2] and numpy
+    return torch.equal(first[0], second[0]) and device and first[2] == second[2] and numpy
 
 
 @contextmanager
@@ -44,6 +66,7 @@ def preserved_randomness(device: torch.device, seed: int | None) -> Iterator[Non
 
     Raises:
         UnsupportedModuleError: `seed` is None and a number was drawn.
+        DeviceError: the device's random state cannot be kept.
     """
     before = _state(device)
     try:
@@ -52,8 +75,8 @@ def preserved_randomness(device: torch.device, seed: int | None) -> Iterator[Non
             random.seed(seed)
             if _numpy_random():
                 _numpy_random().seed(seed % 2**32)
-            if device.type == "cuda":
-                torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+            if device.type != "cpu":
+                _seed(device, seed)
         yield
         if seed is None and not _same(before, _state(device)):
             raise UnsupportedModuleError(
@@ -64,7 +87,8 @@ def preserved_randomness(device: torch.device, seed: int | None) -> Iterator[Non
     finally:
         torch.set_rng_state(before[0])
         if before[1] is not None:
-            torch.cuda.set_rng_state(before[1], device)
+            module, which = _generator_of(device)
+            module.set_rng_state(before[1], *which)
         random.setstate(before[2])
         if before[3] is not None:
             _numpy_random().set_state(before[3])

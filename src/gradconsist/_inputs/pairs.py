@@ -20,7 +20,7 @@ from gradconsist._inputs.batch import (
     take,
 )
 from gradconsist._inputs.cross_entropy import DENSE, REGRESSION, SEVERAL_LABELS
-from gradconsist._inputs.precision import wide
+from gradconsist._inputs.precision import in_float64, wide
 from gradconsist.errors import (
     ConfigError,
     DeviceError,
@@ -173,7 +173,7 @@ def check_target(target: Any, size: int, default_loss: bool) -> Tensor:
 def _check_probabilities(target: Tensor) -> None:
     if not bool(torch.isfinite(target).all()):
         raise NonFiniteError("`target` has NaN or infinite entries: pass probabilities.")
-    total = target.double().sum(1)
+    total = in_float64(target).sum(1)
     # The sum of C rounded entries is off by up to C / 2 units in the last place.
     tolerance = max(1e-3, target.shape[1] * torch.finfo(target.dtype).eps)
     if bool((target < 0).any()) or bool(((total - 1).abs() > tolerance).any()):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from gradconsist.diagnostics.same_loss import check_float64
 from gradconsist.engines import Engine, GhostEngine, LoopEngine
 from gradconsist.engines.ghost.rules import Form
 from gradconsist.errors import ConfigError, GradConsistError
@@ -62,6 +63,7 @@ def check_rule(layer: nn.Module, *inputs: Tensor, tolerance: float = 1e-8, seed:
 
     Raises:
         ConfigError: there is no input, a batch has fewer than two samples, or the layer has no trainable parameters.
+        DeviceError: the layer's device has no float64.
 
     Example:
         >>> check_rule(nn.Conv1d(3, 4, 3), torch.randn(4, 3, 9)).ok
@@ -70,6 +72,7 @@ def check_rule(layer: nn.Module, *inputs: Tensor, tolerance: float = 1e-8, seed:
     if not inputs or any(len(x) < 2 for x in inputs):
         raise ConfigError("`inputs` needs a batch of at least two samples for each argument of the layer's forward.")
     generator = torch.Generator().manual_seed(seed)
+    check_float64(layer)
     layer = copy.deepcopy(layer).double()
     if not any(parameter.requires_grad for parameter in layer.parameters()):
         raise ConfigError(f"`layer` ({type(layer).__name__}) has no trainable parameters, so it needs no rule.")

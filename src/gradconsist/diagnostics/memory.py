@@ -209,8 +209,8 @@ def _measured(row: CostRow, loss: GradientConsistencyLoss, pair: ViewPair, devic
 
 
 def _meaning(device: torch.device) -> str:
-    if device.type == "cuda":
-        return "peak of torch's CUDA allocator above what was allocated before"
+    if device.type != "cpu":
+        return f"peak of torch's {device.type.upper()} allocator above what was allocated before"
     return "peak of what torch's CPU allocator holds above what it held before, by its profiler's record"
 
 

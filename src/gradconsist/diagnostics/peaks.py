@@ -8,17 +8,20 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from gradconsist.errors import DeviceError
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     """Measures the wall-clock seconds of one call."""
     start = time.perf_counter()
     call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        _counters(device).synchronize(device)
     return time.perf_counter() - start
 
 
@@ -27,7 +30,7 @@ def peak_of(call: Callable[[], object], device: torch.device) -> int:
 
     On a CPU, it sums up the allocations and releases that torch's profiler records: all tensors, and what operators of
     torch allocate inside. It does not see memory that libraries such as oneDNN and MKL keep, nor what the C library
-    does not return to the system. On CUDA, it is the allocator's own peak, which is reset before.
+    does not return to the system. On CUDA and XPU, it is the allocator's own peak, which is reset before.
 
     Args:
         call: the function to measure.
@@ -35,15 +38,19 @@ def peak_of(call: Callable[[], object], device: torch.device) -> int:
 
     Returns:
         Bytes.
+
+    Raises:
+        DeviceError: the device does not count its memory.
     """
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    if device.type != "cpu":
+        counters = _counters(device)
+        counters.synchronize(device)
+        counters.reset_peak_memory_stats(device)
+        before: int = counters.memory_allocated(device)
         call()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        counters.synchronize(device)
+        return counters.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         call()
     with tempfile.TemporaryDirectory() as folder:  # only the trace file shows single events through a public API
@@ -56,3 +63,12 @@ def peak_of(call: Callable[[], object], device: torch.device) -> int:
         held += size
         peak = max(peak, held)
     return peak
+
+
+def _counters(device: torch.device) -> Any:
+    """Returns the module of the device (torch.cuda, torch.xpu) with its clock and its memory's counters."""
+    module = getattr(torch, device.type, None)
+    needed = ("synchronize", "reset_peak_memory_stats", "memory_allocated", "max_memory_allocated")
+    if not all(hasattr(module, name) for name in needed):
+        raise DeviceError(f"{device} does not count its peak memory: measure on CUDA or on the CPU.")
+    return module

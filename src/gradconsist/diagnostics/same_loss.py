@@ -16,7 +16,8 @@ from gradconsist._forward.sandbox import comparison_scope
 from gradconsist._forward.statistics import take_statistics
 from gradconsist._inputs.batch import concatenable
 from gradconsist._inputs.parameters import Encoder
-from gradconsist.errors import ConfigError
+from gradconsist._inputs.precision import has_float64
+from gradconsist.errors import ConfigError, DeviceError
 from gradconsist.loss import GradientConsistencyLoss
 from gradconsist.types import Inputs
 
@@ -42,6 +43,20 @@ def unobserved(consistency: object) -> Settings:
     return replace(own, batchnorm="auto") if own.batchnorm == "observed" else own
 
 
+def check_float64(model: nn.Module) -> None:
+    """Checks that the model's device computes in float64.
+
+    Args:
+        model: the model.
+
+    Raises:
+        DeviceError: it does not.
+    """
+    for device in {parameter.device for parameter in model.parameters()}:
+        if not has_float64(device):
+            raise DeviceError(f"this runs in float64, which {device} does not have: move model and inputs to the CPU.")
+
+
 def double_of(consistency: GradientConsistencyLoss, **changes: Any) -> GradientConsistencyLoss:
     """Makes the same loss on a float64 copy of its model, over all pairs, with both views differentiated.
 
@@ -51,8 +66,12 @@ def double_of(consistency: GradientConsistencyLoss, **changes: Any) -> GradientC
 
     Returns:
         A new loss.
+
+    Raises:
+        DeviceError: the model's device has no float64.
     """
     own = unobserved(consistency)
+    check_float64(own.model)
     model = copy.deepcopy(own.model).double()
     model.zero_grad()
     encoder = _names_in_copy(own.model, own.encoder)

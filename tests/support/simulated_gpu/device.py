@@ -39,14 +39,18 @@ TAKES_SCALAR = {aten.fill_, aten.masked_fill, aten.masked_fill_, aten.index_fill
 class SimulatedGPU(TorchDispatchMode):
     """Runs on the CPU what is asked of the simulated device.
 
+    Args:
+        float64: whether the device has float64, which MPS and some XPUs lack.
+
     Attributes:
         kernels: how often each operator ran on the device; some operators launch several kernels.
         reads: how often the host waited for a number, by operator, file and line.
         copies: copies between host and device, by direction, file and line.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, float64: bool = True) -> None:
         super().__init__()
+        self.float64 = float64
         self.reset()
 
     def __enter__(self) -> SimulatedGPU:
@@ -89,6 +93,9 @@ class SimulatedGPU(TorchDispatchMode):
         if here and (operator in READS or masks or (name == "repeat_interleave" and kwargs.get("output_size") is None)):
             self.reads[f"{name} at {place()}"] += 1
         self.kernels[name] += 1
+        wide = kwargs.get("dtype") == torch.float64 and target.type == "cuda"
+        if not self.float64 and (wide or any(tensor.dtype == torch.float64 for tensor in here)):
+            raise TypeError(f"this device does not support float64 ({name} at {place()})")
         aliases: dict[int, Tensor] = {}  # a tensor that comes twice has one alias
         given: dict[int, Tensor] = {}
 
