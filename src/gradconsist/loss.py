@@ -62,8 +62,8 @@ class GradientConsistencyLoss:
             and backward of all pairs. The compared gradients hold them constant either way.
         dropout: "off" switches random layers off during the comparison; "on" keeps them, with an independent draw per
             view and sample.
-        chunk_size: how many pairs to process at a time: an int, None for all, or "auto" for the engine's own choice
-            (halved if a CUDA device runs out of memory). The result depends on it only by rounding.
+        chunk_size: how many pairs to process at a time: an int, None for all, or "auto" for what memory allows and
+            keeps the cores busy (halved if a CUDA device runs out of memory). The result depends on it by rounding.
         max_pairs: compare at most this many pairs: a random subset of those with positive weight, rescaled so that the
             expectation does not change.
         stop_gradient: "weak" or "strong" treats that view's gradient as a constant.
