@@ -184,22 +184,6 @@ def test_script_modules(kind: str, where: str, engine: str) -> None:
     assert_refused(build, engine, r"`model(\.0)?` is a .*Module: a scripted or traced module.*pass the Python module")
 
 
-@ENGINES
-@pytest.mark.parametrize("where", ["model", "part", "in place"])
-def test_compiled_modules(where: str, engine: str) -> None:
-    def build() -> nn.Module:
-        model = net()
-        if where == "in place":
-            model.stem.compile(backend="eager")
-        if where == "part":
-            model.stem = torch.compile(model.stem, backend="eager")
-        return torch.compile(model, backend="eager") if where == "model" else model
-
-    assert_refused(
-        build, engine, r"`model(\.stem)?` (is a OptimizedModule|was compiled).*cannot be differentiated twice"
-    )
-
-
 # -- several devices and processes -------------------------------------------------------------------------------------
 
 

@@ -372,10 +372,3 @@ def test_a_state_that_does_not_fit_changes_nothing() -> None:
         with pytest.raises(StateError, match=r"state"):
             wrapper.set_extra_state(state)
         assert wrapper.step == 0
-
-
-def test_a_model_compiled_in_place_is_refused() -> None:
-    model = _mlp()
-    model.compile(backend="eager")
-    with pytest.raises(UnsupportedModuleError, match="compiled"):
-        GradientConsistencyLoss(model)

@@ -15,6 +15,8 @@ from torch.nn import Parameter
 
 from gradconsist.errors import ParameterSelectionError
 
+_COMPILED = "_orig_mod."
+
 Encoder: TypeAlias = nn.Module | Sequence[nn.Module] | Callable[[str], bool] | None
 
 
@@ -75,8 +77,9 @@ def compared_parameters(model: nn.Module, encoder: Encoder) -> dict[str, Paramet
         chosen = {name: parameter for name, parameter in trainable.items() if id(parameter) in wanted}
         what = "the modules given as `encoder` select"
     elif callable(encoder):
-        chosen = {name: parameter for name, parameter in trainable.items() if encoder(name)}
-        named = list(chosen) or [name for name, _ in model.named_parameters() if encoder(name)]
+        names = _named_by([name for name, _ in model.named_parameters()], encoder)
+        chosen = {name: parameter for name, parameter in trainable.items() if name in names}
+        named = list(chosen) or list(names)
         unfreeze = "`[p.requires_grad_(True) for name, p in model.named_parameters() if encoder(name)]`"
         what = "the predicate given as `encoder` selects"
     else:
@@ -115,6 +118,19 @@ def _not_by_name(model: nn.Module, name: str, place: str) -> str:
         f"{place} is the string {name!r}: pass {module}, or a predicate on parameter names such as"
         f" `lambda name: name.startswith({name + '.'!r})`."
     )
+
+
+def _named_by(names: Sequence[str], encoder: Callable[[str], bool]) -> dict[str, None]:
+    """Selects names; those of a compiled module may be given with or without the prefix that torch.compile adds."""
+    chosen = dict.fromkeys(name for name in names if encoder(name))
+    plain = dict.fromkeys(name for name in names if encoder(name.replace(_COMPILED, "")))
+    if chosen and plain and chosen != plain:
+        one = next(name for name in names if (name in chosen) != (name in plain))
+        raise ParameterSelectionError(
+            f"`encoder` answers differently for {one!r} and {one.replace(_COMPILED, '')!r}, which are names of one"
+            " parameter of a compiled module: pass modules, or the module that was compiled (`compiled._orig_mod`)."
+        )
+    return chosen or plain
 
 
 def _everything(name: str) -> bool:

@@ -23,10 +23,6 @@ _WRAPPERS = {
     "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": (
         "FSDP does not support double backward: use DistributedDataParallel over the wrapper"
     ),
-    "torch._dynamo.eval_frame.OptimizedModule": (
-        "a compiled module cannot be differentiated twice: pass the original one (`compiled._orig_mod`), which shares"
-        " its parameters"
-    ),
     "torch.jit._script.ScriptModule": "a scripted or traced module cannot be taken apart: pass the Python module",
 }
 # Layers of other libraries without a second derivative, by their qualified names.
@@ -59,11 +55,6 @@ def check_model(model: object) -> None:
             raise UnsupportedModuleError(
                 f"{where} is a {type(module).__name__}, a deformable convolution, which has no second derivative: use"
                 " Conv2d, or freeze it and every layer before it."
-            )
-        if getattr(module, "_compiled_call_impl", None) is not None:
-            raise UnsupportedModuleError(
-                f"{where} was compiled in place (`.compile()`), and a compiled module cannot be differentiated twice:"
-                " use one that is not compiled, which may share its parameters."
             )
         composed = _composed(module)
         if "replicate" in composed:

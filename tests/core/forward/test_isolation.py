@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from gradconsist import GradientConsistencyLoss
 from gradconsist._forward.isolation import one_comparison
-from gradconsist.errors import GradModeError, UnsupportedModuleError
+from gradconsist.errors import GradModeError, ParameterSelectionError, UnsupportedModuleError
 from support import compare, state
 from support.oracle import judge
 
@@ -293,6 +293,38 @@ def test_a_compiled_forward_and_a_compiled_loss(compiled: Callable[..., Any], en
     model.stem.forward = compiled(model.stem.forward)  # type: ignore[method-assign]
     loss_fn = compiled(lambda z, t: F.cross_entropy(z, t, reduction="none"))
     assert_exact(model, net(), engine, loss_fn=loss_fn)
+
+
+@pytest.mark.parametrize("where", ["model", "part", "model in place", "part in place"])
+@ENGINES
+def test_a_compiled_module_is_taken_as_it_comes(compiled: Callable[..., Any], engine: str, where: str) -> None:
+    """The comparison runs the Python below it; the user's own forward stays compiled, and is compiled once."""
+    plain, own = net(), net()
+    if where == "part":
+        own.stem = compiled(own.stem)
+    elif where.endswith("in place"):
+        (own if where.startswith("model") else own.stem).compile(backend="aot_eager")
+    model: Any = compiled(own) if where == "model" else own
+    model(views()[0]).sum().backward()
+    model.zero_grad(set_to_none=True)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    verdict = judge(plain, *views(), compared=lambda name: name.startswith("stem."))
+    for stem in (model.stem, lambda name: "stem." in name):
+        gc = GradientConsistencyLoss(model, encoder=stem, engine=engine)
+        loss = gc(*views())
+        compare.assert_agrees(gc.last, loss, compare.gradient_of(loss, model), verdict, dtype=DOUBLE)
+        assert gc.model is model
+    model(views()[0]).sum().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+def test_names_of_a_compiled_module(compiled: Callable[..., Any]) -> None:
+    model = compiled(net())
+    by_prefix = GradientConsistencyLoss(model, encoder=lambda name: name.startswith("_orig_mod.stem."))
+    by_name = GradientConsistencyLoss(model, encoder=lambda name: name.startswith("stem."))
+    assert by_prefix.measure(*views()).cosine.equal(by_name.measure(*views()).cosine)
+    with pytest.raises(ParameterSelectionError, match=r"'_orig_mod\.stem\.weight' and 'stem\.weight'.*pass modules"):
+        GradientConsistencyLoss(model, encoder=lambda name: not name.startswith("stem."))
 
 
 @pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")  # torch's own

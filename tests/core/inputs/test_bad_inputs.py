@@ -375,13 +375,7 @@ TABLE: list[Bad | Refused | Handled | Elsewhere] = [
     Handled(37, "BatchNorm in train mode", _exact, "cnn_batchnorm_train"),
     Handled(38, "SyncBatchNorm in one process (among several: test_hazards)", _exact, "cnn_sync_batchnorm_train"),
     Handled(39, "InstanceNorm that tracks statistics", _exact, "cnn_instancenorm_tracking"),
-    Refused(
-        40,
-        "a compiled model",
-        UnsupportedModuleError,
-        r"`model` is a OptimizedModule.*twice: pass the original .*_orig_mod",
-        lambda p: _loss(p, torch.compile(p.model, backend="eager")),
-    ),
+    Handled(40, "a compiled model (test_isolation)", lambda p: _loss(p, torch.compile(p.model, backend="eager"))),
     Refused(
         41,
         "a scripted model",

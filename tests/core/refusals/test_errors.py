@@ -589,13 +589,6 @@ def _deformable(module: str = "torchvision.ops.deform_conv") -> nn.Module:
 TOKENS = CASES["tied_embedding"].inputs(torch.Generator().manual_seed(0))[:5]
 
 REFUSED: list[tuple[str, Callable[[], nn.Module], Any, str]] = [
-    ("40 compiled", lambda: torch.compile(nn.Linear(5, 3)), "vector", "(?i)compile"),
-    (
-        "40 a compiled part",
-        lambda: nn.Sequential(torch.compile(nn.Linear(5, 6)), nn.Linear(6, 3)),
-        "vector",
-        "(?i)compile.*0|0.*compile",
-    ),
     ("44 DataParallel", lambda: nn.DataParallel(nn.Linear(5, 3)), "vector", "DataParallel"),
     ("45 lazy", lambda: nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 3)), "vector", "(?i)lazy|uninitialized"),
     ("47 EmbeddingBag", Bag, "tokens", "EmbeddingBag.*bag|bag.*EmbeddingBag"),
