@@ -146,7 +146,7 @@ def _case(
     failed: dict[str, str] = {}
     if not math.isfinite(rule.costs(lift(x), d)[1]):
         failed["gram"] = "the rule has one form here"
-    elif rule.gram(lift(x), d) is None:
+    elif _doubtful(rule, lift(x), d):
         failed["gram"] = "gives way to 'gradient': positions cancel"
     calls = {**{form: call for form, call in forms.items() if form not in failed}, **stock}
     timing = alternate(
@@ -173,6 +173,13 @@ def _case(
         rows.append(row)
     show(rows, COLUMNS)
     return rows
+
+
+def _doubtful(rule: Rule, x: Tensor, d: Tensor) -> bool:
+    """Whether positions cancel so far that the form gives way."""
+    doubts: list[Tensor] = []
+    rule.gram(x, d, doubts)
+    return any(map(bool, doubts))
 
 
 def _second_derivative(conv: Conv, x: Tensor, d: Tensor, options: Any) -> list[Row]:

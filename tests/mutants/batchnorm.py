@@ -70,7 +70,7 @@ BUGS = [
         "variances not followed",
         "through_statistics follows means and variances",
         THROUGH_TEST,
-        STATISTICS, "variance=each.variance.detach().requires_grad_())", "variance=each.variance.detach())",
+        STATISTICS, "variance=each.variance.detach().requires_grad_()", "variance=each.variance.detach()",
         STATISTICS, "for part in (each.mean, each.variance)]", "for part in (each.mean,)]",
     ),
     Bug(
@@ -101,8 +101,8 @@ BUGS = [
         "running statistics in train mode",
         "batchnorm='auto' uses batch statistics in train mode",
         "test_exactness.py::test_the_defaults_are_exact_on_every_model[cnn_batchnorm_train]",
-        NORM, 'use_batch = self.policy == "batch" or (self.policy != "running" and training)',
-        'use_batch = self.policy == "batch" or (self.policy != "running" and training and running_mean is None)',
+        NORM, 'return self.policy == "batch" or (self.policy != "running" and training)',
+        'return self.policy == "batch"',
     ),
     Bug(
         "batchnorm='running' ignored",
@@ -136,7 +136,7 @@ BUGS = [
         "buffers updated",
         "the model's buffers stay as they are",
         "test_state.py::test_a_successful_call_leaves_no_trace[cnn_batchnorm_train-loop-fused]",
-        FORWARD, "{name: buffer.clone() for name", "{name: buffer for name",
+        FORWARD, "copied(dict(self._both.named_buffers()))", "dict(self._both.named_buffers())",
     ),
     Bug(
         "observed statistics of whichever forward came last",
@@ -278,8 +278,8 @@ BUGS = [
         "products and norms are summed in float32 at least",
         "engines/test_ghost_rules.py::test_grams_are_float32_at_least",
         "engines/ghost/gram.py",
-        "_PairGram.apply(wide(rows))",
-        "_PairGram.apply(rows)",
+        "[wide(part.reshape(part.shape[0] // 2, 2, -1)) for part",
+        "[part.reshape(part.shape[0] // 2, 2, -1) for part",
     ),
     Bug(
         "float16: pairs of large gradients left out",

@@ -103,6 +103,6 @@ BUGS = [
         "projection: dropped where the views are seen one by one",
         "a constant view is projected like the other",
         f"{ORACLE}[vit-ghost] {ORACLE}[conv_depthwise-ghost]",
-        "engines/ghost/engine.py", "for name in {**mine, **other}]", "for name in {}]",
+        "engines/ghost/engine.py", "for name in {**mine, **other}:", "for name in {}:",
     ),
 ]  # fmt: skip

@@ -159,19 +159,19 @@ BUGS = [
         "the fused backward ignores the upstream gradient",
         "backward() scales the buffered gradient, by a weight or by a GradScaler",
         "test_loss.py::test_backward_scales_with_the_cotangent[fused]",
-        FUSED, "upstream.to(part.dtype) * part", "part.clone()",
+        FUSED, "torch._foreach_mul(own, factor)", "[part.clone() for part in own]",
     ),
     Bug(
         "the fused backward cuts a large upstream gradient",
         "backward() scales the buffered gradient, by a weight or by a GradScaler",
         "test_wrapper.py::test_grad_scaler",
-        FUSED, "upstream.to(part.dtype) * part", "upstream.to(part.dtype).clamp(max=100.0) * part",
+        FUSED, "torch._foreach_mul(own, factor)", "torch._foreach_mul(own, factor.clamp(max=100.0))",
     ),
     Bug(
         "the fused backward scales its buffer in place",
         "a second backward, or one of another sum, gives the same gradient",
         "test_loss.py::test_a_second_backward_of_one_loss_gives_the_same_gradient[fused]",
-        FUSED, "upstream.to(part.dtype) * part", "part.mul_(upstream.to(part.dtype))",
+        FUSED, "torch._foreach_mul(own, factor)", "[part.mul_(factor) for part in own]",
     ),
     Bug(
         "a third derivative reads zero",

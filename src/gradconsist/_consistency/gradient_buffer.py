@@ -134,7 +134,17 @@ class _Scaled(torch.autograd.Function):
         ctx: Any, upstream: Tensor, gradients: list[Tensor | None], nothing: bool, *parameters: Tensor
     ) -> tuple[Tensor | None, ...]:
         ctx.nothing = nothing
-        return tuple(None if part is None else upstream.to(part.dtype) * part for part in gradients)
+        scaled: list[Tensor | None] = [None] * len(gradients)
+        alike: dict[tuple[torch.dtype, bool], dict[int, Tensor]] = {}
+        for place, part in enumerate(gradients):
+            if part is not None:
+                alike.setdefault((part.dtype, part.is_sparse), {})[place] = part
+        for (dtype, sparse), parts in alike.items():
+            own, factor = list(parts.values()), upstream.to(dtype)
+            products = [factor * part for part in own] if sparse else torch._foreach_mul(own, factor)
+            for place, product in zip(parts, products, strict=True):
+                scaled[place] = product
+        return tuple(scaled)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:

@@ -40,12 +40,14 @@ class Statistics(NamedTuple):
         variance: biased variance over the same.
         rows: first dimension of the call's input; 0 if unknown.
         samples: number of samples in that forward; 0 if unknown.
+        inverse: 1 / sqrt(variance + eps), with that call's eps; None if unknown.
     """
 
     mean: Tensor
     variance: Tensor
     rows: int = 0
     samples: int = 0
+    inverse: Tensor | None = None
 
 
 Constants: TypeAlias = "list[Statistics] | tuple[list[Statistics], list[Statistics]]"
@@ -68,11 +70,7 @@ def batch_statistics(x: Tensor) -> Statistics:
     Raises:
         InputShapeError: there is only one value per channel, so the variance would be 0.
     """
-    if x.numel() == x.shape[1]:
-        raise InputShapeError(
-            f"a BatchNorm in batch mode got one value per channel (input of shape {tuple(x.shape)}): use more pairs per"
-            " call, or `batchnorm='running'`."
-        )
+    _check_several(x)
     dims = [dim for dim in range(x.dim()) if dim != 1]
     values = wide(x)
     # Not torch.var_mean, which takes as long as a convolution on a CPU. Centered sums are as accurate.
@@ -85,12 +83,21 @@ def batch_statistics(x: Tensor) -> Statistics:
     return Statistics(mean, squares / (x.numel() // x.shape[1]), len(x))
 
 
+def _check_several(x: Tensor) -> None:
+    if x.numel() == x.shape[1]:
+        raise InputShapeError(
+            f"a BatchNorm in batch mode got one value per channel (input of shape {tuple(x.shape)}): use more pairs per"
+            " call, or `batchnorm='running'`."
+        )
+
+
 def affine(x: Tensor, statistics: Statistics, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Computes ``(x - mean) * scale + beta`` in float32 at least, and returns it in the dtype of `x`."""
     shape = [1, -1] + [1] * (x.dim() - 2)
     # Not x * scale + (bias - mean * scale), which cancels in float32 if the mean is large.
     centered = x - statistics.mean.view(shape)
-    scale = torch.rsqrt(statistics.variance + eps)
+    inverse = statistics.inverse
+    scale = torch.rsqrt(statistics.variance + eps) if inverse is None else inverse
     scale = scale if weight is None else scale * weight
     if torch.is_grad_enabled():
         return scaled(centered, scale, bias, 1).to(x.dtype)
@@ -138,6 +145,7 @@ class BatchNormCalls:
         self.policy = policy
         self.recorded = _by_view(*given) if isinstance(given, tuple) else given
         self._recording: list[Statistics] | None = None
+        self._eps: list[float] = []  # of the calls recorded so far
         self._position = 0
         self._samples = 0
         self._view: Tensor | int | None = None
@@ -147,7 +155,7 @@ class BatchNormCalls:
         self._position = 0
         self._samples = samples
         self._view = view
-        self._recording = [] if record else None
+        self._recording, self._eps = [] if record else None, []
 
     def finish_forward(self) -> None:
         """Ends a forward: keeps the recorded statistics, or checks that every recorded call was made.
@@ -156,7 +164,7 @@ class BatchNormCalls:
             UnsupportedModuleError: this forward made fewer calls than the recorded one.
         """
         if self._recording is not None:
-            self.recorded, self._recording = self._recording, None
+            self.recorded, self._recording = _with_variances(self._recording, self._eps), None
         elif self.recorded is not None and self._position != len(self.recorded):
             raise UnsupportedModuleError(self._mismatch(f"only {self._position} calls"))
 
@@ -173,6 +181,12 @@ class BatchNormCalls:
     ) -> Tensor:
         """Replaces `torch.nn.functional.batch_norm`, with the same signature, without writing to buffers."""
         del momentum
+        if self._recording is not None and self._uses_batch(training) and _fits_native(input, weight, bias):
+            _check_several(input)
+            y, mean, inverse = torch.native_batch_norm(input, weight, bias, None, None, True, 0.0, eps)
+            self._recording.append(Statistics(mean, inverse, len(input), self._samples, inverse))
+            self._eps.append(eps)
+            return y
         statistics = self._statistics(input, running_mean, running_var, training)
         # The number of samples differs but the number of rows does not, so the rows are not samples.
         if self._samples != statistics.samples and statistics.rows == len(input):
@@ -197,11 +211,13 @@ class BatchNormCalls:
         del cudnn_enabled
         return self(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
+    def _uses_batch(self, training: bool) -> bool:
+        return self.policy == "batch" or (self.policy != "running" and training)
+
     def _statistics(
         self, x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, training: bool
     ) -> Statistics:
-        use_batch = self.policy == "batch" or (self.policy != "running" and training)
-        if not use_batch:
+        if not self._uses_batch(training):
             if running_mean is None or running_var is None:
                 raise ConfigError(
                     "`batchnorm='running'` found a BatchNorm without running statistics (track_running_stats=False):"
@@ -210,6 +226,7 @@ class BatchNormCalls:
             return Statistics(running_mean, running_var)
         if self._recording is not None:
             self._recording.append(batch_statistics(x)._replace(samples=self._samples))
+            self._eps.append(0.0)
             return self._recording[-1]
         if self.recorded is None:
             raise StatisticsMissingError
@@ -231,7 +248,7 @@ class BatchNormCalls:
                 " use `batchnorm='auto'`."
             )
         return statistics._replace(
-            mean=_row(statistics.mean, self._view), variance=_row(statistics.variance, self._view)
+            mean=_row(statistics.mean, self._view), variance=_row(statistics.variance, self._view), inverse=None
         )
 
     def _mismatch(self, found: str) -> str:
@@ -241,6 +258,24 @@ class BatchNormCalls:
             " The model's control flow depends on its input or on chance: make it fixed, or put its BatchNorm layers in"
             " eval mode."
         )
+
+
+def _fits_native(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Tells whether torch's own BatchNorm, one kernel, gives statistics as precise as `batch_statistics`."""
+    graph = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (x, weight, bias))
+    alike = all(part is None or part.dtype == x.dtype for part in (weight, bias))
+    return not graph and alike and x.dtype in (torch.float32, torch.float64)
+
+
+def _with_variances(recorded: list[Statistics], eps: list[float]) -> list[Statistics]:
+    """Computes the variances of calls that only know `inverse`, of all calls together."""
+    places = [place for place, each in enumerate(recorded) if each.inverse is not None]
+    if places:
+        variances = torch._foreach_pow([recorded[place].variance for place in places], -2.0)
+        torch._foreach_sub_(variances, [eps[place] for place in places])
+        for place, variance in zip(places, variances, strict=True):
+            recorded[place] = recorded[place]._replace(variance=variance)
+    return recorded
 
 
 def _row(rows: Tensor, number: Tensor | int) -> Tensor:
@@ -273,6 +308,7 @@ def _by_view(weak: list[Statistics], strong: list[Statistics]) -> list[Statistic
             mean=torch.stack([w.mean, s.mean]),
             variance=torch.stack([w.variance, s.variance]),
             rows=w.rows if w.rows == s.rows else 0,
+            inverse=None,
         )
         for w, s in zip(weak, strong, strict=True)
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -40,6 +41,28 @@ def call_with(
     if left is not None:
         left |= {name: replaced[name] for name in tensors}
     return result
+
+
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies tensors, those of one kind with one kernel.
+
+    Args:
+        tensors: buffers by name.
+
+    Returns:
+        Their copies.
+    """
+    found = {name: torch.empty_like(tensor) for name, tensor in tensors.items() if _is_plain(tensor)}
+    kinds: dict[Any, list[str]] = {}
+    for name in found:
+        kinds.setdefault((tensors[name].dtype, tensors[name].device), []).append(name)
+    for names in kinds.values():
+        torch._foreach_copy_([found[name] for name in names], [tensors[name] for name in names])
+    return {name: found[name] if name in found else tensor.clone() for name, tensor in tensors.items()}
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.requires_grad
 
 
 def _places(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from gradconsist._forward.batchnorm import BatchNormCalls
 from gradconsist._forward.exact_operators import EXACT, WITHOUT_DROPOUT
-from gradconsist._forward.functional_call import call_with
+from gradconsist._forward.functional_call import call_with, copied
 from gradconsist._forward.remembered import nothing_kept
 from gradconsist._inputs.batch import leaves
 from gradconsist._inputs.model_with_loss import ModelWithLoss
@@ -135,7 +135,7 @@ class PerSampleForward:
         record: bool = False,
     ) -> tuple[Any, Any]:
         # Copies, since a forward may write into its buffers (step counts, running statistics).
-        state = {name: buffer.clone() for name, buffer in self._both.named_buffers()}
+        state = copied(dict(self._both.named_buffers()))
         state |= {f"model.{name}": tensor for name, tensor in {**self.parameters, **parameters}.items()}
         self.batchnorm.start_forward(len(leaves(inputs)[0]), view, record=record)
         with ExitStack() as stack:

@@ -46,7 +46,12 @@ class _InParts(TorchFunctionMode):
 
 def _in_parts(func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     samples = max(1, len(input) * _PART_BYTES // max(1, input.nbytes))
-    if input.dim() != _CONVOLUTIONS[func] or samples >= len(input) or not input.is_contiguous():
+    if (
+        input.device.type != "cpu"
+        or input.dim() != _CONVOLUTIONS[func]
+        or samples >= len(input)
+        or not input.is_contiguous()
+    ):
         return func(input, *args, **kwargs)
     first = func(input[:samples], *args, **kwargs)
     result: Tensor = first.new_empty(len(input), *first.shape[1:])
@@ -145,7 +150,9 @@ class StatisticsPath:
         """
         calls = self._forward.batchnorm
         calls.recorded = [
-            each._replace(mean=each.mean.detach().requires_grad_(), variance=each.variance.detach().requires_grad_())
+            each._replace(
+                mean=each.mean.detach().requires_grad_(), variance=each.variance.detach().requires_grad_(), inverse=None
+            )
             for each in calls.recorded or []
         ]
         return _flat(calls.recorded)

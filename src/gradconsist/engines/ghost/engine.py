@@ -17,10 +17,9 @@ from gradconsist._inputs.options import check_choice
 from gradconsist._inputs.precision import wide_dtype
 from gradconsist.engines.base import Problem
 from gradconsist.engines.conditions import SamplesDiffer, in_groups
-from gradconsist.engines.ghost.gram import pair_gram
 from gradconsist.engines.ghost.layer_gradients import Seen, see
 from gradconsist.engines.ghost.registered import culprit
-from gradconsist.engines.ghost.rules import FORMS, Form, LinearWeight, Rule, chosen, joined, products
+from gradconsist.engines.ghost.rules import FORMS, Form, LinearWeight, Parts, Rule, chosen, joined
 from gradconsist.engines.ghost.sketch import route, sketches
 from gradconsist.engines.loop import refused_by_vmap
 from gradconsist.errors import GradConsistError
@@ -186,37 +185,44 @@ class GhostEngine:
         count = len(uses) + len(rest)
         return " + ".join(parts) + (f" ({count} uses as one)" if count > 1 else "")
 
-    def _grams(self, problem: Problem, seen: Seen) -> list[Tensor | None]:
-        """Computes M of every parameter, or of its sketch, from interleaved samples."""
-        found = [] if problem.projection is None else sketches(seen, problem.parameters, problem.projection).values()
-        return [*map(pair_gram, found), *(self._gram(name, seen) for name in _exact(problem))]
+    def _grams(self, problem: Problem, seen: Seen) -> list[Tensor]:
+        """Computes M of all parameters, or of their sketches, from interleaved samples, in parts that add up."""
+        parts = Parts(self.form)
+        for sketch in (
+            () if problem.projection is None else sketches(seen, problem.parameters, problem.projection).values()
+        ):
+            parts.add_gradients(sketch)
+        for name in _exact(problem):
+            single = _single(name, seen)
+            if single is not None:
+                parts.add(*single)
+            else:
+                parts.add_gradients(seen.gradient(name))
+        return parts.grams()
 
-    def _grams_of_two(self, problem: Problem, weak: Seen, strong: Seen) -> list[Tensor | None]:
+    def _grams_of_two(self, problem: Problem, weak: Seen, strong: Seen) -> list[Tensor]:
         """Computes the same from views that ran in separate forwards."""
-        grams = [self._gram_of_two(name, weak, strong, len(problem.target)) for name in _exact(problem)]
+        parts = Parts(self.form)
+        for name in _exact(problem):
+            self._add_of_two(parts, name, weak, strong, len(problem.target))
         if problem.projection is not None:
             mine, other = (sketches(seen, problem.parameters, problem.projection) for seen in (weak, strong))
-            grams += [_gram_of_rows(mine.get(name), other.get(name)) for name in {**mine, **other}]
-        return grams
+            for name in {**mine, **other}:
+                parts.add_gradients(_both(mine.get(name), other.get(name)))
+        return parts.grams()
 
-    def _gram(self, name: str, seen: Seen) -> Tensor | None:
-        """Computes M of one parameter from interleaved samples."""
-        single = _single(name, seen)
-        if single is not None:
-            return products(*single, self.form)
-        gradient = seen.gradient(name)
-        return None if gradient is None else pair_gram(gradient)
-
-    def _gram_of_two(self, name: str, weak: Seen, strong: Seen, samples: int) -> Tensor | None:
-        """Computes M of one parameter from views that ran in separate forwards."""
+    @staticmethod
+    def _add_of_two(parts: Parts, name: str, weak: Seen, strong: Seen, samples: int) -> None:
+        """Adds one parameter from views that ran in separate forwards."""
         if name not in weak.rows and name not in strong.rows and len(weak.of(name)) == len(strong.of(name)) == 1:
             (a, d_weak), (b, d_strong) = weak.of(name)[0], strong.of(name)[0]
             # Outputs have each sample's maps or positions folded into the rows, but pairs are pairs of samples.
             d_weak, d_strong = (d.unflatten(0, (samples, -1)) for d in (d_weak, d_strong))
             if a.rule == b.rule and d_weak.shape == d_strong.shape and _shape(a.input) == _shape(b.input):
                 x = None if a.input is None or b.input is None else _pairwise(a.input, b.input)
-                return products(a.rule, x, _pairwise(d_weak, d_strong).flatten(0, 1), self.form)
-        return _gram_of_rows(weak.gradient(name), strong.gradient(name))
+                parts.add(a.rule, x, _pairwise(d_weak, d_strong).flatten(0, 1))
+                return
+        parts.add_gradients(_both(weak.gradient(name), strong.gradient(name)))
 
 
 def _exact(problem: Problem) -> list[str]:
@@ -227,13 +233,13 @@ def _exact(problem: Problem) -> list[str]:
     return [name for name, p in problem.parameters.items() if not (projection.flat or projection.shrinks(p.shape))]
 
 
-def _gram_of_rows(weak: Tensor | None, strong: Tensor | None) -> Tensor | None:
-    """Computes M of gradients or sketches [n, ...]; None stands for zero."""
+def _both(weak: Tensor | None, strong: Tensor | None) -> Tensor | None:
+    """Interleaves gradients or sketches [n, ...]; None stands for zero."""
     given = strong if weak is None else weak
     if given is None:
         return None
     zeros = torch.zeros_like(given)
-    return pair_gram(_pairwise(zeros if weak is None else weak, zeros if strong is None else strong))
+    return _pairwise(zeros if weak is None else weak, zeros if strong is None else strong)
 
 
 def _single(name: str, seen: Seen) -> tuple[Rule, Tensor | None, Tensor] | None:
@@ -248,8 +254,7 @@ def _single(name: str, seen: Seen) -> tuple[Rule, Tensor | None, Tensor] | None:
     return None
 
 
-def _total(problem: Problem, grams: list[Tensor | None]) -> GradProducts:
-    found = [gram for gram in grams if gram is not None]
+def _total(problem: Problem, found: list[Tensor]) -> GradProducts:
     parameter = next(iter(problem.parameters.values()))
     if not found:
         zeros = parameter.new_zeros(len(problem.target), dtype=wide_dtype(parameter))

@@ -52,21 +52,22 @@ class _PairGram(_RowGram):
     def forward(ctx: Any, rows: Tensor) -> Tensor:
         ctx.save_for_backward(rows)
         weak, strong = rows.unbind(1)
-        ww, ws, ss = ((a * b).sum(1) for a, b in ((weak, weak), (weak, strong), (strong, strong)))
+        ww, ss = (rows * rows).sum(2).unbind(1)
+        ws = (weak * strong).sum(1)
         return torch.stack([ww, ws, ws, ss], 1).view(-1, 2, 2)
 
 
-def pair_gram(gradients: Tensor) -> Tensor:
-    """Computes M from per-sample gradients.
+def pair_gram(*gradients: Tensor) -> Tensor:
+    """Computes M from per-sample gradients; those of several parameters count as one vector.
 
     Args:
-        gradients: [N, ...], interleaved.
+        *gradients: [N, ...] each, interleaved.
 
     Returns:
         [n, 2, 2].
     """
-    rows = gradients.reshape(gradients.shape[0] // 2, 2, -1)
-    gram: Tensor = _PairGram.apply(wide(rows))
+    rows = [wide(part.reshape(part.shape[0] // 2, 2, -1)) for part in gradients]
+    gram: Tensor = _PairGram.apply(torch.cat(rows, 2) if len(rows) > 1 else rows[0])
     return gram
 
 
@@ -75,29 +76,34 @@ def pair_gram(gradients: Tensor) -> Tensor:
 WORST_CANCELLATION = 64.0
 
 
-def position_gram(inputs: Tensor, outputs: Tensor) -> Tensor | None:
+def position_gram(inputs: Tensor, outputs: Tensor, doubts: list[Tensor] | None = None) -> Tensor:
     """Computes M of G = sum_t d_t a_t^T without forming G: sum over t, t' of ⟨a_t, a_t'⟩ ⟨d_t, d_t'⟩.
 
     Args:
         inputs: a, [N, T, features in], interleaved.
         outputs: gradients d of the outputs, [N, T, features out].
+        doubts: see `doubt`.
 
     Returns:
-        [n, 2, 2], or None if positions cancel so far that float32 would lose accuracy.
+        [n, 2, 2].
     """
     samples, positions = inputs.shape[:2]
     n = samples // 2
     products = row_gram(inputs.reshape(n, 2 * positions, -1)) * row_gram(outputs.reshape(n, 2 * positions, -1))
     gram = products.view(n, 2, positions, 2, positions).sum((2, 4))
-    if positions > 1 and cancels(
-        gram.diagonal(dim1=1, dim2=2), products.diagonal(dim1=1, dim2=2).view(n, 2, -1).sum(2)
-    ):
-        return None
+    if positions > 1:
+        doubt(doubts, gram, products.detach().diagonal(dim1=1, dim2=2).view(n, 2, -1).sum(2))
     return gram
 
 
-def cancels(squared_norms: Tensor, uncancelled: Tensor) -> bool:
-    """Tells whether some squared norm is so small against the sum over its positions that accuracy would suffer."""
-    if squared_norms.dtype == torch.float64:
-        return False
-    return bool((squared_norms.detach() * WORST_CANCELLATION < uncancelled.detach()).any())
+def doubt(doubts: list[Tensor] | None, gram: Tensor, uncancelled: Tensor) -> None:
+    """Adds to `doubts` whether positions cancel so far that float32 loses accuracy, without reading the answer.
+
+    Args:
+        doubts: gets a boolean scalar; nothing in float64. None to take M as it is.
+        gram: M [n, 2, 2].
+        uncancelled: the sum over positions [n, 2] of what each adds to the squared norm by itself.
+    """
+    if doubts is not None and gram.dtype != torch.float64:
+        squared_norms = gram.detach().diagonal(dim1=1, dim2=2)
+        doubts.append((squared_norms * WORST_CANCELLATION < uncancelled.detach()).any())

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gradconsist._inputs.precision import wide, wide_dtype
 from gradconsist.engines.ghost.conv import Geometry
-from gradconsist.engines.ghost.gram import cancels
+from gradconsist.engines.ghost.gram import doubt
 
 
 def has_pixel_form(geometry: Geometry) -> bool:
@@ -29,7 +29,9 @@ def has_pixel_form(geometry: Geometry) -> bool:
     return not geometry.transposed and set(geometry.stride) == {1}
 
 
-def pixel_gram(x: Tensor, gy: Tensor, kernel: tuple[int, ...], geometry: Geometry) -> Tensor | None:
+def pixel_gram(
+    x: Tensor, gy: Tensor, kernel: tuple[int, ...], geometry: Geometry, doubts: list[Tensor] | None = None
+) -> Tensor:
     """Computes M of the weight gradients of a convolution with stride 1.
 
     Args:
@@ -37,45 +39,44 @@ def pixel_gram(x: Tensor, gy: Tensor, kernel: tuple[int, ...], geometry: Geometr
         gy: gradients of the outputs [N, p, ...].
         kernel: spatial size of the weight.
         geometry: geometry of the layer.
+        doubts: see `doubt`.
 
     Returns:
-        [n, 2, 2], or None if positions cancel so far that float32 would lose accuracy.
+        [n, 2, 2].
     """
+    gram: Tensor
     gram, uncancelled = _PixelGram.apply(wide(x), gy.to(wide_dtype(x)), kernel, geometry)
-    if cancels(gram.diagonal(dim1=1, dim2=2), uncancelled):
-        return None
-    result: Tensor = gram
-    return result
+    doubt(doubts, gram, uncancelled)
+    return gram
 
 
 class _PixelGram(torch.autograd.Function):
-    """Computes M from blocks per pair: (w, w) and (s, s) form one batch of N, (w, s) one of n."""
+    """Computes M from three blocks per pair, (w, w), (s, s) and (w, s), as one batch [3n, ...]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gy: Tensor, kernel: tuple[int, ...], geometry: Geometry) -> tuple[Tensor, Tensor]:
-        blocks = _summed(x, gy, kernel, geometry)
-        outputs = _blocks(_positions(gy, geometry))
-        own, cross = ((k * q).sum((1, 2, 3)) for k, q in zip(blocks[:2], outputs, strict=True))
-        uncancelled = (blocks[0].diagonal(dim1=2, dim2=3) * outputs[0].diagonal(dim1=2, dim2=3)).sum((1, 2))
-        gram = own.new_zeros(len(cross), 2, 2)
-        gram[:, 0, 0], gram[:, 1, 1], gram[:, 0, 1] = own[0::2], own[1::2], cross
-        ctx.save_for_backward(x, gy, *blocks)
+        patches, pixels, outputs = _summed(x, gy, kernel, geometry)
+        n = len(x) // 2
+        own, cross = (patches * outputs).sum((1, 2, 3)).split([2 * n, n])
+        k, q = (each[: 2 * n].diagonal(dim1=2, dim2=3) for each in (patches, outputs))
+        uncancelled = (k * q).sum((1, 2)).view(2, n).t()
+        ctx.save_for_backward(x, gy, patches, pixels)
         ctx.options = kernel, geometry
-        uncancelled = uncancelled.view(-1, 2)
         ctx.mark_non_differentiable(uncancelled)
-        return gram, uncancelled
+        return torch.stack([own[:n], cross, cross, own[n:]], 1).view(-1, 2, 2), uncancelled
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        x, gy, *blocks = ctx.saved_tensors
+        x, gy, patches, pixels = ctx.saved_tensors
         kernel, geometry = ctx.options
         if torch.is_grad_enabled():  # a derivative of this one is wanted, and the saved blocks have no graph
-            blocks = _summed(x, gy, kernel, geometry)
-        own = 2.0 * cotangent.diagonal(dim1=1, dim2=2).reshape(-1)
-        cross = cotangent[:, 0, 1]
+            patches, pixels, _ = _summed(x, gy, kernel, geometry)
+        # Twice ww and ss; ws from both of its places.
+        both = cotangent + cotangent.transpose(1, 2)
+        scale = torch.cat([both[:, 0, 0], both[:, 1, 1], both[:, 0, 1]]).view(-1, 1, 1, 1)
         pulled = [
-            _pull(_positions(tensor, geometry), pair[0], pair[1], own, cross).view(tensor.shape) if wanted else None
-            for tensor, pair, wanted in zip((x, gy), (blocks[2:], blocks[:2]), ctx.needs_input_grad, strict=False)
+            _pull(_positions(tensor, geometry), blocks * scale).view(tensor.shape) if wanted else None
+            for tensor, blocks, wanted in zip((x, gy), (pixels, patches), ctx.needs_input_grad, strict=False)
         ]
         return pulled[0], pulled[1], None, None
 
@@ -85,32 +86,27 @@ def _positions(tensor: Tensor, geometry: Geometry) -> Tensor:
     return tensor.reshape(len(tensor), geometry.groups, -1, math.prod(tensor.shape[2:]))
 
 
-def _summed(x: Tensor, gy: Tensor, kernel: tuple[int, ...], geometry: Geometry) -> list[Tensor]:
-    """Computes K at output positions, and its counterpart for output gradients at input positions; own and cross."""
+def _summed(x: Tensor, gy: Tensor, kernel: tuple[int, ...], geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes K at output positions, its counterpart for output gradients at input positions, and their blocks."""
     back = [d * (k - 1) - pad for d, k, pad in zip(geometry.dilation, kernel, geometry.padding, strict=True)]
-    patches = [
-        _diagonal_sums(p, tuple(x.shape[2:]), kernel, geometry.dilation, geometry.padding)
-        for p in _blocks(_positions(x, geometry))
-    ]
-    pixels = [
-        _diagonal_sums(q, tuple(gy.shape[2:]), kernel, geometry.dilation, back)
-        for q in _blocks(_positions(gy, geometry))
-    ]
-    return [*patches, *pixels]
+    inputs, outputs = (_blocks(_positions(tensor, geometry)) for tensor in (x, gy))
+    patches = _diagonal_sums(inputs, tuple(x.shape[2:]), kernel, geometry.dilation, geometry.padding)
+    return patches, _diagonal_sums(outputs, tuple(gy.shape[2:]), kernel, geometry.dilation, back), outputs
 
 
-def _blocks(a: Tensor) -> list[Tensor]:
-    """Computes Gram matrices over positions, [N, g, T, T] and [n, g, T, T], of a [N, g, channels, T]."""
-    return [a.transpose(2, 3) @ a, a[0::2].transpose(2, 3) @ a[1::2]]
+def _blocks(a: Tensor) -> Tensor:
+    """Computes Gram matrices over positions of a [N, g, channels, T]: (w, w), (s, s) and (w, s), [3n, g, T, T]."""
+    weak, strong = a[0::2], a[1::2]
+    return torch.cat([weak, strong, weak]).transpose(2, 3) @ torch.cat([weak, strong, strong])
 
 
-def _pull(a: Tensor, own: Tensor, cross: Tensor, scale_own: Tensor, scale_cross: Tensor) -> Tensor:
-    """Computes the derivative of sum scale * ⟨Gram blocks of a, given blocks⟩ for a."""
-    result = (a @ own) * scale_own.view(-1, 1, 1, 1)
-    scaled = cross * scale_cross.view(-1, 1, 1, 1)
-    result[0::2] += a[1::2] @ scaled.transpose(2, 3)
-    result[1::2] += a[0::2] @ scaled
-    return result
+def _pull(a: Tensor, blocks: Tensor) -> Tensor:
+    """Computes the derivative of ⟨Gram blocks of a, given blocks⟩ for a; blocks (w, w) and (s, s) count twice."""
+    ww, ss, ws = blocks.chunk(3)
+    # One matrix product over the positions of both views.
+    pair = torch.cat([a[0::2], a[1::2]], 3)
+    for_weak, for_strong = pair @ torch.cat([ww, ws.transpose(2, 3)], 2), pair @ torch.cat([ws, ss], 2)
+    return torch.stack([for_weak, for_strong], 1).flatten(0, 1)
 
 
 def _diagonal_sums(
@@ -119,21 +115,16 @@ def _diagonal_sums(
     """Sums p[t + o, t' + o] over kernel offsets o, zero outside; p [B, g, T, T] with T = prod(size)."""
     dims = len(size)
     p = p.view(*p.shape[:2], *size, *size)
+    if any(padding):
+        # Pairs of F.pad start at the last dimension, and rows and columns have the same padding.
+        p = F.pad(p, [side for each in (*reversed(padding), *reversed(padding)) for side in (each, each)])
     for axis in range(dims):
         row, column = 2 + axis, 2 + dims + axis
-        pad = [0] * (2 * (2 * dims))
-        for position in (row, column):
-            from_last = p.dim() - 1 - position
-            pad[2 * from_last] = pad[2 * from_last + 1] = padding[axis]
-        padded = F.pad(p, pad)
-        length = padded.shape[row] - dilation[axis] * (kernel[axis] - 1)
-        parts = [
-            padded.narrow(row, offset, length).narrow(column, offset, length)
-            for offset in range(0, dilation[axis] * kernel[axis], dilation[axis])
-        ]
-        total = parts[0].clone()
-        for part in parts[1:]:
-            total += part
-        p = total
+        length = p.shape[row] - dilation[axis] * (kernel[axis] - 1)
+        shape, stride = list(p.shape), list(p.stride())
+        shape[row] = shape[column] = length
+        # The offsets as a first dimension: a view of overlapping parts, summed by one kernel.
+        step = dilation[axis] * (stride[row] + stride[column])
+        p = p.as_strided([kernel[axis], *shape], [step, *stride], p.storage_offset()).sum(0)
     positions = math.prod(p.shape[2 : 2 + dims])
     return p.reshape(*p.shape[:2], positions, positions)

@@ -212,7 +212,7 @@ class LayerParameter:
         inputs = tuple(x.detach() for x in self.call.inputs)
         return LayerParameter(LayerCall(self.call.layer, self.call.rule, state, inputs, self.call.maps), self.parameter)
 
-    def gram(self, x: Tensor | None, d: Tensor) -> Tensor | None:
+    def gram(self, x: Tensor | None, d: Tensor, doubts: list[Tensor] | None = None) -> Tensor | None:
         """See `Rule`."""
         return None
 

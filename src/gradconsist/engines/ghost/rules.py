@@ -7,6 +7,7 @@ than through the gradients. Everything is differentiable in x and d.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from gradconsist._inputs.precision import wide
 from gradconsist.engines.ghost.conv import Geometry, sample_gradients
-from gradconsist.engines.ghost.gram import cancels, pair_gram, position_gram, row_gram
+from gradconsist.engines.ghost.gram import doubt, pair_gram, position_gram, row_gram
 from gradconsist.engines.ghost.pixel import has_pixel_form, pixel_gram
 
 Form: TypeAlias = Literal["auto", "gradient", "gram"]
@@ -25,6 +26,8 @@ FORMS = ("auto", "gradient", "gram")
 
 # An elementwise pass costs, per number, about as much as this many multiplications inside a matrix product.
 _PASS = 20
+# Gradients with at most so many numbers per sample are compared as one vector, to launch fewer kernels for a copy.
+_SMALL = 2**14
 
 
 class Rule(Protocol):
@@ -47,8 +50,17 @@ class Rule(Protocol):
         """
         ...
 
-    def gram(self, x: Tensor | None, d: Tensor) -> Tensor | None:
-        """Computes M [n, 2, 2] of interleaved samples without forming gradients; None if the rule cannot."""
+    def gram(self, x: Tensor | None, d: Tensor, doubts: list[Tensor] | None = None) -> Tensor | None:
+        """Computes M [n, 2, 2] of interleaved samples without forming gradients; None if the rule cannot.
+
+        Args:
+            x: the input.
+            d: gradients of the outputs.
+            doubts: gets a boolean scalar, true if M may have lost accuracy; see `gradconsist.engines.ghost.gram.doubt`.
+
+        Returns:
+            M, or None.
+        """
         ...
 
     def constant(self) -> Rule:
@@ -78,9 +90,9 @@ class LinearWeight:
         a, d = self.rows(x, d)
         return d.transpose(1, 2) @ a.to(d.dtype)
 
-    def gram(self, x: Tensor | None, d: Tensor) -> Tensor | None:
+    def gram(self, x: Tensor | None, d: Tensor, doubts: list[Tensor] | None = None) -> Tensor | None:
         """See `Rule`."""
-        return position_gram(*self.rows(x, d))
+        return position_gram(*self.rows(x, d), doubts)
 
     def constant(self) -> Rule:
         """See `Rule`."""
@@ -127,12 +139,12 @@ class ConvolutionWeight:
         x = _given(x)
         return sample_gradients(x, d.unflatten(0, x.shape[:2]), self.shape, self.geometry)
 
-    def gram(self, x: Tensor | None, d: Tensor) -> Tensor | None:
+    def gram(self, x: Tensor | None, d: Tensor, doubts: list[Tensor] | None = None) -> Tensor | None:
         """See `Rule`."""
         x = _given(x)
         if not has_pixel_form(self.geometry) or x.shape[1] != 1:
             return None
-        return pixel_gram(x.squeeze(1), d, self.shape[2:], self.geometry)
+        return pixel_gram(x.squeeze(1), d, self.shape[2:], self.geometry, doubts)
 
     def constant(self) -> Rule:
         """See `Rule`."""
@@ -170,7 +182,7 @@ class Bias:
         d = d.unflatten(0, (-1, self.maps)).movedim(self.channel, -1)
         return wide(d).flatten(1, -2).sum(1)
 
-    def gram(self, x: Tensor | None, d: Tensor) -> Tensor | None:
+    def gram(self, x: Tensor | None, d: Tensor, doubts: list[Tensor] | None = None) -> Tensor | None:
         """See `Rule`."""
         return None
 
@@ -199,7 +211,7 @@ class EmbeddingWeight:
         rows = d.new_zeros(samples * self.shape[0], self.shape[1])
         return rows.index_add(0, (ids + start).flatten(), d.flatten(0, 1)).view(samples, *self.shape)
 
-    def gram(self, x: Tensor | None, d: Tensor) -> Tensor | None:
+    def gram(self, x: Tensor | None, d: Tensor, doubts: list[Tensor] | None = None) -> Tensor | None:
         """Sums ⟨d_t, d_t'⟩ over pairs of positions with the same id."""
         ids, d = self.positions(x, d)
         samples, positions = ids.shape
@@ -208,8 +220,8 @@ class EmbeddingWeight:
         rows = d.reshape(samples // 2, 2 * positions, -1)
         products = row_gram(rows).masked_fill(~same, 0.0)
         gram = products.view(-1, 2, positions, 2, positions).sum((2, 4))
-        uncancelled = products.diagonal(dim1=1, dim2=2).reshape(-1, 2, positions).sum(2)
-        return None if cancels(gram.diagonal(dim1=1, dim2=2), uncancelled) else gram
+        doubt(doubts, gram, products.detach().diagonal(dim1=1, dim2=2).reshape(-1, 2, positions).sum(2))
+        return gram
 
     def constant(self) -> Rule:
         """See `Rule`."""
@@ -252,7 +264,52 @@ def chosen(rule: Rule, x: Tensor | None, d: Tensor, form: Form) -> str:
     return form
 
 
+class Parts:
+    """Collects the uses and gradients of all parameters of a chunk, and computes their M with few kernels.
+
+    Args:
+        form: see `chosen`.
+    """
+
+    def __init__(self, form: Form) -> None:
+        self._form = form
+        self._small: list[Tensor] = []
+        self._grams: list[Tensor] = []
+        self._doubtful: list[tuple[int, Tensor, Rule, Tensor | None, Tensor]] = []
+
+    def add(self, rule: Rule, x: Tensor | None, d: Tensor) -> None:
+        """Adds one use, interleaved; takes the arguments of `chosen`."""
+        doubts: list[Tensor] = []
+        gram = rule.gram(x, d, doubts) if chosen(rule, x, d, self._form) == "gram" else None
+        if gram is None:
+            self.add_gradients(rule.gradients(x, d))
+            return
+        self._doubtful += [(len(self._grams), each, rule, x, d) for each in doubts]
+        self._grams.append(gram)
+
+    def add_gradients(self, gradients: Tensor | None) -> None:
+        """Adds per-sample gradients or sketches [N, ...], interleaved; None adds nothing."""
+        if gradients is None:
+            return
+        if gradients[0].numel() > _SMALL:
+            self._grams.append(pair_gram(gradients))
+        else:
+            self._small.append(gradients)
+
+    def grams(self) -> list[Tensor]:
+        """Returns M [n, 2, 2] of the parts, differentiable.
+
+        Doubts are read here, all at once. A part that lost accuracy is computed again from gradients.
+        """
+        if self._doubtful:
+            lost = torch.stack([doubt for _, doubt, *_ in self._doubtful]).tolist()
+            for place, _, rule, x, d in itertools.compress(self._doubtful, lost):
+                self._grams[place] = pair_gram(rule.gradients(x, d))
+        return [*self._grams, *([pair_gram(*self._small)] if self._small else [])]
+
+
 def products(rule: Rule, x: Tensor | None, d: Tensor, form: Form) -> Tensor:
     """Computes M [n, 2, 2] of one use, differentiable; takes the arguments of `chosen`."""
-    gram = rule.gram(x, d) if chosen(rule, x, d, form) == "gram" else None
-    return pair_gram(rule.gradients(x, d)) if gram is None else gram
+    parts = Parts(form)
+    parts.add(rule, x, d)
+    return parts.grams()[0]
