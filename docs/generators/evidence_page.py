@@ -8,6 +8,7 @@ from flatness_page import flatness_section
 from float32_page import float32_section
 from matrix_page import summary_table
 from runs_page import methods_table, methods_text, runs_table, statistics_table
+from sequence_page import sequence_section
 from shared import RATIO, command, made, result_of, table
 
 _STATISTICS = {
@@ -43,6 +44,10 @@ Made by `{command(exact)}` with torch {exact["environment"]["torch"]} on a CPU.
 ### Float32 on whole networks
 
 {float32_section(result_of("float32_error"))}
+
+### Sequence models of transformers
+
+{sequence_section(result_of("sequence_models"))}
 
 ## Cost
 

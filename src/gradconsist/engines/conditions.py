@@ -86,6 +86,7 @@ class Conditions:
             **{function: partial(self._size, function, 0) for function in _SIZED},
             **{function: partial(self._size, function, 1) for function in _SIZED_METHODS},
             torch.where: self._where,
+            Tensor.requires_grad_: self._requires_grad,
             Tensor.__getitem__: self._index,
         }
 
@@ -140,6 +141,11 @@ class Conditions:
         rows = [[leaf] * count if c is None else c.unbind() for leaf, c in zip(flat, columns, strict=True)]
         calls = [tree_unflatten(list(row), form) for row in zip(*rows, strict=True)]
         return [function(*own_args, **own_kwargs) for own_args, own_kwargs in calls]
+
+    def _requires_grad(self, tensor: Tensor, requires_grad: bool = True) -> Tensor:
+        """Does nothing for a sample's tensor: a leaf more changes no parameter's gradient, and vmap refuses to ask."""
+        skipped = requires_grad and self._samples(tensor) is not None
+        return tensor if skipped else tensor.requires_grad_(requires_grad)
 
     def _where(self, *args: Any, **kwargs: Any) -> Any:
         only = len(args) + len(kwargs) == 1  # the form that lists positions

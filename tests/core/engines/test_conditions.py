@@ -66,6 +66,7 @@ FUNCTIONS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     "contains": lambda model, h, mask: model.inner(h).sum(0) if False in mask else model.other(h).sum(0),
     "equal": lambda model, h, mask: (model.inner if torch.equal(mask, ~mask.flip(0)) else model.other)(h).sum(0),
     "range": lambda model, h, mask: sum(model.inner(h[t]).tanh() for t in range(mask.sum())),
+    "requires_grad_": lambda model, h, mask: model.inner(h.requires_grad_()).tanh().sum(0),
     "arange": lambda model, h, mask: model.inner(h[torch.arange(mask.sum())]).tanh().sum(0),
 }
 # What depends on data in its shape needs a graph below vmap, which the ghost engine alone has.

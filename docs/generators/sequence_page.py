@@ -1,0 +1,43 @@
+"""Which sequence models run in one batch: a section of docs/evidence.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shared import command, table
+
+
+def sequence_section(result: dict[str, Any]) -> str:
+    """Text and table.
+
+    Args:
+        result: of tests/slow/sequence_models.py.
+
+    Returns:
+        Markdown.
+    """
+    environment, rows = result["environment"], result["rows"]
+    exact = [row for row in rows if "gradient_error" in row]
+    batched = sum(row["runs"] == "one batch" for row in rows)
+    shown = [row | {"why": _why(row)} for row in rows]
+    columns = {"model": "model", "kind": "kind", "runs": "runs", "loss off by": "loss_error:.0e",
+               "gradient off by": "gradient_error:.0e", "why": "why"}  # fmt: skip
+    return f"""{batched} of {len(rows)} models of transformers {environment["transformers"]} (LoRA by peft
+{environment["peft"]}) run in one batch, with a padding mask that pads some samples. Loss and gradient are compared with
+a plain loop of `torch.autograd.grad` in float64; the largest relative error of a gradient is
+{max(row["gradient_error"] for row in exact):.0e}. Models are small and random.
+Decoders return their cache of keys and values, as by default.
+
+{table(shown, columns)}
+
+Made by `{command(result)}`, torch {environment["torch"]}."""
+
+
+def _why(row: dict[str, Any]) -> str:
+    """Why a model does not run in one batch, in a few words."""
+    said = " ".join([row.get("says", ""), *row.get("reasons", [])])
+    if "setup_context" in said:
+        return "a custom Function without `setup_context`"
+    if "reentrant checkpointing" in said:
+        return "reentrant checkpoints: pass `use_reentrant=False`"
+    return said.strip().replace("|", "/")
