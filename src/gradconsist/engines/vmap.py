@@ -27,8 +27,9 @@ from gradconsist.types import GradProducts, Inputs
 class VmapEngine:
     """Computes vectorised per-sample gradients and stores them, so a chunk of n pairs holds 2 n copies of E.
 
-    Torch refuses operators without a batching rule, data-dependent control flow and in-place writes into buffers; use
-    the loop engine for such models.
+    Conditions that depend on data are answered where all samples agree, and split the batch where they differ. Torch
+    refuses operators without a batching rule, shapes that depend on data and in-place writes into buffers; use the loop
+    engine for such models.
     """
 
     projects: ClassVar[bool] = True

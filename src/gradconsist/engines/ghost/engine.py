@@ -54,10 +54,11 @@ class GhostEngine:
     Both are exact. For parameters without a rule (bare and parametrised weights, scales and shifts, custom recurrent
     layers) the per-sample gradient is formed, which is exact too. The gradients of all uses of a parameter are summed.
 
-    The forward runs under `torch.func.vmap`, which keeps track of the samples' dimension. If vmap refuses a module
-    inside the model (because its control flow depends on its input, say), that module runs sample by sample and the
-    rest as before; the logger "gradconsist" warns once. If vmap refuses the whole model, use `LoopEngine`;
-    ``engine="auto"`` switches to it by itself.
+    The forward runs under `torch.func.vmap`, which keeps track of the samples' dimension. A condition that depends
+    on data is answered where all samples agree; where they differ, each group of equal answers runs as its own batch.
+    If vmap refuses a module inside the model, that module runs sample by sample and the rest as before; the logger
+    "gradconsist" warns once. If vmap refuses the whole model, use `LoopEngine`; ``engine="auto"`` switches to it by
+    itself.
 
     Args:
         form: "auto" chooses by a count of multiplications and passes over memory, the same in every run. "gradient"
