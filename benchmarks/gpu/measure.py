@@ -2,7 +2,7 @@
 
     python benchmarks/gpu/measure.py                       # on a GPU; parts that no longer fit are left out
     python benchmarks/gpu/measure.py --only steps models
-    cd tests && python -m support.simulated_gpu ../benchmarks/gpu/measure.py --rehearse   # see tests/gpu
+    python benchmarks/gpu/measure.py --rehearse            # on the simulated GPU, about five minutes
 
 The parts run in the order of their worth, and the result is written after each of them:
 
@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import copy
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,89 +29,23 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks/shared", "benchmarks/cost", "tests", "src")]
 from environment import write_result
 from models import spec
+from timed_step import DEVICE, PRECISIONS, Step, allow_tf32, timed
 
-from gradconsist import GGCRWrapper, GradientConsistencyLoss, SSLBatch
-from gradconsist.methods import FixMatch
-from support import compare
+from gradconsist import GradientConsistencyLoss
+from support import compare, simulated_gpu
 from support.zoo import CASES
 
 Row = dict[str, Any]
-DEVICE = torch.device("cuda", 0)
-PRECISIONS = {"float32": (False, None), "tf32": (True, None), "bfloat16": (True, torch.bfloat16)}
-
-
-def allow_tf32(allowed: bool) -> None:
-    """For products and convolutions."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
-
-
-class Step:
-    """One step of FixMatch on random images, with or without the term."""
-
-    def __init__(
-        self, name: str, labeled: int, unlabeled: int, side: int | None, weight: float, **options: Any
-    ) -> None:
-        torch.manual_seed(0)
-        self.model = spec(name).build().to(DEVICE).train()
-        shape = spec(name).shape(side)
-        weak = torch.randn(unlabeled, *shape, device=DEVICE)
-        labels = torch.arange(labeled, device=DEVICE) % 10
-        strong = weak + 0.3 * torch.randn_like(weak)
-        self.batch = SSLBatch(torch.randn(labeled, *shape, device=DEVICE), labels, weak, strong)
-        self.loss = GradientConsistencyLoss(self.model, encoder=lambda name: not name.startswith("head"), **options)
-        method = FixMatch(self.model, threshold=0.0)
-        self.wrapper = GGCRWrapper(method, self.loss, weight=weight, warmup_steps=0, gate="method")
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
-
-    def __call__(self, dtype: torch.dtype | None = None, threshold: float = 0.0) -> None:
-        """Runs the step; `threshold` decides how many pairs are compared."""
-        self.wrapper.method.threshold = threshold
-        with torch.autocast("cuda", dtype=dtype) if dtype else nullcontext():
-            loss = self.wrapper(self.batch).loss
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-
-
-def timed(step: Callable[[int], None], rounds: int) -> Row:
-    """Milliseconds of a step by the wall clock, and how much of it the device works, by a trace of a few steps."""
-    for number in range(min(3, rounds)):
-        step(number)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    times = []
-    for number in range(rounds):
-        start = time.perf_counter()
-        step(number)
-        torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
-    peak = torch.cuda.max_memory_allocated()
-    start = time.perf_counter()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
-        for number in range(min(3, rounds)):
-            step(number)
-        torch.cuda.synchronize()
-    wall = 1e6 * (time.perf_counter() - start)
-    on_device = [event for event in trace.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    busy = sum(event.time_range.elapsed_us() for event in on_device)
-    low, high = min(times), max(times)
-    return {
-        "ms": statistics.median(times), "ms_min": low, "ms_max": high, "peak_mib": peak / 2**20,
-        "kernels": len(on_device) / min(3, rounds), "device_busy": busy / wall,
-        "device_ms": busy / 1e3 / min(3, rounds),
-    }  # fmt: skip
 
 
 def part_cases(small: bool) -> list[Row]:
@@ -333,8 +266,11 @@ def main() -> int:
     parser.add_argument("--rehearse", action="store_true", help="small sizes, to see that every part runs")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    if options.rehearse and "SIMULATED_GPU" not in os.environ:
+        command = [sys.executable, "-m", "support.simulated_gpu", *sys.argv]
+        return subprocess.run(command, env=os.environ | simulated_gpu.environment(), check=False).returncode
     if not torch.cuda.is_available():
-        parser.error("there is no CUDA device; --rehearse needs the simulated one (see above)")
+        parser.error("there is no CUDA device: `--rehearse` takes the simulated one")
     results = ROOT / ("build/benchmarks" if options.rehearse else "benchmarks/results")
     output = options.output or results / "gpu.json"
     begun, found, failed = time.monotonic(), {}, []
