@@ -32,7 +32,7 @@ from environment import write_result
 from harness import Row, Timing, alternate, heading, parse, parser, setting, show
 
 from gradconsist.engines.ghost.conv import Convolution, Geometry, Stage
-from gradconsist.engines.ghost.gram import pair_gram
+from gradconsist.engines.ghost.gram import Doubts, lost, pair_gram
 from gradconsist.engines.ghost.rules import ConvolutionWeight, EmbeddingWeight, LinearWeight, Rule, chosen, products
 from support.compare import relative
 
@@ -177,9 +177,9 @@ def _case(
 
 def _doubtful(rule: Rule, x: Tensor, d: Tensor) -> bool:
     """Whether positions cancel so far that the form gives way."""
-    doubts: list[Tensor] = []
+    doubts: Doubts = []
     rule.gram(x, d, doubts)
-    return any(map(bool, doubts))
+    return any(lost(doubts))
 
 
 def _second_derivative(conv: Conv, x: Tensor, d: Tensor, options: Any) -> list[Row]:

@@ -40,7 +40,7 @@ class GradProducts(NamedTuple):
 
     def isfinite(self) -> Tensor:
         """Tells which pairs [B] have three finite numbers."""
-        return torch.isfinite(self.weak) & torch.isfinite(self.strong) & torch.isfinite(self.cross)
+        return torch.isfinite(torch.stack(self)).all(0)
 
 
 class ViewPair(NamedTuple):

@@ -282,7 +282,9 @@ class _Run:
         self.forward.loss_scale = scale
         self.scales[index] = scale
         chunk = problem.take(index)
-        products = GradProducts(*(part / scale**2 for part in self.settings.engine.products(chunk)))
+        products = self.settings.engine.products(chunk)
+        if scale != 1.0:
+            products = GradProducts(*(part / scale**2 for part in products))
         finite = products.isfinite()
         if bool(finite.all()):
             return products

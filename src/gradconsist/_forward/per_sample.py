@@ -14,7 +14,7 @@ Modes, flags and attributes are restored afterwards, even after an error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from gradconsist._forward.batchnorm import BatchNormCalls
 from gradconsist._forward.exact_operators import EXACT, WITHOUT_DROPOUT
@@ -37,8 +38,11 @@ from gradconsist.types import Inputs, LossFunction
 class _ComparisonMode(TorchFunctionMode):
     """Replaces some torch functions while the user's forward runs."""
 
-    def __init__(self, batchnorm: BatchNormCalls, *, dropout: bool) -> None:
+    def __init__(self, batchnorm: BatchNormCalls, *, dropout: bool, counters: Iterable[Tensor] = ()) -> None:
         super().__init__()
+        # Counters of batches are copies, so adding to one matters only if something in the forward reads it.
+        self._counters = {id(counter): counter for counter in counters}
+        self._pending: dict[int, Tensor] = {}
         self._rules: dict[Any, Callable[..., Any]] = {
             F.batch_norm: batchnorm,
             torch.batch_norm: batchnorm.torch_batch_norm,
@@ -55,6 +59,13 @@ class _ComparisonMode(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is Tensor.add_ and id(args[0]) in self._counters and args[1:] == (1,) and not kwargs:
+            self._pending[id(args[0])] = args[0]
+            return args[0]
+        if self._pending:
+            for each in tree_leaves((args, kwargs)):
+                if id(each) in self._pending:
+                    self._pending.pop(id(each)).add_(1)
         return self._rules.get(func, func)(*args, **(kwargs or {}))
 
 
@@ -139,7 +150,8 @@ class PerSampleForward:
         state |= {f"model.{name}": tensor for name, tensor in {**self.parameters, **parameters}.items()}
         self.batchnorm.start_forward(len(leaves(inputs)[0]), view, record=record)
         with ExitStack() as stack:
-            stack.enter_context(_ComparisonMode(self.batchnorm, dropout=self.dropout))
+            counters = (value for name, value in state.items() if name.endswith(".num_batches_tracked"))
+            stack.enter_context(_ComparisonMode(self.batchnorm, dropout=self.dropout, counters=counters))
             if self.autocast is not None:
                 device, dtype = self.autocast
                 # No cached casts: a cast cached under no_grad would silently cut the graph of a later forward.

@@ -10,7 +10,7 @@ of which only the upper triangle is used. Matrices of different parameters add u
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ def pair_gram(*gradients: Tensor) -> Tensor:
 WORST_CANCELLATION = 64.0
 
 
-def position_gram(inputs: Tensor, outputs: Tensor, doubts: list[Tensor] | None = None) -> Tensor:
+def position_gram(inputs: Tensor, outputs: Tensor, doubts: Doubts | None = None) -> Tensor:
     """Computes M of G = sum_t d_t a_t^T without forming G: sum over t, t' of ⟨a_t, a_t'⟩ ⟨d_t, d_t'⟩.
 
     Args:
@@ -96,14 +96,26 @@ def position_gram(inputs: Tensor, outputs: Tensor, doubts: list[Tensor] | None =
     return gram
 
 
-def doubt(doubts: list[Tensor] | None, gram: Tensor, uncancelled: Tensor) -> None:
-    """Adds to `doubts` whether positions cancel so far that float32 loses accuracy, without reading the answer.
+Doubts: TypeAlias = "list[tuple[Tensor, Tensor]]"
+"""Squared norms [n, 2] of uses of a float32 form, each with what its positions add to it by themselves."""
+
+
+def doubt(doubts: Doubts | None, gram: Tensor, uncancelled: Tensor) -> None:
+    """Adds to `doubts` what tells whether positions cancel so far that float32 loses accuracy; reads nothing.
 
     Args:
-        doubts: gets a boolean scalar; nothing in float64. None to take M as it is.
+        doubts: gets one entry; none in float64. None to take M as it is.
         gram: M [n, 2, 2].
         uncancelled: the sum over positions [n, 2] of what each adds to the squared norm by itself.
     """
     if doubts is not None and gram.dtype != torch.float64:
-        squared_norms = gram.detach().diagonal(dim1=1, dim2=2)
-        doubts.append((squared_norms * WORST_CANCELLATION < uncancelled.detach()).any())
+        doubts.append((gram.detach().diagonal(dim1=1, dim2=2), uncancelled.detach()))
+
+
+def lost(doubts: Doubts) -> list[bool]:
+    """Tells for each entry whether accuracy was lost, with one read for all."""
+    if not doubts:
+        return []
+    squared_norms, uncancelled = (torch.stack(parts) for parts in zip(*doubts, strict=True))
+    answers: list[bool] = (squared_norms * WORST_CANCELLATION < uncancelled).flatten(1).any(1).tolist()
+    return answers

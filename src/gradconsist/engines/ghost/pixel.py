@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gradconsist._inputs.precision import wide, wide_dtype
 from gradconsist.engines.ghost.conv import Geometry
-from gradconsist.engines.ghost.gram import doubt
+from gradconsist.engines.ghost.gram import Doubts, doubt
 
 
 def has_pixel_form(geometry: Geometry) -> bool:
@@ -30,7 +30,7 @@ def has_pixel_form(geometry: Geometry) -> bool:
 
 
 def pixel_gram(
-    x: Tensor, gy: Tensor, kernel: tuple[int, ...], geometry: Geometry, doubts: list[Tensor] | None = None
+    x: Tensor, gy: Tensor, kernel: tuple[int, ...], geometry: Geometry, doubts: Doubts | None = None
 ) -> Tensor:
     """Computes M of the weight gradients of a convolution with stride 1.
 
@@ -51,19 +51,19 @@ def pixel_gram(
 
 
 class _PixelGram(torch.autograd.Function):
-    """Computes M from three blocks per pair, (w, w), (s, s) and (w, s), as one batch [3n, ...]."""
+    """Computes M from three blocks per pair, (w, w), (w, s) and (s, s), as one batch [3n, ...]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gy: Tensor, kernel: tuple[int, ...], geometry: Geometry) -> tuple[Tensor, Tensor]:
         patches, pixels, outputs = _summed(x, gy, kernel, geometry)
         n = len(x) // 2
-        own, cross = (patches * outputs).sum((1, 2, 3)).split([2 * n, n])
-        k, q = (each[: 2 * n].diagonal(dim1=2, dim2=3) for each in (patches, outputs))
-        uncancelled = (k * q).sum((1, 2)).view(2, n).t()
+        ww, ws, ss = (patches * outputs).sum((1, 2, 3)).chunk(3)
+        k, q = (each.diagonal(dim1=2, dim2=3) for each in (patches, outputs))
+        uncancelled = (k * q).sum((1, 2)).view(3, n)[::2].t()
         ctx.save_for_backward(x, gy, patches, pixels)
         ctx.options = kernel, geometry
         ctx.mark_non_differentiable(uncancelled)
-        return torch.stack([own[:n], cross, cross, own[n:]], 1).view(-1, 2, 2), uncancelled
+        return torch.stack([ww, ws, ws, ss], 1).view(-1, 2, 2), uncancelled
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor, _: Any) -> tuple[Tensor | None, ...]:
@@ -73,7 +73,7 @@ class _PixelGram(torch.autograd.Function):
             patches, pixels, _ = _summed(x, gy, kernel, geometry)
         # Twice ww and ss; ws from both of its places.
         both = cotangent + cotangent.transpose(1, 2)
-        scale = torch.cat([both[:, 0, 0], both[:, 1, 1], both[:, 0, 1]]).view(-1, 1, 1, 1)
+        scale = torch.cat([both[:, 0, 0], both[:, 0, 1], both[:, 1, 1]]).view(-1, 1, 1, 1)
         pulled = [
             _pull(_positions(tensor, geometry), blocks * scale).view(tensor.shape) if wanted else None
             for tensor, blocks, wanted in zip((x, gy), (pixels, patches), ctx.needs_input_grad, strict=False)
@@ -95,14 +95,15 @@ def _summed(x: Tensor, gy: Tensor, kernel: tuple[int, ...], geometry: Geometry) 
 
 
 def _blocks(a: Tensor) -> Tensor:
-    """Computes Gram matrices over positions of a [N, g, channels, T]: (w, w), (s, s) and (w, s), [3n, g, T, T]."""
+    """Computes Gram matrices over positions of a [N, g, channels, T]: (w, w), (w, s) and (s, s), [3n, g, T, T]."""
     weak, strong = a[0::2], a[1::2]
-    return torch.cat([weak, strong, weak]).transpose(2, 3) @ torch.cat([weak, strong, strong])
+    rows = torch.cat([weak, weak, strong, strong])
+    return rows[: -len(strong)].transpose(2, 3) @ rows[len(weak) :]
 
 
 def _pull(a: Tensor, blocks: Tensor) -> Tensor:
     """Computes the derivative of ⟨Gram blocks of a, given blocks⟩ for a; blocks (w, w) and (s, s) count twice."""
-    ww, ss, ws = blocks.chunk(3)
+    ww, ws, ss = blocks.chunk(3)
     # One matrix product over the positions of both views.
     pair = torch.cat([a[0::2], a[1::2]], 3)
     for_weak, for_strong = pair @ torch.cat([ww, ws.transpose(2, 3)], 2), pair @ torch.cat([ws, ss], 2)

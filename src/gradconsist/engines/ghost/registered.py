@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gradconsist._forward.functional_call import call_with
 from gradconsist._inputs.precision import wide_dtype
 from gradconsist._refusals.failures import innermost
+from gradconsist.engines.ghost.gram import Doubts
 from gradconsist.errors import ConfigError, LossContractError
 
 LayerGradients = Callable[[Any, Any, Tensor], Mapping[str, Tensor]]
@@ -212,7 +213,7 @@ class LayerParameter:
         inputs = tuple(x.detach() for x in self.call.inputs)
         return LayerParameter(LayerCall(self.call.layer, self.call.rule, state, inputs, self.call.maps), self.parameter)
 
-    def gram(self, x: Tensor | None, d: Tensor, doubts: list[Tensor] | None = None) -> Tensor | None:
+    def gram(self, x: Tensor | None, d: Tensor, doubts: Doubts | None = None) -> Tensor | None:
         """See `Rule`."""
         return None
 

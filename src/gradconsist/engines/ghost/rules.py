@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gradconsist._inputs.precision import wide
 from gradconsist.engines.ghost.conv import Geometry, sample_gradients
-from gradconsist.engines.ghost.gram import doubt, pair_gram, position_gram, row_gram
+from gradconsist.engines.ghost.gram import Doubts, doubt, lost, pair_gram, position_gram, row_gram
 from gradconsist.engines.ghost.pixel import has_pixel_form, pixel_gram
 
 Form: TypeAlias = Literal["auto", "gradient", "gram"]
@@ -50,13 +50,13 @@ class Rule(Protocol):
         """
         ...
 
-    def gram(self, x: Tensor | None, d: Tensor, doubts: list[Tensor] | None = None) -> Tensor | None:
+    def gram(self, x: Tensor | None, d: Tensor, doubts: Doubts | None = None) -> Tensor | None:
         """Computes M [n, 2, 2] of interleaved samples without forming gradients; None if the rule cannot.
 
         Args:
             x: the input.
             d: gradients of the outputs.
-            doubts: gets a boolean scalar, true if M may have lost accuracy; see `gradconsist.engines.ghost.gram.doubt`.
+            doubts: gets an entry if M may have lost accuracy; see `gradconsist.engines.ghost.gram.doubt`.
 
         Returns:
             M, or None.
@@ -90,7 +90,7 @@ class LinearWeight:
         a, d = self.rows(x, d)
         return d.transpose(1, 2) @ a.to(d.dtype)
 
-    def gram(self, x: Tensor | None, d: Tensor, doubts: list[Tensor] | None = None) -> Tensor | None:
+    def gram(self, x: Tensor | None, d: Tensor, doubts: Doubts | None = None) -> Tensor | None:
         """See `Rule`."""
         return position_gram(*self.rows(x, d), doubts)
 
@@ -139,7 +139,7 @@ class ConvolutionWeight:
         x = _given(x)
         return sample_gradients(x, d.unflatten(0, x.shape[:2]), self.shape, self.geometry)
 
-    def gram(self, x: Tensor | None, d: Tensor, doubts: list[Tensor] | None = None) -> Tensor | None:
+    def gram(self, x: Tensor | None, d: Tensor, doubts: Doubts | None = None) -> Tensor | None:
         """See `Rule`."""
         x = _given(x)
         if not has_pixel_form(self.geometry) or x.shape[1] != 1:
@@ -182,7 +182,7 @@ class Bias:
         d = d.unflatten(0, (-1, self.maps)).movedim(self.channel, -1)
         return wide(d).flatten(1, -2).sum(1)
 
-    def gram(self, x: Tensor | None, d: Tensor, doubts: list[Tensor] | None = None) -> Tensor | None:
+    def gram(self, x: Tensor | None, d: Tensor, doubts: Doubts | None = None) -> Tensor | None:
         """See `Rule`."""
         return None
 
@@ -211,7 +211,7 @@ class EmbeddingWeight:
         rows = d.new_zeros(samples * self.shape[0], self.shape[1])
         return rows.index_add(0, (ids + start).flatten(), d.flatten(0, 1)).view(samples, *self.shape)
 
-    def gram(self, x: Tensor | None, d: Tensor, doubts: list[Tensor] | None = None) -> Tensor | None:
+    def gram(self, x: Tensor | None, d: Tensor, doubts: Doubts | None = None) -> Tensor | None:
         """Sums ⟨d_t, d_t'⟩ over pairs of positions with the same id."""
         ids, d = self.positions(x, d)
         samples, positions = ids.shape
@@ -275,16 +275,17 @@ class Parts:
         self._form = form
         self._small: list[Tensor] = []
         self._grams: list[Tensor] = []
-        self._doubtful: list[tuple[int, Tensor, Rule, Tensor | None, Tensor]] = []
+        self._doubts: Doubts = []
+        self._doubtful: list[tuple[int, Rule, Tensor | None, Tensor]] = []  # what the doubts are about
 
     def add(self, rule: Rule, x: Tensor | None, d: Tensor) -> None:
         """Adds one use, interleaved; takes the arguments of `chosen`."""
-        doubts: list[Tensor] = []
-        gram = rule.gram(x, d, doubts) if chosen(rule, x, d, self._form) == "gram" else None
+        known = len(self._doubts)
+        gram = rule.gram(x, d, self._doubts) if chosen(rule, x, d, self._form) == "gram" else None
         if gram is None:
             self.add_gradients(rule.gradients(x, d))
             return
-        self._doubtful += [(len(self._grams), each, rule, x, d) for each in doubts]
+        self._doubtful += [(len(self._grams), rule, x, d)] * (len(self._doubts) - known)
         self._grams.append(gram)
 
     def add_gradients(self, gradients: Tensor | None) -> None:
@@ -301,10 +302,8 @@ class Parts:
 
         Doubts are read here, all at once. A part that lost accuracy is computed again from gradients.
         """
-        if self._doubtful:
-            lost = torch.stack([doubt for _, doubt, *_ in self._doubtful]).tolist()
-            for place, _, rule, x, d in itertools.compress(self._doubtful, lost):
-                self._grams[place] = pair_gram(rule.gradients(x, d))
+        for place, rule, x, d in itertools.compress(self._doubtful, lost(self._doubts)):
+            self._grams[place] = pair_gram(rule.gradients(x, d))
         return [*self._grams, *([pair_gram(*self._small)] if self._small else [])]
 
 
