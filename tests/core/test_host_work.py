@@ -69,6 +69,16 @@ def test_the_counts_are_those_of_the_operators() -> None:
     assert sorted(name for _, name in work.reads) == ["_local_scalar_dense", "index"]
 
 
+def test_operations_of_convolutions_count_groups() -> None:
+    x, w = torch.randn(2, 4, 5, 5), torch.randn(6, 2, 3, 3, requires_grad=True)
+    with HostWork() as work:
+        y = torch.nn.functional.conv2d(x, w, stride=2, groups=2)
+    assert work.operations == 2 * y.numel() * 2 * 9
+    with HostWork() as work:
+        y.sum().backward()
+    assert work.operations == 2 * y.numel() * 2 * 9
+
+
 class _Counting(nn.Module):
     """Scales by BatchNorm's own counter, read before, after and in a list."""
 

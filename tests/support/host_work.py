@@ -7,6 +7,7 @@ Counts are the same on every device, except where the library itself treats devi
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
 from contextlib import ExitStack
@@ -60,7 +61,9 @@ class HostWork(TorchDispatchMode):
         if name not in _READS and not self._costs_nothing(func, name):
             self.kernels[place] += 1
         result = func(*args, **(kwargs or {}))
-        if func._overloadpacket in flop_registry:
+        if name in ("aten::convolution", "aten::convolution_backward"):
+            self.operations += _of_convolution(name, args)
+        elif func._overloadpacket in flop_registry:
             self.operations += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
         return result
 
@@ -72,6 +75,19 @@ class HostWork(TorchDispatchMode):
             view = bool(returned) and all(each.alias_info and not each.alias_info.is_write for each in returned)
             self._free[func] = view or not tensors or not name.startswith("aten::") or name.startswith(_FREE)
         return self._free[func]
+
+
+def _of_convolution(name: str, args: Any) -> int:
+    """Returns the operations of a convolution or of its gradients; torch's own count ignores groups."""
+    if name == "aten::convolution":
+        x, w, transposed, wanted = args[0], args[1], args[6], 1
+        sizes = zip(x.shape[2:], w.shape[2:], *(args[place] for place in (3, 4, 5)), strict=True)
+        out = [(size + 2 * pad - d * (k - 1) - 1) // step + 1 for size, k, step, pad, d in sizes]
+        positions = x.numel() if transposed else x.shape[0] * w.shape[0] * math.prod(out)
+    else:
+        gy, x, w, transposed, wanted = args[0], args[1], args[2], args[7], sum(args[10][:2])
+        positions = x.numel() if transposed else gy.numel()
+    return int(2 * wanted * positions * math.prod(w.shape[1:]))
 
 
 def by_line(counts: Counter[tuple[str, str]]) -> dict[str, int]:
