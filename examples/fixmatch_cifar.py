@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import sys
 
-from trainer.cli import parse_config
-from trainer.training import main
+from trainer.launch import start
 
 if __name__ == "__main__":
-    sys.exit(main(parse_config(sys.argv[1:], program="fixmatch_cifar.py", description=str(__doc__))))
+    sys.exit(start("fixmatch_cifar.py", str(__doc__), "CIFAR"))

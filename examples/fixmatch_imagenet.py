@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import sys
 
-from trainer.cli import parse_options
-from trainer.imagenet.config import PRESETS
-from trainer.imagenet.training import main
+from trainer.launch import start
 
 if __name__ == "__main__":
-    sys.exit(main(parse_options(sys.argv[1:], PRESETS, program="fixmatch_imagenet.py", description=str(__doc__))))
+    sys.exit(start("fixmatch_imagenet.py", str(__doc__), "IMAGENET"))

@@ -25,11 +25,9 @@ from environment import write_result
 from harness import Row, heading, parse, parser, reason, setting, show
 from point import Peak
 
-from trainer.imagenet.config import ImageNetConfig, resolve
-from trainer.imagenet.networks import build_network
-from trainer.imagenet.step import ProcessTrainer
+from trainer.config import IMAGENET, Config, resolve
 from trainer.loader import StepImages, ToModel
-from trainer.processes import Processes
+from trainer.step import Trainer
 
 PLAIN = "--ggcr-weight 0"
 # By what the command line says, the options.
@@ -56,11 +54,9 @@ def run(point: dict[str, Any]) -> Row:
         "unlabeled_ratio": point["pairs"] // point["labeled"], "threshold": 0.0, "unlabeled_ramp": 0,
         "ggcr_warmup": 0, "steps": 10**6,
     }  # fmt: skip
-    config = resolve(dataclasses.replace(ImageNetConfig(), **{**options, **SETTINGS[point["variant"]]}))
-    alone = Processes(0, 1, 1, torch.device("cpu"))
-    torch.manual_seed(0)
-    to_model = ToModel([0.5] * 3, [0.25] * 3, alone.device, channels_last=False)
-    trainer = ProcessTrainer(config, build_network(config, 1000, alone), to_model, 0, alone)
+    config = resolve(dataclasses.replace(IMAGENET["paper"], **{**options, **SETTINGS[point["variant"]]}))
+    to_model = ToModel([0.5] * 3, [0.25] * 3, torch.device("cpu"))
+    trainer = Trainer.fresh(config, 1000, to_model, 0)
     images = _images(config)
     read = time.process_time if point["clock"] == "cpu" else time.perf_counter
     peak, seconds = Peak("cpu"), []
@@ -76,10 +72,11 @@ def run(point: dict[str, Any]) -> Row:
     return {"seconds": statistics.median(seconds), "seconds_min": min(seconds), "peak_bytes": peak.read()}
 
 
-def _images(config: ImageNetConfig) -> StepImages:
+def _images(config: Config) -> StepImages:
     pairs = config.batch_size * int(config.unlabeled_ratio or 0)
     sizes = (config.batch_size, pairs, pairs)
-    x, weak, strong = (torch.randint(256, (n, config.image_size, config.image_size, 3)).to(torch.uint8) for n in sizes)
+    side = int(config.image_size or 0)
+    x, weak, strong = (torch.randint(256, (n, side, side, 3)).to(torch.uint8) for n in sizes)
     y, index = torch.arange(config.batch_size), torch.arange(pairs)
     return StepImages(x, y, weak, strong, index, index)
 

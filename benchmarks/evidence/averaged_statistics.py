@@ -22,7 +22,7 @@ from environment import write_result
 from harness import Row, heading, parse, show
 from methods import config_of, images, trained
 
-from trainer.evaluation import evaluate, with_fresh_statistics
+from trainer.evaluation import Evaluated, evaluate, with_fresh_statistics
 from trainer.methods import METHODS
 
 COLUMNS = {"variant": "<26", "copied": "8.4f", "averaged": "8.4f", "anew": "8.4f", "lowest_copied": "8.4f"}
@@ -36,7 +36,8 @@ def train(method_name: str, seed: int, steps: int, weight: float) -> dict[str, f
     copied.load_state_dict(dict(model.named_buffers()), strict=False)  # buffers only
     kinds: dict[str, nn.Module] = {"copied": copied, "averaged": average.model, "anew": anew}
     return {
-        kind: float(evaluate(each, data.test_x, data.test_y, to_model)["test_accuracy"]) for kind, each in kinds.items()
+        kind: evaluate(each, Evaluated(data.test_x, data.test_y), to_model, len(data.classes)).accuracy
+        for kind, each in kinds.items()
     }
 
 

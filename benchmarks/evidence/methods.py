@@ -31,7 +31,7 @@ from harness import Row, parse, show
 from trainer.config import Config, preset_config, resolve
 from trainer.datasets import Images, load_images
 from trainer.ema import AveragedModel
-from trainer.evaluation import evaluate
+from trainer.evaluation import Evaluated, evaluate
 from trainer.loader import StepDataset, StepImages, ToModel
 from trainer.methods import METHODS, build_method
 from trainer.schedule import build_optimizer, set_learning_rate
@@ -89,7 +89,7 @@ def train(config: Config) -> tuple[float, float]:
     """
     data = images()
     _, average, to_model, seconds = trained(config)
-    accuracy = evaluate(average.model, data.test_x, data.test_y, to_model)["test_accuracy"]
+    accuracy = evaluate(average.model, Evaluated(data.test_x, data.test_y), to_model, len(data.classes)).accuracy
     return float(accuracy), seconds / (config.steps - config.ggcr_warmup)
 
 

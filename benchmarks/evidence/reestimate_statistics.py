@@ -24,7 +24,7 @@ from environment import write_result
 from trainer.checkpoint import load_latest
 from trainer.config import Config
 from trainer.datasets import Images, load_images
-from trainer.evaluation import evaluate, with_fresh_statistics
+from trainer.evaluation import Evaluated, evaluate, with_fresh_statistics
 from trainer.loader import ToModel
 from trainer.models import build_model
 
@@ -51,9 +51,13 @@ def main() -> None:
             model.load_state_dict(tensors)
             model.eval()
             row = {"run": folder.name, "label": stored["label"], "weights": weights}
-            row["stored"] = evaluate(model, images.test_x, images.test_y, to_model)["test_accuracy"]
+            row["stored"] = evaluate(
+                model, Evaluated(images.test_x, images.test_y), to_model, len(images.classes)
+            ).accuracy
             fresh = with_fresh_statistics(model, images.train_x, to_model)
-            row["anew"] = evaluate(fresh, images.test_x, images.test_y, to_model)["test_accuracy"]
+            row["anew"] = evaluate(
+                fresh, Evaluated(images.test_x, images.test_y), to_model, len(images.classes)
+            ).accuracy
             print(
                 f"{row['run']:40s} {weights:9s} stored {row['stored']:.4f}   taken anew {row['anew']:.4f}", flush=True
             )

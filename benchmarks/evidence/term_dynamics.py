@@ -142,7 +142,7 @@ def follow(cell: Cell, images: Images, looks: int) -> list[Row]:
     """
     config = cell.config
     to_model = ToModel(*images.channel_statistics(), torch.device("cpu"), channels_last=config.channels_last)
-    trainer = Trainer(config, len(images.classes), to_model, len(images.train_y), None)
+    trainer = Trainer.fresh(config, len(images.classes), to_model, len(images.train_y), None)
     dataset = StepDataset(images, draw_split(images, config.labels, config.seed), config)
     rows = []
     for step in range(config.steps):

@@ -99,8 +99,8 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
         return _load(path, content)
     if problems:
         raise CheckpointError(
-            "no checkpoint of this run is whole:\n  " + "\n  ".join(problems) + "\n"
-            f"Restore one from a backup, or delete {folder} to start the run from its beginning."
+            f"no checkpoint of this run is whole ({'; '.join(problems)}): "
+            f"restore one from a backup, or delete {folder} to start the run from its beginning."
         )
     return None
 

@@ -1,35 +1,45 @@
-"""From the command line to a `Config`: preset and file first, so that `--help` shows the defaults that hold."""
+"""From the command line to a `Config`: preset and file first, so that `--help` shows the defaults that hold.
+
+Nothing here imports torch, so that `--help` and mistakes are answered at once.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-import sys
+import difflib
+import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import tyro
 
-from trainer.config import PRESETS, Config, preset_config
+from trainer.config import CIFAR, Config
 from trainer.config_file import read_options
-from trainer.errors import OptionError
+from trainer.errors import OptionError, refuse
 
-Options = TypeVar("Options", bound=Config)
+# Words of other trainers, and what they are here.
+_EXPLAINED = {
+    "epochs": "this trainer counts steps: --steps = epochs x images / (--batch-size x --unlabeled-ratio)",
+    "learning_rate": "write --lr",
+    "model": "write --arch",
+    "gpus": "start the trainer with torchrun --nproc-per-node",
+    "pretrained": "write --init-from pretrained",
+    "num_labels": "write --labels",
+    "num_workers": "write --workers",
+}
 
-# By preset, the defaults of `fixmatch_cifar.py`.
-CIFAR: Mapping[str, Config] = {name: preset_config(name) for name in PRESETS}
 
-
-def parse_config(arguments: Sequence[str], *, program: str, description: str) -> Config:
-    """`parse_options` for `fixmatch_cifar.py`."""
-    return parse_options(arguments, CIFAR, program=program, description=description)
-
-
-def parse_options(
-    arguments: Sequence[str], presets: Mapping[str, Options], *, program: str, description: str
-) -> Options:
-    """Parse a trainer's command line; an unknown option or a wrong value ends the process with status 2.
+def parse_config(
+    arguments: Sequence[str],
+    presets: Mapping[str, Config] = CIFAR,
+    *,
+    program: str = "fixmatch_cifar.py",
+    description: str = "",
+) -> Config:
+    """Parse the trainer's command line; an unknown option or a wrong value ends the process with status 2.
 
     Args:
         arguments: The command line without the program's name.
@@ -40,31 +50,57 @@ def parse_options(
     Returns:
         The preset's defaults, overridden by those of the file `--config`, overridden by the options given.
     """
-    # Preset and file decide the defaults of all other options, so they are read before them; a wrong preset is left
-    # to the full parser, whose message lists the choices.
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--preset")
-    early.add_argument("--config")
-    given = early.parse_known_args(list(arguments))[0]
     try:
-        default = _defaults(presets, given.preset, given.config)
+        return _parse(arguments, presets, program, description)
     except OptionError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from error
-    return tyro.cli(
-        type(default),
-        args=list(arguments),
-        default=default,
-        prog=program,
-        description=description,
-    )
+        raise SystemExit(refuse(error)) from error
 
 
-def _defaults(presets: Mapping[str, Options], preset: str | None, file: str | None) -> Options:
+def _parse(arguments: Sequence[str], presets: Mapping[str, Config], program: str, description: str) -> Config:
+    # Preset and file decide the defaults of all other options, so they are read before them.
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    early.add_argument("--preset", nargs="?")
+    early.add_argument("--config", nargs="?")
+    given = early.parse_known_args(list(arguments))[0]
+    if given.preset is not None and given.preset not in presets:
+        raise OptionError(f"--preset {given.preset!r} is unknown: choose from {', '.join(presets)}.")
+    default = _defaults(presets, given.preset, given.config)
+    for word in arguments:
+        _check_name(word)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            config = tyro.cli(Config, args=list(arguments), default=default, prog=program, description=description)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        # A box of several lines: its frame goes, its words stay.
+        text = re.sub(r"\x1b\[[0-9;]*m|[╭╮╰╯│─]|Parsing error|For full helptext.*", " ", said.getvalue())
+        raise OptionError(f"{' '.join(text.split())} (--help lists the options)") from stop
+    return config
+
+
+def _check_name(word: str) -> None:
+    """Refuse an option that does not exist, with the nearest one that does."""
+    if not word.startswith("--") or word == "--":
+        return
+    name = word[2:].split("=")[0].replace("-", "_")
+    fields = {field.name for field in dataclasses.fields(Config)} - {"recipe", "processes"}
+    switches = {f"no_{name}" for name in fields}
+    if name in fields | switches | {"help"}:
+        return
+    hint = _EXPLAINED.get(name)
+    if hint is None:
+        close = difflib.get_close_matches(name, fields, n=1)
+        hint = f"did you mean --{close[0].replace('_', '-')}?" if close else "--help lists what there is."
+    raise OptionError(f"{word.split('=')[0]} is no option; {hint}")
+
+
+def _defaults(presets: Mapping[str, Config], preset: str | None, file: str | None) -> Config:
     first = next(iter(presets.values()))
     if file in (None, "None"):  # as the full parser reads it
         return presets.get(str(preset), first)
-    options = read_options(Path(file), type(first))
+    options = read_options(Path(str(file)), type(first))
     named = options.get("preset", preset)
     if preset not in (None, named):
         raise OptionError(f"--preset {preset}, but --config {file} has the preset {named}: leave one of them out.")

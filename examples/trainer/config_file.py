@@ -1,7 +1,4 @@
-"""`--config FILE`: options from a JSON file, or from the `config.json` of a run, which repeats it.
-
-JSON, because it is what a run stores, and because Python 3.10 reads no TOML.
-"""
+"""`--config FILE`: options from a JSON or YAML file, or from the `config.json` of a run, which repeats it."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ NOT_REPEATED = frozenset({"output", "config"})
 
 
 def read_options(path: Path, kind: type[Any]) -> dict[str, Any]:
-    """Read options from a JSON object such as `{"labels": 250, "seed": 1}`, or from a run's `config.json`.
+    """Read options from a JSON or YAML object such as `{"labels": 250, "seed": 1}`, or from a run's `config.json`.
 
     Args:
         path: The file.
@@ -33,7 +30,8 @@ def read_options(path: Path, kind: type[Any]) -> dict[str, Any]:
         OptionError: Where the file cannot be read, names an option that does not exist, or gives one a wrong value.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        text = path.read_text(encoding="utf-8")
+        found = _yaml(text) if path.suffix in (".yaml", ".yml") else json.loads(text, object_pairs_hook=_unique)
     except (OSError, ValueError, RecursionError) as error:
         raise OptionError(
             f"--config {path} cannot be read ({error}): give a JSON object of options, or a run's config.json."
@@ -59,6 +57,27 @@ def read_options(path: Path, kind: type[Any]) -> dict[str, Any]:
     if "config" in options:
         raise OptionError(f"--config {path}: 'config' in a file would be another file; put the options into one.")
     return options
+
+
+def _yaml(text: str) -> Any:
+    """What a YAML file holds, by PyYAML's safe loader; a name that stands there twice is refused, as in JSON."""
+    try:
+        import yaml
+    except ImportError as error:
+        raise ValueError("YAML needs PyYAML: pip install pyyaml") from error
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        pass
+
+    def mapping(loader: Any, node: Any) -> dict[Any, Any]:
+        loader.flatten_mapping(node)
+        return _unique(loader.construct_pairs(node, deep=True))
+
+    Loader.add_constructor("tag:yaml.org,2002:map", mapping)
+    try:
+        return yaml.load(text, Loader)  # noqa: S506 - a safe loader
+    except yaml.YAMLError as error:
+        raise ValueError(f"no YAML: {error}") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

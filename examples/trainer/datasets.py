@@ -1,35 +1,77 @@
-"""Image classification data as uint8 tensors in memory, decoded once.
+"""Image classification data: `Images` decoded once into memory, or `Photographs` read from disk when needed.
 
 Index letters: N images, H and W their sides; images are `[N, H, W, 3]`.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from dataclasses import dataclass
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from trainer.config import Config
-from trainer.errors import DatasetError
-from trainer.folder import load_folder
+from trainer.errors import DatasetError, ResumeError
+from trainer.folder import NO_LABEL, Files, decode, list_folder
+from trainer.images import CHECK_SECONDS, damaged, for_each, read_image
+
+Manifest = dict[str, tuple[int, str]]
+IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # its channels' mean and deviation, as torchvision has them
+
+
+@dataclass
+class FileRecord:
+    """What is known of the files of a folder data set.
+
+    Attributes:
+        train: Names of the training files, below the data set's folder.
+        manifest: Label and fingerprint of every file, by name: what must be the same on resume.
+        left_out: Name to reason of files that were damaged before the first step.
+        lost: Indices of training files that went bad later, and of none of which a view is made.
+        lost_tests: The same of test files.
+        reasons: Name to reason of the lost ones.
+        notes: For people.
+    """
+
+    train: list[str]
+    manifest: Manifest
+    left_out: dict[str, str] = field(default_factory=dict)
+    lost: frozenset[int] = frozenset()
+    lost_tests: frozenset[int] = frozenset()
+    reasons: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def digest(self) -> str:
+        """SHA-256 of the manifest."""
+        return hashlib.sha256("".join(manifest_lines(self.manifest)).encode()).hexdigest()
+
+
+def manifest_lines(manifest: Manifest) -> Iterable[str]:
+    """A manifest as text, a file a line."""
+    return (json.dumps([name, label, fingerprint]) + "\n" for name, (label, fingerprint) in manifest.items())
 
 
 @dataclass(frozen=True)
 class Images:
-    """A data set.
+    """A data set in memory.
 
     Attributes:
         name: For tables and logs.
         classes: Class names, in label order.
         train_x: Training images, uint8 `[N, H, W, 3]`.
-        train_y: Training labels, int64 `[N]`.
+        train_y: Training labels, int64 `[N]`; `NO_LABEL` where there is none.
         test_x: Test images.
         test_y: Test labels.
         flip: Whether a mirrored image is of the same class (false for digits).
+        files: Where they are from, for a folder.
     """
 
     name: str
@@ -39,9 +81,12 @@ class Images:
     test_x: Tensor
     test_y: Tensor
     flip: bool
+    files: FileRecord | None = None
 
     def digest(self) -> str:
         """SHA-256 of all pixels and labels."""
+        if self.files is not None:
+            return self.files.digest()
         digest = hashlib.sha256()
         for part in (self.train_x, self.train_y, self.test_x, self.test_y):
             digest.update(f"{tuple(part.shape)}".encode())
@@ -49,6 +94,11 @@ class Images:
         return digest.hexdigest()
 
     def channel_statistics(self) -> tuple[list[float], list[float]]:
+        """See `_statistics`."""
+        return self._statistics
+
+    @functools.cached_property
+    def _statistics(self) -> tuple[list[float], list[float]]:
         """Mean and deviation of each channel over the training images, in units of 255.
 
         Returns:
@@ -66,24 +116,200 @@ class Images:
         return means, deviations
 
 
-def load_images(config: Config) -> Images:
-    """Load the data set that the options name.
+class Photographs:
+    """One part of a folder data set, decoded when needed.
+
+    Names are kept in one array of bytes: a million Python strings in every loader worker would be copied there, because
+    counting references writes to their memory.
+
+    Args:
+        root: The data set's folder.
+        files: The part's files.
+
+    Attributes:
+        y: Labels int64 `[N]`; `NO_LABEL` where there is none.
+    """
+
+    def __init__(self, root: Path, files: Files) -> None:
+        self.root = str(root)
+        self.names = np.array([os.fsencode(name) for name in files.names], dtype=bytes)
+        self.y = torch.tensor(files.labels, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        """Path below the data set's folder."""
+        return os.fsdecode(self.names[index])
+
+    def read(self, index: int) -> Image.Image:
+        """Decode a photograph, as `read_image` does."""
+        return read_image(Path(self.root, self.name(index)))
+
+
+@dataclass(frozen=True)
+class PhotographFolder:
+    """A folder data set that stays on disk.
+
+    Attributes:
+        name: For tables and logs.
+        classes: Class names, in label order.
+        train: Training photographs.
+        test: Test photographs.
+        files: What is known of them.
+        flip: True.
+    """
+
+    name: str
+    classes: list[str]
+    train: Photographs
+    test: Photographs
+    files: FileRecord
+    flip: bool = True
+
+    @property
+    def train_y(self) -> Tensor:
+        """Training labels, int64 `[N]`."""
+        return self.train.y
+
+    @property
+    def test_y(self) -> Tensor:
+        """Test labels."""
+        return self.test.y
+
+    def digest(self) -> str:
+        """SHA-256 of the names, labels and sizes of all files."""
+        return self.files.digest()
+
+    def channel_statistics(self) -> tuple[list[float], list[float]]:
+        """ImageNet's: those of the photographs would need a pass over all of them."""
+        return IMAGENET
+
+
+DataSet = Images | PhotographFolder
+
+
+def load_images(config: Config, before: FileRecord | None = None) -> DataSet:
+    """Load or list the data set that the options name.
 
     Args:
         config: Resolved options.
+        before: What the run to be continued knows of its files.
 
     Returns:
-        The images.
+        The data set.
 
     Raises:
         DatasetError: Where the data are missing, unreadable, or not laid out as they should be.
+        ResumeError: Where the files are not those of the run.
     """
     if config.dataset == "digits":
         return _digits()
-    if config.dataset == "folder":
-        classes, train, test = load_folder(Path(config.data_dir), config.image_size)
-        return Images(f"folder {Path(config.data_dir).name}", classes, *train, *test, flip=True)
-    return _torchvision(config.dataset, Path(config.data_dir))
+    if config.dataset != "folder":
+        return _torchvision(config.dataset, Path(config.data_dir))
+    return _folder(config, before)
+
+
+def _folder(config: Config, before: FileRecord | None) -> DataSet:
+    root, in_memory = Path(config.data_dir), config.feed == "memory"
+    listing = list_folder(root)
+    left_out, lost = (dict(before.left_out), dict(before.reasons)) if before else ({}, {})
+    train, test = (part.without(set(left_out)) for part in (listing.train, listing.test))
+    if before is not None and before.manifest:
+        train, test, gone = _as_before(config, before, train, test)
+        lost |= gone
+    names = train.names + test.names
+    pixels = torch.empty(0)
+    if in_memory:
+        pixels, found = decode(root, names, config.image_size, lost)
+    else:
+        found = _check(config, root, names, lost, new=before is None)
+    bad = {names[index]: reason for index, reason in found.items()}
+    if bad and not config.skip_damaged:
+        raise damaged(bad)
+    if before is None:
+        left_out |= bad
+        kept = torch.tensor([name not in bad for name in names])
+        pixels = pixels[kept] if in_memory and bad else pixels
+        train, test = train.without(set(bad)), test.without(set(bad))
+        empty = [name for k, name in enumerate(listing.classes) if k not in set(train.labels)]
+        if empty:
+            raise DatasetError(f"no image of {', '.join(empty)} in {root / 'train'} can be read: replace them.")
+        names = train.names + test.names
+    else:
+        lost |= bad
+    labels = train.labels + test.labels
+    prints = _fingerprints(root, names, pixels if in_memory else None, lost)
+    manifest = {name: (label, mark) for name, label, mark in zip(names, labels, prints, strict=True)}
+    if before is not None and before.manifest:
+        changed = [name for name in names if name not in lost and manifest[name] != before.manifest[name]]
+        if changed and not config.skip_damaged:
+            raise _other_files(config, "changed", changed)
+        lost |= dict.fromkeys(changed, "is another file than before")
+        manifest = before.manifest
+    lost_train, lost_test = (
+        frozenset(k for k, name in enumerate(part.names) if name in lost) for part in (train, test)
+    )
+    record = FileRecord(train.names, manifest, left_out, lost_train, lost_test, lost, listing.notes)
+    name = f"folder {root.resolve().name}"
+    if not in_memory:
+        return PhotographFolder(name, listing.classes, Photographs(root, train), Photographs(root, test), record)
+    y, count = torch.tensor(labels, dtype=torch.int64), len(train.names)
+    tests = torch.tensor([name not in lost for name in test.names], dtype=torch.bool)
+    x_test, y_test = pixels[count:][tests], y[count:][tests]
+    return Images(name, listing.classes, pixels[:count], y[:count], x_test, y_test, flip=True, files=record)
+
+
+def _as_before(config: Config, before: FileRecord, train: Files, test: Files) -> tuple[Files, Files, dict[str, str]]:
+    """The files of the run, in its order; those that are gone are lost, if that is allowed."""
+    now = dict(zip(train.names + test.names, train.labels + test.labels, strict=True))
+    new = [name for name in now if name not in before.manifest]
+    gone = [name for name in before.manifest if name not in now]
+    if new:
+        raise _other_files(config, "new", new)
+    if gone and not config.skip_damaged:
+        raise _other_files(config, "gone", gone)
+    known = set(before.train)
+    tests = [name for name in before.manifest if name not in known]
+    first, second = (Files(part, [before.manifest[name][0] for name in part]) for part in (before.train, tests))
+    return first, second, dict.fromkeys(gone, "is gone")
+
+
+def _other_files(config: Config, what: str, names: list[str]) -> ResumeError:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    remedy = "remove them" if what == "new" else "restore them, or give --skip-damaged to go on without them"
+    return ResumeError(
+        f"--data-dir {config.data_dir} differs from the data set that the run in {config.output} started with: "
+        f"{len(names)} {'file is' if len(names) == 1 else 'files are'} {what} ({', '.join(names[:3])}{more}): "
+        f"{remedy}, or give another --output to start a new run."
+    )
+
+
+def _check(config: Config, root: Path, names: list[str], lost: dict[str, str], *, new: bool) -> dict[int, str]:
+    """Which files cannot be read; a run that goes on has checked them, and asks again only where told to."""
+    if config.check_images is False or (config.check_images is None and not new):
+        return {}
+
+    def work(index: int) -> None:
+        if names[index] not in lost:
+            read_image(root / names[index])
+
+    most = CHECK_SECONDS if config.check_images is None else None
+    return for_each(len(names), work, verb="checked", most_seconds=most)
+
+
+def _fingerprints(root: Path, names: list[str], pixels: Tensor | None, lost: dict[str, str]) -> list[str]:
+    """A hash of each image's pixels where they are in memory, else the file's size."""
+    if pixels is not None:
+        return [hashlib.sha256(image.tobytes()).hexdigest()[:16] for image in pixels.numpy()]
+    return ["" if name in lost else str(_size(root / name)) for name in names]
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # a broken link, if files are not checked
+        return NO_LABEL
 
 
 def _digits() -> Images:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import sys
+
 
 class TrainerError(Exception):
     """Base of everything that the trainers refuse; `exit_code` is the process's exit status."""
@@ -29,3 +32,17 @@ class CheckpointError(TrainerError):
 
 class NonFiniteLossError(TrainerError):
     """The loss or its gradient became NaN or infinite; nothing was updated or overwritten."""
+
+
+def refuse(error: BaseException) -> int:
+    """Print what was refused on one line that begins with `error:`.
+
+    Args:
+        error: What was raised.
+
+    Returns:
+        The exit status that goes with it.
+    """
+    text = re.sub(r"\s*\n\s*", " ", str(error).strip()) or type(error).__name__
+    print(f"error: {text}", file=sys.stderr)
+    return getattr(error, "exit_code", 1)

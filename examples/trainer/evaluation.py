@@ -1,53 +1,191 @@
-"""Test accuracy and recalls of a model, in [0, 1]."""
+"""Accuracy and recalls of a model, in [0, 1], over all processes, each image counted once."""
 
 from __future__ import annotations
 
 import copy
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
-from trainer.loader import ToModel
+from trainer.datasets import DataSet, Images, Photographs
+from trainer.errors import DatasetError, TrainerError
+from trainer.images import fit
+from trainer.loader import ToModel, init_worker
+from trainer.processes import ALONE, Processes
+from trainer.runlog import append_line
 
 PROTOCOL = "test accuracy of the averaged (EMA) model in [0, 1]; best is chosen on the test images, so it is optimistic"
+BATCH, PHOTOGRAPHS = 250, 64  # images at a time
+RECALLS = 100  # more classes than this are not listed one by one in the log
+
+
+def shorter_side(size: int, feed: str) -> int:
+    """What the shorter side is scaled to before the centre square of `size` is cut."""
+    return round(size * 8 / 7) if feed == "stream" else size
+
+
+class Evaluated(Dataset[tuple[Tensor, Tensor, int]]):
+    """Labeled images in batches, as a process sees them: every W-th from its rank on, none twice.
+
+    Args:
+        source: uint8 `[N, H, W, 3]`, or photographs.
+        y: Their labels `[N]`.
+        index: Which of them.
+        processes: Among whom they are shared.
+        size: Side of photographs.
+        record: Where to note photographs that cannot be read, which then do not count; None to end the run.
+        lost: Photographs that went bad before.
+    """
+
+    def __init__(
+        self, source: Tensor | Photographs, y: Tensor, index: Tensor | None = None, processes: Processes = ALONE, *,
+        size: int = 0, record: Path | None = None, lost: frozenset[int] = frozenset(),
+    ) -> None:  # fmt: skip
+        index = torch.arange(len(y)) if index is None else index
+        if lost:
+            index = index[~torch.isin(index, torch.tensor(sorted(lost)))]
+        self.count, mine = len(index), index[processes.rank :: processes.world]
+        self.parts = [part for part in mine.split(BATCH if isinstance(source, Tensor) else PHOTOGRAPHS) if len(part)]
+        self.source, self.y, self.size, self.record = source, y, size, record
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, int]:
+        """Images, labels, and how many could not be read."""
+        part = self.parts[number]
+        if isinstance(self.source, Tensor):
+            return self.source[part], self.y[part], 0
+        pixels, kept = [], []
+        for index in part.tolist():
+            try:
+                image = self.source.read(index)
+            except DatasetError as error:
+                if self.record is None:
+                    raise DatasetError(
+                        f"{error}: restore the file, or give --skip-damaged to go on without it."
+                    ) from error
+                append_line(self.record, {"file": self.source.name(index), "reason": str(error)})
+                continue
+            kept.append(index)
+            pixels.append(np.asarray(fit(image, shorter_side(self.size, "stream"), self.size)))
+        stacked = np.stack(pixels) if pixels else np.zeros((0, self.size, self.size, 3), np.uint8)
+        return torch.from_numpy(stacked), self.y[torch.tensor(kept, dtype=torch.int64)], len(part) - len(kept)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model gets right.
+
+    Attributes:
+        confusion: Images of class i that were taken for class j, `[K, K]`.
+        top5: Share of the images whose class is among the five first.
+        loss: Mean cross-entropy.
+    """
+
+    confusion: Tensor
+    top5: float
+    loss: float
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the images that are classified rightly."""
+        return float(self.confusion.diagonal().sum()) / float(self.confusion.sum())
+
+    def recalls(self) -> list[float]:
+        """Of each class, the share of its images that is found; NaN where it has none."""
+        return (self.confusion.diagonal().double() / self.confusion.sum(1)).tolist()
+
+    def numbers(self, prefix: str, classes: Sequence[str]) -> dict[str, float]:
+        """For the log."""
+        recalls = zip(classes, self.recalls(), strict=True) if len(classes) <= RECALLS else ()
+        first = {
+            f"{prefix}_accuracy": self.accuracy, f"{prefix}_accuracy_top5": self.top5, f"{prefix}_loss": self.loss
+        }  # fmt: skip
+        return first | {f"{'' if prefix == 'test' else prefix + '_'}recall/{name}": value for name, value in recalls}
 
 
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    pixels: Tensor,
-    labels: Tensor,
+    images: Evaluated,
     to_model: ToModel,
+    classes: int,
     *,
-    batch: int = 250,
-    classes: Sequence[str] = (),
-) -> dict[str, float]:
-    """Accuracy, mean cross-entropy and recalls over a set of images.
+    workers: int = 0,
+    processes: Processes = ALONE,
+) -> Scores:
+    """Classify images.
 
     Args:
-        model: In eval mode.
-        pixels: uint8 `[N, H, W, 3]`.
-        labels: int64 `[N]`.
+        model: In eval mode; made equal to process 0's, whose BatchNorm statistics count.
+        images: This process's part of them.
         to_model: Normalisation and device.
-        batch: Images at a time.
-        classes: Names of the classes whose recall to give.
+        classes: Number of classes K.
+        workers: Loader processes.
+        processes: Among whom the images are shared.
 
     Returns:
-        `test_accuracy`, `test_loss`, and `recall/NAME` of each class: the share of its images that are found, NaN
-        where it has none.
+        The scores over all processes.
+
+    Raises:
+        TrainerError: The processes did not see each image exactly once, or no image could be read.
     """
-    loss, predictions = 0.0, []
-    for start in range(0, len(labels), batch):
-        target = labels[start : start + batch].to(to_model.device)
-        logits = model(to_model.images(pixels[start : start + batch])).float()
-        predictions.append(logits.argmax(1).cpu())
-        loss += float(F.cross_entropy(logits, target, reduction="sum"))
-    right = torch.cat(predictions) == labels
-    recalls = {f"recall/{name}": float(right[labels == k].double().mean()) for k, name in enumerate(classes)}
-    return {"test_accuracy": int(right.sum()) / len(labels), "test_loss": loss / len(labels), **recalls}
+    processes.copy_from_first(model.state_dict().values())
+    batches = DataLoader(
+        images,
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=init_worker if workers else None,
+        generator=torch.Generator(),
+    )
+    confusion = torch.zeros(classes * classes, dtype=torch.int64)
+    top5, loss, skipped = 0, 0.0, 0
+
+    def go() -> None:
+        nonlocal top5, loss, skipped
+        for pixels, labels, unread in batches:
+            skipped += unread
+            if not len(labels):
+                continue
+            target = labels.to(to_model.device)
+            logits = model(to_model.images(pixels)).float()
+            best = logits.topk(min(5, classes)).indices
+            confusion.add_(torch.bincount(labels * classes + best[:, 0].cpu(), minlength=classes**2))
+            top5 += int((best == target[:, None]).sum())
+            loss += float(F.cross_entropy(logits, target, reduction="sum"))
+
+    processes.together(go)
+    *counts, top5_all, loss_all, skipped_all = processes.sum([*confusion.tolist(), top5, loss, skipped])
+    whole = torch.tensor(counts).long().view(classes, classes)
+    seen = int(whole.sum())
+    if seen + skipped_all != images.count or not seen:
+        raise TrainerError(
+            f"evaluation saw {seen} images of {images.count}: none can be read, or the processes list different files."
+        )
+    return Scores(whole, top5_all / seen, loss_all / seen)
+
+
+def test_images(data: DataSet, processes: Processes, *, size: int, record: Path | None) -> Evaluated:
+    """The test images of a data set."""
+    if isinstance(data, Images):
+        return Evaluated(data.test_x, data.test_y, processes=processes)
+    lost = data.files.lost_tests
+    return Evaluated(data.test, data.test_y, processes=processes, size=size, record=record, lost=lost)
+
+
+def training_images(data: DataSet, index: Tensor, processes: Processes, *, size: int, record: Path | None) -> Evaluated:
+    """Some training images, as test images."""
+    lost = data.files.lost if data.files else frozenset()
+    source = data.train_x if isinstance(data, Images) else data.train
+    return Evaluated(source, data.train_y, index, processes, size=size, record=record, lost=lost)
 
 
 @torch.no_grad()
@@ -81,17 +219,19 @@ def with_fresh_statistics(
     return fresh.eval()
 
 
-def summarize(accuracies: list[float]) -> dict[str, float]:
+def summarize(accuracies: list[float], judged: Sequence[float] = ()) -> dict[str, float]:
     """The three numbers that papers report, from all evaluations of a run.
 
     Args:
-        accuracies: Test accuracies in the order of evaluation, at least one.
+        accuracies: Accuracies in the order of evaluation, at least one.
+        judged: Accuracies on held-out images at the same times; `best` is then that of the first highest of them.
 
     Returns:
         `last`, `median_last_20` and `best`.
     """
+    chosen = judged if judged else accuracies
     return {
         "last": accuracies[-1],
         "median_last_20": statistics.median(accuracies[-20:]),
-        "best": max(accuracies),
+        "best": accuracies[max(range(len(chosen)), key=chosen.__getitem__)],
     }

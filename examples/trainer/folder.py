@@ -1,73 +1,68 @@
-"""Images from folders, one directory per class: ROOT/train/CLASS/*.png and ROOT/test/CLASS/*.png (or ROOT/val)."""
+"""Images in folders: `train/CLASS/**`, `test/CLASS/**` (or `val/`, or none), and `unlabeled/**` without classes."""
 
 from __future__ import annotations
 
+import collections
 import os
-import sys
-import time
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from trainer.errors import DatasetError
-from trainer.files import regular_size
+from trainer.images import damaged, fit, for_each, read_image
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff"})
-LabeledImages = tuple[Tensor, Tensor]
+SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff"}
+)
+NO_LABEL = -1
+
+
+@dataclass(frozen=True)
+class Files:
+    """Some files of a data set.
+
+    Attributes:
+        names: Paths below the data set's folder.
+        labels: Class of each, or `NO_LABEL`.
+    """
+
+    names: list[str]
+    labels: list[int]
+
+    def without(self, left_out: set[str]) -> Files:
+        """The same but for some names."""
+        kept = [k for k, name in enumerate(self.names) if name not in left_out]
+        return Files([self.names[k] for k in kept], [self.labels[k] for k in kept])
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a folder data set, in label order and then by name.
+    """The files of a folder data set, in label order and then by name; those without a label come last.
 
     Attributes:
-        classes: Class names in alphabetical order.
-        train: `ROOT/train`.
-        test: `ROOT/test` or `ROOT/val`.
-        train_names: File names of each class below `train`.
-        test_names: File names of each class below `test`.
+        root: The folder.
+        classes: Class names in alphabetical order, in Unicode's composed form.
+        train: Training files.
+        test: Test files; none where there is no test part.
+        notes: What was found and is not used, for people.
     """
 
+    root: Path
     classes: list[str]
-    train: Path
-    test: Path
-    train_names: list[list[str]]
-    test_names: list[list[str]]
-
-
-def load_folder(root: Path, image_size: int | None) -> tuple[list[str], LabeledImages, LabeledImages]:
-    """Decode a folder data set into memory.
-
-    Args:
-        root: Holds `train/` and `test/` (or `val/`), each with one directory per class.
-        image_size: Side to resize (shorter side) and centre-crop to; None: all images must have one size.
-
-    Returns:
-        Class names in alphabetical order, then images uint8 `[N, H, W, 3]` and labels int64 `[N]` of the
-        training part and of the test part.
-
-    Raises:
-        DatasetError: Wrong layout, class sets that differ, an unreadable image, or sizes that differ.
-    """
-    found = list_folder(root)
-    parts = ((found.train, found.train_names), (found.test, found.test_names))
-    files = [
-        [(part / found.classes[label] / name, label) for label, members in enumerate(names) for name in members]
-        for part, names in parts
-    ]
-    reader = _Reader(image_size, sum(len(part) for part in files))
-    return found.classes, reader.read(files[0]), reader.read(files[1])
+    train: Files
+    test: Files
+    notes: list[str]
 
 
 def list_folder(root: Path) -> Listing:
     """List a folder data set without opening an image.
 
     Args:
-        root: As for `load_folder`.
+        root: Holds `train/`, and perhaps `test/` (or `val/`) and `unlabeled/`.
 
     Returns:
         The files.
@@ -75,94 +70,179 @@ def list_folder(root: Path) -> Listing:
     Raises:
         DatasetError: Wrong layout, class sets that differ, or a class without images.
     """
-    layout = "expected --data-dir to hold train/CLASS/IMAGE and test/CLASS/IMAGE (or val/ instead of test/)"
+    layout = "expected --data-dir to hold train/CLASS/IMAGE, and perhaps test/CLASS/IMAGE (or val/) and unlabeled/IMAGE"
     if not root.is_dir():
         raise DatasetError(f"--data-dir {root} is not a directory: {layout}.")
-    train = root / "train"
-    test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
-    if not train.is_dir() or test is None:
+    train, unlabeled = root / "train", root / "unlabeled"
+    held = [root / name for name in ("test", "val") if (root / name).is_dir()]
+    if not train.is_dir():
         found = ", ".join(sorted(entry.name for entry in root.iterdir())[:8]) or "nothing"
         raise DatasetError(f"--data-dir {root} holds {found}: {layout}.")
-    classes, test_classes = _class_names(train), _class_names(test)
-    if classes != test_classes:
-        only_train = sorted(set(classes) - set(test_classes))
-        only_test = sorted(set(test_classes) - set(classes))
-        raise DatasetError(
-            f"{train} and {test} must have the same class directories: "
-            f"only in {train.name}: {only_train or 'none'}; only in {test.name}: {only_test or 'none'}."
-        )
+    skipped: collections.Counter[str] = collections.Counter()
+    folders = _class_folders(train, skipped)
+    classes = sorted(folders)
     if len(classes) < 2:
         raise DatasetError(f"{train} has {len(classes)} class directories; a classifier needs at least two.")
-    return Listing(classes, train, test, _names(train, classes), _names(test, classes))
+    files = _labeled(root, train, folders, classes, skipped)
+    tested = Files([], [])
+    if held:
+        test_folders = _class_folders(held[0], skipped)
+        if classes != sorted(test_folders):
+            raise DatasetError(
+                f"{train} and {held[0]} must have the same class directories: only in train: "
+                f"{sorted(set(classes) - set(test_folders)) or 'none'}; only in {held[0].name}: "
+                f"{sorted(set(test_folders) - set(classes)) or 'none'}."
+            )
+        tested = _labeled(root, held[0], test_folders, classes, skipped)
+    if unlabeled.is_dir():
+        names = _walk(root, "unlabeled", skipped, frozenset())
+        if not names:
+            raise DatasetError(f"{unlabeled} holds no image ({', '.join(sorted(SUFFIXES))}): add images or remove it.")
+        files = Files(files.names + names, files.labels + [NO_LABEL] * len(names))
+    notes = [f"{held[1]} is not used: {held[0].name}/ is the test part"] if len(held) > 1 else []
+    if skipped:
+        notes.append("not used: " + ", ".join(f"{count:,} {what}" for what, count in sorted(skipped.items())))
+    return Listing(root, classes, files, tested, notes)
 
 
-def _class_names(part: Path) -> list[str]:
-    return sorted(entry.name for entry in part.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+def _class_folders(part: Path, skipped: collections.Counter[str]) -> dict[str, str]:
+    """Class name to the folder's name: the same letters may be written in several ways (macOS decomposes them)."""
+    folders: dict[str, str] = {}
+    for entry in sorted(os.scandir(part), key=lambda entry: entry.name):
+        if entry.name.startswith("."):
+            skipped["hidden"] += 1
+        elif not _is_folder(entry):
+            skipped[f"beside the class folders of {part.name}/"] += 1
+        else:
+            try:
+                entry.name.encode()
+            except UnicodeEncodeError as error:
+                shown = os.fsencode(entry.name).decode(errors="backslashreplace")
+                raise DatasetError(f"{part} has a class folder {shown!r} that is no UTF-8: rename it.") from error
+            name = unicodedata.normalize("NFC", entry.name)
+            if name in folders:
+                raise DatasetError(
+                    f"{part} has two class folders that both read {name!r}, in different Unicode forms: merge them."
+                )
+            folders[name] = entry.name
+    return folders
 
 
-def _names(part: Path, classes: list[str]) -> list[list[str]]:
-    names = []
-    for name in classes:
-        members = sorted(entry for entry in os.listdir(part / name) if Path(entry).suffix.lower() in SUFFIXES)
+def _labeled(
+    root: Path, part: Path, folders: dict[str, str], classes: list[str], skipped: collections.Counter[str]
+) -> Files:
+    names: list[str] = []
+    labels: list[int] = []
+    for number, name in enumerate(classes):
+        members = _walk(root, os.path.join(part.name, folders[name]), skipped, frozenset())
         if not members:
             raise DatasetError(
-                f"{part / name} holds no image ({', '.join(sorted(SUFFIXES))}): add images or remove the class."
+                f"{part / folders[name]} holds no image ({', '.join(sorted(SUFFIXES))}): "
+                "add images or remove the class."
             )
-        names.append(members)
+        names += members
+        labels += [number] * len(members)
+    return Files(names, labels)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _walk(root: Path, below: str, skipped: collections.Counter[str], above: frozenset[str]) -> list[str]:
+    """Images in a folder and its sub-folders, sorted; links are followed, but not in circles."""
+    real = os.path.realpath(root / below)
+    if real in above:
+        skipped["links to a folder above"] += 1
+        return []
+    names: list[str] = []
+    try:
+        entries = sorted(os.scandir(root / below), key=lambda entry: entry.name)
+    except OSError as error:
+        raise DatasetError(f"{root / below} cannot be listed ({error}): allow it, or remove the folder.") from error
+    for entry in entries:
+        suffix = os.path.splitext(entry.name)[1].lower()
+        if entry.name.startswith("."):
+            skipped["hidden"] += 1
+        elif _is_folder(entry):
+            names += _walk(root, os.path.join(below, entry.name), skipped, above | {real})
+        elif suffix in SUFFIXES:
+            names.append(os.path.join(below, entry.name))
+        else:
+            skipped[f"of type {suffix or 'unknown'}"] += 1
     return names
 
 
-class _Reader:
-    """Decodes files of one common size, with a line of progress every few seconds."""
+def decode(root: Path, names: list[str], side: int | None, lost: dict[str, str]) -> tuple[Tensor, dict[int, str]]:
+    """Decode images into one array.
 
-    def __init__(self, image_size: int | None, total: int) -> None:
-        self.image_size, self.total, self.done = image_size, total, 0
-        self.size: tuple[int, int] | None = None  # of the first image; all others must agree
-        self.first: Path | None = None
-        self.said = time.monotonic()
+    Args:
+        root: The data set's folder.
+        names: Paths below it.
+        side: Side to resize (shorter side) and centre-crop to; None: all images must have one size.
+        lost: Names that are left as zeros.
 
-    def read(self, files: list[tuple[Path, int]]) -> LabeledImages:
-        images: np.ndarray | None = None
-        for position, (path, _) in enumerate(files):
-            pixels = self._decode(path)
-            if images is None:  # one allocation for all: no second copy while stacking
-                images = np.empty((len(files), *pixels.shape), dtype=np.uint8)
-            images[position] = pixels
-            self._report()
-        labels = torch.tensor([label for _, label in files], dtype=torch.int64)
-        return torch.from_numpy(images), labels
+    Returns:
+        uint8 `[N, H, W, 3]`; and number to reason of those that cannot be read.
 
-    def _decode(self, path: Path) -> np.ndarray:
+    Raises:
+        DatasetError: Where sizes differ, or none can be read.
+    """
+    images: np.ndarray | None = None
+    sizes: dict[int, tuple[int, int]] = {}
+    first, bad = 0, {}
+    for first in range(len(names)):  # the first that can be read decides the size
         try:
-            regular_size(path)
-            with Image.open(path) as opened:
-                image = opened.convert("RGB")
-        except Exception as error:  # a damaged file can fail anywhere in its format's decoder, and with any class
-            raise DatasetError(f"{path} cannot be read as an image ({error}): replace or remove it.") from error
-        if self.image_size is not None:
-            image = _resize_and_crop(image, self.image_size)
-        if self.size is None:
-            self.size, self.first = image.size, path
-        elif image.size != self.size:
-            raise DatasetError(
-                f"{path} is {image.size[0]}x{image.size[1]}, but {self.first} is {self.size[0]}x{self.size[1]}: "
-                "give --image-size SIDE to resize and centre-crop every image to one size."
-            )
-        return np.asarray(image)
+            width, height = (side, side) if side else read_image(root / names[first]).size
+            images = np.zeros((len(names), height, width, 3), dtype=np.uint8)
+            break
+        except DatasetError as error:
+            bad[first] = str(error)
+    if images is None:
+        raise damaged(bad)
 
-    def _report(self) -> None:
-        self.done += 1
-        now = time.monotonic()
-        if now - self.said > 3 or self.done == self.total:
-            self.said = now
-            print(f"decoded {self.done:,} of {self.total:,} images", file=sys.stderr, flush=True)
+    def work(index: int) -> None:
+        if names[index] in lost:
+            return
+        image = read_image(root / names[index])
+        if side is not None:
+            image = fit(image, side, side)
+        if image.size == (width, height):
+            images[index] = np.asarray(image)
+        else:
+            sizes[index] = image.size
+
+    found = for_each(len(names), work, verb="decoded")
+    if sizes:
+        index = min(sizes)
+        raise DatasetError(
+            f"{root / names[index]} is {sizes[index][0]}x{sizes[index][1]}, but {root / names[first]} is "
+            f"{width}x{height}: give --image-size SIDE to resize and centre-crop every image to one size."
+        )
+    return torch.from_numpy(images), found
 
 
-def _resize_and_crop(image: Image.Image, side: int) -> Image.Image:
-    """Scale the shorter side to `side`, then cut the centre square."""
-    width, height = image.size
-    scale = side / min(width, height)
-    width, height = max(side, round(width * scale)), max(side, round(height * scale))
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - side) // 2, (height - side) // 2
-    return image.crop((left, top, left + side, top + side))
+def load_folder(root: Path, image_size: int | None) -> tuple[list[str], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Decode a folder data set into memory.
+
+    Args:
+        root: As for `list_folder`.
+        image_size: Side to resize (shorter side) and centre-crop to; None: all images must have one size.
+
+    Returns:
+        Class names in alphabetical order, then images uint8 `[N, H, W, 3]` and labels int64 `[N]` of the
+        training part and of the test part.
+
+    Raises:
+        DatasetError: Wrong layout, class sets that differ, unreadable images, or sizes that differ.
+    """
+    listing = list_folder(root)
+    pixels, bad = decode(root, listing.train.names + listing.test.names, image_size, {})
+    if bad:
+        raise damaged(bad)
+    train = len(listing.train.names)
+    parts = [torch.tensor(part.labels, dtype=torch.int64) for part in (listing.train, listing.test)]
+    return listing.classes, (pixels[:train], parts[0]), (pixels[train:], parts[1])

@@ -13,7 +13,7 @@ from trainer.cli import parse_config
 from trainer.config import HARMLESS, Config, preset_config, resolve
 from trainer.errors import OptionError, ResumeError
 from trainer.files import read_json, write_json
-from trainer.models import parse_arch
+from trainer.option_checks import parse_arch
 from trainer.runs import json_lines
 
 # What makes each row. Tables share them: a run is made once.

@@ -1,8 +1,8 @@
-"""Batches by step number: batch k is a pure function of (data, split, options, seed, k).
+"""Batches by number: batch k is a pure function of (data, split, options, seed, k), and each process takes its part.
 
-So resuming needs no loader state, and any number of workers gives the same batches.
+So resuming needs no loader state, and neither workers nor the number of processes change an image.
 
-Index letters: B labeled images of a step, U = ratio * B unlabeled ones.
+Index letters: B labeled images of a batch over all processes, U = ratio * B unlabeled ones, W processes, S side.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -19,13 +21,19 @@ from torch.utils.data import DataLoader, Dataset
 from gradconsist import SSLBatch
 from trainer.augment import STRONG_DRAWS, WEAK_DRAWS, strong_view, weak_view
 from trainer.config import Config
-from trainer.datasets import Images
+from trainer.datasets import DataSet, Images, PhotographFolder
+from trainer.errors import DatasetError, TrainerError
+from trainer.processes import ALONE, Processes
+from trainer.runlog import append_line
 from trainer.split import Split
-from trainer.streams import EndlessOrder, Stream, uniform
+from trainer.streams import EndlessOrder, Stream, raw, uniform
+from trainer.views import View, random_crop, render, strong_crop
+
+LEFT_OUT = "left_out.jsonl"
 
 
 class StepImages(NamedTuple):
-    """The uint8 images `[*, H, W, 3]` of one step, before normalisation, with what is known of them.
+    """The uint8 images `[*, H, W, 3]` of one batch, before normalisation, with what is known of them.
 
     Attributes:
         x: Labeled images `[B, H, W, 3]`.
@@ -33,7 +41,7 @@ class StepImages(NamedTuple):
         weak: Weak views `[U, H, W, 3]`; U is 0 for a supervised run.
         strong: Strong views of the same images.
         indices: Which training images these are `[U]`.
-        truth: Their labels `[U]`, for the log only.
+        truth: Their labels `[U]`, for the log only; -1 where there is none.
     """
 
     x: Tensor
@@ -44,50 +52,146 @@ class StepImages(NamedTuple):
     truth: Tensor
 
 
-class StepDataset(Dataset[StepImages]):
-    """Maps a step number to that step's images.
+class Batches(Dataset[StepImages]):
+    """Maps a number to this process's images of that batch.
 
     Args:
-        images: The data set.
-        split: Which images are labeled.
+        data: The data set.
+        split: Which images are labeled, and which are not trained on.
         config: Resolved options.
+        processes: Which part to make.
     """
 
-    def __init__(self, images: Images, split: Split, config: Config) -> None:
-        self.x, self.y, self.flip = images.train_x, images.train_y, images.flip
-        self.labeled = split.labeled
-        self.seed, self.batch, self.strong = config.seed, config.batch_size, str(config.strong)
-        supervised = config.method == "supervised"
-        self.unlabeled_batch = 0 if supervised else config.batch_size * int(config.unlabeled_ratio or 0)
-        self.labeled_order = EndlessOrder(config.seed, Stream.LABELED_ORDER, len(split.labeled))
-        self.unlabeled_order = EndlessOrder(config.seed, Stream.UNLABELED_ORDER, len(images.train_y))
+    def __init__(self, data: DataSet, split: Split, config: Config, processes: Processes = ALONE) -> None:
+        self.data, self.y, self.seed, self.labeled = data, data.train_y, config.seed, split.labeled
+        self.batch = config.batch_size
+        self.unlabeled_batch = 0 if config.method == "supervised" else self.batch * int(config.unlabeled_ratio or 0)
+        self.mine = processes.share(self.batch), processes.share(self.unlabeled_batch)
+        trained = torch.ones(len(self.y), dtype=torch.bool)
+        trained[split.held_out] = False
+        self.unlabeled = torch.nonzero(trained).flatten()
+        self.labeled_order = EndlessOrder(config.seed, Stream.LABELED_ORDER, len(self.labeled))
+        self.unlabeled_order = EndlessOrder(config.seed, Stream.UNLABELED_ORDER, len(self.unlabeled))
+        self.lost = set(data.files.lost) if data.files else set()
 
-    def __getitem__(self, step: int) -> StepImages:
-        """Build the images of a step."""
-        chosen = torch.from_numpy(self.labeled_order.draws(step * self.batch, self.batch))
-        labeled = self.labeled[chosen]
-        draws = uniform(self.seed, Stream.LABELED_VIEW, step, self.batch, WEAK_DRAWS)
-        x = weak_view(self.x[labeled].numpy(), draws, flip=self.flip)
-        number = self.unlabeled_batch
-        index = torch.from_numpy(self.unlabeled_order.draws(step * number, number))
-        plain = self.x[index].numpy()
-        draws = uniform(self.seed, Stream.WEAK_VIEW, step, number, WEAK_DRAWS)
+    def __getitem__(self, number: int) -> StepImages:
+        """Build this process's images of a batch."""
+        labeled = self.labeled_order.draws(number * self.batch, self.batch)[self.mine[0]]
+        count = self.unlabeled_batch
+        unlabeled = self.unlabeled_order.draws(number * count, count)[self.mine[1]]
+        return self._build(number, labeled.tolist(), unlabeled.tolist())
+
+    def _build(self, number: int, labeled: list[int], unlabeled: list[int]) -> StepImages:
+        raise NotImplementedError
+
+    def _present(self, pool: Tensor, places: list[int]) -> list[int]:
+        """The images at some places of a pool; in the place of a lost one, the next that is there."""
+        return [next(k for k in self._from(pool, place) if k not in self.lost) for place in places]
+
+    def _from(self, pool: Tensor, place: int) -> Iterator[int]:
+        """The images of a pool from a place on, once around."""
+        for step in range(len(pool)):
+            yield int(pool[(place + step) % len(pool)])
+        raise DatasetError("no image of the run can be read any more: restore them, or give another --output.")
+
+
+class StepDataset(Batches):
+    """Batches of images in memory: views are shifted crops."""
+
+    def __init__(self, data: Images, split: Split, config: Config, processes: Processes = ALONE) -> None:
+        super().__init__(data, split, config, processes)
+        self.x, self.flip, self.strong = data.train_x, data.flip and config.flip, str(config.strong)
+
+    def _build(self, number: int, labeled: list[int], unlabeled: list[int]) -> StepImages:
+        chosen = torch.tensor(self._present(self.labeled, labeled), dtype=torch.int64)
+        draws = uniform(self.seed, Stream.LABELED_VIEW, number, self.batch, WEAK_DRAWS)[self.mine[0]]
+        x = weak_view(self.x[chosen].numpy(), draws, flip=self.flip)
+        index = torch.tensor(self._present(self.unlabeled, unlabeled), dtype=torch.int64)
+        plain, count = self.x[index].numpy(), self.unlabeled_batch
+        draws = uniform(self.seed, Stream.WEAK_VIEW, number, count, WEAK_DRAWS)[self.mine[1]]
         weak = weak_view(plain, draws, flip=self.flip)
-        draws = uniform(self.seed, Stream.STRONG_VIEW, step, number, STRONG_DRAWS)
+        draws = uniform(self.seed, Stream.STRONG_VIEW, number, count, STRONG_DRAWS)[self.mine[1]]
         strong = strong_view(plain, draws, self.strong, flip=self.flip)
         return StepImages(
-            torch.from_numpy(x), self.y[labeled], torch.from_numpy(weak), torch.from_numpy(strong), index, self.y[index]
+            torch.from_numpy(x), self.y[chosen], torch.from_numpy(weak), torch.from_numpy(strong), index, self.y[index]
         )
 
 
-def worker_count(workers: int | None) -> int:
-    """Settle `--workers`: as given, else one per core that the training process leaves over, four at most."""
-    return min(4, spare_cores()) if workers is None else workers
+class StepPhotographs(Batches):
+    """Batches of photographs that are decoded here: views are random crops of the whole photograph.
+
+    Every view has a seed that follows from the run's seed, the batch, the view's kind and the place in the *global*
+    batch. A photograph that cannot be read ends the run; with `--skip-damaged` the next one takes its place, and
+    `left_out.jsonl` records it.
+    """
+
+    def __init__(self, data: PhotographFolder, split: Split, config: Config, processes: Processes = ALONE) -> None:
+        super().__init__(data, split, config, processes)
+        self.train, self.size, self.skip = data.train, int(config.image_size or 0), config.skip_damaged
+        self.weak = random_crop(self.size, config.crop_scale, flip=config.flip)
+        self.strong = strong_crop(str(config.strong), self.size, config.crop_scale, flip=config.flip)
+        self.record = Path(str(config.output)) / LEFT_OUT
+
+    def _build(self, number: int, labeled: list[int], unlabeled: list[int]) -> StepImages:
+        seeds = self._seeds(Stream.LABELED_VIEW, number, self.batch)[self.mine[0]]
+        chosen, (x,) = self._views(self.labeled, labeled, [(self.weak, seeds)])
+        kinds = [(self.weak, Stream.WEAK_VIEW), (self.strong, Stream.STRONG_VIEW)]
+        wanted = [(v, self._seeds(stream, number, self.unlabeled_batch)[self.mine[1]]) for v, stream in kinds]
+        index, (weak, strong) = self._views(self.unlabeled, unlabeled, wanted)
+        return StepImages(x, self.y[chosen], weak, strong, index, self.y[index])
+
+    def _seeds(self, stream: Stream, number: int, count: int) -> list[int]:
+        """Seeds of the views of the whole batch, below 2^63."""
+        return [int(draw) for draw in raw(self.seed, stream, number, count) >> np.uint64(1)]
+
+    def _views(
+        self, pool: Tensor, places: list[int], wanted: list[tuple[View, list[int]]]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Which photographs, each decoded once, and uint8 tensors `[N, S, S, 3]` of their views."""
+        out = np.empty((len(wanted), len(places), self.size, self.size, 3), dtype=np.uint8)
+        chosen = []
+        for row, place in enumerate(places):
+            for index in self._from(pool, place):
+                if index in self.lost:
+                    continue
+                try:
+                    image = self.train.read(index)
+                except DatasetError as error:
+                    self._lose(index, error)
+                    continue
+                break
+            chosen.append(index)
+            for kind, (view, seeds) in enumerate(wanted):
+                out[kind, row] = render(view, image, seeds[row])
+        return torch.tensor(chosen, dtype=torch.int64), list(torch.from_numpy(out))
+
+    def _lose(self, index: int, error: DatasetError) -> None:
+        if not self.skip:
+            raise DatasetError(
+                f"{error}: restore the file, or start the same command again with --skip-damaged to go on without it."
+            ) from error
+        self.lost.add(index)
+        append_line(self.record, {"file": self.train.name(index), "reason": str(error)})
 
 
-def spare_cores() -> int:
-    """Cores that the training process leaves over, of those that it may run on."""
-    return (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)) - 1
+def batches_of(data: DataSet, split: Split, config: Config, processes: Processes) -> Batches:
+    """The feed that the options ask for."""
+    if isinstance(data, Images):
+        return StepDataset(data, split, config, processes)
+    return StepPhotographs(data, split, config, processes)
+
+
+def spare_cores(local_world: int = 1) -> int:
+    """Cores that each of a machine's training processes leaves over, of those that it may run on."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return cores // local_world - 1
+
+
+def worker_count(config: Config, local_world: int = 1) -> int:
+    """Settle `--workers` for each process: as given, else the machine's cores shared out, four (or eight) at most."""
+    if config.workers is not None:
+        return config.workers
+    return min(8 if config.feed == "stream" else 4, max(0, spare_cores(local_world)))
 
 
 def init_worker(_: int) -> None:
@@ -98,24 +202,37 @@ def init_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+class _Caught(Dataset[StepImages | TrainerError]):
+    """A data set that returns what it refuses: raised in a worker, it would come with the worker's traceback."""
+
+    def __init__(self, dataset: Dataset[StepImages]) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, number: int) -> StepImages | TrainerError:
+        try:
+            return self.dataset[number]
+        except TrainerError as error:
+            return type(error)(str(error))
+
+
 def step_batches(
     dataset: Dataset[StepImages], first: int, last: int, *, workers: int, pin: bool, ahead: int = 4
 ) -> Iterator[StepImages]:
-    """Yield the images of the steps `first .. last - 1`, in order.
+    """Yield the images of the batches `first .. last - 1`, in order.
 
     Args:
-        dataset: Builds a step's images.
-        first: First step.
-        last: One past the last step.
+        dataset: Builds a batch's images.
+        first: First batch.
+        last: One past the last.
         workers: Processes that prepare batches ahead; 0 prepares them here.
         pin: Whether to copy to page-locked memory (for CUDA).
         ahead: Batches that each worker prepares ahead.
 
-    Returns:
-        An iterator over the steps' images.
+    Yields:
+        The batches' images.
     """
     loader = DataLoader(
-        dataset,
+        _Caught(dataset),
         batch_size=None,
         sampler=range(first, last),
         num_workers=workers,
@@ -124,7 +241,10 @@ def step_batches(
         worker_init_fn=init_worker if workers else None,
         generator=torch.Generator(),  # else the loader draws a seed from the global generator
     )
-    return iter(loader)
+    for images in loader:
+        if isinstance(images, TrainerError):
+            raise images
+        yield images
 
 
 class ToModel:
@@ -137,8 +257,10 @@ class ToModel:
         channels_last: Memory format of the result.
     """
 
-    def __init__(self, mean: list[float], deviation: list[float], device: torch.device, *, channels_last: bool) -> None:
-        self.device, self.channels_last = device, channels_last
+    def __init__(
+        self, mean: list[float], deviation: list[float], device: torch.device, *, channels_last: bool = False
+    ) -> None:
+        self.mean, self.deviation, self.device, self.channels_last = mean, deviation, device, channels_last
         self.scale = (1 / (255 * torch.tensor(deviation, dtype=torch.float64))).float().to(device).view(1, 3, 1, 1)
         self.shift = (torch.tensor(mean, dtype=torch.float64) * 255).float().to(device).view(1, 3, 1, 1)
 
@@ -149,6 +271,6 @@ class ToModel:
         return (x.float() - self.shift) * self.scale
 
     def batch(self, step: StepImages) -> SSLBatch:
-        """Turn a step's images into the batch that a method takes."""
+        """Turn a batch's images into the batch that a method takes."""
         y, index = (part.to(self.device, non_blocking=True) for part in (step.y, step.indices))
         return SSLBatch(self.images(step.x), y, self.images(step.weak), self.images(step.strong), index)

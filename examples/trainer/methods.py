@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch.nn.functional as F
 from torch import nn
@@ -14,6 +14,7 @@ from gradconsist import GGCRWrapper, GradientConsistencyLoss, SSLBatch, StepOutp
 from gradconsist.regularizers import GradientNormPenalty, JacobianPenalty
 from trainer.config import Config
 from trainer.errors import OptionError
+from trainer.models import classifier_head
 from trainer.option_checks import projection
 
 
@@ -81,16 +82,13 @@ def check_method(config: Config) -> None:
             )
 
 
-def build_method(
-    model: nn.Module, config: Config, samples: int | None = None, *, chunk_size: int | Literal["auto"] = "auto"
-) -> nn.Module:
+def build_method(model: nn.Module, config: Config, samples: int | None = None) -> nn.Module:
     """Build the method, with GGCR and the Jacobian penalty around it where their weights are above 0.
 
     Args:
         model: The network; its last linear layer is the classifier head, and all the rest the encoder.
         config: Resolved options.
         samples: Number of training images, for the methods that remember each of them.
-        chunk_size: Pairs that GGCR compares at a time.
 
     Returns:
         A module from an `SSLBatch` to a `StepOutput`; with both weights 0 it is the plain method itself.
@@ -103,7 +101,7 @@ def build_method(
     known |= {argument: getattr(config, option) for option, argument in ARGUMENTS.items()}
     taken = inspect.signature(METHODS[config.method]).parameters
     method = METHODS[config.method](model, **{name: value for name, value in known.items() if name in taken})
-    method = _with_ggcr(method, model, config, chunk_size)
+    method = _with_ggcr(method, model, config)
     if config.jacobian_weight == 0:
         return method
     penalty = JacobianPenalty(model, projections=config.jacobian_projections, seed=config.seed)
@@ -138,7 +136,7 @@ class WithJacobian(nn.Module):
         self.penalty.load_state_dict(state)
 
 
-def _with_ggcr(method: nn.Module, model: nn.Module, config: Config, chunk_size: int | Literal["auto"]) -> nn.Module:
+def _with_ggcr(method: nn.Module, model: nn.Module, config: Config) -> nn.Module:
     if config.ggcr_through_statistics and not any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
         raise OptionError(f"--ggcr-through-statistics: --arch {config.arch} has no BatchNorm; leave it out.")
     term = GradientConsistencyLoss if config.ggcr_criterion == "cosine" else GradientNormPenalty
@@ -151,7 +149,7 @@ def _with_ggcr(method: nn.Module, model: nn.Module, config: Config, chunk_size: 
         stop_gradient=config.ggcr_stop_gradient,
         batchnorm=config.ggcr_batchnorm,
         through_statistics=config.ggcr_through_statistics,
-        chunk_size=chunk_size,
+        chunk_size=config.ggcr_chunk_size,
     )
     if config.ggcr_weight == 0:  # after the term is built: its options are checked in any case
         return method
@@ -164,24 +162,6 @@ def _with_ggcr(method: nn.Module, model: nn.Module, config: Config, chunk_size: 
         every=config.ggcr_every,
         gate=config.ggcr_gate,
     )
-
-
-def classifier_head(model: nn.Module) -> tuple[str, nn.Linear]:
-    """Name and module of a network's last linear layer.
-
-    Args:
-        model: The network.
-
-    Returns:
-        For example `("fc", Linear(...))`.
-
-    Raises:
-        OptionError: Where it has no linear layer.
-    """
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if not layers:
-        raise OptionError(f"--arch: {type(model).__name__} has no linear layer that could be its classifier head.")
-    return layers[-1]
 
 
 def _compared(model: nn.Module, name: str) -> Callable[[str], bool] | None:

@@ -1,18 +1,27 @@
-"""Wide residual networks for small images, with the encoder and the classifier head as two named parts.
+"""Networks: wide residual ones for small images, those of torchvision and timm, and the user's own.
 
 Index letters: B batch, C channels, H and W image sides, K classes.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+import difflib
+import importlib
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 
+from trainer.config import Config
 from trainer.errors import OptionError
+from trainer.option_checks import GROUP_NORM, parse_arch
+from trainer.processes import ALONE, Processes
 
-GROUP_NORM = "-gn"
+GROUPS = 32  # of GroupNorm, as in its paper; fewer where the channels cannot be divided by it
+PRETRAINED = "pretrained"
 _NEGATIVE_SLOPE = 0.1
 
 
@@ -116,46 +125,183 @@ class WideResNet(nn.Module):
         return self.head(self.encoder(x))
 
 
-def parse_arch(name: str) -> tuple[int, int]:
-    """Read `wrn-DEPTH-WIDTH`, or `wrn-DEPTH-WIDTH-gn`.
-
-    Args:
-        name: For example `wrn-28-2`.
-
-    Returns:
-        Depth and width.
-
-    Raises:
-        OptionError: Where the name is of another form, or the depth is not 6 n + 4 with n >= 1.
-    """
-    match = re.fullmatch(rf"wrn-(\d+)-(\d+)({GROUP_NORM})?", name)
-    if match is None:
-        raise OptionError(f"--arch {name!r} is unknown: write wrn-DEPTH-WIDTH, for example wrn-28-2, or wrn-28-2-gn.")
-    depth, width = int(match[1]), int(match[2])
-    if depth < 10 or (depth - 4) % 6 or width < 1:
-        raise OptionError(
-            f"--arch {name!r}: the depth must be 10, 16, 22, 28, ... (6 n + 4) and the width at least 1; "
-            f"found depth {depth} and width {width}."
-        )
-    return depth, width
-
-
-def build_model(arch: str, classes: int, *, momentum: float) -> WideResNet:
+def build_model(arch: str, classes: int, *, momentum: float | None = None, pretrained: bool = False) -> nn.Module:
     """Build the network that `--arch` names, for RGB images; initialised from torch's global generator.
 
     Args:
-        arch: `wrn-DEPTH-WIDTH`; with `-gn` behind it, GroupNorm takes the place of BatchNorm.
+        arch: `wrn-DEPTH-WIDTH` (with `-gn` behind it, GroupNorm takes the place of BatchNorm), a classifier of
+            `torchvision.models`, `timm:NAME`, or `MODULE:FUNCTION`, a function of the number of classes.
         classes: Number of classes K.
-        momentum: BatchNorm momentum, in torch's sense.
+        momentum: BatchNorm momentum, in torch's sense; None leaves the network's own.
+        pretrained: Start from the published weights, with a new head (torchvision and timm).
 
     Returns:
-        The network, in train mode.
+        The network on the CPU, in train mode.
+
+    Raises:
+        OptionError: There is no such network, or it is no classifier of so many classes.
     """
-    depth, width = parse_arch(arch)
-    model = WideResNet(depth, width, classes, momentum=momentum)
-    if arch.endswith(GROUP_NORM):
-        with_group_norm(model, lambda channels: channels // 8)
+    if arch.startswith("wrn-"):
+        if pretrained:
+            raise OptionError(f"--init-from {PRETRAINED}: {arch} has no published weights; give a file.")
+        depth, width = parse_arch(arch)
+        model: nn.Module = WideResNet(depth, width, classes, momentum=0.1 if momentum is None else momentum)
+        if arch.endswith(GROUP_NORM):
+            with_group_norm(model, lambda channels: channels // 8)
+        return model
+    kind, _, name = arch.partition(":")
+    if name and kind != "timm" and pretrained:
+        raise OptionError(f"--init-from {PRETRAINED}: {arch} is your own function, which may load them itself.")
+    if not name:
+        model = _of_torchvision(arch, classes, pretrained)
+    else:
+        model = _of_timm(name, classes, pretrained) if kind == "timm" else _of_the_user(kind, name, classes)
+    if classifier_head(model)[1].out_features != classes:
+        raise OptionError(f"--arch {arch}: its last linear layer is not the classifier; try resnet50.")
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and momentum is not None:
+            module.momentum = momentum
+    return model.train()
+
+
+def _of_torchvision(name: str, classes: int, pretrained: bool) -> nn.Module:
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=6) or ["resnet18", "resnet50"]
+        raise OptionError(
+            f"--arch {name!r} is no classifier of torchvision.models: write for example {', '.join(near)}; "
+            "wrn-DEPTH-WIDTH, timm:NAME or MODULE:FUNCTION."
+        )
+    model = models.get_model(name, weights=None, num_classes=classes)
+    if pretrained:
+        weights = models.get_model_weights(name).DEFAULT
+        try:
+            state = weights.get_state_dict(progress=False, check_hash=True)
+        except (OSError, RuntimeError) as error:
+            raise OptionError(
+                f"--init-from {PRETRAINED}: the weights of {name} could not be downloaded ({error}): fetch "
+                f"{weights.url} elsewhere and give the file."
+            ) from error
+        head = classifier_head(model)[0]
+        kept = {key: value for key, value in state.items() if not key.startswith(head + ".")}
+        model.load_state_dict({**model.state_dict(), **kept})
     return model
+
+
+def _of_timm(name: str, classes: int, pretrained: bool) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise OptionError(f"--arch timm:{name} needs timm: pip install timm") from error
+    if not timm.is_model(name.split(".")[0]):
+        near = difflib.get_close_matches(name, timm.list_models(), n=4)
+        raise OptionError(f"--arch timm:{name}: timm has no such model; write for example timm:{', timm:'.join(near)}.")
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=classes)
+    except Exception as error:  # a download can fail in any way, and with any class
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise OptionError(f"--arch timm:{name} could not be built ({reason}).") from error
+
+
+def _of_the_user(module: str, function: str, classes: int) -> nn.Module:
+    arch = f"{module}:{function}"
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # as `python -m` has it
+    try:
+        model = getattr(importlib.import_module(module), function)(classes)
+    except Exception as error:  # the user's code can fail in any way
+        reason = (str(error) or "no reason given").splitlines()[0]
+        raise OptionError(
+            f"--arch {arch}: calling {function}({classes}) failed ({type(error).__name__}: {reason}): write "
+            "MODULE:FUNCTION, a function of the number of classes that returns the network."
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"--arch {arch} returned a {type(model).__name__}: return the network, an nn.Module.")
+    return model
+
+
+def build_network(config: Config, classes: int, processes: Processes = ALONE) -> nn.Module:
+    """Build the network with the normalisation that `--norm` asks for.
+
+    Args:
+        config: Resolved options.
+        classes: Number of classes K.
+        processes: Whose SyncBatchNorm.
+
+    Returns:
+        The network on the CPU, in train mode.
+
+    Raises:
+        OptionError: There is no such network, or its normalisation cannot be the one asked for.
+    """
+    pretrained = config.init_from == PRETRAINED
+    model = build_model(config.arch, classes, momentum=config.bn_momentum, pretrained=pretrained)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    if config.norm != "batch" and not norms:
+        raise OptionError(f"--norm {config.norm}: {config.arch} has no BatchNorm to replace; leave it out.")
+    if config.norm == "group":
+        with_group_norm(model, lambda channels: math.gcd(GROUPS, channels))
+    if config.norm == "sync":
+        if processes.world == 1 or processes.device.type != "cuda":
+            raise OptionError(
+                f"--norm sync needs CUDA and several processes; found {processes.world} on {processes.device.type}: "
+                "write --norm batch, or --norm group."
+            )
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model
+
+
+def check_forward(model: nn.Module, config: Config, classes: int, size: Sequence[int]) -> None:
+    """Try the network on one pair of images, so that one that does not fit them is refused before the first step.
+
+    Args:
+        model: The network; its modes and statistics are left as they are.
+        config: Resolved options.
+        classes: Number of classes K.
+        size: Height and width of the images.
+
+    Raises:
+        OptionError: It fails, or returns something else than logits `[B, K]`.
+    """
+    device = next(model.parameters()).device
+    training = {module: module.training for module in model.modules()}
+    state = torch.get_rng_state()
+    try:
+        with torch.no_grad():
+            out = model.eval()(torch.zeros(2, 3, *size, device=device))
+    except Exception as error:  # the network's code can fail in any way
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise OptionError(
+            f"--arch {config.arch} does not take images of {size[0]}x{size[1]} ({reason}): give another --image-size "
+            "or --arch."
+        ) from error
+    finally:
+        torch.set_rng_state(state)
+        for module, mode in training.items():
+            module.training = mode
+    if not isinstance(out, Tensor) or out.shape != (2, classes):
+        found = f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+        raise OptionError(f"--arch {config.arch} returns {found} for 2 images: expected logits (2, {classes}).")
+
+
+def classifier_head(model: nn.Module) -> tuple[str, nn.Linear]:
+    """Name and module of a network's last linear layer.
+
+    Args:
+        model: The network.
+
+    Returns:
+        For example `("fc", Linear(...))`.
+
+    Raises:
+        OptionError: Where it has no linear layer.
+    """
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not layers:
+        raise OptionError(f"--arch: {type(model).__name__} has no linear layer that could be its classifier head.")
+    return layers[-1]
 
 
 def with_group_norm(model: nn.Module, groups: Callable[[int], int]) -> None:

@@ -1,15 +1,42 @@
-"""What both trainers refuse in their options, and what an option of several parts means."""
+"""What the trainer refuses in its options, and what an option of several parts means."""
 
 from __future__ import annotations
 
 import math
+import re
 from typing import TYPE_CHECKING
 
-from gradconsist import RandomProjection
 from trainer.errors import OptionError
 
 if TYPE_CHECKING:
+    from gradconsist import RandomProjection
     from trainer.config import Config
+
+GROUP_NORM = "-gn"
+
+
+def parse_arch(name: str) -> tuple[int, int]:
+    """Read `wrn-DEPTH-WIDTH`, or `wrn-DEPTH-WIDTH-gn`.
+
+    Args:
+        name: For example `wrn-28-2`.
+
+    Returns:
+        Depth and width.
+
+    Raises:
+        OptionError: Where the name is of another form, or the depth is not 6 n + 4 with n >= 1.
+    """
+    match = re.fullmatch(rf"wrn-(\d+)-(\d+)({GROUP_NORM})?", name)
+    if match is None:
+        raise OptionError(f"--arch {name!r} is unknown: write wrn-DEPTH-WIDTH, for example wrn-28-2, or wrn-28-2-gn.")
+    depth, width = int(match[1]), int(match[2])
+    if depth < 10 or (depth - 4) % 6 or width < 1:
+        raise OptionError(
+            f"--arch {name!r}: the depth must be 10, 16, 22, 28, ... (6 n + 4) and the width at least 1; "
+            f"found depth {depth} and width {width}."
+        )
+    return depth, width
 
 
 def projection(config: Config) -> RandomProjection | None:
@@ -26,6 +53,8 @@ def projection(config: Config) -> RandomProjection | None:
     """
     if config.ggcr_projection is None:
         return None
+    from gradconsist import RandomProjection  # here: it imports torch, which --help does without
+
     kind, _, dim = config.ggcr_projection.partition(":")
     try:
         return RandomProjection(int(dim), kind, seed=config.seed, resample_every=1)  # type: ignore[arg-type]
@@ -35,11 +64,12 @@ def projection(config: Config) -> RandomProjection | None:
         ) from error
 
 
-def check_options(config: Config) -> None:
-    """Refuse values that no trainer can honour.
+def check_options(config: Config, processes: int) -> None:
+    """Refuse values that the trainer cannot honour.
 
     Args:
         config: The options as given.
+        processes: W.
 
     Raises:
         OptionError: Naming the option, what was found and what to write instead.
@@ -60,7 +90,7 @@ def check_options(config: Config) -> None:
     positive("image_size", "steps", "batch_size", "unlabeled_ratio", "lr", "bn_momentum")
     positive("jacobian_projections", "sam_rho")
     positive("ggcr_every", "ggcr_max_pairs", "eval_every", "checkpoint_every", "log_every")
-    positive("temperature", "stop_after_steps", "stop_after_minutes")
+    positive("temperature", "stop_after_steps", "stop_after_minutes", "clip_norm", "accumulate")
     not_negative("seed", "workers", "unlabeled_weight", "unlabeled_ramp", "brier_weight", "weight_decay")
     not_negative("jacobian_weight", "ggcr_weight", "ggcr_warmup", "ggcr_ramp")
     if config.ggcr_through_statistics and config.amp == "fp16":
@@ -82,3 +112,81 @@ def check_options(config: Config) -> None:
             f"--jacobian-projections {config.jacobian_projections}: there is no penalty; give --jacobian-weight, too."
         )
     projection(config)
+    _check_data(config)
+    _check_steps(config, processes)
+    if processes > 1:
+        _check_processes(config, processes)
+
+
+def _check_data(config: Config) -> None:
+    if isinstance(config.labels, int) and config.labels < 1:
+        raise OptionError(f"--labels must be above 0, or all; found {config.labels}.")
+    ways = {name: getattr(config, name) for name in ("labels", "label_fraction", "label_file")}
+    given = [f"--{name.replace('_', '-')} {value}" for name, value in ways.items() if value is not None]
+    if len(given) > 1:
+        raise OptionError(f"{' and '.join(given)}: give one of them.")
+    if config.label_fraction is not None and not 0 < config.label_fraction <= 1:
+        raise OptionError(f"--label-fraction is a share in (0, 1], for example 0.01; found {config.label_fraction}.")
+    if not 0 <= config.hold_out < 1:
+        raise OptionError(f"--hold-out is a share in [0, 1), for example 0.2; found {config.hold_out}.")
+    if not 0 < config.crop_scale <= 1:
+        raise OptionError(f"--crop-scale is a share in (0, 1], for example 0.08; found {config.crop_scale}.")
+    if config.image_size is not None and config.dataset != "folder":
+        raise OptionError(f"--image-size is for --dataset folder; --dataset {config.dataset} has a size of its own.")
+    if config.feed == "memory":
+        if config.crop_scale != type(config).crop_scale:
+            raise OptionError(f"--crop-scale {config.crop_scale} is for --feed stream; leave it out.")
+        return
+    if config.dataset != "folder":
+        raise OptionError(f"--feed stream is for --dataset folder; {config.dataset} fits into memory: leave it out.")
+    if config.image_size is None:
+        raise OptionError("--feed stream needs --image-size, the side of the images that the network sees: give 224.")
+    if config.eval_statistics == "anew":
+        raise OptionError("--eval-statistics anew reads training images from memory: give --feed memory.")
+
+
+def _check_steps(config: Config, processes: int) -> None:
+    if config.arch.startswith("wrn-"):
+        parse_arch(config.arch)
+    if config.eval_statistics == "anew" and (config.arch.endswith(GROUP_NORM) or config.norm == "group"):
+        raise OptionError(f"--eval-statistics anew: {config.arch} has no BatchNorm, so no statistics; leave it out.")
+    if not 0 <= config.lr_warmup < config.steps:
+        raise OptionError(
+            f"--lr-warmup must be 0 or more and less than --steps {config.steps}; found {config.lr_warmup}."
+        )
+    if config.ggcr_chunk_size != "auto" and config.ggcr_chunk_size < 1:
+        raise OptionError(f"--ggcr-chunk-size must be above 0, or auto; found {config.ggcr_chunk_size}.")
+    if config.accumulate > 1 and (config.optimizer == "sam" or config.method == "meanteacher"):
+        what = "--optimizer sam takes its two gradients of one batch"
+        what = "--method meanteacher moves its teacher with every batch" if config.optimizer != "sam" else what
+        raise OptionError(f"--accumulate {config.accumulate}: {what}; leave it out, or give a larger --batch-size.")
+    if config.norm == "sync" and config.ggcr_weight > 0 and config.method != "supervised":
+        raise OptionError(
+            "--norm sync: gradient consistency does not gather the statistics of a SyncBatchNorm. Give --norm batch "
+            "(each process by its own images), --norm group (no statistics), or --ggcr-weight 0."
+        )
+
+
+def _check_processes(config: Config, processes: int) -> None:
+    if config.method == "mixmatch":
+        raise OptionError("--method mixmatch draws at random on each process, and could not be resumed exactly.")
+    for name, value, nothing in (
+        ("optimizer", config.optimizer == "sam", "sgd"),
+        ("jacobian-weight", config.jacobian_weight > 0, "0"),
+        ("ggcr-batchnorm", config.ggcr_batchnorm == "observed", "auto"),
+        ("ggcr-through-statistics", config.ggcr_through_statistics, "False"),
+        ("eval-statistics", config.eval_statistics == "anew", "averaged"),
+    ):
+        if value:
+            raise OptionError(
+                f"--{name} {getattr(config, name.replace('-', '_'))} is not verified on {processes} processes: give "
+                f"--{name} {nothing}, or start one process."
+            )
+    for name in ("batch_size", "ggcr_max_pairs"):
+        value = getattr(config, name)
+        if value is not None and value % processes:
+            below = value - value % processes
+            raise OptionError(
+                f"--{name.replace('_', '-')} {value} is shared by {processes} processes (WORLD_SIZE) and must be a "
+                f"multiple of their number: give {below + processes}, or start another number of processes."
+            )

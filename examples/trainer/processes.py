@@ -173,6 +173,10 @@ class Processes:
         return result
 
 
+# A process that has no others, on the CPU.
+ALONE = Processes(0, 1, 1, torch.device("cpu"))
+
+
 def join(device: str) -> Processes:
     """Find out who this process is, and meet the others.
 

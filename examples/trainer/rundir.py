@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from trainer.config import HARMLESS, Config, check_same_run, method_label
+from trainer.config import Config, check_same_run, method_label
 from trainer.errors import OptionError, ResumeError
 from trainer.files import read_json, write_json
 from trainer.runlog import environment, software
@@ -19,13 +19,12 @@ from trainer.runlog import environment, software
 FORMAT = 1
 
 
-def check_run(config: Config, device: torch.device, harmless: frozenset[str] = HARMLESS) -> bool:
+def check_run(config: Config, device: torch.device) -> bool:
     """Look into the run directory, without writing: is it new, or the same run?
 
     Args:
         config: Resolved options.
         device: Where the run computes.
-        harmless: Options that may differ from those of the run.
 
     Returns:
         Whether it holds this run already.
@@ -43,32 +42,40 @@ def check_run(config: Config, device: torch.device, harmless: frozenset[str] = H
         raise ResumeError(f"--resume never, but {folder} holds a run: give another --output, or --resume auto.")
     try:
         stored = read_json(path)
-        options, before = stored["options"], stored["environment"]
-        if not isinstance(options, dict) or not isinstance(before, dict):
+        options, place = stored["options"], stored["environment"]
+        if not isinstance(options, dict) or not isinstance(place, dict):
             raise ValueError("its options or its environment are no object")
         if stored["format"] != FORMAT:
             raise ValueError(f"its format is {stored['format']!r}, this trainer reads {FORMAT}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ResumeError(f"{path} cannot be read ({error}): restore it, or give another --output.") from error
-    check_same_run(options, config, harmless)
-    _compare_environment(before, environment(device))
+    before = options.get("processes")
+    if before != config.processes and not config.elastic:
+        raise ResumeError(
+            f"{folder} holds a run of {before} processes, and there are {config.processes} now: BatchNorm's statistics "
+            "and the pairs of --ggcr-max-pairs would be others. Start as many as before, or give --elastic to go on "
+            "all the same, or another --output."
+        )
+    check_same_run(options, config)
+    _compare_environment(place, environment(device))
     return True
 
 
-def last_accuracy(folder: Path) -> float:
-    """The last accuracy of a finished run.
+def finished_line(folder: Path) -> str:
+    """What to say of a finished run.
 
     Args:
         folder: The run directory.
 
     Returns:
-        In [0, 1].
+        A sentence with its last accuracy, where it has one.
 
     Raises:
         ResumeError: Where `summary.json` cannot be read.
     """
     try:
-        return float(read_json(folder / "summary.json")["last"])
+        last = read_json(folder / "summary.json")["last"]
+        return f"{folder} is finished" + ("" if last is None else f": last accuracy {float(last):.4f}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ResumeError(
             f"{folder / 'summary.json'} cannot be read ({error}): remove it, and the same command writes it anew."

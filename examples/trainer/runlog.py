@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import gradconsist
-from trainer.errors import CheckpointError, OptionError
+from trainer.errors import CheckpointError
 from trainer.files import regular_size
 
 Number = float | Tensor
@@ -160,15 +160,6 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
     """Append a JSON line to a file that nothing depends on."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
-
-
-def tensorboard_writer(folder: Path, step: int) -> Any:
-    """A writer in the run directory that forgets what a killed process wrote after `step`."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise OptionError("--tensorboard needs the tensorboard package: pip install tensorboard") from error
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
 
 class Progress:

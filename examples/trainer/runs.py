@@ -60,7 +60,7 @@ class Run:
     def accuracy(self) -> dict[str, float]:
         """`last`, `median_last_20` and `best`; of the evaluations so far, where it is unfinished."""
         if self.summary is not None:
-            return {key: self.summary[key] for key in FINAL}
+            return {key: self.summary[key] for key in FINAL if self.summary[key] is not None}
         return summarize(self.accuracies) if self.accuracies else {}
 
     def curve(self, name: str) -> dict[int, float]:
@@ -83,19 +83,25 @@ def read_run(folder: Path) -> Run:
     try:
         config = read_json(folder / "config.json")
         records = json_lines(folder / "metrics.jsonl")
-        evaluations = [record for record in records if record["kind"] == "eval" and record["test_accuracy"] is not None]
+        # Without a test part, what is known is of held-out images.
+        accuracies = [
+            (record["step"], record.get("test_accuracy", record.get("held_out_accuracy")))
+            for record in records
+            if record["kind"] == "eval"
+        ]
+        evaluations = [(int(step), float(accuracy)) for step, accuracy in accuracies if accuracy is not None]
         training = [record for record in records if record["kind"] == "train"]
         timing = json_lines(folder / "timing.jsonl") if (folder / "timing.jsonl").exists() else []
         summary = _optional(folder / "summary.json")
-        numbers = {key: float(summary[key]) for key in (*FINAL, "seconds") if key in summary}
-        if summary and not set(FINAL) <= set(numbers):
+        numbers = {key: float(summary[key]) for key in (*FINAL, "seconds") if summary.get(key) is not None}
+        if summary and not set(FINAL) <= set(summary):
             raise ValueError(f"summary.json lacks one of {', '.join(FINAL)}")
         return Run(
             folder,
             str(config["label"]),
             {**config["options"], "seed": int(config["options"].get("seed", 0))},
-            [int(record["step"]) for record in evaluations],
-            [float(record["test_accuracy"]) for record in evaluations],
+            [step for step, _ in evaluations],
+            [accuracy for _, accuracy in evaluations],
             {**summary, **numbers} or None,
             [{**_numbers(record), "step": int(record["step"])} for record in training],
             _times(timing),

@@ -1,11 +1,11 @@
-"""The optimizer of the FixMatch line of work: SGD with Nesterov momentum and seven sixteenths of a cosine."""
+"""The optimizer, and the schedule of the FixMatch line of work: seven sixteenths of a cosine."""
 
 from __future__ import annotations
 
 import math
 
 from torch import nn
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 
 def cosine_factor(step: int, steps: int) -> float:
@@ -40,8 +40,8 @@ def set_learning_rate(optimizer: Optimizer, lr: float, step: int, steps: int, wa
     return value
 
 
-def build_optimizer(model: nn.Module, *, lr: float, weight_decay: float) -> SGD:
-    """SGD, Nesterov 0.9, with weight decay on kernels only.
+def build_optimizer(model: nn.Module, *, lr: float, weight_decay: float, adamw: bool = False) -> Optimizer:
+    """SGD with Nesterov momentum 0.9, or AdamW, with weight decay on kernels only.
 
     A kernel is a parameter of two or more dimensions: names would miss the BatchNorm of a shortcut.
 
@@ -49,11 +49,14 @@ def build_optimizer(model: nn.Module, *, lr: float, weight_decay: float) -> SGD:
         model: The model.
         lr: Initial learning rate.
         weight_decay: Decay of the kernels.
+        adamw: Whether to take AdamW.
 
     Returns:
         The optimizer, with two parameter groups.
     """
-    kernels = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    kernels = [parameter for parameter in trained if parameter.ndim > 1]
+    others = [parameter for parameter in trained if parameter.ndim <= 1]
     groups = [{"params": kernels, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return SGD(groups, lr=lr, momentum=0.9, nesterov=True)
+    groups = [group for group in groups if group["params"]]
+    return AdamW(groups, lr=lr) if adamw else SGD(groups, lr=lr, momentum=0.9, nesterov=True)

@@ -1,65 +1,76 @@
-"""The balanced labeled split: drawn from the seed, stored with its SHA-256, and checked on resume."""
+"""Which training images are labeled and which are held out: drawn from the seed or named by a file, stored, checked."""
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import json
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from trainer.errors import OptionError, ResumeError
-from trainer.files import read_json, write_json
+from trainer.config import Config
+from trainer.datasets import DataSet, FileRecord, Images, manifest_lines
+from trainer.errors import DatasetError, OptionError, ResumeError
+from trainer.files import read_json, write_atomically, write_json
 from trainer.streams import Stream, permutation
+
+FILES = "files.jsonl.gz"
 
 
 @dataclass(frozen=True)
 class Split:
-    """Which training images are labeled; the unlabeled set is all of them, the labeled ones included.
+    """Which training images are for what; the unlabeled set is all but the held-out ones, the labeled ones included.
 
     Attributes:
-        labeled: Sorted indices `[labels]` into the training images.
-        digest: SHA-256 of the class names, all training labels and the labeled indices.
-        data_digest: SHA-256 of the training and test pixels and labels.
+        labeled: Sorted indices into the training images.
+        held_out: Sorted indices of labeled images that are not trained on.
+        digest: SHA-256 of the class names, all training labels and these indices.
+        data_digest: SHA-256 of the data set.
     """
 
     labeled: Tensor
+    held_out: Tensor
     digest: str
     data_digest: str
 
-    def record(self, classes: list[str]) -> dict[str, Any]:
-        """What `split.json` holds."""
-        return {
-            "sha256": self.digest,
-            "data_sha256": self.data_digest,
-            "classes": classes,
-            "labeled": self.labeled.tolist(),
-        }
+
+def choose_labeled(data: DataSet, config: Config) -> Split:
+    """The labeled images that the options ask for.
+
+    Args:
+        data: The data set.
+        config: Resolved options.
+
+    Returns:
+        The split.
+
+    Raises:
+        OptionError: Fewer labels than classes, or more than there are images.
+        DatasetError: The list of names cannot be read, or names what is not there.
+    """
+    if config.label_file is not None:
+        labeled = read_list(Path(config.label_file), data)
+    elif config.labels == "all":
+        labeled = torch.nonzero(data.train_y >= 0).flatten()
+    elif config.labels is not None:
+        return _held_out(data, draw_split(data, config.labels, config.seed).labeled, config)
+    else:
+        per_class = (_class_sizes(data) * float(config.label_fraction or 0)).round().long().clamp(min=1)
+        labeled = draw_labeled(data, per_class.tolist(), config.seed)
+    return _held_out(data, labeled, config)
 
 
-class LabeledData(Protocol):
-    """A data set as far as a split needs it: `Images`, or files that are not in memory."""
-
-    @property
-    def classes(self) -> list[str]:
-        """Class names, in label order."""
-
-    @property
-    def train_y(self) -> Tensor:
-        """Training labels, int64 `[N]`."""
-
-    def digest(self) -> str:
-        """SHA-256 of what must be the same on resume."""
-
-
-def draw_split(images: LabeledData, labels: int, seed: int) -> Split:
+def draw_split(data: DataSet, labels: int, seed: int) -> Split:
     """Choose the same number of labeled images from each class.
 
     Args:
-        images: The data set.
+        data: The data set.
         labels: Labeled images in all.
         seed: The run's seed.
 
@@ -69,29 +80,32 @@ def draw_split(images: LabeledData, labels: int, seed: int) -> Split:
     Raises:
         OptionError: Where `labels` is not divisible by the number of classes, or a class is too small.
     """
-    count = len(images.classes)
+    count = len(data.classes)
     if labels % count or labels < count:
         lower = max(labels // count, 1) * count
         raise OptionError(
-            f"--labels {labels} cannot be balanced over {count} classes: "
-            f"give a multiple of {count}, for example {lower} or {lower + count}."
+            f"--labels {labels} cannot be balanced over {count} classes: give a multiple of {count}, for example "
+            f"{lower} or {lower + count}; --label-fraction and --labels all take classes as they are."
         )
-    per_class = labels // count
-    sizes = torch.bincount(images.train_y, minlength=count)
+    per_class, sizes = labels // count, _class_sizes(data)
     smallest = int(sizes.argmin())
     if sizes[smallest] < per_class:
         raise OptionError(
             f"--labels {labels} asks for {per_class} labeled images of each class, but class "
-            f"{images.classes[smallest]!r} has {sizes[smallest]}: give at most {int(sizes[smallest]) * count}."
+            f"{data.classes[smallest]!r} has {sizes[smallest]}: give at most {int(sizes[smallest]) * count}, or all."
         )
-    return make_split(images, draw_labeled(images, [per_class] * count, seed))
+    return make_split(data, draw_labeled(data, [per_class] * count, seed))
 
 
-def draw_labeled(images: LabeledData, per_class: Sequence[int], seed: int) -> Tensor:
+def _class_sizes(data: DataSet) -> Tensor:
+    return torch.bincount(data.train_y[data.train_y >= 0], minlength=len(data.classes))
+
+
+def draw_labeled(data: DataSet, per_class: Sequence[int], seed: int) -> Tensor:
     """Choose images of each class at random.
 
     Args:
-        images: The data set.
+        data: The data set.
         per_class: How many of each class.
         seed: The run's seed.
 
@@ -100,28 +114,115 @@ def draw_labeled(images: LabeledData, per_class: Sequence[int], seed: int) -> Te
     """
     chosen = []
     for number, wanted in enumerate(per_class):
-        members = torch.nonzero(images.train_y == number).flatten()
+        members = torch.nonzero(data.train_y == number).flatten()
         order = permutation(seed, Stream.SPLIT, number, len(members))
         chosen.append(members[torch.from_numpy(order[:wanted])])
     return torch.cat(chosen)
 
 
-def make_split(images: LabeledData, labeled: Tensor) -> Split:
-    """The split in which `labeled` are the labeled images, with its digests."""
+def _held_out(data: DataSet, labeled: Tensor, config: Config) -> Split:
+    """Take `--hold-out` of the labeled images of each class away, at least one."""
+    if config.hold_out == 0:
+        return make_split(data, labeled)
+    labeled, taken = labeled.sort().values, []
+    for number, name in enumerate(data.classes):
+        members = labeled[data.train_y[labeled] == number]
+        count = max(1, round(config.hold_out * len(members)))
+        if count >= len(members):
+            raise OptionError(
+                f"--hold-out {config.hold_out} takes {count} of the {len(members)} labeled images of class {name!r} "
+                "and leaves none to train on: give a smaller share, or more labels."
+            )
+        order = permutation(config.seed, Stream.HELD_OUT, number, len(members))
+        taken.append(members[torch.from_numpy(order[:count])])
+    held = torch.cat(taken)
+    return make_split(data, labeled[~torch.isin(labeled, held)], held)
+
+
+def make_split(data: DataSet, labeled: Tensor, held_out: Tensor | None = None) -> Split:
+    """The split of these labeled and held-out images, with its digests."""
+    held_out = torch.empty(0, dtype=torch.int64) if held_out is None else held_out.sort().values
     labeled = labeled.sort().values
-    digest = hashlib.sha256("\n".join(images.classes).encode())
-    for part in (images.train_y, labeled):
+    digest = hashlib.sha256("\n".join(data.classes).encode())
+    for part in (data.train_y, labeled, *([held_out] if len(held_out) else [])):
         digest.update(part.numpy().astype("<i8").tobytes())
-    return Split(labeled, digest.hexdigest(), images.digest())
+    return Split(labeled, held_out, digest.hexdigest(), data.digest())
 
 
-def store_or_check(path: Path, split: Split, classes: list[str]) -> None:
-    """Write `split.json`, or compare with the one that is there.
+def read_list(path: Path, data: DataSet) -> Tensor:
+    """Read a list of labeled images, such as the published ones of 1 % and 10 % of ImageNet.
+
+    Args:
+        path: Text, one name a line: `n01440764_10026.JPEG`, `n01440764/n01440764_10026.JPEG` or a longer path that
+            ends like this; or the number of a training image, where the data set has no files. Empty lines do not
+            count.
+        data: The data set.
+
+    Returns:
+        Their indices.
+
+    Raises:
+        DatasetError: The file cannot be read, names an image twice, or one that is not there or not the only one of
+            its name.
+        OptionError: A class has no labeled image.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"--label-file {path} cannot be read ({error}): give a text file of image names.") from error
+    # Below train/, in Unicode's composed form; images without a label cannot be named.
+    names = None if data.files is None else [_parts(name)[1:] for name in data.files.train]
+    by_name: dict[str, list[int]] = {}
+    for index, parts in enumerate(names or [(str(k),) for k in range(len(data.train_y))]):
+        if data.train_y[index] >= 0:
+            by_name.setdefault(parts[-1], []).append(index)
+    found: dict[int, int] = {}
+    for line, text in enumerate(lines, 1):
+        if not text:
+            continue
+        where, parts = f"--label-file {path}, line {line}: {text!r}", _parts(text)
+        candidates = by_name.get(parts[-1], [])
+        if names is not None:
+            candidates = [k for k in candidates if _ends_alike(names[k], parts)]
+        if not candidates:
+            what = "training image" if names is None else "training image in a class folder"
+            raise DatasetError(f"{where} is no {what}: write the names (or numbers) that they have there.")
+        if len(candidates) > 1:
+            raise DatasetError(f"{where} is the name of images of several classes: write CLASS/NAME.")
+        if candidates[0] in found:
+            raise DatasetError(f"{where} is the image of line {found[candidates[0]]}, too: name each once.")
+        found[candidates[0]] = line
+    chosen = torch.tensor(sorted(found), dtype=torch.int64)
+    counts = torch.bincount(data.train_y[chosen], minlength=len(data.classes))
+    empty = [name for name, count in zip(data.classes, counts.tolist(), strict=True) if not count]
+    if empty:
+        raise OptionError(
+            f"--label-file {path} names {len(chosen)} images of {len(counts) - len(empty)} of the {len(counts)} "
+            f"classes, none of {', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''}: "
+            "name at least one of each, or remove the class."
+        )
+    return chosen
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    return Path(unicodedata.normalize("NFC", name)).parts
+
+
+def _ends_alike(parts: tuple[str, ...], given: tuple[str, ...]) -> bool:
+    count = min(len(parts), len(given))
+    return parts[-count:] == given[-count:]
+
+
+def store_or_check(path: Path, split: Split, data: DataSet) -> tuple[list[float], list[float]]:
+    """Write `split.json`, or compare the whole of it with what is trained on now.
 
     Args:
         path: The file.
         split: This call's split.
-        classes: Class names.
+        data: The data set.
+
+    Returns:
+        Mean and deviation of the channels, as the run began with them.
 
     Raises:
         ResumeError: Where the stored split or the data differ, or the file is damaged or lost.
@@ -129,21 +230,88 @@ def store_or_check(path: Path, split: Split, classes: list[str]) -> None:
     if not path.exists():
         if any(path.parent.glob("checkpoints/*.pt")):  # it is written before the first of them
             raise ResumeError(f"{path} is missing from a run with checkpoints: restore it, or give another --output.")
-        write_json(path, split.record(classes))
-        return
+        record = split_record(split, data)
+        if data.files is not None:  # first: split.json vouches for it
+            lines = "".join(manifest_lines(data.files.manifest)).encode()
+            write_atomically(path.with_name(FILES), lambda file: file.write(gzip.compress(lines, 6, mtime=0)))
+        write_json(path, record)
+        return record["mean"], record["std"]
+    stored = _stored(path)
+    record = split_record(split, data) | {key: stored.get(key) for key in ("mean", "std")}
+    for key in ("sha256", "data_sha256", *record):
+        if stored.get(key) != record[key]:
+            what = {"sha256": "labeled split", "data_sha256": "data set (pixels or labels)"}.get(key, f"entry {key!r}")
+            shas = f" (SHA-256 {stored.get(key)} there, {record[key]} now)" if key.endswith("sha256") else ""
+            raise ResumeError(
+                f"{path}: the {what} differs from the one that this run started with{shas}. "
+                "Restore the data (and the file) as they were, or give another --output to start a new run."
+            )
+    try:
+        mean, std = ([float(value) for value in stored[key]] for key in ("mean", "std"))
+        if len(mean) != 3 or len(std) != 3 or not min(std) > 0:
+            raise ValueError("three numbers each are expected, deviations above 0")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ResumeError(f"{path}: mean or std is damaged ({error}): restore it, or give another --output.") from error
+    return mean, std
+
+
+def split_record(split: Split, data: DataSet) -> dict[str, Any]:
+    """What `split.json` holds."""
+    mean, deviation = data.channel_statistics()
+    record: dict[str, Any] = {
+        "sha256": split.digest,
+        "data_sha256": split.data_digest,
+        "classes": data.classes,
+        "labeled": split.labeled.tolist(),
+        "held_out": split.held_out.tolist(),
+        "mean": mean,
+        "std": deviation,
+    }
+    if isinstance(data, Images):
+        record["image_size"] = list(data.train_x.shape[1:3])
+    if data.files is not None:
+        for key, index in (("labeled", split.labeled), ("held_out", split.held_out)):
+            record[f"{key}_files"] = [data.files.train[k] for k in index.tolist()]
+        record["training_files"] = len(data.files.train)
+        record["left_out"] = data.files.left_out
+    return record
+
+
+def files_before(folder: Path) -> FileRecord | None:
+    """What a run directory says of the files of its run.
+
+    Args:
+        folder: The run directory.
+
+    Returns:
+        Names and fingerprints; None for a new run, or one that is not of files.
+
+    Raises:
+        ResumeError: Where it cannot be read.
+    """
+    if not (folder / "split.json").exists():
+        return None
+    stored = _stored(folder / "split.json")
+    if "training_files" not in stored:
+        return None
+    path = folder / FILES
+    try:
+        content = gzip.decompress(path.read_bytes())
+        if hashlib.sha256(content).hexdigest() != stored["data_sha256"]:
+            raise ValueError("it is not the list that split.json names")
+        rows = [json.loads(line) for line in content.decode().splitlines()]
+        manifest = {str(name): (int(label), str(mark)) for name, label, mark in rows}
+        left_out = {str(name): str(reason) for name, reason in stored["left_out"].items()}
+        return FileRecord(list(manifest)[: int(stored["training_files"])], manifest, left_out)
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ResumeError(f"{path} cannot be read ({error}): restore it, or give another --output.") from error
+
+
+def _stored(path: Path) -> dict[str, Any]:
     try:
         stored = read_json(path)
         if not isinstance(stored, dict):
             raise ValueError(f"it holds a {type(stored).__name__}")
     except (OSError, ValueError) as error:
         raise ResumeError(f"{path} cannot be read ({error}): restore it, or give another --output.") from error
-    for key, now, what in (
-        ("sha256", split.digest, "labeled split"),
-        ("data_sha256", split.data_digest, "data set (pixels or labels)"),
-    ):
-        if stored.get(key) != now:
-            raise ResumeError(
-                f"{path}: the {what} differs from the one that this run started with "
-                f"(SHA-256 {stored.get(key)} there, {now} now). "
-                "Restore the data as it was, or give another --output to start a new run."
-            )
+    return stored

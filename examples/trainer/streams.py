@@ -22,6 +22,7 @@ class Stream(IntEnum):
     LABELED_VIEW = 3
     WEAK_VIEW = 4
     STRONG_VIEW = 5
+    HELD_OUT = 6
 
 
 def raw(seed: int, stream: Stream, position: int, count: int) -> NDArray[np.uint64]:

@@ -1,8 +1,12 @@
-"""The run: data, trainer, evaluations, checkpoints, and what is left in the run directory at the end."""
+"""The run: data, trainer, evaluations, checkpoints, and what is left in the run directory, on one process or many."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import io
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -15,16 +19,26 @@ from gradconsist.errors import GradConsistError
 from trainer import methods
 from trainer.checkpoint import forget_older, load_latest, remove_leftovers, save_checkpoint
 from trainer.config import Config, method_label, resolve
-from trainer.datasets import Images, load_images
-from trainer.errors import OptionError, TrainerError
-from trainer.evaluation import PROTOCOL, evaluate, summarize, with_fresh_statistics
+from trainer.datasets import DataSet, FileRecord, Images, load_images
+from trainer.errors import ResumeError, TrainerError, refuse
+from trainer.evaluation import (
+    PROTOCOL,
+    evaluate,
+    shorter_side,
+    summarize,
+    test_images,
+    training_images,
+    with_fresh_statistics,
+)
 from trainer.files import write_json
-from trainer.loader import StepDataset, ToModel, spare_cores, step_batches, worker_count
+from trainer.loader import LEFT_OUT, StepImages, ToModel, batches_of, spare_cores, step_batches, worker_count
+from trainer.loggers import Loggers, write_csv
 from trainer.plotting import draw_curves
-from trainer.rundir import check_run, create_run, exclusive, last_accuracy
-from trainer.runlog import MetricsFile, Progress, append_line, books, duration, tensorboard_writer
+from trainer.processes import OtherProcessError, Processes, join, leave
+from trainer.rundir import check_run, create_run, exclusive, finished_line
+from trainer.runlog import MetricsFile, Progress, append_line, books, duration
 from trainer.runs import read_run
-from trainer.split import Split, draw_split, store_or_check
+from trainer.split import Split, choose_labeled, files_before, store_or_check
 from trainer.step import Trainer
 from trainer.stopping import StopRequest
 from trainer.waiting import LoaderWatch
@@ -40,111 +54,232 @@ def run(config: Config) -> int:
     Returns:
         The process's exit status: 0, or 128 + the signal that stopped it.
     """
-    config = resolve(config)
+    processes = join(config.device)
+    config = resolve(config, processes.world)
     methods.check_method(config)
-    config, start = read_start(config)
-    device = _device(config.device)
+    config, start = processes.together(lambda: read_start(config))
     folder = Path(str(config.output))
-    known = check_run(config, device)
-    if known and (folder / "summary.json").exists():
-        print(f"{folder} is finished: test accuracy {last_accuracy(folder):.4f}. Give another --output for a new run.")
+    if processes.on_first(lambda: _is_finished(folder, config, processes)):
         return 0
-    images = load_images(config)
-    split = draw_split(images, config.labels, config.seed)
-    mean, deviation = images.channel_statistics()
-    to_model = ToModel(mean, deviation, device, channels_last=config.channels_last)
-    trainer = Trainer(config, len(images.classes), to_model, len(images.train_y), start)
-    # Only now is everything known to fit: a refused start leaves no run directory behind.
-    with exclusive(folder):
-        if not known and not check_run(config, device):  # again: another process may have come first
-            create_run(config, device)
-        store_or_check(folder / "split.json", split, images.classes)
-        return _Execution(folder, images, split, trainer).train()
+    data = _load(folder, config, processes)
+    split = processes.together(lambda: choose_labeled(data, config))
+    _check_same_files(processes, split)
+    size = data.train_x.shape[1:3] if isinstance(data, Images) else [int(config.image_size or 0)] * 2
+    to_model = ToModel(*data.channel_statistics(), processes.device, channels_last=config.channels_last)
+    count, samples = len(data.classes), len(data.train_y)
+    trainer = Trainer.fresh(config, count, to_model, samples, start, processes=processes, size=size)
+    with contextlib.ExitStack() as stack:
+
+        def take() -> list[list[float]]:
+            # Only now is everything known to fit: a refused start leaves no run directory behind.
+            stack.enter_context(exclusive(folder))
+            if not check_run(config, processes.device):  # again: another run may have come first
+                create_run(config, processes.device)
+            statistics = list(store_or_check(folder / "split.json", split, data))
+            _record_left_out(folder, data)
+            return statistics
+
+        # As the run began with them: images that were lost since are not in those of today.
+        mean, deviation = processes.on_first(take)
+        trainer.to_model = ToModel(mean, deviation, processes.device, channels_last=config.channels_last)
+        return _Execution(folder, data, split, trainer).train()
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise OptionError(f"--device {name!r} is not usable here ({str(error).splitlines()[0]}): try cpu.") from error
-    return device
+def _is_finished(folder: Path, config: Config, processes: Processes) -> bool:
+    """Whether the run directory holds this run, finished; refuses one that holds another."""
+    if not check_run(config, processes.device) or not (folder / "summary.json").exists():
+        return False
+    print(
+        f"{finished_line(folder)}. Give another --output for a new run; to train longer, start one with --init-from "
+        f"{folder} and as many --steps as you want to add."
+    )
+    return True
+
+
+def _load(folder: Path, config: Config, processes: Processes) -> DataSet:
+    """The data set. Process 0 alone checks the files and reads the run directory, and tells the others the result."""
+    loaded: DataSet | None = None
+
+    def first() -> dict[str, Any]:
+        nonlocal loaded
+        before = files_before(folder)
+        loaded = load_images(config, before)
+        if loaded.files is None or processes.world == 1:
+            return {}
+        files = loaded.files
+        known = {"train": files.train, "manifest": files.manifest} if before and files.reasons else {}
+        return {"left_out": files.left_out, "reasons": files.reasons, **known}
+
+    told = processes.on_first(first)
+
+    def others() -> DataSet:
+        manifest = {name: (int(label), str(mark)) for name, (label, mark) in told.get("manifest", {}).items()}
+        before = FileRecord(told.get("train", []), manifest, told.get("left_out", {}), reasons=told.get("reasons", {}))
+        return load_images(dataclasses.replace(config, check_images=False, skip_damaged=True), before)
+
+    return processes.together(lambda: loaded if loaded is not None else others())
+
+
+def _check_same_files(processes: Processes, split: Split) -> None:
+    """Machines may have copies of their own, which must be the same."""
+    mine = torch.frombuffer(bytearray(bytes.fromhex(split.digest + split.data_digest)), dtype=torch.uint8)
+    rows = processes.gather(mine)
+    different = [rank for rank, row in enumerate(rows) if not torch.equal(row, rows[0])]
+    if different:
+        error = ResumeError(
+            f"process {different[0]} lists other files in --data-dir, or other labeled images, than process 0: "
+            "give every machine the same copy."
+        )
+        raise error if processes.first else OtherProcessError("process 0 has told why")
+
+
+def _record_left_out(folder: Path, data: DataSet) -> None:
+    """Say and record which files are left out."""
+    for note in data.files.notes if data.files else ():
+        print(f"note: {note}", file=sys.stderr)
+    if data.files is None:
+        return
+    for what, names in (("damaged before the first step", data.files.left_out), ("went bad", data.files.reasons)):
+        if names:
+            print(f"note: {len(names)} files are left out ({what}), see {folder / LEFT_OUT}", file=sys.stderr)
+    path = folder / LEFT_OUT
+    known = path.read_text(encoding="utf-8") if path.exists() else ""
+    for name, reason in {**data.files.left_out, **data.files.reasons}.items():
+        line = {"file": name, "reason": reason}
+        if known.find(f'"file": "{name}"') < 0:
+            append_line(path, line)
 
 
 class _Execution:
     """One process's part of a run."""
 
-    def __init__(self, folder: Path, images: Images, split: Split, trainer: Trainer) -> None:
+    def __init__(self, folder: Path, data: DataSet, split: Split, trainer: Trainer) -> None:
         self.config = config = trainer.config
-        self.folder, self.images, self.trainer = folder, images, trainer
+        self.processes = processes = trainer.processes
+        self.folder, self.data, self.split, self.trainer = folder, data, split, trainer
         self.checkpoints = folder / "checkpoints"
-        remove_leftovers(self.checkpoints)
-        state = load_latest(self.checkpoints)
+        state = self._load()
         if state is not None:
-            trainer.load_state_dict(state)
-            forget_older(self.checkpoints, trainer.step)
-        self.seconds, size, digest = books(state)  # of training, over all calls
-        self.metrics = MetricsFile(folder / "metrics.jsonl", size, digest)
+            processes.together(lambda: trainer.load_state_dict(state))
+            processes.on_first(lambda: forget_older(self.checkpoints, trainer.step))
+        self.seconds, size, digest = processes.together(lambda: books(state))  # of training, over all calls
         self.saved = trainer.step if state else -1
-        self.dataset = StepDataset(images, split, config)
-        self.workers = worker_count(config.workers)
+        self.dataset = batches_of(data, split, config, processes)
+        self.workers = worker_count(config, processes.local_world)
+        self._prepare_evaluations()
         term_later = config.ggcr_weight > 0 and trainer.step < config.ggcr_warmup < config.steps
-        self.watch = LoaderWatch(self.workers, spare_cores(), term_later=term_later)
-        self.board = tensorboard_writer(folder, trainer.step) if config.tensorboard else None
-        self.progress = Progress(config.progress, trainer.step, config.steps)
-        self._banner(split)
+        self.watch = LoaderWatch(self.workers, spare_cores(processes.local_world), term_later=term_later)
+        self.metrics: MetricsFile | None = None
+        self.loggers = Loggers()
 
-    def _banner(self, split: Split) -> None:
-        config, trainer, say = self.config, self.trainer, self.progress.say
+        def open_files() -> None:
+            self.metrics = MetricsFile(folder / "metrics.jsonl", size, digest)
+            self.loggers = Loggers(config, folder, trainer.step)
+
+        processes.on_first(open_files)
+        self.progress = Progress(config.progress if processes.first else "none", trainer.step, config.steps)
+        self._banner()
+
+    def _load(self) -> dict[str, Any] | None:
+        """The latest whole checkpoint, which process 0 alone reads: others may not see the run directory."""
+        state: dict[str, Any] | None = None
+
+        def read() -> None:
+            nonlocal state
+            remove_leftovers(self.checkpoints)
+            state = load_latest(self.checkpoints)
+
+        self.processes.on_first(read)
+        if self.processes.world == 1:
+            return state
+        buffer = io.BytesIO()
+        if state is not None:
+            torch.save(state, buffer)
+        content = self.processes.bytes_from_first(buffer.getvalue())
+        if content and not self.processes.first:
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        return state
+
+    def _prepare_evaluations(self) -> None:
+        """What is evaluated, by its name in the log: test images, held-out ones, both or none."""
+        common = {
+            "size": int(self.config.image_size or 0),
+            "record": self.folder / LEFT_OUT if self.config.skip_damaged else None,
+        }
+        self.evaluated = {}
+        if len(self.data.test_y):
+            self.evaluated["test"] = test_images(self.data, self.processes, **common)  # type: ignore[arg-type]
+        if len(self.split.held_out):
+            held = training_images(self.data, self.split.held_out, self.processes, **common)  # type: ignore[arg-type]
+            self.evaluated["held_out"] = held
+
+    def _banner(self) -> None:
+        config, trainer, say, data = self.config, self.trainer, self.progress.say, self.data
         parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-        height, width = self.images.train_x.shape[1:3]
+        bare = int((data.train_y < 0).sum())
+        size = "x".join(map(str, data.train_x.shape[1:3])) if isinstance(data, Images) else f"at {config.image_size}"
         say(
-            f"{method_label(config)} on {self.images.name} ({len(self.images.train_y):,} training images "
-            f"{height}x{width}, {len(self.images.classes)} classes, {config.labels} labels), "
-            f"{config.arch} ({parameters:,} parameters), {trainer.to_model.device}, "
-            f"{torch.get_num_threads()} threads + {self.workers} workers"
+            f"{method_label(config)} on {data.name} ({len(data.train_y):,} training images {size}, "
+            + (f"{bare:,} of them from unlabeled/, " if bare else "")
+            + f"{len(data.classes)} classes, {len(self.split.labeled):,} labels"
+            + (f", {len(self.split.held_out):,} held out" if len(self.split.held_out) else "")
+            + f"), {config.arch} ({parameters:,} parameters, norm {config.norm}), {self.processes.world} x "
+            f"{self.processes.device}, {torch.get_num_threads()} threads + {self.workers} workers each"
         )
-        say(f"split SHA-256 {split.digest}")
+        say(f"split SHA-256 {self.split.digest}")
         say(f"run directory {self.folder}" + (f", continuing at step {trainer.step}" if trainer.step else ""))
         if config.ggcr_weight > 0 and config.steps <= config.ggcr_warmup:
             say(f"note: --ggcr-warmup {config.ggcr_warmup} >= --steps {config.steps}: the term is never added.")
+        if not self.evaluated:
+            say("note: there is no test/ (or val/), so the run ends without accuracy; --hold-out 0.2 gives one.")
 
     def train(self) -> int:
         config, trainer = self.config, self.trainer
         pin = trainer.to_model.device.type == "cuda"
-        batches = step_batches(self.dataset, trainer.step, config.steps, workers=self.workers, pin=pin)
-        reason = None
+        ahead, k = 2 if config.feed == "stream" else 4, config.accumulate
+        self.batches = step_batches(
+            self.dataset, k * trainer.step, k * config.steps, workers=self.workers, pin=pin, ahead=ahead
+        )
+        reason, exit_code = None, 0
         with StopRequest(config) as stop:
             try:
-                clock = time.monotonic()
-                for batch in batches:
-                    loaded = time.monotonic()
-                    trainer.train_step(batch)
-                    now = time.monotonic()
-                    self.seconds += now - clock
-                    advice = self.watch.add(loaded - clock, now - loaded)
+                while trainer.step < config.steps and reason is None:
+                    self.waited, clock = 0.0, time.monotonic()
+                    trainer.train_step(self._fetch)
+                    seconds = time.monotonic() - clock
+                    self.seconds += seconds
+                    advice = self.watch.add(self.waited, seconds - self.waited)
                     if advice is not None:
                         self.progress.say(advice)
                     self._after_step()
-                    reason = stop.after_step()
-                    if reason is not None:
-                        break
-                    clock = time.monotonic()
+                    reason, exit_code = self._agree(stop.after_step(), stop.exit_code)
                 self._save()
             finally:
-                del batches  # ends the workers
+                del self.batches  # ends the workers
                 self.progress.close()
-                self.metrics.close()
-                if self.board is not None:
-                    self.board.close()
+                if self.metrics is not None:
+                    self.metrics.close()
+                self.loggers.close()
+        if config.csv:
+            self.processes.on_first(lambda: write_csv(self.folder))
         if trainer.step < config.steps:
             self.progress.say(f"stopped by {reason} at step {trainer.step} of {config.steps}; checkpoint written.")
             self.progress.say("Start the same command again to continue.")
-            return stop.exit_code
-        self._finish()
+            return exit_code
+        self.processes.on_first(self._finish)
         return 0
+
+    def _fetch(self) -> StepImages:
+        """The next batch's images; how long those of this step took is in `waited`."""
+        start = time.monotonic()
+        images = next(self.batches)
+        self.waited += time.monotonic() - start
+        return images
+
+    def _agree(self, reason: str | None, exit_code: int) -> tuple[str | None, int]:
+        """Stop together: a signal or a clock may reach one process only."""
+        code = self.processes.maximum(-1 if reason is None else exit_code)
+        return (None, 0) if code < 0 else (reason or "another process", code)
 
     def _after_step(self) -> None:
         config, trainer = self.config, self.trainer
@@ -152,47 +287,53 @@ class _Execution:
         if step % config.log_every == 0 or last:
             means = trainer.meter.flush()
             self._record("train", means)
-            rate = self._rate()
-            self.progress.show(loss=means.get("loss"), mask=means.get("mask_rate"), images_per_s=rate)
+            self.progress.show(loss=means.get("loss"), mask=means.get("mask_rate"), images_per_s=self._rate())
         self.progress.advance()
-        if step % config.eval_every == 0 or last:
-            images = self.images
-            numbers = evaluate(
-                self._evaluated(), images.test_x, images.test_y, trainer.to_model, classes=images.classes
-            )
-            trainer.evaluations.append(numbers["test_accuracy"])
-            self._record("eval", dict(numbers))
-            self.progress.show(test=numbers["test_accuracy"])
-            self.progress.line()
+        if self.evaluated and (step % config.eval_every == 0 or last):
+            self._evaluate()
         if step % config.checkpoint_every == 0 or last:
             self._save()
 
-    def _evaluated(self) -> nn.Module:
+    def _evaluate(self) -> None:
+        model = self._evaluated_model()
+        numbers: dict[str, float] = {}
+        for name, images in self.evaluated.items():
+            scores = evaluate(
+                model, images, self.trainer.to_model, len(self.data.classes), processes=self.processes,
+                workers=self.workers if self.config.feed == "stream" else 0,
+            )  # fmt: skip
+            numbers |= scores.numbers(name, self.data.classes)
+            self.progress.show(**{name: scores.accuracy})
+        accuracies = {name: numbers[f"{name}_accuracy"] for name in self.evaluated}
+        self.trainer.evaluations.append(accuracies)
+        self._record("eval", dict(numbers))
+        self.progress.line()
+
+    def _evaluated_model(self) -> nn.Module:
         """The averaged model, with the statistics that --eval-statistics names."""
         model = self.trainer.average.model
-        if self.config.eval_statistics == "averaged":
+        if self.config.eval_statistics == "averaged" or not isinstance(self.data, Images):
             return model
-        return with_fresh_statistics(model, self.images.train_x, self.trainer.to_model)
+        return with_fresh_statistics(model, self.data.train_x, self.trainer.to_model)
 
     def _record(self, kind: str, numbers: dict[str, float | None]) -> None:
         step = self.trainer.step
-        self.metrics.write({"kind": kind, "step": step, **numbers})
-        if self.board is not None:
-            for name, value in numbers.items():
-                if value is not None:
-                    self.board.add_scalar(name if kind == "eval" else f"train/{name}", value, step)
+        if self.metrics is not None:
+            self.metrics.write({"kind": kind, "step": step, **numbers})
+            self.loggers.write(kind, step, numbers)
 
     def _rate(self) -> float:
-        """Images per second of training so far; also one line of timing.jsonl, with the share of waiting for images."""
-        per_step = self.config.batch_size + self.dataset.unlabeled_batch
+        """Images per second of training so far, over all processes; also one line of timing.jsonl."""
+        per_step = self.config.accumulate * (self.config.batch_size + self.dataset.unlabeled_batch)
         rate = per_step * self.trainer.step / max(self.seconds, 1e-9)
-        line = {
-            "step": self.trainer.step,
-            "seconds": round(self.seconds, 3),
-            "images_per_second": round(rate, 1),
-            "waiting": round(self.watch.share, 4),
-        }
-        append_line(self.folder / "timing.jsonl", line)
+        if self.processes.first:
+            line = {
+                "step": self.trainer.step,
+                "seconds": round(self.seconds, 3),
+                "images_per_second": round(rate, 1),
+                "waiting": round(self.watch.share, 4),
+            }
+            append_line(self.folder / "timing.jsonl", line)
         return rate
 
     def _save(self) -> None:
@@ -200,56 +341,72 @@ class _Execution:
         if self.saved == step:
             return
         state = self.trainer.state_dict()
-        # The lines must be on the disk before the checkpoint that counts on them.
-        lines = {"metrics_bytes": self.metrics.sync(), "metrics_sha256": self.metrics.sha256}
-        save_checkpoint(self.checkpoints, step, {**state, **lines, "seconds": self.seconds})
+
+        def write() -> None:
+            # The lines must be on the disk before the checkpoint that counts on them.
+            assert self.metrics is not None  # the first process has it
+            lines = {"metrics_bytes": self.metrics.sync(), "metrics_sha256": self.metrics.sha256}
+            save_checkpoint(self.checkpoints, step, {**state, **lines, "seconds": self.seconds})
+
+        self.processes.on_first(write)
         self.saved = step
 
     def _finish(self) -> None:
-        config, trainer = self.config, self.trainer
-        numbers = summarize(trainer.evaluations)
+        trainer, about = self.trainer, self.about()
+        export_weights(self.folder / "model.safetensors", self._evaluated_model(), about)
+        kind = "test" if "test" in self.evaluated else "held_out"
+        judged = [numbers["held_out"] for numbers in trainer.evaluations if "held_out" in numbers]
+        protocol = f"{PROTOCOL}; BatchNorm statistics {self.config.eval_statistics}"
+        if judged:
+            protocol = protocol.replace("on the test images, so it is optimistic", "on held-out training images")
+        if kind == "held_out":
+            protocol = protocol.replace("test accuracy", "accuracy on held-out training images")
+        numbers: dict[str, Any] = dict.fromkeys(("last", "median_last_20", "best"))
+        if trainer.evaluations:
+            numbers = dict(summarize([numbers[kind] for numbers in trainer.evaluations], judged))
         summary: dict[str, Any] = {
-            "protocol": PROTOCOL + f"; BatchNorm statistics {config.eval_statistics}",
-            "method": method_label(config),
-            "dataset": self.images.name,
-            "labels": config.labels,
-            "arch": config.arch,
-            "seed": config.seed,
-            "steps": trainer.step,
+            "protocol": protocol if trainer.evaluations else "no test images",
+            **{key: about[key] for key in ("method", "dataset", "labels", "arch", "seed", "steps")},
+            "processes": self.processes.world,
             "evaluations": len(trainer.evaluations),
             **numbers,
             "seconds": round(self.seconds, 1),
         }
-        export_weights(self.folder / "model.safetensors", self._evaluated(), self._about_weights())
-        draw_curves([read_run(self.folder)], self.folder / "curves.png")
+        if trainer.evaluations:
+            draw_curves([read_run(self.folder)], self.folder / "curves.png")
         write_json(self.folder / "summary.json", summary)  # last: its presence says that the run is finished
-        self.progress.say(
-            f"finished in {duration(self.seconds)} of training: test accuracy last {numbers['last']:.4f}, "
-            f"median of last 20 evaluations {numbers['median_last_20']:.4f}, best {numbers['best']:.4f}"
-        )
-        self.progress.say(f"curves: {os.path.join(self.folder, 'curves.png')}, weights: model.safetensors beside it")
+        what = "test accuracy" if kind == "test" else "accuracy on held-out images"
+        said = (
+            f": {what} last {numbers['last']:.4f}, median of last 20 evaluations {numbers['median_last_20']:.4f}, "
+            f"best {numbers['best']:.4f}"
+        ) if trainer.evaluations else ""  # fmt: skip
+        self.progress.say(f"finished in {duration(self.seconds)} of training{said}")
+        curves = f"curves: {os.path.join(self.folder, 'curves.png')}, " if trainer.evaluations else ""
+        self.progress.say(f"{curves}weights: {os.path.join(self.folder, 'model.safetensors')}")
 
-    def _about_weights(self) -> dict[str, Any]:
-        """What one must know to use the weights."""
-        config, images = self.config, self.images
-        mean, deviation = images.channel_statistics()
+    def about(self) -> dict[str, Any]:
+        """What one must know to use the weights, whose names are the network's own."""
+        config, data = self.config, self.data
+        size = list(data.train_x.shape[1:3]) if isinstance(data, Images) else [int(config.image_size or 0)] * 2
         return {
-            "format": 1,
+            "format": 2,
             "arch": config.arch,
-            "classes": images.classes,
-            "mean": mean,
-            "std": deviation,
-            "image_size": list(images.train_x.shape[1:3]),
-            "dataset": images.name,
+            "norm": config.norm,
+            "classes": data.classes,
+            "mean": self.trainer.to_model.mean,
+            "std": self.trainer.to_model.deviation,
+            "image_size": size,
+            "shorter_side": shorter_side(min(size), config.feed),
+            "dataset": data.name,
             "method": method_label(config),
-            "labels": config.labels,
+            "labels": len(self.split.labeled),
             "seed": config.seed,
             "steps": self.trainer.step,
         }
 
 
 def main(config: Config) -> int:
-    """Run, and turn what is refused into one message and an exit status.
+    """Run, and turn what is refused into one line and an exit status.
 
     Args:
         config: The options, as given.
@@ -257,16 +414,27 @@ def main(config: Config) -> int:
     Returns:
         The exit status.
     """
+    for stream in (sys.stdout, sys.stderr):  # names in any script, on any terminal
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return run(config)
+    except OtherProcessError as error:  # that process has said why
+        return error.exit_code
     except (TrainerError, GradConsistError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", 1)
+        return refuse(error)
     except OSError as error:
-        print(
-            f"error: {error}. Checkpoints are untouched: mend this and start the same command again.", file=sys.stderr
-        )
-        return 1
+        return refuse(TrainerError(f"{error}. Checkpoints are untouched: mend this and start the same command again."))
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        return refuse(TrainerError(f"{reason} Give a smaller --batch-size, --ggcr-max-pairs or --ggcr-chunk-size."))
+    except RuntimeError as error:
+        if not re.search(r"gloo|NCCL|[Cc]onnection", str(error)):
+            raise
+        reason = str(error).splitlines()[0][:200]
+        return refuse(TrainerError(f"another process is gone ({reason}). Checkpoints are untouched."))
     except KeyboardInterrupt:  # before the first step; later, the loop answers it with a checkpoint
         print("interrupted before training began; nothing was changed.", file=sys.stderr)
         return 130
+    finally:
+        leave()

@@ -13,13 +13,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from trainer.checkpoint import read_checkpoint
+from trainer.checkpoint import load_latest, read_checkpoint
 from trainer.config import Config
 from trainer.errors import CheckpointError, OptionError
-from trainer.files import regular_size, write_atomically
-from trainer.models import WideResNet, build_model
-
-_HEAD = "head."
+from trainer.evaluation import shorter_side
+from trainer.files import read_json, regular_size, write_atomically
+from trainer.models import PRETRAINED, build_network, classifier_head
 
 
 def export_weights(path: Path, model: nn.Module, about: dict[str, Any]) -> None:
@@ -40,32 +39,66 @@ def export_weights(path: Path, model: nn.Module, about: dict[str, Any]) -> None:
     write_atomically(path, lambda file: file.write(content))
 
 
-def load_model(path: Path) -> tuple[WideResNet, dict[str, Any]]:
-    """Build the model that a run exported, ready for inference.
+def load_model(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
+    """Build the model that a run trained, ready for inference.
 
     Args:
-        path: A run's `model.safetensors`.
+        path: A run's directory, finished or not, its `model.safetensors`, or a checkpoint `step-N.pt` in it.
 
     Returns:
-        The model in eval mode, from images `[N, 3, H, W]` normalised by `mean` and `std` to logits `[N, K]`; and what
-        the file says about itself: `arch`, `classes` in the order of the logits, `mean` and `std` in units of 255,
-        `image_size`, `steps` and where it comes from.
+        The averaged model in eval mode, from images `[N, 3, H, W]` normalised by `mean` and `std` to logits `[N, K]`;
+        and what is known about it: `arch`, `norm`, `classes` in the order of the logits, `mean` and `std` in units of
+        255, `image_size`, `shorter_side` (what images are scaled to before the centre is cut), `steps` and more.
 
     Raises:
-        CheckpointError: Where the file is no such export.
+        CheckpointError: Where there is no such model.
     """
+    path = Path(path)
+    if path.is_dir() and (path / "model.safetensors").exists():
+        path = path / "model.safetensors"
     try:
-        with safe_open(path, framework="pt") as file:
-            about: dict[str, Any] = json.loads(file.metadata()["about"])
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        model = build_model(about["arch"], len(about["classes"]), momentum=0.1)
+        if path.is_dir() or path.suffix == ".pt":
+            about, weights = _unfinished(path)
+        else:
+            with safe_open(path, framework="pt") as file:
+                about = json.loads(file.metadata()["about"])
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        config = Config(arch=about["arch"], norm=about.get("norm", "batch"), bn_momentum=0.1)
+        model = build_network(config, len(about["classes"]))
         model.load_state_dict(weights)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        reason = (str(error) or "no reason given").splitlines()[0]
         raise CheckpointError(
-            f"{path} is not the export of a run ({type(error).__name__}: {str(error).splitlines()[0]}): "
-            "give the model.safetensors of a finished run."
+            f"{path} is not the export of a run ({type(error).__name__}: {reason}): "
+            "give a run's directory, its model.safetensors or a checkpoints/step-N.pt."
         ) from error
     return model.eval().requires_grad_(False), about
+
+
+def _unfinished(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What an export would hold, from the run directory and a checkpoint of it."""
+    if path.is_dir():
+        folder, state = path, load_latest(path / "checkpoints")
+        if state is None:
+            raise ValueError("it holds no checkpoint yet")
+    else:
+        folder, state = path.parent.parent, read_checkpoint(path, path.read_bytes())
+    options, split = state["options"], read_json(folder / "split.json")
+    size = split.get("image_size") or [options["image_size"]] * 2
+    about = {
+        "arch": options["arch"],
+        "norm": options["norm"],
+        **{key: split[key] for key in ("classes", "mean", "std")},
+        "image_size": size,
+        "shorter_side": shorter_side(min(size), options["feed"]),
+        "dataset": options["dataset"],
+        "labels": len(split["labeled"]),
+        "seed": options["seed"],
+        "steps": state["step"],
+    }
+    # A SyncBatchNorm is a BatchNorm in one process.
+    about["norm"] = "batch" if about["norm"] == "sync" else about["norm"]
+    return about, {str(name): value.detach() for name, value in state["average"]["model"].items()}
 
 
 def read_start(config: Config) -> tuple[Config, dict[str, Tensor] | None]:
@@ -75,7 +108,8 @@ def read_start(config: Config) -> tuple[Config, dict[str, Tensor] | None]:
         config: Resolved options.
 
     Returns:
-        The options with the file's digest, and the averaged weights by name; None without `--init-from`.
+        The options with the file's digest, and the weights by name; None without `--init-from`, or where the network
+        brings its own.
 
     Raises:
         OptionError: Where the file is absent, of neither kind, holds values that are not finite, or is another one
@@ -87,37 +121,50 @@ def read_start(config: Config) -> tuple[Config, dict[str, Tensor] | None]:
             if getattr(config, name) != getattr(Config, name):
                 raise OptionError(f"--{name.replace('_', '-')} has nothing to act on: give --init-from, too.")
         return config, None
+    if config.init_from == PRETRAINED:
+        if config.init_part == "encoder" or config.init_sha256 is not None:
+            raise OptionError(f"--init-from {PRETRAINED} has a new head, and the library checks it: give it alone.")
+        return config, None
     path = Path(config.init_from)
+    if path.is_dir():  # a run: its export, else its newest checkpoint
+        records = sorted(path.glob("checkpoints/step-*.json"))
+        export = path / "model.safetensors"
+        if export.exists() or records:
+            path = export if export.exists() else records[-1].with_suffix(".pt")
     try:
         regular_size(path)
         content = path.read_bytes()
     except (OSError, ValueError) as error:
         raise OptionError(
-            f"--init-from {path} cannot be read ({error}): give a run's model.safetensors or checkpoints/step-N.pt."
+            f"--init-from {path} cannot be read ({error}): give a run, a model.safetensors or a state_dict."
         ) from error
     digest = hashlib.sha256(content).hexdigest()
     if config.init_sha256 not in (None, digest):
         raise OptionError(f"--init-from {path} has the SHA-256 {digest}, not --init-sha256 {config.init_sha256}.")
-    weights = _averaged_weights(path, content)
+    weights = _weights(path, content)
     for name, value in weights.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise OptionError(f"--init-from {path}: {name} holds values that are not finite.")
     return dataclasses.replace(config, init_sha256=digest), weights
 
 
-def _averaged_weights(path: Path, content: bytes) -> dict[str, Tensor]:
-    if path.suffix == ".pt":
-        state = read_checkpoint(path, content)
+def _weights(path: Path, content: bytes) -> dict[str, Tensor]:
+    if path.suffix not in (".pt", ".pth", ".bin"):
         try:
-            return {str(name): value.detach() for name, value in state["average"]["model"].items()}
-        except (KeyError, TypeError, AttributeError) as error:
-            raise OptionError(f"--init-from {path} is no checkpoint of a trainer: it has no averaged model.") from error
-    try:
-        return safetensors.torch.load(content)
-    except SafetensorError as error:
-        raise OptionError(
-            f"--init-from {path} is neither a checkpoint (.pt) nor a safetensors file ({error})."
-        ) from error
+            return safetensors.torch.load(content)
+        except SafetensorError as error:
+            raise OptionError(
+                f"--init-from {path} is neither a checkpoint (.pt, .pth) nor a safetensors file ({error})."
+            ) from error
+    state: Any = read_checkpoint(path, content)
+    if isinstance(state.get("average"), dict):
+        state = state["average"].get("model")
+    for key in ("state_dict", "model", "model_state_dict"):  # as other programs wrap theirs
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise OptionError(f"--init-from {path} is no checkpoint of a trainer and no state_dict: it has no weights.")
+    return {str(name).removeprefix("module."): value.detach() for name, value in state.items()}  # of DDP
 
 
 def load_start(model: nn.Module, weights: dict[str, Tensor], config: Config) -> None:
@@ -131,16 +178,16 @@ def load_start(model: nn.Module, weights: dict[str, Tensor], config: Config) -> 
     Raises:
         OptionError: Naming the tensors that do not fit.
     """
-    own = model.state_dict()
-    wanted = {name for name in own if config.init_part == "model" or not name.startswith(_HEAD)}
-    found = {name for name in weights if config.init_part == "model" or not name.startswith(_HEAD)}
+    own, head = model.state_dict(), classifier_head(model)[0] + "."
+    wanted = {name for name in own if config.init_part == "model" or not name.startswith(head)}
+    found = {name for name in weights if config.init_part == "model" or not name.startswith(head)}
     shapes = [name for name in own if name in wanted & found and weights[name].shape != own[name].shape]
     wrong = [f"{name} is {list(weights[name].shape)} there and {list(own[name].shape)} here" for name in shapes]
     wrong += [f"{name} is absent there" for name in sorted(wanted - found)]
     wrong += [f"{name} is unknown here" for name in sorted(found - wanted)]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        remedy = "--init-part encoder starts with a new head" if all(_HEAD in text for text in wrong) else (
+        remedy = "--init-part encoder starts with a new head" if all(head in text for text in wrong) else (
             "give the --arch that it was trained with"
         )  # fmt: skip
         raise OptionError(

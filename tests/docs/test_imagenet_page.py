@@ -34,8 +34,9 @@ def test_the_table_has_the_options_of_its_own() -> None:
 
 def test_options_that_do_nothing_here_are_hidden() -> None:
     """What the ImageNet trainer takes over from the CIFAR one must have an effect in it: add it here when it has."""
-    from trainer.config import Config
     from trainer.imagenet.config import ImageNetConfig
+
+    from trainer.config import Config
 
     hints = typing.get_type_hints(ImageNetConfig, include_extras=True)
     hidden = {name for name, hint in hints.items() if "Suppress" in repr(hint)}

@@ -16,7 +16,6 @@ import torch
 if TYPE_CHECKING:
     from trainer.config import Config
     from trainer.datasets import Images
-    from trainer.imagenet.config import ImageNetConfig
 
 try:
     for package in ("torchvision", "sklearn", "tyro", "tqdm", "matplotlib", "safetensors"):
@@ -80,14 +79,14 @@ TINY_PHOTOGRAPHS: dict[str, Any] = {
 
 
 @pytest.fixture(scope="session")
-def photographs_at() -> Callable[..., ImageNetConfig]:
+def photographs_at() -> MakeConfig:
     """A factory: `photographs_at(folder, name, option=value)` makes JPEGs of three classes, and options."""
     import numpy as np
     from PIL import Image
 
-    from trainer.imagenet.config import ImageNetConfig
+    from trainer.config import IMAGENET
 
-    def make(folder: Path, name: str = "run", **changes: Any) -> ImageNetConfig:
+    def make(folder: Path, name: str = "run", **changes: Any) -> Config:
         source = np.random.Generator(np.random.Philox(3))
         for part, count in (("train", 12), ("val", 5)):
             for label in ("ant", "bee", "cat"):
@@ -96,13 +95,13 @@ def photographs_at() -> Callable[..., ImageNetConfig]:
                     pixels = source.integers(256, size=(20, 24, 3), dtype=np.uint8)
                     Image.fromarray(pixels).save(folder / "photos" / part / label / f"{label}_{number}.JPEG")
         places = {"data_dir": str(folder / "photos"), "output": str(folder / name)}
-        return dataclasses.replace(ImageNetConfig(), **{**TINY_PHOTOGRAPHS, **places, **changes})
+        return dataclasses.replace(IMAGENET["paper"], **{**TINY_PHOTOGRAPHS, **places, **changes})
 
     return make
 
 
 @pytest.fixture
-def photographs(photographs_at: Callable[..., ImageNetConfig], tmp_path: Path) -> Callable[..., ImageNetConfig]:
+def photographs(photographs_at: MakeConfig, tmp_path: Path) -> MakeConfig:
     """The same below the test's own folder: `photographs("name", option=value)`."""
     return lambda name="run", **changes: photographs_at(tmp_path, name, **changes)
 

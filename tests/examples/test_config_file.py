@@ -72,7 +72,7 @@ def test_the_config_of_a_run_repeats_it(tiny: MakeConfig) -> None:
         ({"labels": "40"}, "'labels' is \"40\"; expected an integer"),
         ({"labels": 40.5}, "'labels' is 40.5; expected an integer"),
         ({"labels": True}, "'labels' is true; expected an integer"),
-        ({"lr": None}, "'lr' is null; expected a number"),
+        ({"ggcr_weight": None}, "'ggcr_weight' is null; expected a number"),
         ({"threshold": "high"}, "'threshold' is \"high\"; expected a number or null"),
         ({"channels_last": 1}, "'channels_last' is 1; expected true or false"),
         ({"amp": "fp8"}, '\'amp\' is "fp8"; expected "off" or "bf16" or "fp16"'),

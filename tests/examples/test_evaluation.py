@@ -12,7 +12,7 @@ from torch import nn
 import trainer.runlog
 from trainer.config import Config, resolve
 from trainer.datasets import load_images
-from trainer.evaluation import evaluate, with_fresh_statistics
+from trainer.evaluation import Evaluated, Scores, evaluate, with_fresh_statistics
 from trainer.loader import ToModel
 from trainer.runlog import Progress
 from trainer.training import run
@@ -61,25 +61,30 @@ def test_the_statistics_that_are_evaluated_are_exported(tiny: MakeConfig) -> Non
         model, _ = load_model(folder / "model.safetensors")
         images = load_images(resolve(config))
         to_model = ToModel(*images.channel_statistics(), torch.device("cpu"), channels_last=False)
-        assert evaluate(model, images.test_x, images.test_y, to_model)["test_accuracy"] == summary["last"]
+        assert evaluate(model, Evaluated(images.test_x, images.test_y), to_model, 10).accuracy == summary["last"]
         buffers[statistics] = model.state_dict()
     same = {name for name, value in buffers["anew"].items() if torch.equal(value, buffers["averaged"][name])}
     assert same == {name for name in buffers["anew"] if "running" not in name and "tracked" not in name}
 
 
-def test_recall_is_the_share_of_a_class_that_is_found() -> None:
+def test_recall_is_the_share_of_a_class_that_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     answers, labels = [0, 1, 1, 2, 2, 2, 0], [0, 0, 1, 1, 1, 2, 2]
     pixels = torch.tensor(answers, dtype=torch.uint8)[:, None, None, None].expand(-1, 2, 2, 3)
     to_model = ToModel([0.0] * 3, [1.0] * 3, torch.device("cpu"), channels_last=False)
     names = ["a", "b", "c", "d"]
     for batch in (2, 100):
-        numbers = evaluate(Reader(), pixels, torch.tensor(labels), to_model, batch=batch, classes=names)
+        monkeypatch.setattr("trainer.evaluation.BATCH", batch)
+        scores = evaluate(Reader(), Evaluated(pixels, torch.tensor(labels)), to_model, 4)
+        numbers = scores.numbers("test", names)
         assert numbers["test_accuracy"] == 3 / 7
         assert [numbers[f"recall/{name}"] for name in names[:3]] == [1 / 2, 1 / 3, 1 / 2]
         assert math.isnan(numbers["recall/d"])
         losses = [math.log(math.exp(5) + 3) - 5 * (a == b) for a, b in zip(answers, labels, strict=True)]
         assert numbers["test_loss"] == pytest.approx(sum(losses) / 7, rel=1e-5)
-    assert set(evaluate(Reader(), pixels, torch.tensor(labels), to_model)) == {"test_accuracy", "test_loss"}
+        assert scores.confusion[1].tolist() == [0, 1, 2, 0]
+    many = [f"class {k}" for k in range(200)]
+    few = Scores(torch.eye(200, dtype=torch.int64), 1.0, 0.0).numbers("test", many)
+    assert set(few) == {"test_accuracy", "test_accuracy_top5", "test_loss"}
 
 
 def test_recalls_and_precision_of_the_mask_are_in_metrics_and_tensorboard(tiny: MakeConfig) -> None:

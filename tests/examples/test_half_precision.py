@@ -28,9 +28,9 @@ def trained(config: Config, steps: int) -> Trainer:
     dataset = StepDataset(images, draw_split(images, config.labels, config.seed), config)
     statistics = images.channel_statistics()
     to_model = ToModel(*statistics, torch.device("cpu"), channels_last=config.channels_last)
-    trainer = Trainer(config, 10, to_model, len(images.train_y))
+    trainer = Trainer.fresh(config, 10, to_model, len(images.train_y))
     for step in range(steps):
-        trainer.train_step(dataset[step])
+        trainer.train_step(lambda step=step: dataset[step])
     return trainer
 
 
@@ -100,7 +100,7 @@ def test_the_loss_scale_halves_at_an_overflow_and_is_in_the_checkpoint(tiny: Mak
     images = load_images(trainer.config)
     dataset = StepDataset(images, draw_split(images, trainer.config.labels, 0), trainer.config)
     trainer.meter.flush()
-    trainer.train_step(dataset[1])
+    trainer.train_step(lambda: dataset[1])
     assert torch.equal(flat(trainer), before)  # skipped
     assert trainer.step == steps + 1
     numbers = trainer.meter.flush()
@@ -118,9 +118,9 @@ def test_a_gradient_that_overflows_at_every_scale_stops_the_run(tiny: MakeConfig
     images = load_images(trainer.config)
     dataset = StepDataset(images, draw_split(images, trainer.config.labels, 0), trainer.config)
     for step in range(17):  # 2^16, 2^15, ..., 1
-        trainer.train_step(dataset[step])
+        trainer.train_step(lambda step=step: dataset[step])
     with pytest.raises(NonFiniteLossError, match=r"step 17: the gradient is not finite at a loss scale of 0.5"):
-        trainer.train_step(dataset[17])
+        trainer.train_step(lambda: dataset[17])
 
 
 def test_a_device_without_the_half_type_is_refused(tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:

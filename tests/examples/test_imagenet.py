@@ -15,21 +15,19 @@ import torchvision
 from torch import nn
 
 from support.runs import differing, final
-from trainer.cli import parse_options
+from trainer.cli import parse_config
+from trainer.config import IMAGENET, Config, resolve
+from trainer.datasets import PhotographFolder, load_images
 from trainer.errors import DatasetError, OptionError, ResumeError
 from trainer.files import read_json
-from trainer.imagenet.batches import StepPhotographs, worker_count
-from trainer.imagenet.config import PRESETS, ImageNetConfig, resolve
-from trainer.imagenet.files import PhotographFolder
-from trainer.imagenet.labels import choose_labeled
-from trainer.imagenet.networks import build_network
-from trainer.imagenet.training import main, run
-from trainer.loader import StepImages
-from trainer.methods import classifier_head
+from trainer.loader import StepImages, StepPhotographs, worker_count
+from trainer.models import build_network, classifier_head
 from trainer.processes import Processes, join
 from trainer.schedule import cosine_factor, set_learning_rate
+from trainer.split import choose_labeled
+from trainer.training import main, run
 
-Make = Callable[..., ImageNetConfig]
+Make = Callable[..., Config]
 
 
 def part(rank: int, world: int) -> Processes:
@@ -39,11 +37,17 @@ def part(rank: int, world: int) -> Processes:
 ALONE = part(0, 1)
 
 
+def listed(root: Path) -> PhotographFolder:
+    data = load_images(dataclasses.replace(IMAGENET["paper"], data_dir=str(root)))
+    assert isinstance(data, PhotographFolder)
+    return data
+
+
 # -- options -----------------------------------------------------------------------------------------------------------
 
 
 def test_defaults_of_the_presets() -> None:
-    paper = resolve(parse_options([], PRESETS, program="p", description=""))
+    paper = resolve(parse_config([], IMAGENET))
     assert (paper.arch, paper.image_size, paper.label_fraction, paper.steps) == ("resnet50", 224, 0.01, 2**20)
     assert (paper.threshold, paper.unlabeled_weight, paper.unlabeled_ratio, paper.unlabeled_ramp) == (
         0.95,
@@ -53,10 +57,10 @@ def test_defaults_of_the_presets() -> None:
     )
     assert (paper.weight_decay, paper.ggcr_weight, paper.strong, paper.norm) == (5e-4, 0.1, "randaugment", "batch")
     assert paper.output == "runs/imagenet-0.01-fixmatch+ggcr-resnet50-seed0"
-    reference = resolve(parse_options(["--preset", "fixmatch"], PRESETS, program="p", description=""))
+    reference = resolve(parse_config(["--preset", "fixmatch"], IMAGENET))
     assert (reference.threshold, reference.unlabeled_weight, reference.unlabeled_ratio) == (0.7, 10.0, 5)
     assert (reference.weight_decay, reference.ggcr_weight, reference.unlabeled_ramp) == (3e-4, 0.0, 0)
-    assert resolve(PRESETS["fixmatch"], 4).processes == 4
+    assert resolve(IMAGENET["fixmatch"], 4).processes == 4
 
 
 @pytest.mark.parametrize(
@@ -65,12 +69,12 @@ def test_defaults_of_the_presets() -> None:
         ({"batch_size": 30}, 4, r"--batch-size 30 is shared by 4 processes .*give 32"),
         ({"ggcr_max_pairs": 5}, 2, r"--ggcr-max-pairs 5 is shared by 2 processes"),
         ({"label_fraction": 0.0}, 1, r"--label-fraction is a share in \(0, 1\].*found 0.0"),
-        ({"labels": -1}, 1, r"--labels must be 0 or more; found -1"),
-        ({"labels": 50, "label_file": "a.txt"}, 1, r"--label-file a.txt and --labels 50: give one"),
+        ({"labels": -1}, 1, r"--labels must be above 0, or all; found -1"),
+        ({"labels": 50}, 1, r"--labels 50 and --label-fraction 0.34: give one of them"),
         ({"crop_scale": 1.5}, 1, r"--crop-scale is a share .*found 1.5"),
         ({"lr_warmup": 4}, 1, r"--lr-warmup must be .* less than --steps 4; found 4"),
         ({"ggcr_chunk_size": 0}, 1, r"--ggcr-chunk-size must be above 0, or auto; found 0"),
-        ({"method": "mixmatch"}, 1, r"--method mixmatch draws at random on each process"),
+        ({"method": "mixmatch"}, 2, r"--method mixmatch draws at random on each process"),
         ({"norm": "sync"}, 2, r"--norm sync: gradient consistency does not gather .*--norm group"),
         ({"lr": -1.0}, 1, r"--lr must be above 0"),
     ],
@@ -101,7 +105,10 @@ def test_the_learning_rate_rises_and_then_follows_the_cosine() -> None:
 
 def test_workers_share_the_cores_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)), raising=False)
-    assert [worker_count(None, 1), worker_count(None, 4), worker_count(None, 12), worker_count(3, 12)] == [8, 2, 0, 3]
+    stream = IMAGENET["paper"]
+    given = dataclasses.replace(stream, workers=3)
+    counts = [worker_count(stream, 1), worker_count(stream, 4), worker_count(stream, 12), worker_count(given, 12)]
+    assert counts == [8, 2, 0, 3]
 
 
 # -- files and labels --------------------------------------------------------------------------------------------------
@@ -116,26 +123,20 @@ def test_a_device_without_the_half_type_is_refused(photographs: Make, monkeypatc
         run(photographs("half", amp="bf16"))
 
 
-def test_a_folder_without_val_is_refused(photo_folder: Callable[..., Path]) -> None:
-    root = photo_folder(train={"ant": 1, "bee": 1})
-    with pytest.raises(DatasetError, match=r"photos holds train: expected .*val/ instead of test"):
-        PhotographFolder(root)
-
-
 def test_the_digest_sees_names_and_sizes(photo_folder: Callable[..., Path]) -> None:
     root = photo_folder(train={"ant": 2, "bee": 1}, val={"ant": 1, "bee": 1})
-    before = PhotographFolder(root).digest()
-    assert PhotographFolder(root).digest() == before
+    before = listed(root).digest()
+    assert listed(root).digest() == before
     file = root / "val" / "bee" / "000.png"
     file.write_bytes(file.read_bytes() + b"\0")
-    longer = PhotographFolder(root).digest()
+    longer = listed(root).digest()
     (root / "train" / "ant" / "001.png").rename(root / "train" / "ant" / "002.png")
-    assert len({before, longer, PhotographFolder(root).digest()}) == 3
+    assert len({before, longer, listed(root).digest()}) == 3
 
 
 def test_a_fraction_of_each_class_is_labeled(photographs: Make) -> None:
     config = resolve(photographs(label_fraction=0.34))
-    folder = PhotographFolder(Path(config.data_dir))
+    folder = listed(Path(config.data_dir))
     split = choose_labeled(folder, config)
     assert torch.bincount(folder.train_y[split.labeled]).tolist() == [4, 4, 4]
     assert torch.equal(choose_labeled(folder, config).labeled, split.labeled)
@@ -145,20 +146,24 @@ def test_a_fraction_of_each_class_is_labeled(photographs: Make) -> None:
     one = choose_labeled(folder, dataclasses.replace(config, label_fraction=0.001))
     assert len(one.labeled) == 3  # at least one of each
     with pytest.raises(OptionError, match=r"--labels 39 asks for 13 .* class 'ant' has 12"):
-        choose_labeled(folder, dataclasses.replace(config, labels=39))
+        choose_labeled(folder, dataclasses.replace(config, label_fraction=None, labels=39))
     with pytest.raises(OptionError, match=r"--labels 2 cannot be balanced over 3 classes"):
-        choose_labeled(folder, dataclasses.replace(config, labels=2))
+        choose_labeled(folder, dataclasses.replace(config, label_fraction=None, labels=2))
 
 
 def test_a_list_names_the_labeled_images(photographs: Make, tmp_path: Path) -> None:
     path = tmp_path / "list.txt"
     path.write_text("ant_3.JPEG\nbee/bee_0.JPEG\n\ntrain/cat/cat_11.JPEG\n")
-    config = resolve(photographs(label_file=str(path)))
-    folder = PhotographFolder(Path(config.data_dir))
+    config = resolve(photographs(label_file=str(path), label_fraction=None))
+    folder = listed(Path(config.data_dir))
     labeled = choose_labeled(folder, config).labeled
-    assert [folder.train.name(index) for index in labeled.tolist()] == ["ant_3.JPEG", "bee_0.JPEG", "cat_11.JPEG"]
+    assert [Path(folder.train.name(index)).name for index in labeled.tolist()] == [
+        "ant_3.JPEG",
+        "bee_0.JPEG",
+        "cat_11.JPEG",
+    ]
     for text, kind, message in (
-        ("ant_99.JPEG\n", DatasetError, r"list.txt, line 1: 'ant_99.JPEG' is no training image of .*train"),
+        ("ant_99.JPEG\n", DatasetError, r"list.txt, line 1: 'ant_99.JPEG' is no training image in a class folder"),
         ("bee/ant_1.JPEG\n", DatasetError, r"line 1: 'bee/ant_1.JPEG' is no training image"),
         ("ant_1.JPEG\nant/ant_1.JPEG\n", DatasetError, r"line 2: 'ant/ant_1.JPEG' is the image of line 1"),
         ("ant_1.JPEG\nbee_1.JPEG\n", OptionError, r"names 2 images of 2 of the 3 classes, none of cat"),
@@ -174,17 +179,17 @@ def test_a_list_names_the_labeled_images(photographs: Make, tmp_path: Path) -> N
 def test_a_name_in_two_classes_must_be_told_apart(photo_folder: Callable[..., Path], tmp_path: Path) -> None:
     root = photo_folder(train={"ant": 1, "bee": 1}, val={"ant": 1, "bee": 1})
     (tmp_path / "list.txt").write_text("000.png\n")
-    config = resolve(ImageNetConfig(data_dir=str(root), label_file=str(tmp_path / "list.txt")))
+    config = resolve(dataclasses.replace(IMAGENET["paper"], data_dir=str(root), label_file=str(tmp_path / "list.txt")))
     with pytest.raises(DatasetError, match=r"'000.png' is the name of images of several classes: write CLASS/NAME"):
-        choose_labeled(PhotographFolder(root), config)
+        choose_labeled(listed(root), config)
 
 
 # -- batches -----------------------------------------------------------------------------------------------------------
 
 
-def batches(config: ImageNetConfig, processes: Processes) -> StepPhotographs:
-    folder = PhotographFolder(Path(config.data_dir))
-    return StepPhotographs(folder.train, choose_labeled(folder, config), config, processes)
+def batches(config: Config, processes: Processes) -> StepPhotographs:
+    folder = listed(Path(config.data_dir))
+    return StepPhotographs(folder, choose_labeled(folder, config), config, processes)
 
 
 def test_the_parts_of_all_processes_are_the_whole_batch(photographs: Make) -> None:
@@ -315,5 +320,7 @@ def test_another_split_is_refused(photographs: Make) -> None:
     config = photographs()
     assert run(dataclasses.replace(config, stop_after_steps=1)) == 0
     (Path(config.data_dir) / "train" / "ant" / "ant_0.JPEG").unlink()
-    with pytest.raises(ResumeError, match=r"split.json: the labeled split differs"):
+    with pytest.raises(
+        ResumeError, match=r"1 file is gone \(train.ant.ant_0.JPEG\): restore them, or give --skip-damaged"
+    ):
         run(config)

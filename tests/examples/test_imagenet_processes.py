@@ -16,11 +16,11 @@ import torch
 from support import imagenet_workers as workers
 from support.processes import Processes
 from support.runs import differing, final, option
+from trainer.config import IMAGENET, Config
 from trainer.errors import ResumeError
-from trainer.imagenet.config import ImageNetConfig
-from trainer.imagenet.training import run
+from trainer.training import run
 
-Make = Callable[..., ImageNetConfig]
+Make = Callable[..., Config]
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +30,7 @@ def two() -> Iterator[Processes]:
 
 
 @pytest.fixture(scope="module")
-def whole(
-    two: Processes, photographs_at: Callable[..., ImageNetConfig], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def whole(two: Processes, photographs_at: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of an uninterrupted run of two processes, each with BatchNorm and random pairs of its own."""
     folder = tmp_path_factory.mktemp("whole")
     assert two.run(workers.train, photographs_at(folder, ggcr_max_pairs=2)) == [0, 0]
@@ -123,7 +121,7 @@ def test_torchrun_restarts_killed_processes_from_the_checkpoint(photographs: Mak
     given = {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)
-        if getattr(config, field.name) != field.default
+        if getattr(config, field.name) != getattr(IMAGENET["paper"], field.name)
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["--max-restarts", "1", str(Path(workers.__file__))]

@@ -111,9 +111,9 @@ def test_a_constant_channel_stays_finite(random_images: Images) -> None:
 
 
 def test_worker_count_is_as_given_or_what_the_cores_leave() -> None:
-    assert worker_count(0) == 0
-    assert worker_count(3) == 3
-    assert 0 <= worker_count(None) <= 4
+    assert worker_count(Config(workers=0)) == 0
+    assert worker_count(Config(workers=3)) == 3
+    assert 0 <= worker_count(Config()) <= 4
 
 
 def test_negative_workers_are_refused(tiny: MakeConfig) -> None:

@@ -33,11 +33,13 @@ def parse(*arguments: str) -> Config:
 def test_defaults_are_those_of_the_contract() -> None:
     config = parse()
     assert (config.preset, config.dataset, config.data_dir, config.output) == ("paper", "cifar10", "data", None)
-    assert (config.labels, config.method, config.seed, config.device) == (40, "fixmatch", 0, "auto")
+    assert (resolve(config).labels, config.method, config.seed, config.device) == (40, "fixmatch", 0, "auto")
     assert (config.ggcr_weight, config.ggcr_warmup, config.ggcr_every, config.ggcr_max_pairs) == (0.1, 1000, 1, None)
     assert (config.ggcr_engine, config.ggcr_projection, config.ggcr_gate) == ("auto", None, "method")
     assert (config.ggcr_encoder, config.steps, config.batch_size) == ("encoder", 2**20, 64)
-    assert (config.arch, config.amp, config.ema, config.lr, config.resume) == ("wrn-28-2", "off", 0.999, 0.03, "auto")
+    assert (config.arch, config.amp, config.ema, resolve(config).lr, config.resume) == (
+        "wrn-28-2", "off", 0.999, 0.03, "auto",
+    )  # fmt: skip
     settled = resolve(config)
     assert (settled.weight_decay, settled.bn_momentum, settled.ema_warmup) == (5e-4, 0.001, False)
     assert (settled.unlabeled_ramp, settled.strong, settled.unlabeled_ratio) == (5000, "randaugment", 7)
@@ -114,7 +116,9 @@ def test_a_wrong_command_line_ends_with_status_2(
     with pytest.raises(SystemExit, match="2"):
         parse(*arguments)
     said = capsys.readouterr()
-    assert arguments[-1] in said.out + said.err
+    assert said.err.startswith("error: ")
+    assert said.err.count("\n") == 1
+    assert arguments[0] in said.err
 
 
 def test_help_shows_the_defaults_of_the_preset(capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,13 +57,13 @@ def test_more_labels_than_images_is_refused(random_images: Images) -> None:
 def test_split_is_stored_and_a_change_is_refused(random_images: Images, tmp_path: Path) -> None:
     path = tmp_path / "split.json"
     split = draw_split(random_images, 12, 0)
-    store_or_check(path, split, random_images.classes)
-    store_or_check(path, split, random_images.classes)
+    store_or_check(path, split, random_images)
+    store_or_check(path, split, random_images)
     assert read_json(path)["labeled"] == split.labeled.tolist()
     with pytest.raises(ResumeError, match="the labeled split differs"):
-        store_or_check(path, draw_split(random_images, 12, 1), random_images.classes)
+        store_or_check(path, draw_split(random_images, 12, 1), random_images)
     with pytest.raises(ResumeError, match=r"the data set .* differs"):
-        store_or_check(path, dataclasses.replace(split, data_digest="other"), random_images.classes)
+        store_or_check(path, dataclasses.replace(split, data_digest="other"), random_images)
 
 
 def test_unlabeled_set_is_every_training_image(random_images: Images, tiny: MakeConfig) -> None:

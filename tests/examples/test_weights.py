@@ -86,7 +86,7 @@ def test_an_export_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("name", ["config.json", "missing.safetensors"])
 def test_what_is_no_export_is_refused(source: Path, name: str) -> None:
-    with pytest.raises(CheckpointError, match=r"is not the export of a run .*give the model.safetensors of a finished"):
+    with pytest.raises(CheckpointError, match=r"is not the export of a run .*give a run's directory"):
         load_model(source / name)
 
 
@@ -94,7 +94,7 @@ def begun(config: Config, part: str = "model") -> Trainer:
     """A trainer at its first step."""
     config, start = read_start(dataclasses.replace(resolve(config), init_part=part))
     to_model = ToModel([0.0] * 3, [1.0] * 3, torch.device("cpu"), channels_last=False)
-    return Trainer(config, 10, to_model, 100, start)
+    return Trainer.fresh(config, 10, to_model, 100, start)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "checkpoints/step-00000012.pt"])
@@ -141,7 +141,7 @@ def test_the_file_is_part_of_the_run(source: Path, tiny: MakeConfig, tmp_path: P
     [
         ({"init_part": "encoder"}, "--init-part has nothing to act on: give --init-from, too"),
         ({"init_sha256": "0"}, "--init-sha256 has nothing to act on: give --init-from, too"),
-        ({"init_from": "none.pt"}, r"--init-from none.pt cannot be read .*give a run's model.safetensors or"),
+        ({"init_from": "none.pt"}, r"--init-from none.pt cannot be read .*give a run, a model.safetensors or"),
         ({"init_from": "SOURCE/config.json"}, "is neither a checkpoint .* nor a safetensors file"),
         (
             {"init_from": "SOURCE/model.safetensors", "arch": "wrn-16-1"},
@@ -152,7 +152,7 @@ def test_the_file_is_part_of_the_run(source: Path, tiny: MakeConfig, tmp_path: P
             r"head.weight is \[3, 64\] there and \[10, 64\] here; .*--init-part encoder",
         ),
         ({"init_from": "nan.safetensors"}, "nan.safetensors: head.bias holds values that are not finite"),
-        ({"init_from": "other.pt"}, "other.pt is no checkpoint of a trainer: it has no averaged model"),
+        ({"init_from": "other.pt"}, "other.pt is no checkpoint of a trainer and no state_dict"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_before_anything_is_written(

@@ -136,7 +136,7 @@ def _flipped_run_files(run: Path, bits: Callable[[Path, int], Iterator[int]], co
     before = trained(run / "config.json")
     checks: dict[str, Callable[[Path], Any]] = {
         "config.json": lambda _: check_run(settled, torch.device("cpu")),
-        "split.json": lambda path: store_or_check(path, split, images.classes),
+        "split.json": lambda path: store_or_check(path, split, images),
         "metrics.jsonl": lambda path: MetricsFile(path, *books(state)[1:]).close(),
     }
     for name, check in checks.items():
@@ -212,7 +212,9 @@ def fuzz(work: Path, quick: bool) -> Iterator[Case]:
     state = load_latest(folder) or {}
     whole = {name: (run / name).read_bytes() for name in ("config.json", "split.json")}
     record = json.loads((folder / "step-00000006.json").read_text())
-    trainer = Trainer(settled, 10, ToModel(*images.channel_statistics(), torch.device("cpu"), channels_last=False), 10)
+    trainer = Trainer.fresh(
+        settled, 10, ToModel(*images.channel_statistics(), torch.device("cpu"), channels_last=False), 10
+    )
     canonical = json.loads(whole["config.json"])
 
     def changed(value: dict[str, Any]) -> st.SearchStrategy[Any]:
@@ -229,7 +231,7 @@ def fuzz(work: Path, quick: bool) -> Iterator[Case]:
 
     def read_split(value: Any) -> None:
         write("split.json", value)
-        store_or_check(run / "split.json", split, images.classes)
+        store_or_check(run / "split.json", split, images)
 
     def read_record(value: Any) -> None:
         write("checkpoints/step-00000006.json", value)

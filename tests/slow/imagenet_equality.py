@@ -11,6 +11,7 @@ difference.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,13 @@ sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks/shared", "examples
 from environment import write_result
 from harness import Row, flat_gradient, heading, parse, parser, setting, show
 
-from trainer.imagenet.batches import StepPhotographs
-from trainer.imagenet.config import ImageNetConfig, resolve
-from trainer.imagenet.files import PhotographFolder
-from trainer.imagenet.labels import choose_labeled
-from trainer.imagenet.networks import build_network
-from trainer.imagenet.step import ProcessTrainer
-from trainer.loader import ToModel
+from trainer.config import IMAGENET, resolve
+from trainer.datasets import load_images
+from trainer.loader import ToModel, batches_of
+from trainer.models import build_network
 from trainer.processes import Processes, join, leave
+from trainer.split import choose_labeled
+from trainer.step import Trainer
 
 COLUMNS = {
     "norm": "<8",
@@ -70,21 +70,22 @@ def main() -> None:
 
 def _compared(options: Any, norm: Any, processes: Processes) -> list[Row]:
     """A row for each step; without losses and errors on the other processes."""
-    given = ImageNetConfig(
-        data_dir=options.data_dir, arch=options.arch, image_size=options.image_size, batch_size=options.batch_size,
+    given = dataclasses.replace(
+        IMAGENET["paper"], data_dir=options.data_dir, arch=options.arch, image_size=options.image_size,
+        batch_size=options.batch_size,
         unlabeled_ratio=2, threshold=0.0, unlabeled_ramp=0, steps=options.steps + 1, lr=1e-3, lr_warmup=1,
         ggcr_warmup=1, ggcr_weight=1.0, norm=norm,
     )  # fmt: skip
     config = resolve(given, processes.world)
-    folder = PhotographFolder(Path(config.data_dir))
+    folder = load_images(config)
     split = choose_labeled(folder, config)
     to_model = ToModel([0.5] * 3, [0.25] * 3, processes.device, channels_last=False)
     torch.manual_seed(0)
     network = build_network(config, len(folder.classes), processes)
     single = Processes(0, 1, 1, processes.device)
-    alone = ProcessTrainer(config, copy.deepcopy(network), to_model, 0, single) if processes.first else None
-    trainer = ProcessTrainer(config, network, to_model, 0, processes)
-    parts, whole = (StepPhotographs(folder.train, split, config, who) for who in (processes, single))
+    alone = Trainer(config, copy.deepcopy(network), to_model, 0, single) if processes.first else None
+    trainer = Trainer(config, network, to_model, 0, processes)
+    parts, whole = (batches_of(folder, split, config, who) for who in (processes, single))
     rows = []
     for step in range(options.steps):
         row: Row = {"norm": norm, "step": step, "reason": None}

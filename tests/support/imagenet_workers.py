@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
+from trainer.config import Config
 from trainer.errors import TrainerError
-from trainer.imagenet.config import ImageNetConfig
-from trainer.imagenet.step import ProcessTrainer
-from trainer.imagenet.training import main, run
 from trainer.loader import StepImages
 from trainer.processes import join
+from trainer.step import Trainer
+from trainer.training import main, run
 
 
-def train(rank: int, world: int, config: ImageNetConfig) -> int | tuple[str, str]:
+def train(rank: int, world: int, config: Config) -> int | tuple[str, str]:
     """The exit status, or the name and message of what was refused."""
     try:
         return run(config)
@@ -26,38 +26,38 @@ def train(rank: int, world: int, config: ImageNetConfig) -> int | tuple[str, str
         return type(error).__name__, str(error)
 
 
-def train_elsewhere(rank: int, world: int, config: ImageNetConfig, folders: list[str]) -> int | tuple[str, str]:
+def train_elsewhere(rank: int, world: int, config: Config, folders: list[str]) -> int | tuple[str, str]:
     """Each rank with a data set of its own."""
     return train(rank, world, dataclasses.replace(config, data_dir=folders[rank]))
 
 
-def train_forgetting(rank: int, world: int, config: ImageNetConfig) -> int | tuple[str, str]:
+def train_forgetting(rank: int, world: int, config: Config) -> int | tuple[str, str]:
     """The random states of the checkpoint are not restored."""
-    load = ProcessTrainer._load_random
-    ProcessTrainer._load_random = lambda *_: None  # type: ignore[method-assign]
+    load = Trainer._load_random
+    Trainer._load_random = lambda *_: None  # type: ignore[method-assign]
     try:
         return train(rank, world, config)
     finally:
-        ProcessTrainer._load_random = load  # type: ignore[method-assign]
+        Trainer._load_random = load  # type: ignore[method-assign]
 
 
-def train_with_nan(rank: int, world: int, config: ImageNetConfig) -> int | tuple[str, str]:
+def train_with_nan(rank: int, world: int, config: Config) -> int | tuple[str, str]:
     """The last rank's images are not numbers from step 2 on."""
-    forward = ProcessTrainer._forward
+    forward = Trainer._forward
 
-    def broken(self: ProcessTrainer, images: StepImages) -> Any:
+    def broken(self: Trainer, images: StepImages) -> Any:
         if self.step == 2 and rank == world - 1:
             self.to_model.shift = self.to_model.shift + torch.nan
         return forward(self, images)
 
-    ProcessTrainer._forward = broken  # type: ignore[method-assign]
+    Trainer._forward = broken  # type: ignore[method-assign]
     try:
         return train(rank, world, config)
     finally:
-        ProcessTrainer._forward = forward  # type: ignore[method-assign]
+        Trainer._forward = forward  # type: ignore[method-assign]
 
 
-def stop_one(rank: int, world: int, config: ImageNetConfig) -> int | tuple[str, str]:
+def stop_one(rank: int, world: int, config: Config) -> int | tuple[str, str]:
     """Rank 1 alone is to stop after two steps."""
     return train(rank, world, dataclasses.replace(config, stop_after_steps=2 if rank == 1 else None))
 
@@ -83,15 +83,15 @@ def collectives(rank: int, world: int) -> list[Any]:
 
 
 if __name__ == "__main__":
-    from trainer.cli import parse_options
-    from trainer.imagenet.config import PRESETS
+    from trainer.cli import parse_config
+    from trainer.config import IMAGENET
 
-    step = ProcessTrainer.train_step
+    step = Trainer.train_step
 
-    def killed(self: ProcessTrainer, images: Any) -> None:
+    def killed(self: Trainer, images: Any) -> None:
         if (self.step, os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == (3, "1", "0"):
             os.kill(os.getpid(), signal.SIGKILL)
         step(self, images)
 
-    ProcessTrainer.train_step = killed  # type: ignore[method-assign]
-    sys.exit(main(parse_options(sys.argv[1:], PRESETS, program="killed", description="")))
+    Trainer.train_step = killed  # type: ignore[method-assign]
+    sys.exit(main(parse_config(sys.argv[1:], IMAGENET)))

@@ -1,8 +1,7 @@
-"""Views of one photograph by torchvision's transforms, each from a seed of its own.
+"""Random crops of whole photographs by torchvision's transforms, each from a seed of its own.
 
 weak:   a random crop scaled to the network's size, mirrored with probability 1/2.
-strong: a weak view of its own, then RandAugment(2, 10).
-test:   the shorter side scaled to 8/7 of the network's size, and the centre.
+strong: a weak view of its own, then one of the policies of `augment`, or torchvision's RandAugment(2, 10).
 """
 
 from __future__ import annotations
@@ -16,27 +15,30 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision import transforms
 
+from trainer.augment import STRONG_DRAWS, WEAK_DRAWS, fixmatch_policy
+
 View = Callable[[Image.Image], Image.Image]
 Pixels = NDArray[np.uint8]
 
 
-def weak_view(size: int, crop_scale: float) -> View:
+def random_crop(size: int, crop_scale: float, *, flip: bool) -> View:
     """Random crop of at least `crop_scale` of the area, scaled to `size`, and mirrored or not."""
     crop = transforms.RandomResizedCrop(size, scale=(crop_scale, 1.0))
-    return transforms.Compose([crop, transforms.RandomHorizontalFlip()])
+    return transforms.Compose([crop, transforms.RandomHorizontalFlip()]) if flip else crop
 
 
-def strong_view(policy: str, size: int, crop_scale: float) -> View:
-    """A weak view, for the policy `randaugment` with two operations of magnitude 10 of 30 after it."""
-    weak = weak_view(size, crop_scale)
+def strong_crop(policy: str, size: int, crop_scale: float, *, flip: bool) -> View:
+    """A weak view with a strong policy on it: `randaugment` is two operations of magnitude 10 of 30."""
+    weak = random_crop(size, crop_scale, flip=flip)
     if policy == "weak":
         return weak
-    return transforms.Compose([weak, transforms.RandAugment(num_ops=2, magnitude=10)])
+    strong = transforms.RandAugment(num_ops=2, magnitude=10) if policy == "randaugment" else _fixmatch
+    return transforms.Compose([weak, strong])
 
 
-def test_view(size: int) -> View:
-    """The centre of the image; nothing random."""
-    return transforms.Compose([transforms.Resize(round(size * 8 / 7)), transforms.CenterCrop(size)])
+def _fixmatch(image: Image.Image) -> Image.Image:
+    draws = torch.rand(1, STRONG_DRAWS - WEAK_DRAWS, dtype=torch.float64).numpy()
+    return Image.fromarray(fixmatch_policy(np.asarray(image)[None], draws)[0])
 
 
 def render(view: View, image: Image.Image, seed: int) -> Pixels:

@@ -1,0 +1,139 @@
+"""Test a trained model on any folder of images: accuracy, accuracy per class, and the confusion matrix as a picture.
+
+Examples:
+    python evaluate.py runs/first photos/test
+    python evaluate.py runs/first/checkpoints/step-00001000.pt photos/test --output confusion.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+
+from predict import files, load
+from trainer.errors import DatasetError, OptionError, TrainerError, refuse
+from trainer.launch import missing
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the accuracies and draw the matrix.
+
+    Args:
+        arguments: The command line without the program's name.
+
+    Returns:
+        The exit status.
+    """
+    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory, model.safetensors or step-N.pt")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="holds one directory per class")
+    parser.add_argument("--output", type=Path, metavar="FILE.png", help="picture of the confusion matrix")
+    parser.add_argument("--batch-size", type=int, default=64, help="images at a time")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps, ...")
+    parser.add_argument("--skip-damaged", action="store_true", help="leave out files that cannot be read")
+    options = parser.parse_args(arguments)
+    try:
+        return _evaluate(options)
+    except ModuleNotFoundError as error:
+        return missing(error)
+    except (TrainerError, OSError) as error:
+        return refuse(error)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    import torch
+
+    from trainer.evaluation import Scores
+    from trainer.images import damaged
+
+    if options.batch_size < 1:
+        raise OptionError(f"--batch-size must be above 0; found {options.batch_size}.")
+    if not options.folder.is_dir():
+        raise DatasetError(f"{options.folder} is not a directory: expected one that holds one directory per class.")
+    classifier = load(options.run, options.device)
+    numbers = {name: k for k, name in enumerate(classifier.classes)}
+    folders = {
+        unicodedata.normalize("NFC", p.name): p
+        for p in sorted(options.folder.iterdir())
+        if p.is_dir() and not p.name.startswith(".")
+    }
+    unknown = sorted(folders.keys() - numbers.keys())
+    if unknown or not folders:
+        raise DatasetError(
+            f"{options.folder} holds {', '.join(unknown[:5]) or 'no folders'}: the model knows the classes "
+            f"{', '.join(classifier.classes[:10])}{', ...' if len(numbers) > 10 else ''}."
+        )
+    labeled = [(path, numbers[name]) for name, folder in folders.items() for path in files([folder])]
+    bad, pixels, labels = {}, [], []
+    confusion, loss, top5 = torch.zeros(len(numbers), len(numbers), dtype=torch.int64), 0.0, 0
+    for k, (path, label) in enumerate(labeled):
+        try:
+            pixels.append(classifier.pixels(path))
+            labels.append(label)
+        except DatasetError as error:
+            bad[k] = str(error)
+        if pixels and (len(pixels) == options.batch_size or k + 1 == len(labeled)):
+            with torch.no_grad():
+                logits = classifier.model(classifier.to_model.images(torch.stack(pixels))).float().cpu()
+            best, truth = logits.topk(min(5, len(numbers))).indices, torch.tensor(labels)
+            confusion.index_put_((truth, best[:, 0]), torch.ones(len(truth), dtype=torch.int64), accumulate=True)
+            top5 += int((best == truth[:, None]).sum())
+            loss += float(torch.nn.functional.cross_entropy(logits, truth, reduction="sum"))
+            pixels, labels = [], []
+    if bad and not options.skip_damaged:
+        raise damaged(bad)
+    seen = int(confusion.sum())
+    if not seen:
+        raise DatasetError(f"{options.folder} holds no image that can be read.")
+    scores = Scores(confusion, top5 / seen, loss / seen)
+    print(f"accuracy {scores.accuracy:.4f}, top-5 {scores.top5:.4f}, loss {scores.loss:.4f}: {seen:,} images", end="")
+    print(f", {len(bad)} left out" if bad else "")
+    for name, recall, count in zip(classifier.classes, scores.recalls(), confusion.sum(1).tolist(), strict=True):
+        if count:
+            print(f"{name}: {recall:.4f} of {count:,} images")
+    if options.output:
+        draw_confusion(scores.confusion.tolist(), classifier.classes, options.output)
+        print(f"confusion matrix: {options.output}")
+    return 0
+
+
+def draw_confusion(confusion: list[list[int]], classes: Sequence[str], path: Path) -> None:
+    """Draw a confusion matrix: a row per true class, its shares as shades.
+
+    Args:
+        confusion: Images of class i that were taken for class j.
+        classes: Class names.
+        path: A picture, by its suffix.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    count = len(classes)
+    side = min(3 + 0.45 * count, 24)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    shares = [[value / max(1, sum(row)) for value in row] for row in confusion]
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    if count <= 60:
+        axes.set_xticks(range(count), classes, rotation=90)
+        axes.set_yticks(range(count), classes)
+    if count <= 20:
+        for i, row in enumerate(confusion):
+            for j, value in enumerate(row):
+                color = "white" if shares[i][j] > 0.5 else "black"
+                axes.text(j, i, str(value), ha="center", va="center", color=color)
+    try:
+        figure.savefig(path)
+    except ValueError as error:
+        raise OptionError(f"--output {path}: {error}".splitlines()[0]) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
