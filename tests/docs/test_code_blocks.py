@@ -17,7 +17,7 @@ PROGRAMS = sorted(
     path
     for pattern in ("examples/*.py", "benchmarks/**/*.py", "tests/slow/*.py", "docs/generators/*.py")
     for path in ROOT.glob(pattern)
-    if re.search(r"argparse|parser\(__doc__\)|parse_\w+\(", path.read_text(encoding="utf-8"))
+    if re.search(r"argparse|parser\(__doc__\)|parse_\w+\(|\bstart\(", path.read_text(encoding="utf-8"))
 )
 
 
