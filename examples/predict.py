@@ -125,6 +125,9 @@ def main(arguments: Sequence[str]) -> int:
         return _predict(options)
     except ModuleNotFoundError as error:
         return missing(error)
+    except BrokenPipeError:  # the reader, such as `head`, has enough
+        sys.stderr.close()  # else Python complains about it at its end
+        return 0
     except (TrainerError, OSError) as error:
         return refuse(error)
 
