@@ -196,10 +196,10 @@ def worker_count(config: Config, local_world: int = 1) -> int:
 
 def init_worker(_: int) -> None:
     """Leave signals to the trainer."""
-    # Ctrl-C reaches the whole process group: only the trainer answers it. The trainer's own SIGTERM handler,
-    # inherited by fork, must not keep a worker alive.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Ctrl-C and a scheduler's SIGTERM reach the whole process group: only the trainer answers them. A worker that died
+    # of one would end the run before its checkpoint. It ends when the trainer closes its queue, or is gone.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Caught(Dataset[StepImages | TrainerError]):

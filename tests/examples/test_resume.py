@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -184,12 +185,16 @@ def test_a_signal_writes_a_checkpoint_and_says_how_to_continue(
 
     def interrupted(self: Trainer, images: Any) -> None:
         step(self, images)
-        if self.step == 7:
-            os.kill(os.getpid(), number)
+        if self.step == 7:  # to the process group: loader workers get it too
+            workers = multiprocessing.active_children()
+            assert workers
+            for process in (*workers, multiprocessing.current_process()):
+                os.kill(process.pid or 0, number)
 
     monkeypatch.setattr(Trainer, "train_step", interrupted)
     before = signal.getsignal(number)
-    assert run(tiny("cut", progress="lines")) == 128 + number
+    assert run(tiny("cut", progress="lines", workers=1)) == 128 + number
+    assert not multiprocessing.active_children()
     assert signal.getsignal(number) is before
     monkeypatch.undo()
     said = capsys.readouterr().err
