@@ -1,7 +1,6 @@
 """The options of the trainer: one frozen record, what the presets change in it, and what it means.
 
-`None` in an option means "depends on other options"; `resolve` settles those once, and the resolved record is
-what a run stores in its `config.json` and compares on resume.
+`None` means "depends on other options"; `resolve` settles those, and a run stores and compares the resolved record.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from trainer.defaults import method_defaults
-from trainer.errors import ResumeError
 from trainer.option_checks import check_options
 
 Preset = Literal["paper", "fixmatch", "demo"]
@@ -350,28 +348,3 @@ def method_label(config: Config) -> str:
     parts += ["jacobian"] if config.jacobian_weight > 0 else []
     parts += [config.optimizer] if config.optimizer != "sgd" else []
     return "+".join(parts)
-
-
-def check_same_run(stored: dict[str, Any], config: Config) -> None:
-    """Refuse to continue a run with options that would make it another run.
-
-    Args:
-        stored: The options in the run directory's `config.json`.
-        config: The resolved options of this call.
-
-    Raises:
-        ResumeError: Naming every option that differs, with both values.
-    """
-    wanted = dataclasses.asdict(config)
-    keys = sorted((stored.keys() | wanted.keys()) - HARMLESS)
-    missing = "(absent)"
-    different = [
-        f"--{key.replace('_', '-')}: {stored.get(key, missing)} there, {wanted.get(key, missing)} now"
-        for key in keys
-        if stored.get(key, missing) != wanted.get(key, missing)
-    ]
-    if different:
-        raise ResumeError(
-            f"{config.output} holds a run with other options ({'; '.join(different)}): "
-            "give the same options to continue it, or another --output to start a new run."
-        )

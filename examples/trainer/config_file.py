@@ -75,7 +75,7 @@ def _yaml(text: str) -> Any:
 
     Loader.add_constructor("tag:yaml.org,2002:map", mapping)
     try:
-        return yaml.load(text, Loader)  # noqa: S506 - a safe loader
+        return Loader(text).get_single_data()
     except yaml.YAMLError as error:
         raise ValueError(f"no YAML: {error}") from error
 

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,43 +18,11 @@ from torch import Tensor
 
 from trainer.config import Config
 from trainer.errors import DatasetError, ResumeError
+from trainer.file_record import FileRecord
 from trainer.folder import NO_LABEL, Files, decode, list_folder
 from trainer.images import CHECK_SECONDS, damaged, for_each, read_image
 
-Manifest = dict[str, tuple[int, str]]
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # its channels' mean and deviation, as torchvision has them
-
-
-@dataclass
-class FileRecord:
-    """What is known of the files of a folder data set.
-
-    Attributes:
-        train: Names of the training files, below the data set's folder.
-        manifest: Label and fingerprint of every file, by name: what must be the same on resume.
-        left_out: Name to reason of files that were damaged before the first step.
-        lost: Indices of training files that went bad later, and of none of which a view is made.
-        lost_tests: The same of test files.
-        reasons: Name to reason of the lost ones.
-        notes: For people.
-    """
-
-    train: list[str]
-    manifest: Manifest
-    left_out: dict[str, str] = field(default_factory=dict)
-    lost: frozenset[int] = frozenset()
-    lost_tests: frozenset[int] = frozenset()
-    reasons: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def digest(self) -> str:
-        """SHA-256 of the manifest."""
-        return hashlib.sha256("".join(manifest_lines(self.manifest)).encode()).hexdigest()
-
-
-def manifest_lines(manifest: Manifest) -> Iterable[str]:
-    """A manifest as text, a file a line."""
-    return (json.dumps([name, label, fingerprint]) + "\n" for name, (label, fingerprint) in manifest.items())
 
 
 @dataclass(frozen=True)

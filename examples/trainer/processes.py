@@ -68,6 +68,11 @@ class Processes:
             dist.all_reduce(total)
         return [float(value) for value in total]
 
+    def agree(self, reason: str | None, exit_code: int) -> tuple[str | None, int]:
+        """Stop together: a signal or a clock may reach one process only."""
+        code = self.maximum(-1 if reason is None else exit_code)
+        return (None, 0) if code < 0 else (reason or "another process", code)
+
     def maximum(self, value: int) -> int:
         """The largest of all processes' values."""
         if self.world == 1:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from trainer.config import Config, check_same_run, method_label
+from trainer.config import HARMLESS, Config, method_label
 from trainer.errors import OptionError, ResumeError
 from trainer.files import read_json, write_json
 from trainer.runlog import environment, software
@@ -153,3 +153,28 @@ def exclusive(folder: Path) -> Iterator[None]:
                 f"{folder} is in use by another process: wait for it, stop it, or give another --output."
             ) from error
         yield
+
+
+def check_same_run(stored: dict[str, Any], config: Config) -> None:
+    """Refuse to continue a run with options that would make it another run.
+
+    Args:
+        stored: The options in the run directory's `config.json`.
+        config: The resolved options of this call.
+
+    Raises:
+        ResumeError: Naming every option that differs, with both values.
+    """
+    wanted = dataclasses.asdict(config)
+    keys = sorted((stored.keys() | wanted.keys()) - HARMLESS)
+    missing = "(absent)"
+    different = [
+        f"--{key.replace('_', '-')}: {stored.get(key, missing)} there, {wanted.get(key, missing)} now"
+        for key in keys
+        if stored.get(key, missing) != wanted.get(key, missing)
+    ]
+    if different:
+        raise ResumeError(
+            f"{config.output} holds a run with other options ({'; '.join(different)}): "
+            "give the same options to continue it, or another --output to start a new run."
+        )

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from trainer.config import Config
-from trainer.datasets import DataSet, FileRecord, Images, manifest_lines
+from trainer.datasets import DataSet, Images
 from trainer.errors import DatasetError, OptionError, ResumeError
+from trainer.file_record import FileRecord, manifest_lines
 from trainer.files import read_json, write_atomically, write_json
 from trainer.streams import Stream, permutation
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import os
 import re
@@ -19,12 +18,11 @@ from gradconsist.errors import GradConsistError
 from trainer import methods
 from trainer.checkpoint import forget_older, load_latest, remove_leftovers, save_checkpoint
 from trainer.config import Config, method_label, resolve
-from trainer.datasets import DataSet, FileRecord, Images, load_images
-from trainer.errors import ResumeError, TrainerError, refuse
+from trainer.datasets import DataSet, Images
+from trainer.errors import TrainerError, refuse
 from trainer.evaluation import (
     PROTOCOL,
     evaluate,
-    shorter_side,
     summarize,
     test_images,
     training_images,
@@ -33,12 +31,13 @@ from trainer.evaluation import (
 from trainer.files import write_json
 from trainer.loader import LEFT_OUT, StepImages, ToModel, batches_of, spare_cores, step_batches, worker_count
 from trainer.loggers import Loggers, write_csv
+from trainer.opening import about, check_same_files, is_finished, load, record_left_out
 from trainer.plotting import draw_curves
-from trainer.processes import OtherProcessError, Processes, join, leave
-from trainer.rundir import check_run, create_run, exclusive, finished_line
+from trainer.processes import OtherProcessError, join, leave
+from trainer.rundir import check_run, create_run, exclusive
 from trainer.runlog import MetricsFile, Progress, append_line, books, duration
 from trainer.runs import read_run
-from trainer.split import Split, choose_labeled, files_before, store_or_check
+from trainer.split import Split, choose_labeled, store_or_check
 from trainer.step import Trainer
 from trainer.stopping import StopRequest
 from trainer.waiting import LoaderWatch
@@ -59,11 +58,11 @@ def run(config: Config) -> int:
     methods.check_method(config)
     config, start = processes.together(lambda: read_start(config))
     folder = Path(str(config.output))
-    if processes.on_first(lambda: _is_finished(folder, config, processes)):
+    if processes.on_first(lambda: is_finished(folder, config, processes)):
         return 0
-    data = _load(folder, config, processes)
+    data = load(folder, config, processes)
     split = processes.together(lambda: choose_labeled(data, config))
-    _check_same_files(processes, split)
+    check_same_files(processes, split)
     size = data.train_x.shape[1:3] if isinstance(data, Images) else [int(config.image_size or 0)] * 2
     to_model = ToModel(*data.channel_statistics(), processes.device, channels_last=config.channels_last)
     count, samples = len(data.classes), len(data.train_y)
@@ -76,78 +75,13 @@ def run(config: Config) -> int:
             if not check_run(config, processes.device):  # again: another run may have come first
                 create_run(config, processes.device)
             statistics = list(store_or_check(folder / "split.json", split, data))
-            _record_left_out(folder, data)
+            record_left_out(folder, data)
             return statistics
 
         # As the run began with them: images that were lost since are not in those of today.
         mean, deviation = processes.on_first(take)
         trainer.to_model = ToModel(mean, deviation, processes.device, channels_last=config.channels_last)
         return _Execution(folder, data, split, trainer).train()
-
-
-def _is_finished(folder: Path, config: Config, processes: Processes) -> bool:
-    """Whether the run directory holds this run, finished; refuses one that holds another."""
-    if not check_run(config, processes.device) or not (folder / "summary.json").exists():
-        return False
-    print(
-        f"{finished_line(folder)}. Give another --output for a new run; to train longer, start one with --init-from "
-        f"{folder} and as many --steps as you want to add."
-    )
-    return True
-
-
-def _load(folder: Path, config: Config, processes: Processes) -> DataSet:
-    """The data set. Process 0 alone checks the files and reads the run directory, and tells the others the result."""
-    loaded: DataSet | None = None
-
-    def first() -> dict[str, Any]:
-        nonlocal loaded
-        before = files_before(folder)
-        loaded = load_images(config, before)
-        if loaded.files is None or processes.world == 1:
-            return {}
-        files = loaded.files
-        known = {"train": files.train, "manifest": files.manifest} if before and files.reasons else {}
-        return {"left_out": files.left_out, "reasons": files.reasons, **known}
-
-    told = processes.on_first(first)
-
-    def others() -> DataSet:
-        manifest = {name: (int(label), str(mark)) for name, (label, mark) in told.get("manifest", {}).items()}
-        before = FileRecord(told.get("train", []), manifest, told.get("left_out", {}), reasons=told.get("reasons", {}))
-        return load_images(dataclasses.replace(config, check_images=False, skip_damaged=True), before)
-
-    return processes.together(lambda: loaded if loaded is not None else others())
-
-
-def _check_same_files(processes: Processes, split: Split) -> None:
-    """Machines may have copies of their own, which must be the same."""
-    mine = torch.frombuffer(bytearray(bytes.fromhex(split.digest + split.data_digest)), dtype=torch.uint8)
-    rows = processes.gather(mine)
-    different = [rank for rank, row in enumerate(rows) if not torch.equal(row, rows[0])]
-    if different:
-        error = ResumeError(
-            f"process {different[0]} lists other files in --data-dir, or other labeled images, than process 0: "
-            "give every machine the same copy."
-        )
-        raise error if processes.first else OtherProcessError("process 0 has told why")
-
-
-def _record_left_out(folder: Path, data: DataSet) -> None:
-    """Say and record which files are left out."""
-    for note in data.files.notes if data.files else ():
-        print(f"note: {note}", file=sys.stderr)
-    if data.files is None:
-        return
-    for what, names in (("damaged before the first step", data.files.left_out), ("went bad", data.files.reasons)):
-        if names:
-            print(f"note: {len(names)} files are left out ({what}), see {folder / LEFT_OUT}", file=sys.stderr)
-    path = folder / LEFT_OUT
-    known = path.read_text(encoding="utf-8") if path.exists() else ""
-    for name, reason in {**data.files.left_out, **data.files.reasons}.items():
-        line = {"file": name, "reason": reason}
-        if known.find(f'"file": "{name}"') < 0:
-            append_line(path, line)
 
 
 class _Execution:
@@ -252,7 +186,7 @@ class _Execution:
                     if advice is not None:
                         self.progress.say(advice)
                     self._after_step()
-                    reason, exit_code = self._agree(stop.after_step(), stop.exit_code)
+                    reason, exit_code = self.processes.agree(stop.after_step(), stop.exit_code)
                 self._save()
             finally:
                 del self.batches  # ends the workers
@@ -275,11 +209,6 @@ class _Execution:
         images = next(self.batches)
         self.waited += time.monotonic() - start
         return images
-
-    def _agree(self, reason: str | None, exit_code: int) -> tuple[str | None, int]:
-        """Stop together: a signal or a clock may reach one process only."""
-        code = self.processes.maximum(-1 if reason is None else exit_code)
-        return (None, 0) if code < 0 else (reason or "another process", code)
 
     def _after_step(self) -> None:
         config, trainer = self.config, self.trainer
@@ -352,8 +281,9 @@ class _Execution:
         self.saved = step
 
     def _finish(self) -> None:
-        trainer, about = self.trainer, self.about()
-        export_weights(self.folder / "model.safetensors", self._evaluated_model(), about)
+        trainer = self.trainer
+        known = about(self.config, self.data, self.split, trainer)
+        export_weights(self.folder / "model.safetensors", self._evaluated_model(), known)
         kind = "test" if "test" in self.evaluated else "held_out"
         judged = [numbers["held_out"] for numbers in trainer.evaluations if "held_out" in numbers]
         protocol = f"{PROTOCOL}; BatchNorm statistics {self.config.eval_statistics}"
@@ -366,7 +296,7 @@ class _Execution:
             numbers = dict(summarize([numbers[kind] for numbers in trainer.evaluations], judged))
         summary: dict[str, Any] = {
             "protocol": protocol if trainer.evaluations else "no test images",
-            **{key: about[key] for key in ("method", "dataset", "labels", "arch", "seed", "steps")},
+            **{key: known[key] for key in ("method", "dataset", "labels", "arch", "seed", "steps")},
             "processes": self.processes.world,
             "evaluations": len(trainer.evaluations),
             **numbers,
@@ -383,26 +313,6 @@ class _Execution:
         self.progress.say(f"finished in {duration(self.seconds)} of training{said}")
         curves = f"curves: {os.path.join(self.folder, 'curves.png')}, " if trainer.evaluations else ""
         self.progress.say(f"{curves}weights: {os.path.join(self.folder, 'model.safetensors')}")
-
-    def about(self) -> dict[str, Any]:
-        """What one must know to use the weights, whose names are the network's own."""
-        config, data = self.config, self.data
-        size = list(data.train_x.shape[1:3]) if isinstance(data, Images) else [int(config.image_size or 0)] * 2
-        return {
-            "format": 2,
-            "arch": config.arch,
-            "norm": config.norm,
-            "classes": data.classes,
-            "mean": self.trainer.to_model.mean,
-            "std": self.trainer.to_model.deviation,
-            "image_size": size,
-            "shorter_side": shorter_side(min(size), config.feed),
-            "dataset": data.name,
-            "method": method_label(config),
-            "labels": len(self.split.labeled),
-            "seed": config.seed,
-            "steps": self.trainer.step,
-        }
 
 
 def main(config: Config) -> int:

@@ -344,7 +344,7 @@ _TABLE = [
     Case("write_through_data", lambda: models.WithMemory(models.ThroughData), VECTOR, vmap="refused"),
     Case("unregistered_memory", lambda: models.WithMemory(models.Unregistered), VECTOR, vmap="refused"),
     Case("history", lambda: models.WithMemory(models.History), VECTOR),
-    Case("history_one_by_one", lambda: models.WithMemory(models.PickyHistory), VECTOR, vmap="refused"),
+    Case("history_one_by_one", lambda: models.WithMemory(models.PickyHistory), VECTOR),
     Case("gru", lambda: models.Recurrent(nn.GRU), normal(3, 4), vmap="refused"),
     Case("lstm", lambda: models.Recurrent(nn.LSTM), normal(3, 4), vmap="refused"),
     Case("checkpointed", models.Checkpointed, VECTOR),

@@ -262,3 +262,14 @@ def test_groups_are_put_back_in_order() -> None:
     assert torch.equal(whole[1], rows.float())
     assert SamplesDiffer(["a", "b"]).answers == ["a", "b"]
     assert (WEAK, STRONG) == (0, 1)  # the order of a pair's answers
+
+
+def test_many_different_answers_take_the_loop_and_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Batches of one pair take longer than the loop: 1.6 to 1.9 times, on two small models and one thread."""
+    model, engine = _model(lambda m, h, mask: m.inner(h).sum(0) * (1 + h.abs().sum().item())), GhostEngine()
+    views = _views([4] * 8)
+    with caplog.at_level("WARNING", "gradconsist"):
+        assert _batches(engine, model, views) == []
+        _same(_by(engine, model, views), _by(LoopEngine(), model, views))
+    assert [record.message[:33] for record in caplog.records] == ["some chunks run sample by sample,"]
+    assert len(_batches(engine, model, _views([4] * 7))) == 14, "few pairs are not worth another way"

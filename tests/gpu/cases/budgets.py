@@ -21,7 +21,10 @@ from support.zoo import Mean
 
 
 class Budget(NamedTuple):
-    """Most kernels and reads of a step: of a network with one block, and of each block more."""
+    """Most kernels and reads of a step: of a network with one block, and of each block more.
+
+    A read is a number that the host waits for, or the one copy that tells for all layers whether accuracy was lost.
+    """
 
     kernels: int
     kernels_block: int
@@ -79,8 +82,10 @@ def test_a_step_stays_within_its_budget(network: str, term: bool, gpu: Simulated
     if gpu is None:
         pytest.skip("only the simulated device counts")
     budget = BUDGETS[network, term]
-    (one, reads, copies), (two, more, _) = (counted(gpu, NETWORKS[network](n), term=term) for n in (1, 2))
-    assert not copies, f"copies in a step whose batch is on the device: {dict(copies)}"
+    (one, reads, copies), (two, more, more_copies) = (counted(gpu, NETWORKS[network](n), term=term) for n in (1, 2))
+    told = Counter({line: count for line, count in copies.items() if "ghost/gram.py" in line and count == 1})
+    assert not copies - told, f"copies in a step whose batch is on the device: {dict(copies)}"
+    reads, more = reads + copies, more + more_copies
     lines = "".join(f"\n  {count} of {line}" for line, count in reads.most_common())
     assert sum(reads.values()) <= budget.reads, f"the host waits {sum(reads.values())} times a step:{lines}"
     added = more - reads

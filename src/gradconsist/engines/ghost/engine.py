@@ -21,7 +21,7 @@ from gradconsist.engines.ghost.layer_gradients import Seen, see
 from gradconsist.engines.ghost.registered import culprit
 from gradconsist.engines.ghost.rules import FORMS, Form, LinearWeight, Parts, Rule, chosen, joined
 from gradconsist.engines.ghost.sketch import route, sketches
-from gradconsist.engines.loop import refused_by_vmap
+from gradconsist.engines.loop import LoopEngine, refused_by_vmap
 from gradconsist.errors import GradConsistError
 from gradconsist.types import GradProducts, Inputs
 
@@ -34,9 +34,11 @@ class _Known:
 
     Attributes:
         looped: paths of modules that run sample by sample, each with the reason.
+        told: whether a warning told of conditions that nearly every sample answers otherwise.
     """
 
     looped: dict[str, str] = field(default_factory=dict)
+    told: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,13 +128,26 @@ class GhostEngine:
             return self._in_one_batch(problem, together=together)
         except SamplesDiffer as difference:
             answers = difference.answers
-        if len(answers) == len(problem.target):  # the views ran one after the other
-            return GradProducts(*in_groups(lambda rows: self._products(problem.take(rows), together=False), answers))
-        pairs = list(zip(answers[::2], answers[1::2], strict=True))
+        apart = len(answers) == len(problem.target)  # the views ran one after the other
+        pairs: list[Any] = answers if apart else list(zip(answers[::2], answers[1::2], strict=True))
+        if len(pairs) >= 8 and 2 * len(set(pairs)) > len(pairs):  # batches of one pair take longer than the loop
+            self._tell_of_loop(problem)
+            return LoopEngine().products(problem)
+        if apart:
+            return GradProducts(*in_groups(lambda rows: self._products(problem.take(rows), together=False), pairs))
         alike = [weak == strong for weak, strong in pairs]
         return GradProducts(
             *in_groups(lambda rows: self._products(problem.take(rows), together=alike[int(rows[0])]), pairs)
         )
+
+    def _tell_of_loop(self, problem: Problem) -> None:
+        known = self._known(problem)
+        if not known.told:
+            logger.warning(
+                "some chunks run sample by sample, since nearly each sample answers a condition in the model otherwise:"
+                " let it depend on a batch's shape only, or compute with the tensor instead of `.item()` or float()."
+            )
+        known.told = True
 
     def _in_one_batch(self, problem: Problem, *, together: bool) -> GradProducts:
         together &= problem.graph_weak == problem.graph_strong and _stackable(problem.weak, problem.strong)

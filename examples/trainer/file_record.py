@@ -1,0 +1,42 @@
+"""What is known of the files of a folder data set, and must be the same on resume."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+Manifest = dict[str, tuple[int, str]]
+
+
+@dataclass
+class FileRecord:
+    """What is known of the files of a folder data set.
+
+    Attributes:
+        train: Names of the training files, below the data set's folder.
+        manifest: Label and fingerprint of every file, by name: what must be the same on resume.
+        left_out: Name to reason of files that were damaged before the first step.
+        lost: Indices of training files that went bad later, and of none of which a view is made.
+        lost_tests: The same of test files.
+        reasons: Name to reason of the lost ones.
+        notes: For people.
+    """
+
+    train: list[str]
+    manifest: Manifest
+    left_out: dict[str, str] = field(default_factory=dict)
+    lost: frozenset[int] = frozenset()
+    lost_tests: frozenset[int] = frozenset()
+    reasons: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def digest(self) -> str:
+        """SHA-256 of the manifest."""
+        return hashlib.sha256("".join(manifest_lines(self.manifest)).encode()).hexdigest()
+
+
+def manifest_lines(manifest: Manifest) -> Iterable[str]:
+    """A manifest as text, a file a line."""
+    return (json.dumps([name, label, fingerprint]) + "\n" for name, (label, fingerprint) in manifest.items())

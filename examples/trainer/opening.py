@@ -1,0 +1,107 @@
+"""What a run finds out before its first step: its data, whether it is finished, and what its weights are about."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.config import Config, method_label
+from trainer.datasets import DataSet, Images, load_images
+from trainer.errors import ResumeError
+from trainer.evaluation import shorter_side
+from trainer.file_record import FileRecord
+from trainer.loader import LEFT_OUT
+from trainer.processes import OtherProcessError, Processes
+from trainer.rundir import check_run, finished_line
+from trainer.runlog import append_line
+from trainer.split import Split, files_before
+from trainer.step import Trainer
+
+
+def is_finished(folder: Path, config: Config, processes: Processes) -> bool:
+    """Whether the run directory holds this run, finished; refuses one that holds another."""
+    if not check_run(config, processes.device) or not (folder / "summary.json").exists():
+        return False
+    print(
+        f"{finished_line(folder)}. Give another --output for a new run; to train longer, start one with --init-from "
+        f"{folder} and as many --steps as you want to add."
+    )
+    return True
+
+
+def load(folder: Path, config: Config, processes: Processes) -> DataSet:
+    """The data set. Process 0 alone checks the files and reads the run directory, and tells the others the result."""
+    loaded: DataSet | None = None
+
+    def first() -> dict[str, Any]:
+        nonlocal loaded
+        before = files_before(folder)
+        loaded = load_images(config, before)
+        if loaded.files is None or processes.world == 1:
+            return {}
+        files = loaded.files
+        known = {"train": files.train, "manifest": files.manifest} if before and files.reasons else {}
+        return {"left_out": files.left_out, "reasons": files.reasons, **known}
+
+    told = processes.on_first(first)
+
+    def others() -> DataSet:
+        manifest = {name: (int(label), str(mark)) for name, (label, mark) in told.get("manifest", {}).items()}
+        before = FileRecord(told.get("train", []), manifest, told.get("left_out", {}), reasons=told.get("reasons", {}))
+        return load_images(dataclasses.replace(config, check_images=False, skip_damaged=True), before)
+
+    return processes.together(lambda: loaded if loaded is not None else others())
+
+
+def check_same_files(processes: Processes, split: Split) -> None:
+    """Machines may have copies of their own, which must be the same."""
+    mine = torch.frombuffer(bytearray(bytes.fromhex(split.digest + split.data_digest)), dtype=torch.uint8)
+    rows = processes.gather(mine)
+    different = [rank for rank, row in enumerate(rows) if not torch.equal(row, rows[0])]
+    if different:
+        error = ResumeError(
+            f"process {different[0]} lists other files in --data-dir, or other labeled images, than process 0: "
+            "give every machine the same copy."
+        )
+        raise error if processes.first else OtherProcessError("process 0 has told why")
+
+
+def record_left_out(folder: Path, data: DataSet) -> None:
+    """Say and record which files are left out."""
+    for note in data.files.notes if data.files else ():
+        print(f"note: {note}", file=sys.stderr)
+    if data.files is None:
+        return
+    for what, names in (("damaged before the first step", data.files.left_out), ("went bad", data.files.reasons)):
+        if names:
+            print(f"note: {len(names)} files are left out ({what}), see {folder / LEFT_OUT}", file=sys.stderr)
+    path = folder / LEFT_OUT
+    known = path.read_text(encoding="utf-8") if path.exists() else ""
+    for name, reason in {**data.files.left_out, **data.files.reasons}.items():
+        line = {"file": name, "reason": reason}
+        if known.find(f'"file": "{name}"') < 0:
+            append_line(path, line)
+
+
+def about(config: Config, data: DataSet, split: Split, trainer: Trainer) -> dict[str, Any]:
+    """What one must know to use the weights, whose names are the network's own."""
+    size = list(data.train_x.shape[1:3]) if isinstance(data, Images) else [int(config.image_size or 0)] * 2
+    return {
+        "format": 2,
+        "arch": config.arch,
+        "norm": config.norm,
+        "classes": data.classes,
+        "mean": trainer.to_model.mean,
+        "std": trainer.to_model.deviation,
+        "image_size": size,
+        "shorter_side": shorter_side(min(size), config.feed),
+        "dataset": data.name,
+        "method": method_label(config),
+        "labels": len(split.labeled),
+        "seed": config.seed,
+        "steps": trainer.step,
+    }
