@@ -113,7 +113,7 @@ def cost_table(result: dict[str, Any]) -> str:
             table(rows, {"step": "variant", **RATIO}),
             "",
             f"FixMatch step on WRN-28-2, 32x32, {setting['labeled']} labeled + {setting['pairs']} pairs, all compared"
-            f" unless said otherwise, float32, {result['environment']['threads']} CPU thread(s).",
+            f" unless said otherwise, float32, {result['environment']['threads']} CPU thread(s), {result['setting']['clock']} clock.",
         ]
     )
 
