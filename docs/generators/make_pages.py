@@ -107,13 +107,13 @@ def cost() -> str:
 def cost_table(result: dict[str, Any]) -> str:
     """Ratios to the step without the term on the wide residual network of the trainers: what a reader chooses among."""
     rows = [row for row in result["rows"] if row["model"] == "wrn-28-2" and row["variant"] in _README]
-    setting = result["setting"]
+    setting, threads = result["setting"], result["environment"]["threads"]
     return "\n".join(
         [
             table(rows, {"step": "variant", **RATIO}),
             "",
             f"FixMatch step on WRN-28-2, 32x32, {setting['labeled']} labeled + {setting['pairs']} pairs, all compared"
-            f" unless said otherwise, float32, {result['environment']['threads']} CPU thread(s), {result['setting']['clock']} clock.",
+            f" unless said otherwise, float32, {threads} CPU thread(s), {setting['clock']} clock.",
         ]
     )
 
