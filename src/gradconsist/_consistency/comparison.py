@@ -36,7 +36,7 @@ from gradconsist.types import ConsistencyRecord, GradProducts
 # stays bitwise equal (benchmarks/cost/step_cost.py, memory.py; CUDA was not measured).
 _CHUNK_BYTES = {"cpu": 2**28, "cuda": 2**33}
 _MOST_BYTES = {"cpu": 3 * 2**29, "cuda": 2**33}
-_BUSY_PAIRS, _BUSY_PAIRS_OF_MANY, _MANY = 28, 18, 112
+_BUSY_PAIRS, _BUSY_PAIRS_OF_MANY, _MANY = 28, 14, 112
 # Float16 gradients below 6e-8 vanish. GradScaler starts at 2^16 on a mean over about 2^6 samples.
 _FLOAT16_LOSS_SCALE = 2.0**10
 # Pairs whose gradients exceed 65504 with that scale get smaller ones, in these steps and down to about this value.
