@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
@@ -248,11 +249,14 @@ def test_a_network_of_ones_own(mine: Make, tmp_path: Path, monkeypatch: pytest.M
     assert differing(str(whole.output), str(config.output)) == []
     again = mine("again", arch="mynets:small", init_from=str(config.output), init_part="encoder", stop_after_steps=1)
     assert run(again) == 0
+    no_timm = r"timm has no such model; write for example timm:resnet"
+    if importlib.util.find_spec("timm") is None:
+        no_timm = r"--arch timm:resnet1888 needs timm: pip install timm"
     for arch, message in (
         ("mynets:wrong", r"returned a int: return the network"),
         ("mynets:absent", r"calling absent\(2\) failed \(AttributeError"),
         ("mynets:tall", r"does not take images of 8x8"),
-        ("timm:resnet1888", r"timm has no such model; write for example timm:resnet"),
+        ("timm:resnet1888", no_timm),
     ):
         with pytest.raises(OptionError, match=message):
             run(mine("other", arch=arch))
