@@ -164,7 +164,7 @@ class Conditions:
         return function(*args[:skip], *self._numbers(args[skip:]), **self._numbers(kwargs))
 
     def _numbers(self, found: Any) -> Any:
-        """Replaces integers that depend on the sample, and are no tensors of their own, by numbers."""
+        """Replaces integer tensors that depend on the sample by plain numbers."""
         if isinstance(found, slice):
             return slice(self._numbers(found.start), self._numbers(found.stop), self._numbers(found.step))
         if isinstance(found, tuple | list):

@@ -34,7 +34,7 @@ class _Known:
 
     Attributes:
         looped: paths of modules that run sample by sample, each with the reason.
-        told: whether a warning told of conditions that nearly every sample answers otherwise.
+        told: whether the warning about chunks that run sample by sample was given.
     """
 
     looped: dict[str, str] = field(default_factory=dict)
@@ -144,7 +144,7 @@ class GhostEngine:
         known = self._known(problem)
         if not known.told:
             logger.warning(
-                "some chunks run sample by sample, since nearly each sample answers a condition in the model otherwise:"
+                "some chunks run sample by sample, since almost every sample takes another branch in the model:"
                 " let it depend on a batch's shape only, or compute with the tensor instead of `.item()` or float()."
             )
         known.told = True
