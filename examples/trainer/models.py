@@ -11,14 +11,17 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from trainer.config import Config
 from trainer.errors import OptionError
 from trainer.option_checks import GROUP_NORM, parse_arch
 from trainer.processes import ALONE, Processes
+
+if TYPE_CHECKING:  # the networks alone need torch and nothing else
+    from trainer.config import Config
 
 GROUPS = 32  # of GroupNorm, as in its paper; fewer where the channels cannot be divided by it
 PRETRAINED = "pretrained"
