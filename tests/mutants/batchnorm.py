@@ -191,8 +191,8 @@ BUGS = [
         "LayerNorm divides by sqrt(biased var + eps)",
         "test_exactness.py::test_the_defaults_are_exact_on_every_model[mlp_layernorm]",
         "engines/ghost/pointwise.py",
-        "r = torch.rsqrt(y.square().mean(1, keepdim=True) + eps)",
-        "r = torch.rsqrt(x.var(1, keepdim=True) + eps)",
+        "y, _, r = torch.native_layer_norm(x, x.shape[1:], None, None, eps)",
+        "r = torch.rsqrt(x.var(1, keepdim=True) + eps)\n        y = (x - x.mean(1, keepdim=True)) * r",
     ),
     Bug(
         "LayerNorm with the unbiased variance in the loop",
@@ -205,8 +205,8 @@ BUGS = [
         "LayerNorm divides by sqrt(var + eps)",
         "test_exactness.py::test_the_defaults_are_exact_on_every_model[mlp_layernorm]",
         "engines/ghost/pointwise.py",
-        "r = torch.rsqrt(y.square().mean(1, keepdim=True) + eps)",
-        "r = 1.0 / (y.square().mean(1, keepdim=True).sqrt() + eps)",
+        "y, _, r = torch.native_layer_norm(x, x.shape[1:], None, None, eps)",
+        "r = 1.0 / (x.std(1, correction=0, keepdim=True) + eps)\n        y = (x - x.mean(1, keepdim=True)) * r",
     ),
     Bug(
         "LayerNorm without its bias",

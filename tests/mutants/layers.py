@@ -135,7 +135,7 @@ BUGS = [
         "normalisation with its root as a constant",
         "d x = r (d y - m(d y) - y m(y d y)) - r^2 y d r / M",
         "test_exactness.py::test_the_defaults_are_exact_on_every_model[mlp_layernorm]",
-        POINTWISE, "g_y, inner - 2 * r * gr * b", "g_y, None",
+        POINTWISE, "else -r.square() * b, g_y, inner", "else -r.square() * b, g_y, None",
     ),
     Bug(
         "normalisation without half of its output's second derivative",
@@ -147,7 +147,7 @@ BUGS = [
         "normalisation without what comes back for its root",
         "d x = r (d y - m(d y) - y m(y d y)) - r^2 y d r / M",
         "test_exactness.py::test_the_defaults_are_exact_on_every_model[mlp_layernorm]",
-        POINTWISE, "return _standardized_back(gy, y, r, gr * r / y.shape[1])", "return _standardized_back(gy, y, r)",
+        POINTWISE, "return gx if gr is None else gx.addcmul_(y, -r.square() * gr / y.shape[1])", "return gx",
     ),
     Bug(
         "leaky ReLU without its mask in the second derivative",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 from gradconsist._forward.batchnorm import Statistics, affine
-from gradconsist.engines.ghost import conv, gram, pixel, pointwise, rules
+from gradconsist.engines.ghost import conv, gram, pointwise, rules
 from gradconsist.engines.ghost.decomposed import RECURRENT
 
 DOUBLE = torch.float64
@@ -31,14 +31,13 @@ def _normal(*shape: int, seed: int = 0, grad: bool = True) -> Tensor:
 def layers(draw: Any, *, plain: bool = False) -> tuple[tuple[int, ...], tuple[int, ...], conv.Geometry]:
     """Input shape, weight shape and geometry of a convolution whose output is not empty.
 
-    With `plain`, one that has a pixel form: stride 1, not transposed.
+    With `plain`, one whose inner products need no gradients: not transposed, and of one group if it has a stride.
     """
     dims = draw(st.integers(1, 2 if plain else 3))
     small = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(dims))  # noqa: E731
     kernel, dilation = small(1, 3), small(1, 2)
-    stride = (1,) * dims if plain else small(1, 3)
-    padding = small(0, 3)
-    groups = draw(st.integers(1, 2))
+    stride, padding = small(1, 3), small(0, 3)
+    groups = 1 if plain and max(stride) > 1 else draw(st.integers(1, 2))
     transposed = not plain and draw(st.booleans())
     reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     output_padding: tuple[int, ...] = ()
@@ -128,7 +127,7 @@ def _unfolded_products(x: Tensor, gy: Tensor, weight: tuple[int, ...], geometry:
     c, p = x.shape[1] // groups, gy.shape[1] // groups
     for t in itertools.product(*map(range, gy.shape[2:])):
         for o in itertools.product(*map(range, kernel)):
-            at = tuple(t[i] + o[i] * geometry.dilation[i] for i in range(dims))
+            at = tuple(t[i] * geometry.stride[i] + o[i] * geometry.dilation[i] for i in range(dims))
             pixel_values, outputs = padded[(slice(None), slice(None), *at)], gy[(slice(None), slice(None), *t)]
             for g in range(groups):
                 d, u = outputs[:, g * p : (g + 1) * p], pixel_values[:, g * c : (g + 1) * c]
@@ -148,12 +147,13 @@ def _upper(m: Tensor) -> Tensor:
 
 @FEW
 @given(layers(plain=True))
-def test_the_pixel_form_against_unfolded_patches(layer: Any) -> None:
+def test_pixel_and_patch_form_against_unfolded_patches(layer: Any) -> None:
     inputs, weight, geometry = layer
     x = _normal(4, *inputs)
     gy = _normal(*_reference(x, _normal(*weight), geometry).shape, seed=2)
-    assert math.isfinite(rules.ConvolutionWeight(weight, geometry).costs(x[:, None], gy)[1])
-    form = lambda x, gy: _upper(pixel.pixel_gram(x, gy, weight[2:], geometry))  # noqa: E731
+    rule = rules.ConvolutionWeight(weight, geometry)
+    assert math.isfinite(rule.costs(x[:, None], gy)[1])
+    form = lambda x, gy: _upper(rule.gram(x[:, None], gy))  # noqa: E731
     found, expected = form(x, gy), _upper(_unfolded_products(x, gy, weight, geometry))
     assert torch.allclose(found, expected, rtol=1e-10, atol=1e-12)
     cotangent = _normal(*found.shape, seed=3, grad=False)
@@ -163,9 +163,18 @@ def test_the_pixel_form_against_unfolded_patches(layer: Any) -> None:
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("geometry", [conv.Geometry((2,), (0,), (1,)), conv.Geometry((1,), (0,), (1,), True)])
-def test_where_there_is_no_pixel_form(geometry: conv.Geometry) -> None:
-    x, w = _normal(2, 1, 2, 5, grad=False), (2, 2, 3)
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        conv.Geometry((2,), (0,), (1,), groups=2),
+        conv.Geometry((1,), (0,), (1,), True),
+        conv.Geometry((2,), (0,), (1,), True),
+        conv.Geometry((2, 2, 2), (0, 0, 0), (1, 1, 1)),
+    ],
+)
+def test_where_only_gradients_give_the_products(geometry: conv.Geometry) -> None:
+    dims = len(geometry.stride)
+    x, w = _normal(2, 1, 2, *[5] * dims, grad=False), (2, 2 // geometry.groups, *[3] * dims)
     rule = rules.ConvolutionWeight(w, geometry)
     d = _reference(x[:, 0], _normal(*w, grad=False), geometry)
     assert rule.gram(x, d) is None
@@ -184,6 +193,11 @@ def test_position_and_pair_gram_against_loops(pairs: int, positions: int, inputs
         assert torch.allclose(found, expected, rtol=1e-10, atol=1e-12)
     assert gradcheck(gram.position_gram, (a, d), fast_mode=True)
     assert gradcheck(gram.pair_gram, (a,), fast_mode=True)
+    weak, strong = gradients[0::2].detach().requires_grad_(), gradients[1::2].detach().requires_grad_()
+    assert torch.allclose(gram.pair_gram_of_two(weak, strong), expected, rtol=1e-10, atol=1e-12)
+    for views in ((weak, strong), (weak.detach(), strong), (weak, strong.detach())):
+        assert gradcheck(gram.pair_gram_of_two, views, fast_mode=True)
+        assert gradgradcheck(gram.pair_gram_of_two, views, fast_mode=True)
 
 
 def test_grams_are_float32_at_least() -> None:
@@ -250,7 +264,8 @@ def test_standardize(count: int, size: int) -> None:
     assert torch.allclose(y, F.layer_norm(x, (size,), eps=0.1), rtol=1e-10)
     assert torch.allclose(r, (x.var(1, correction=0, keepdim=True) + 0.1).rsqrt(), rtol=1e-12)
     assert gradcheck(function, (x,))
-    assert gradgradcheck(function, (x,))
+    for part in (function, lambda x: function(x)[0], lambda x: function(x)[1]):
+        assert gradgradcheck(part, (x,))
 
 
 def test_affine_maps_center_before_they_scale() -> None:

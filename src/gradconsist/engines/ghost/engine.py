@@ -17,6 +17,7 @@ from gradconsist._inputs.options import check_choice
 from gradconsist._inputs.precision import wide_dtype
 from gradconsist.engines.base import Problem
 from gradconsist.engines.conditions import SamplesDiffer, in_groups
+from gradconsist.engines.ghost.gram import interleaved
 from gradconsist.engines.ghost.layer_gradients import Seen, see
 from gradconsist.engines.ghost.registered import culprit
 from gradconsist.engines.ghost.rules import FORMS, Form, LinearWeight, Parts, Rule, chosen, joined
@@ -161,7 +162,7 @@ class GhostEngine:
 
     def _see_both(self, problem: Problem) -> Seen:
         """Runs both views as one batch."""
-        samples, target = _interleaved(problem.weak, problem.strong), problem.target.repeat_interleave(2, 0)
+        samples, target = _both_views(problem.weak, problem.strong), problem.target.repeat_interleave(2, 0)
         view = torch.tensor([WEAK, STRONG], device=target.device).repeat(len(problem.target))
         return see(problem, samples, target, view, problem.graph_weak, self._known(problem).looped)
 
@@ -224,21 +225,21 @@ class GhostEngine:
         if problem.projection is not None:
             mine, other = (sketches(seen, problem.parameters, problem.projection) for seen in (weak, strong))
             for name in {**mine, **other}:
-                parts.add_gradients(_both(mine.get(name), other.get(name)))
+                parts.add_two_gradients(mine.get(name), other.get(name))
         return parts.grams()
 
-    @staticmethod
-    def _add_of_two(parts: Parts, name: str, weak: Seen, strong: Seen, samples: int) -> None:
+    def _add_of_two(self, parts: Parts, name: str, weak: Seen, strong: Seen, samples: int) -> None:
         """Adds one parameter from views that ran in separate forwards."""
         if name not in weak.rows and name not in strong.rows and len(weak.of(name)) == len(strong.of(name)) == 1:
             (a, d_weak), (b, d_strong) = weak.of(name)[0], strong.of(name)[0]
-            # Outputs have each sample's maps or positions folded into the rows, but pairs are pairs of samples.
-            d_weak, d_strong = (d.unflatten(0, (samples, -1)) for d in (d_weak, d_strong))
-            if a.rule == b.rule and d_weak.shape == d_strong.shape and _shape(a.input) == _shape(b.input):
-                x = None if a.input is None or b.input is None else _pairwise(a.input, b.input)
-                parts.add(a.rule, x, _pairwise(d_weak, d_strong).flatten(0, 1))
+            same = a.rule == b.rule and _shape(a.input) == _shape(b.input)
+            if same and chosen(a.rule, a.input, d_weak, self.form) == "gram":
+                # Outputs have each sample's maps or positions folded into the rows, but pairs are pairs of samples.
+                d_weak, d_strong = (d.unflatten(0, (samples, -1)) for d in (d_weak, d_strong))
+                x = None if a.input is None or b.input is None else interleaved(a.input, b.input)
+                parts.add(a.rule, x, interleaved(d_weak, d_strong).flatten(0, 1))
                 return
-        parts.add_gradients(_both(weak.gradient(name), strong.gradient(name)))
+        parts.add_two_gradients(weak.gradient(name), strong.gradient(name))
 
 
 def _exact(problem: Problem) -> list[str]:
@@ -247,15 +248,6 @@ def _exact(problem: Problem) -> list[str]:
     if projection is None:
         return list(problem.parameters)
     return [name for name, p in problem.parameters.items() if not (projection.flat or projection.shrinks(p.shape))]
-
-
-def _both(weak: Tensor | None, strong: Tensor | None) -> Tensor | None:
-    """Interleaves gradients or sketches [n, ...]; None stands for zero."""
-    given = strong if weak is None else weak
-    if given is None:
-        return None
-    zeros = torch.zeros_like(given)
-    return _pairwise(zeros if weak is None else weak, zeros if strong is None else strong)
 
 
 def _single(name: str, seen: Seen) -> tuple[Rule, Tensor | None, Tensor] | None:
@@ -285,15 +277,10 @@ def _stackable(weak: Inputs, strong: Inputs) -> bool:
     return all(a.shape == b.shape and a.dtype == b.dtype for a, b in pairs)
 
 
-def _pairwise(weak: Tensor, strong: Tensor) -> Tensor:
-    """Interleaves w0, w1, ... and s0, s1, ... to w0, s0, w1, s1, ..."""
-    return torch.stack([weak, strong], 1).flatten(0, 1)
-
-
 def _shape(tensor: Tensor | None) -> torch.Size | None:
     return None if tensor is None else tensor.shape
 
 
-def _interleaved(weak: Inputs, strong: Inputs) -> Inputs:
-    mixed = [_pairwise(a, b) for a, b in zip(leaves(weak), leaves(strong), strict=True)]
+def _both_views(weak: Inputs, strong: Inputs) -> Inputs:
+    mixed = [interleaved(a, b) for a, b in zip(leaves(weak), leaves(strong), strict=True)]
     return mixed[0] if isinstance(weak, Tensor) else rebuilt(weak, mixed)

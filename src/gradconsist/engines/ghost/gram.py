@@ -10,6 +10,7 @@ of which only the upper triangle is used. Matrices of different parameters add u
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -18,18 +19,35 @@ from torch import Tensor
 from gradconsist._inputs.precision import wide
 
 
+def interleaved(weak: Tensor, strong: Tensor) -> Tensor:
+    """Joins w0, w1, ... and s0, s1, ... to w0, s0, w1, s1, ..."""
+    return torch.stack([weak, strong], 1).flatten(0, 1)
+
+
 class _RowGram(torch.autograd.Function):
-    """Maps rows [n, r, K] to rows rows^T [n, r, r]. Autograd would form the two terms of the derivative separately."""
+    """Maps rows [n, r, K] to rows rows^T [n, r, r]. Autograd would form the two terms of the derivative separately.
+
+    The rows may come in parts along r, of which those that need no derivative get none.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        ctx.save_for_backward(rows)
+    def forward(ctx: Any, *parts: Tensor) -> Tensor:
+        ctx.save_for_backward(*parts)
+        rows = _joined(parts)
         return rows @ rows.transpose(1, 2)
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
-        (rows,) = ctx.saved_tensors
-        return torch.bmm(cotangent + cotangent.transpose(1, 2), rows)
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        parts = ctx.saved_tensors
+        rows = _joined(parts)
+        both = (cotangent + cotangent.transpose(1, 2)).split([part.shape[1] for part in parts], 1)
+        return tuple(
+            torch.bmm(each, rows) if wanted else None for each, wanted in zip(both, ctx.needs_input_grad, strict=True)
+        )
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(tuple(parts), 1) if len(parts) > 1 else parts[0]
 
 
 def row_gram(rows: Tensor) -> Tensor:
@@ -49,8 +67,9 @@ class _PairGram(_RowGram):
     """Does the same for r = 2 with pairwise sums, because a matrix product over a long K loses digits."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        ctx.save_for_backward(rows)
+    def forward(ctx: Any, *parts: Tensor) -> Tensor:
+        ctx.save_for_backward(*parts)
+        rows = _joined(parts)
         weak, strong = rows.unbind(1)
         ww, ss = (rows * rows).sum(2).unbind(1)
         ws = (weak * strong).sum(1)
@@ -68,6 +87,12 @@ def pair_gram(*gradients: Tensor) -> Tensor:
     """
     rows = [wide(part.reshape(part.shape[0] // 2, 2, -1)) for part in gradients]
     gram: Tensor = _PairGram.apply(torch.cat(rows, 2) if len(rows) > 1 else rows[0])
+    return gram
+
+
+def pair_gram_of_two(weak: Tensor, strong: Tensor) -> Tensor:
+    """Computes the same from the gradients [n, ...] of one parameter in views that come separately."""
+    gram: Tensor = _PairGram.apply(*(wide(view.flatten(1).unsqueeze(1)) for view in (weak, strong)))
     return gram
 
 

@@ -1,8 +1,9 @@
-"""The pixel form: inner products of per-sample convolution weight gradients, without forming the gradients.
+"""Inner products of per-sample convolution weight gradients, without forming the gradients.
 
 With U the unfolded patches of an input x and D the gradients of the outputs, G = D^T U and ⟨G, G'⟩ = sum over t, t' of
-K[t, t'] ⟨d_t, d_t'⟩ with K = U U'^T. For stride 1 the patches need not be formed. An entry of K is a sum of entries of
-the Gram matrix P of single pixels along a diagonal,
+K[t, t'] ⟨d_t, d_t'⟩ with K = U U'^T. The patch form computes just that, which pays for a strided convolution with few
+output positions. For stride 1 there is the pixel form, in which the patches need not be formed. An entry of K is a sum
+of entries of the Gram matrix P of single pixels along a diagonal,
 
     K[t, t'] = sum over kernel offsets o of P[t + o, t' + o]
 
@@ -21,12 +22,31 @@ from torch import Tensor
 
 from gradconsist._inputs.precision import wide, wide_dtype
 from gradconsist.engines.ghost.conv import Geometry
-from gradconsist.engines.ghost.gram import Doubts, doubt
+from gradconsist.engines.ghost.gram import Doubts, doubt, position_gram
 
 
 def has_pixel_form(geometry: Geometry) -> bool:
     """Tells whether a convolution has a pixel form."""
     return not geometry.transposed and set(geometry.stride) == {1}
+
+
+def has_patch_form(geometry: Geometry) -> bool:
+    """Tells whether a convolution has a patch form: torch unfolds images, and sequences as images of one row."""
+    return not geometry.transposed and geometry.groups == 1 and len(geometry.stride) <= 2
+
+
+def patch_gram(
+    x: Tensor, gy: Tensor, kernel: tuple[int, ...], geometry: Geometry, doubts: Doubts | None = None
+) -> Tensor:
+    """Computes M of the weight gradients of a convolution with any stride; takes the arguments of `pixel_gram`."""
+    row = len(geometry.stride) == 1
+    image = wide(x).unsqueeze(2) if row else wide(x)
+    sides = (kernel, geometry.dilation, geometry.padding, geometry.stride)
+    size, dilation, padding, stride = (
+        (least, *side) if row else side for side, least in zip(sides, (1, 1, 0, 1), strict=True)
+    )
+    patches = F.unfold(image, size, dilation, padding, stride)
+    return position_gram(patches.transpose(1, 2), gy.flatten(2).transpose(1, 2), doubts)
 
 
 def pixel_gram(

@@ -54,41 +54,50 @@ class Standardize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        y = x - x.mean(1, keepdim=True)
-        r = torch.rsqrt(y.square().mean(1, keepdim=True) + eps)
-        ctx.save_for_backward(y.mul_(r), r)
+        y, _, r = torch.native_layer_norm(x, x.shape[1:], None, None, eps)
+        ctx.save_for_backward(y, r)
+        ctx.set_materialize_grads(False)
         return y, r
 
     @staticmethod
-    def backward(ctx: Any, gy: Tensor, gr: Tensor) -> tuple[Tensor, None]:
-        gradient: Tensor = _StandardizeGradient.apply(gy, gr, *ctx.saved_tensors)
+    def backward(ctx: Any, gy: Tensor | None, gr: Tensor | None) -> tuple[Tensor, None]:
+        y, r = ctx.saved_tensors
+        gy = torch.zeros_like(y) if gy is None else gy
+        gradient: Tensor = _StandardizeGradient.apply(gy, gr, y, r)
         return gradient, None
 
 
 class _StandardizeGradient(torch.autograd.Function):
-    """Computes gx = S(gy) - r^2 y gr / M."""
+    """Computes gx = S(gy) - r^2 y gr / M; gr may be None."""
 
     @staticmethod
-    def forward(ctx: Any, gy: Tensor, gr: Tensor, y: Tensor, r: Tensor) -> Tensor:
+    def forward(ctx: Any, gy: Tensor, gr: Tensor | None, y: Tensor, r: Tensor) -> Tensor:
         ctx.save_for_backward(gy, gr, y, r)
-        return _standardized_back(gy, y, r, gr * r / y.shape[1])
+        gx = _standardized_back(gy, y, r)
+        return gx if gr is None else gx.addcmul_(y, -r.square() * gr / y.shape[1])
 
     @staticmethod
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         gy, gr, y, r = ctx.saved_tensors
         size = y.shape[1]
         a, b = (y * gy).mean(1, keepdim=True), (y * v).mean(1, keepdim=True)
-        m_v = v.mean(1, keepdim=True)
         # <v, S(gy)> / r = sum v gy - M m(v) m(gy) - M a b
-        inner = (v * gy).sum(1, keepdim=True) - size * (m_v * gy.mean(1, keepdim=True) + a * b)
-        g_y = (v * (-r * a - r.square() * gr / size)).addcmul_(gy, -r * b)
-        return _standardized_back(v, y, r), -r.square() * b, g_y, inner - 2 * r * gr * b
+        inner = (v * gy).sum(1, keepdim=True) - size * (v.mean(1, keepdim=True) * gy.mean(1, keepdim=True) + a * b)
+        along = -r * a
+        if gr is not None:
+            along, inner = along - r.square() * gr / size, inner - 2 * r * gr * b
+        g_y = (v * along).addcmul_(gy, -r * b)
+        return _standardized_back(v, y, r), None if gr is None else -r.square() * b, g_y, inner
 
 
-def _standardized_back(g: Tensor, y: Tensor, r: Tensor, extra: Tensor | float = 0.0) -> Tensor:
-    """Computes S(g) with `extra` added to m(y g): r (g - m(g) - y (m(y g) + extra))."""
-    along = (y * g).mean(1, keepdim=True) + extra
-    return (g * r).sub_(r * g.mean(1, keepdim=True)).addcmul_(y, -r * along)
+def _standardized_back(g: Tensor, y: Tensor, r: Tensor) -> Tensor:
+    """Computes S(g) = r (g - m(g) - y m(y g)), as the derivative of a normalisation of y, which is its own result."""
+    one = torch.ones_like(r)
+    shape, mask = y.shape[1:], [True, False, False]
+    gradient: Tensor = torch.ops.aten.native_layer_norm_backward(
+        g.contiguous(), y, shape, torch.zeros_like(r), one, None, None, mask
+    )[0]
+    return gradient.mul_(r)
 
 
 class LeakyRelu(torch.autograd.Function):

@@ -18,8 +18,17 @@ from torch import Tensor
 
 from gradconsist._inputs.precision import wide
 from gradconsist.engines.ghost.conv import Geometry, sample_gradients
-from gradconsist.engines.ghost.gram import Doubts, doubt, lost, pair_gram, position_gram, row_gram
-from gradconsist.engines.ghost.pixel import has_pixel_form, pixel_gram
+from gradconsist.engines.ghost.gram import (
+    Doubts,
+    doubt,
+    interleaved,
+    lost,
+    pair_gram,
+    pair_gram_of_two,
+    position_gram,
+    row_gram,
+)
+from gradconsist.engines.ghost.pixel import has_patch_form, has_pixel_form, patch_gram, pixel_gram
 
 Form: TypeAlias = Literal["auto", "gradient", "gram"]
 FORMS = ("auto", "gradient", "gram")
@@ -128,7 +137,7 @@ def joined(calls: Sequence[tuple[Tensor | None, Tensor]]) -> tuple[Tensor, Tenso
 
 @dataclass(frozen=True)
 class ConvolutionWeight:
-    """Rule for y = conv(x, W), transposed or not: G by one grouped convolution, or inner products by the pixel form."""
+    """Rule for y = conv(x, W), transposed or not: G by one grouped convolution, or inner products of positions."""
 
     shape: tuple[int, ...]
     geometry: Geometry
@@ -142,9 +151,10 @@ class ConvolutionWeight:
     def gram(self, x: Tensor | None, d: Tensor, doubts: Doubts | None = None) -> Tensor | None:
         """See `Rule`."""
         x = _given(x)
-        if not has_pixel_form(self.geometry) or x.shape[1] != 1:
+        if not self._has_gram(x):
             return None
-        return pixel_gram(x.squeeze(1), d, self.shape[2:], self.geometry, doubts)
+        gram = pixel_gram if has_pixel_form(self.geometry) else patch_gram
+        return gram(x.squeeze(1), d, self.shape[2:], self.geometry, doubts)
 
     def constant(self) -> Rule:
         """See `Rule`."""
@@ -157,11 +167,18 @@ class ConvolutionWeight:
         kernel = math.prod(self.shape)
         positions = inside if self.geometry.transposed else outside
         formed = 6.0 * x.shape[1] * positions * kernel + 6.0 * _PASS * kernel
-        if not has_pixel_form(self.geometry) or x.shape[1] != 1:
+        if not self._has_gram(x):
             return formed, math.inf
+        if not has_pixel_form(self.geometry):
+            patch = math.prod(self.shape[1:])
+            squared = (2 * outside) ** 2
+            return formed, 3.0 * squared * (patch + d.shape[1]) + 8.0 * _PASS * (squared + outside * patch)
         products = 7.0 * (inside**2 * x.shape[2] + outside**2 * d.shape[1])
         passes = 3.0 * (2 + sum(self.shape[2:])) * (inside**2 + outside**2) * self.geometry.groups
         return formed, products + _PASS * passes
+
+    def _has_gram(self, x: Tensor) -> bool:
+        return x.shape[1] == 1 and (has_pixel_form(self.geometry) or has_patch_form(self.geometry))
 
 
 @dataclass(frozen=True)
@@ -296,6 +313,17 @@ class Parts:
             self._grams.append(pair_gram(gradients))
         else:
             self._small.append(gradients)
+
+    def add_two_gradients(self, weak: Tensor | None, strong: Tensor | None) -> None:
+        """Adds gradients or sketches [n, ...] of views that come separately; None stands for zero."""
+        given = strong if weak is None else weak
+        if given is None:
+            return
+        views = tuple(torch.zeros_like(given) if view is None else view for view in (weak, strong))
+        if given[0].numel() > _SMALL:
+            self._grams.append(pair_gram_of_two(*views))
+        else:
+            self._small.append(interleaved(*views))
 
     def grams(self) -> list[Tensor]:
         """Returns M [n, 2, 2] of the parts, differentiable.
