@@ -135,13 +135,13 @@ BUGS = [
         "normalisation with its root as a constant",
         "d x = r (d y - m(d y) - y m(y d y)) - r^2 y d r / M",
         "test_exactness.py::test_the_defaults_are_exact_on_every_model[mlp_layernorm]",
-        POINTWISE, "else -r.square() * b, g_y, inner", "else -r.square() * b, g_y, None",
+        POINTWISE, "return v_x, r * v_gr, g_y, v_r - 2 * along * b", "return v_x, r * v_gr, g_y, None",
     ),
     Bug(
         "normalisation without half of its output's second derivative",
         "the second derivative of <v, S(gy)> for y has a part with gy and one with v",
         "test_exactness.py::test_the_defaults_are_exact_on_every_model[mlp_layernorm]",
-        POINTWISE, ".addcmul_(gy, -r * b)\n", "\n",
+        POINTWISE, ".addcmul_(gy, v_gr)\n", "\n",
     ),
     Bug(
         "normalisation without what comes back for its root",

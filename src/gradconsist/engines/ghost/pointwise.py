@@ -79,24 +79,24 @@ class _StandardizeGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         gy, gr, y, r = ctx.saved_tensors
-        size = y.shape[1]
+        v_x = _standardized_back(v, y, r)
         a, b = (y * gy).mean(1, keepdim=True), (y * v).mean(1, keepdim=True)
-        # <v, S(gy)> / r = sum v gy - M m(v) m(gy) - M a b
-        inner = (v * gy).sum(1, keepdim=True) - size * (v.mean(1, keepdim=True) * gy.mean(1, keepdim=True) + a * b)
-        along = -r * a
-        if gr is not None:
-            along, inner = along - r.square() * gr / size, inner - 2 * r * gr * b
-        g_y = (v * along).addcmul_(gy, -r * b)
-        return _standardized_back(v, y, r), None if gr is None else -r.square() * b, g_y, inner
+        v_r = (v_x * gy).sum(1, keepdim=True) / r  # <v, S(gy)> = <S(v), gy>
+        minus = -r
+        a, v_gr = minus * a, minus * b
+        g_y = (v * a).addcmul_(gy, v_gr)
+        if gr is None:
+            return v_x, None, g_y, v_r
+        along = r * gr
+        g_y.addcmul_(v, minus * along / y.shape[1])
+        return v_x, r * v_gr, g_y, v_r - 2 * along * b
 
 
 def _standardized_back(g: Tensor, y: Tensor, r: Tensor) -> Tensor:
     """Computes S(g) = r (g - m(g) - y m(y g)), as the derivative of a normalisation of y, which is its own result."""
-    one = torch.ones_like(r)
-    shape, mask = y.shape[1:], [True, False, False]
-    gradient: Tensor = torch.ops.aten.native_layer_norm_backward(
-        g.contiguous(), y, shape, torch.zeros_like(r), one, None, None, mask
-    )[0]
+    zero, one, mask = torch.zeros_like(r), torch.ones_like(r), [True, False, False]
+    backward = torch.ops.aten.native_layer_norm_backward
+    gradient: Tensor = backward(g.contiguous(), y, y.shape[1:], zero, one, None, None, mask)[0]
     return gradient.mul_(r)
 
 
