@@ -98,6 +98,25 @@ BUGS = [
         "padding = padding_idx",
     ),
     Bug(
+        "a product with the weight on the right as one with its transpose",
+        "y = x W has the gradient sum over positions of x_t d_t^T",
+        "engines/test_operators.py::test_operators[matrix_products-ghost]",
+        RULES, "return (d, a) if self.transposed else (a, d)", "return (a, d)",
+    ),
+    Bug(
+        "patches of another stride",
+        "U holds the patches at the outputs' positions",
+        "engines/test_ghost_rules.py::test_pixel_and_patch_form_against_unfolded_patches",
+        "engines/ghost/pixel.py", "F.unfold(image, size, dilation, padding, stride)",
+        "F.unfold(image, size, dilation, padding, stride).flip(2)",
+    ),
+    Bug(
+        "a constant view gets the other view's derivative",
+        "each view's derivative is its own",
+        "engines/test_ghost_rules.py::test_position_and_pair_gram_against_loops",
+        "engines/ghost/gram.py", "torch.bmm(each, rows) if wanted", "torch.bmm(both[-1], rows) if wanted",
+    ),
+    Bug(
         "different tokens meet",
         "only positions with the same id share a row",
         "engines/test_ghost_rules.py::test_embedding_against_dense_one_hot",

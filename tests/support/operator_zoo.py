@@ -113,6 +113,22 @@ class Decoder(nn.Module):
         return self.head(self.layer(x, memory, tgt_mask=causal).mean(1))
 
 
+class Products(nn.Module):
+    """Weights as right factors, as in GPT-2; one of them also in a linear layer, which takes its transpose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.square, self.wide, self.head = (nn.Parameter(torch.randn(4, size) / 2) for size in (4, 6, 3))
+        self.shift = nn.Parameter(torch.randn(6))
+        self.back = nn.Parameter(torch.randn(6, 4) / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(x @ self.square)
+        h = torch.tanh(F.linear(h, self.square) + torch.matmul(h, self.square))
+        h = torch.tanh(torch.addmm(self.shift, h.flatten(0, 1), self.wide)).view(*h.shape[:2], -1)
+        return torch.mm(torch.tanh(h.mean(1).matmul(self.back)), self.head)
+
+
 def _sequences(g: torch.Generator) -> tuple[Tensor, Tensor]:
     return torch.randn(16, 3, 4, generator=g), torch.randn(16, 2, 4, generator=g)
 
@@ -166,6 +182,7 @@ _TABLE = [
     Case("standardised_kernels", lambda: conv_stack(StandardisedConv(4, 4, 2)), SQUARE,
          reference=_standardised_by_hand),
     Case("standardised_columns", _columns, VECTOR, reference=_standardised_by_hand),
+    Case("matrix_products", Products, normal(3, 4)),
     Case("transformer_decoder", Decoder, _sequences),
     Case("embedding_bag", Bag, tokens(7, 4), vmap="refused", ghost="refused"),
     Case("embedding_max_norm", lambda: Bag(max_norm=1.0), tokens(7, 4), vmap="refused", ghost="refused"),

@@ -234,12 +234,23 @@ def test_bias_sums_over_everything_but_channels(channel: int, shape: tuple[int, 
     assert torch.allclose(found, d.sum(rest), rtol=1e-12)
 
 
-def test_several_calls_of_one_linear_layer_are_one_with_more_positions() -> None:
-    calls = [(_normal(4, t, 3, seed=t), _normal(4 * t, 2, seed=9 + t)) for t in (1, 3)]
+def test_several_products_with_one_weight_are_one_with_more_positions() -> None:
+    """y = x W^T on one and on three positions, and y = x W on two, whose gradient is the transpose."""
+    plain, transposed = rules.LinearWeight(), rules.LinearWeight(transposed=True)
+    calls = [(plain, _normal(4, t, 3, seed=t), _normal(4 * t, 2, seed=9 + t)) for t in (1, 3)]
+    calls.append((transposed, _normal(4, 2, 2, seed=5), _normal(8, 3, seed=6)))
     x, d = rules.joined(calls)
-    expected = sum(rules.LinearWeight().gradients(a, b) for a, b in calls)
-    assert torch.allclose(rules.LinearWeight().gradients(x, d), expected, rtol=1e-12)
-    assert torch.allclose(rules.products(rules.LinearWeight(), x, d, "gram"), _pairs(expected), rtol=1e-10)
+    expected = torch.stack(
+        [
+            sum((d[i].T @ x[i] if rule is plain else x[i].T @ d[i]) for rule, x, d in (
+                (rule, x, d.unflatten(0, (4, -1))) for rule, x, d in calls
+            ))
+            for i in range(4)
+        ]
+    )  # fmt: skip
+    assert torch.allclose(sum(rule.gradients(a, b) for rule, a, b in calls), expected, rtol=1e-12)
+    assert torch.allclose(plain.gradients(x, d), expected, rtol=1e-12)
+    assert torch.allclose(rules.products(plain, x, d, "gram"), _pairs(expected), rtol=1e-10)
 
 
 @FEW

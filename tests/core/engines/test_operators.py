@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gradconsist import GradientConsistencyLoss, ViewPair
 from gradconsist._forward.observer import Observer
+from gradconsist.diagnostics import check
 from gradconsist.errors import UnsupportedModuleError
 from support import compare
 from support.operator_zoo import OPERATOR_CASES, REFUSED
@@ -51,6 +52,15 @@ def test_operators(name: str, engine: str) -> None:
             GradientConsistencyLoss(problem.model, engine=engine)(*problem.views)
         return
     _check(case, engine)
+
+
+def test_matrix_products_are_compared_as_linear_layers() -> None:
+    problem = OPERATOR_CASES["matrix_products"].problem()
+    rows = check(GradientConsistencyLoss(problem.model, engine="ghost"), *problem.views).rows
+    routes = {row.parameter: row.route.replace("gram", "gradient") for row in rows}
+    one = "linear, gradient form"
+    assert routes.pop("shift") == "bias, gradient form"
+    assert routes == {"square": f"{one} (3 uses as one)", "wide": one, "back": one, "head": one}
 
 
 @pytest.mark.parametrize("engine", ["vmap", "ghost"])

@@ -186,6 +186,7 @@ def test_factors_of_convolutions_against_formed_gradients(name: str) -> None:
 def test_factors_of_linear_layers_and_embeddings_against_formed_gradients() -> None:
     x, d = torch.randn(3, 5, 4, dtype=torch.float64), torch.randn(15, 7, dtype=torch.float64)
     _against_formed(LinearWeight(), x.requires_grad_(), d.requires_grad_(), torch.Size((7, 4)))
+    _against_formed(LinearWeight(transposed=True), x, d, torch.Size((4, 7)))
     ids = torch.tensor([[1, 2, 2], [0, 4, 1]])
     d = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     _against_formed(EmbeddingWeight((5, 4), 2), ids, d, torch.Size((5, 4)))

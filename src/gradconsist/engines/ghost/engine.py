@@ -257,9 +257,8 @@ def _single(name: str, seen: Seen) -> tuple[Rule, Tensor | None, Tensor] | None:
         return None
     if len(uses) == 1:
         return uses[0][0].rule, uses[0][0].input, uses[0][1]
-    if all(isinstance(use.rule, LinearWeight) for use, _ in uses):
-        return uses[0][0].rule, *joined([(use.input, d) for use, d in uses])
-    return None
+    products = [(use.rule, use.input, d) for use, d in uses if isinstance(use.rule, LinearWeight)]
+    return (LinearWeight(), *joined(products)) if len(products) == len(uses) else None
 
 
 def _total(problem: Problem, found: list[Tensor]) -> GradProducts:

@@ -33,6 +33,8 @@ class Operators(Record):
         self._stage = stage
         self.replacements: dict[Any, Callable[..., Any]] = {
             F.linear: self._linear,
+            **dict.fromkeys((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__), self._matmul),
+            **dict.fromkeys((torch.addmm, Tensor.addmm), self._addmm),
             F.embedding: self._embedding,
             F.cross_entropy: self._cross_entropy,
             scaled: self._scaled,
@@ -49,13 +51,30 @@ class Operators(Record):
         name, w = self._own(weight)
         if w is None or w.dim() != 2:
             return F.linear(input, weight, bias)
+        return self._multiply(input, name, w, LinearWeight(), bias)
+
+    def _matmul(self, input: Tensor, other: Tensor, **options: Any) -> Tensor:
+        name, w = self._own(other)
+        if w is None or w.dim() != 2 or options:
+            return torch.matmul(input, other, **options)
+        return self._multiply(input, name, w, LinearWeight(transposed=True))
+
+    def _addmm(self, input: Tensor, mat1: Tensor, mat2: Tensor, **options: Any) -> Tensor:
+        name, w = self._own(mat2)
+        if w is None or input.dim() != 1 or options:
+            return torch.addmm(input, mat1, mat2, **options)
+        return self._multiply(mat1, name, w, LinearWeight(transposed=True), input)
+
+    def _multiply(
+        self, input: Tensor, name: str | None, w: Tensor, rule: LinearWeight, bias: Tensor | None = None
+    ) -> Tensor:
         bias_name, b = self._own(bias)
 
         def compute(n: int, per_sample: list[bool], x: Tensor) -> Tensor:
             x = rows(x, per_sample[0], n)
             # Flat, because the output of a matrix product is not a view, so in-place changes of it come after its edge.
-            y = F.linear(x.flatten(0, -2), w, b)
-            self._note(name, w, LinearWeight(), (x,), y)
+            y = F.linear(x.flatten(0, -2), w.t() if rule.transposed else w, b)
+            self._note(name, w, rule, (x,), y)
             self._note(bias_name, b, Bias(-1, x.shape[1:-1].numel()), (), y)
             return y.unflatten(0, x.shape[:-1])
 

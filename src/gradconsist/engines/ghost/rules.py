@@ -90,8 +90,13 @@ def _given(x: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class LinearWeight:
-    """Rule for y = x W^T with any number of leading dimensions: G = sum over positions of d_t x_t^T."""
+    """Rule for y = x W^T with any number of leading dimensions: G = sum over positions of d_t x_t^T.
 
+    Attributes:
+        transposed: whether the product is y = x W: then input and output gradient change places.
+    """
+
+    transposed: bool = False
     name: str = "linear"
 
     def gradients(self, x: Tensor | None, d: Tensor) -> Tensor:
@@ -114,24 +119,23 @@ class LinearWeight:
         formed = 6.0 * positions * p * c + 12.0 * _PASS * p * c
         return formed, 12.0 * positions**2 * (p + c) + 8.0 * _PASS * (2 * positions) ** 2
 
-    @staticmethod
-    def rows(x: Tensor | None, d: Tensor) -> tuple[Tensor, Tensor]:
-        """Reshapes input and output gradient to [N, T, features]."""
+    def rows(self, x: Tensor | None, d: Tensor) -> tuple[Tensor, Tensor]:
+        """Reshapes input and output gradient to [N, T, features], that of the weight's columns first."""
         x = _given(x)
-        samples = x.shape[0]
-        return x.reshape(samples, -1, x.shape[-1]), d.reshape(samples, -1, d.shape[-1])
+        a, d = x.reshape(len(x), -1, x.shape[-1]), d.reshape(len(x), -1, d.shape[-1])
+        return (d, a) if self.transposed else (a, d)
 
 
-def joined(calls: Sequence[tuple[Tensor | None, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Joins several calls of linear layers with one weight into one call with more positions.
+def joined(calls: Sequence[tuple[LinearWeight, Tensor | None, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Joins several products with one weight into one call of a linear layer with more positions.
 
     Args:
-        calls: input and output gradient of each call.
+        calls: rule, input and output gradient of each call.
 
     Returns:
-        Input [N, T, c] and output gradient [N, T, p].
+        Input [N, T, c] and output gradient [N, T, p] of y = x W^T.
     """
-    xs, ds = zip(*(LinearWeight.rows(x, d) for x, d in calls), strict=True)
+    xs, ds = zip(*(rule.rows(x, d) for rule, x, d in calls), strict=True)
     return torch.cat(xs, 1), torch.cat(ds, 1)
 
 
