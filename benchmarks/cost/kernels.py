@@ -33,7 +33,8 @@ from harness import Row, Timing, alternate, heading, parse, parser, setting, sho
 
 from gradconsist.engines.ghost.conv import Convolution, Geometry, Stage
 from gradconsist.engines.ghost.gram import Doubts, lost, pair_gram
-from gradconsist.engines.ghost.rules import ConvolutionWeight, EmbeddingWeight, LinearWeight, Rule, chosen, products
+from gradconsist.engines.ghost.parts import chosen, products
+from gradconsist.engines.ghost.rules import ConvolutionWeight, EmbeddingWeight, LinearWeight, Rule
 from support.compare import relative
 
 FORMS = ("gradient", "gram")

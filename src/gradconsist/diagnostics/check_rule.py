@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from gradconsist.diagnostics.same_loss import check_float64
 from gradconsist.engines import Engine, GhostEngine, LoopEngine
-from gradconsist.engines.ghost.rules import Form
+from gradconsist.engines.ghost.parts import Form
 from gradconsist.errors import ConfigError, GradConsistError
 from gradconsist.loss import GradientConsistencyLoss
 

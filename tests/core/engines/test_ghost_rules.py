@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 from gradconsist._forward.batchnorm import Statistics, affine
-from gradconsist.engines.ghost import conv, gram, pointwise, rules
+from gradconsist.engines.ghost import conv, gram, parts, pointwise, rules
 from gradconsist.engines.ghost.decomposed import RECURRENT
 
 DOUBLE = torch.float64
@@ -235,11 +235,16 @@ def test_bias_sums_over_everything_but_channels(channel: int, shape: tuple[int, 
 
 
 def test_several_products_with_one_weight_are_one_with_more_positions() -> None:
-    """y = x W^T on one and on three positions, and y = x W on two, whose gradient is the transpose."""
+    """y = x W^T on one and on three positions, y = x W on two, and a table of two words."""
     plain, transposed = rules.LinearWeight(), rules.LinearWeight(transposed=True)
     calls = [(plain, _normal(4, t, 3, seed=t), _normal(4 * t, 2, seed=9 + t)) for t in (1, 3)]
     calls.append((transposed, _normal(4, 2, 2, seed=5), _normal(8, 3, seed=6)))
-    x, d = rules.joined(calls)
+    ids, taken = torch.tensor([[0, 1], [1, 1], [0, 0], [1, 0]]), _normal(4, 2, 3, seed=7)
+    table = torch.zeros(4, 2, 3, dtype=DOUBLE)
+    for i, t in itertools.product(range(4), range(2)):
+        if ids[i, t] != 1:
+            table[i, ids[i, t]] += taken[i, t].detach()
+    x, d = parts.joined([*calls, (rules.EmbeddingWeight((2, 3), 1), ids, taken)])
     expected = torch.stack(
         [
             sum((d[i].T @ x[i] if rule is plain else x[i].T @ d[i]) for rule, x, d in (
@@ -249,8 +254,9 @@ def test_several_products_with_one_weight_are_one_with_more_positions() -> None:
         ]
     )  # fmt: skip
     assert torch.allclose(sum(rule.gradients(a, b) for rule, a, b in calls), expected, rtol=1e-12)
+    expected = expected + table
     assert torch.allclose(plain.gradients(x, d), expected, rtol=1e-12)
-    assert torch.allclose(rules.products(plain, x, d, "gram"), _pairs(expected), rtol=1e-10)
+    assert torch.allclose(parts.products(plain, x, d, "gram"), _pairs(expected), rtol=1e-10)
 
 
 @FEW
@@ -324,7 +330,7 @@ def test_forms_give_way_where_positions_cancel_in_float32(left: float) -> None:
         wide = x.double() if x.is_floating_point() else x
         expected = gram.pair_gram(rule.gradients(wide, d.double()))
         formed = _error(gram.pair_gram(rule.gradients(x, d)), expected)
-        assert _error(rules.products(rule, x, d, "gram"), expected) <= max(2e-5, 2 * formed), rule
+        assert _error(parts.products(rule, x, d, "gram"), expected) <= max(2e-5, 2 * formed), rule
 
 
 def _error(found: Tensor, expected: Tensor) -> float:

@@ -19,8 +19,9 @@ from gradconsist.engines.base import Problem
 from gradconsist.engines.conditions import SamplesDiffer, in_groups
 from gradconsist.engines.ghost.gram import interleaved
 from gradconsist.engines.ghost.layer_gradients import Seen, see
+from gradconsist.engines.ghost.parts import FORMS, Form, Parts, chosen, joined
 from gradconsist.engines.ghost.registered import culprit
-from gradconsist.engines.ghost.rules import FORMS, Form, LinearWeight, Parts, Rule, chosen, joined
+from gradconsist.engines.ghost.rules import EmbeddingWeight, LinearWeight, Rule
 from gradconsist.engines.ghost.sketch import route, sketches
 from gradconsist.engines.loop import LoopEngine, refused_by_vmap
 from gradconsist.errors import GradConsistError
@@ -230,14 +231,14 @@ class GhostEngine:
 
     def _add_of_two(self, parts: Parts, name: str, weak: Seen, strong: Seen, samples: int) -> None:
         """Adds one parameter from views that ran in separate forwards."""
-        if name not in weak.rows and name not in strong.rows and len(weak.of(name)) == len(strong.of(name)) == 1:
-            (a, d_weak), (b, d_strong) = weak.of(name)[0], strong.of(name)[0]
-            same = a.rule == b.rule and _shape(a.input) == _shape(b.input)
-            if same and chosen(a.rule, a.input, d_weak, self.form) == "gram":
+        one, other = _single(name, weak), _single(name, strong)
+        if one is not None and other is not None and chosen(*one, self.form) == "gram":
+            (rule, x, d_weak), (same, y, d_strong) = one, other
+            if rule == same and _shape(x) == _shape(y):
                 # Outputs have each sample's maps or positions folded into the rows, but pairs are pairs of samples.
                 d_weak, d_strong = (d.unflatten(0, (samples, -1)) for d in (d_weak, d_strong))
-                x = None if a.input is None or b.input is None else interleaved(a.input, b.input)
-                parts.add(a.rule, x, interleaved(d_weak, d_strong).flatten(0, 1))
+                both = None if x is None or y is None else interleaved(x, y)
+                parts.add(rule, both, interleaved(d_weak, d_strong).flatten(0, 1))
                 return
         parts.add_two_gradients(weak.gradient(name), strong.gradient(name))
 
@@ -257,7 +258,7 @@ def _single(name: str, seen: Seen) -> tuple[Rule, Tensor | None, Tensor] | None:
         return None
     if len(uses) == 1:
         return uses[0][0].rule, uses[0][0].input, uses[0][1]
-    products = [(use.rule, use.input, d) for use, d in uses if isinstance(use.rule, LinearWeight)]
+    products = [(use.rule, use.input, d) for use, d in uses if isinstance(use.rule, LinearWeight | EmbeddingWeight)]
     return (LinearWeight(), *joined(products)) if len(products) == len(uses) else None
 
 
