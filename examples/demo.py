@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from trainer.config import preset_config
+from trainer.launch import Parser, guarded
 from trainer.plotting import draw_curves, table
 from trainer.runs import read_run
 from trainer.training import main as train
@@ -29,22 +30,16 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Train all methods, then report.
+    """Train all methods, then report; returns the exit status."""
+    words = Parser("demo.py", __doc__)
+    words.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the runs")
+    words.add_count("--seeds", 1, "runs of each method, with seeds 0, 1, ...")
+    words.add_argument("--steps", type=int, help="steps of each run; default: the demo preset's")
+    options = words.parse_args(arguments)
+    return guarded(lambda: _demo(options))
 
-    Args:
-        arguments: The command line without the program's name.
 
-    Returns:
-        The exit status.
-    """
-    parser = argparse.ArgumentParser(prog="demo.py", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the runs")
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each method, with seeds 0, 1, ...")
-    parser.add_argument("--steps", type=int, help="steps of each run; default: the demo preset's")
-    options = parser.parse_args(arguments)
-    if options.seeds < 1:
-        parser.error(f"--seeds must be at least 1; found {options.seeds}")
+def _demo(options: argparse.Namespace) -> int:
     # Images of 8x8 pixels are too small to share between threads: one is faster than two, and much faster where
     # something else keeps a core busy.
     torch.set_num_threads(1)

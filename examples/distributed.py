@@ -11,8 +11,8 @@ machine: whoever can reach it can run code here, so let a firewall keep others o
 
 from __future__ import annotations
 
-import argparse
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gradconsist import GGCRWrapper, GradientConsistencyLoss, SSLBatch
 from gradconsist.errors import NonFiniteError
 from gradconsist.methods import FixMatch
+from trainer.launch import Parser, guarded
 
 LABELED, UNLABELED = 12, 48  # of a global batch; both can be dealt to 1, 2, 3, 4, 6 or 12 processes
 CENTERS = torch.tensor([[2.0, 0.0], [-1.0, 1.7], [-1.0, -1.7]])
@@ -86,9 +87,9 @@ def load(path: Path, wrapper: GGCRWrapper, optimizer: torch.optim.Optimizer, ran
     wrapper.consistency.load_state_dict(state["draws"][rank] if rank < len(state["draws"]) else fresh)
 
 
-def main() -> None:
-    """Trains, and prints what must not depend on the number of processes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    """Train, and print what must not depend on the number of processes."""
+    parser = Parser("distributed.py", __doc__)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint", type=Path, help="file to continue from, if there, and to write at the end")
@@ -117,7 +118,8 @@ def main() -> None:
         print(f"{world} processes, {wrapper.step} steps: sum of |parameters| = {total:.4f}")
     if dist.is_initialized():
         dist.destroy_process_group()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

@@ -13,35 +13,19 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-from predict import files, load
-from trainer.errors import DatasetError, OptionError, TrainerError, refuse
-from trainer.launch import missing
+from predict import files, load, parser
+from trainer.errors import DatasetError, OptionError
+from trainer.launch import guarded
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the accuracies and draw the matrix.
-
-    Args:
-        arguments: The command line without the program's name.
-
-    Returns:
-        The exit status.
-    """
-    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory, model.safetensors or step-N.pt")
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="holds one directory per class")
-    parser.add_argument("--output", type=Path, metavar="FILE.png", help="picture of the confusion matrix")
-    parser.add_argument("--batch-size", type=int, default=64, help="images at a time")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps, ...")
-    parser.add_argument("--skip-damaged", action="store_true", help="leave out files that cannot be read")
-    options = parser.parse_args(arguments)
-    try:
-        return _evaluate(options)
-    except ModuleNotFoundError as error:
-        return missing(error)
-    except (TrainerError, OSError) as error:
-        return refuse(error)
+    """Print the accuracies and draw the matrix; returns the exit status."""
+    words = parser("evaluate.py", __doc__)
+    words.add_argument("folder", type=Path, metavar="FOLDER", help="holds one directory per class")
+    words.add_argument("--output", type=Path, metavar="FILE.png", help="picture of the confusion matrix")
+    words.add_argument("--skip-damaged", action="store_true", help="leave out files that cannot be read")
+    options = words.parse_args(arguments)
+    return guarded(lambda: _evaluate(options))
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -50,8 +34,6 @@ def _evaluate(options: argparse.Namespace) -> int:
     from trainer.evaluation import Scores
     from trainer.images import damaged
 
-    if options.batch_size < 1:
-        raise OptionError(f"--batch-size must be above 0; found {options.batch_size}.")
     if not options.folder.is_dir():
         raise DatasetError(f"{options.folder} is not a directory: expected one that holds one directory per class.")
     classifier = load(options.run, options.device)
@@ -67,23 +49,18 @@ def _evaluate(options: argparse.Namespace) -> int:
             f"{options.folder} holds {', '.join(unknown[:5]) or 'no folders'}: the model knows the classes "
             f"{', '.join(classifier.classes[:10])}{', ...' if len(numbers) > 10 else ''}."
         )
-    labeled = [(path, numbers[name]) for name, folder in folders.items() for path in files([folder])]
-    bad, pixels, labels = {}, [], []
+    labels = {path: numbers[name] for name, folder in folders.items() for path in files([folder])}
+    bad: dict[int, str] = {}
     confusion, loss, top5 = torch.zeros(len(numbers), len(numbers), dtype=torch.int64), 0.0, 0
-    for k, (path, label) in enumerate(labeled):
-        try:
-            pixels.append(classifier.pixels(path))
-            labels.append(label)
-        except DatasetError as error:
-            bad[k] = str(error)
-        if pixels and (len(pixels) == options.batch_size or k + 1 == len(labeled)):
-            with torch.no_grad():
-                logits = classifier.model(classifier.to_model.images(torch.stack(pixels))).float().cpu()
-            best, truth = logits.topk(min(5, len(numbers))).indices, torch.tensor(labels)
-            confusion.index_put_((truth, best[:, 0]), torch.ones(len(truth), dtype=torch.int64), accumulate=True)
-            top5 += int((best == truth[:, None]).sum())
-            loss += float(torch.nn.functional.cross_entropy(logits, truth, reduction="sum"))
-            pixels, labels = [], []
+    for paths, found in classifier.batches(labels, options.batch_size):
+        if isinstance(found, DatasetError):
+            bad[len(bad)] = str(found)
+            continue
+        truth = torch.tensor([labels[path] for path in paths])
+        best = found.topk(min(5, len(numbers))).indices
+        confusion.index_put_((truth, best[:, 0]), torch.ones(len(truth), dtype=torch.int64), accumulate=True)
+        top5 += int((best == truth[:, None]).sum())
+        loss += float(torch.nn.functional.cross_entropy(found, truth, reduction="sum"))
     if bad and not options.skip_damaged:
         raise damaged(bad)
     seen = int(confusion.sum())

@@ -17,8 +17,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.errors import DatasetError, OptionError, TrainerError, refuse
-from trainer.launch import missing
+from trainer.errors import DatasetError, refuse
+from trainer.launch import Parser, guarded
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -39,13 +39,13 @@ class Classifier:
     """
 
     def __init__(self, model: nn.Module, about: dict[str, Any], device: str = "cpu") -> None:
-        import torch
-
         from trainer.loader import ToModel
+        from trainer.processes import usable_device
 
-        self.model, self.about, self.classes = model.to(device), about, list(about["classes"])
+        place = usable_device(device)
+        self.model, self.about, self.classes = model.to(place), about, list(about["classes"])
         self.size: tuple[int, int] = tuple(about["image_size"])
-        self.to_model = ToModel(about["mean"], about["std"], torch.device(device))
+        self.to_model = ToModel(about["mean"], about["std"], place)
 
     def pixels(self, image: Image.Image | Path | str) -> Tensor:
         """An image as the run saw it: upright RGB, scaled and cut to its size, uint8 `[H, W, 3]`."""
@@ -70,11 +70,31 @@ class Classifier:
 
     def __call__(self, images: Sequence[Image.Image | Path | str]) -> Tensor:
         """Probabilities `[N, K]` of some images."""
+        return self.logits([self.pixels(image) for image in images]).softmax(1)
+
+    def logits(self, pixels: Sequence[Tensor]) -> Tensor:
+        """Logits `[N, K]` of images as `pixels` returns them."""
         import torch
 
         with torch.no_grad():
-            x = self.to_model.images(torch.stack([self.pixels(image) for image in images]))
-            return self.model(x).float().softmax(1).cpu()
+            return self.model(self.to_model.images(torch.stack(list(pixels)))).float().cpu()
+
+    def batches(self, paths: Iterable[Path], size: int) -> Iterator[tuple[list[Path], Tensor | DatasetError]]:
+        """Up to `size` files at a time with their logits; one that cannot be read comes alone, with what is wrong."""
+        known: list[Path] = []
+        pixels: list[Tensor] = []
+        for path in paths:
+            try:
+                pixels.append(self.pixels(path))
+            except DatasetError as error:
+                yield [path], error
+                continue
+            known.append(path)
+            if len(known) == size:
+                yield known, self.logits(pixels)
+                known, pixels = [], []
+        if known:
+            yield known, self.logits(pixels)
 
 
 def load(run: Path | str, device: str = "cpu") -> Classifier:
@@ -104,61 +124,39 @@ def files(given: Iterable[Path]) -> Iterator[Path]:
             yield path
 
 
+def parser(program: str, description: str | None) -> Parser:
+    """A command line that begins with a run, and the options of every program that uses one."""
+    words = Parser(program, description)
+    words.add_argument("run", type=Path, metavar="RUN", help="run directory, model.safetensors or step-N.pt")
+    words.add_count("--batch-size", 64, "images at a time")
+    words.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps, ...")
+    return words
+
+
 def main(arguments: Sequence[str]) -> int:
-    """Print the predictions.
-
-    Args:
-        arguments: The command line without the program's name.
-
-    Returns:
-        The exit status: 1 where an image could not be read.
-    """
-    parser = argparse.ArgumentParser(prog="predict.py", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory, model.safetensors or step-N.pt")
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files, or folders of them")
-    parser.add_argument("--top", type=int, default=1, help="so many classes per image, the likeliest first; default: 1")
-    parser.add_argument("--batch-size", type=int, default=64, help="images at a time")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps, ...")
-    options = parser.parse_args(arguments)
-    try:
-        return _predict(options)
-    except ModuleNotFoundError as error:
-        return missing(error)
-    except BrokenPipeError:  # the reader, such as `head`, has enough
-        sys.stderr.close()  # else Python complains about it at its end
-        return 0
-    except (TrainerError, OSError) as error:
-        return refuse(error)
+    """Print the predictions; the exit status is 1 where an image could not be read."""
+    words = parser("predict.py", __doc__)
+    words.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files, or folders of them")
+    words.add_count("--top", 1, "so many classes per image, the likeliest first")
+    options = words.parse_args(arguments)
+    return guarded(lambda: _predict(options))
 
 
 def _predict(options: argparse.Namespace) -> int:
-    if options.batch_size < 1 or options.top < 1:
-        raise OptionError(f"--batch-size and --top must be above 0; found {options.batch_size} and {options.top}.")
     classifier, status = load(options.run, options.device), 0
-    batch: list[Path] = []
-    top = min(options.top, len(classifier.classes))
+    top, paths = min(options.top, len(classifier.classes)), list(files(options.images))
+    if not paths:
+        raise DatasetError(f"no image is in {', '.join(map(str, options.images))}: name image files, or their folder.")
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["file", *(name for k in range(1, top + 1) for name in (f"class_{k}", f"probability_{k}"))])
-
-    def flush() -> None:
-        if batch:
-            values, places = classifier(batch).topk(top)
-            for path, row, index in zip(batch, values.tolist(), places.tolist(), strict=True):
-                pairs = zip(index, row, strict=True)
-                writer.writerow([path, *(cell for k, p in pairs for cell in (classifier.classes[k], f"{p:.4f}"))])
-            batch.clear()
-
-    for path in files(options.images):
-        try:
-            classifier.pixels(path)
-        except DatasetError as error:  # the others are classified all the same
-            status = refuse(error)
+    for names, found in classifier.batches(paths, options.batch_size):
+        if isinstance(found, DatasetError):  # the others are classified all the same
+            status = refuse(found)
             continue
-        batch.append(path)
-        if len(batch) == options.batch_size:
-            flush()
-    flush()
+        values, places = found.softmax(1).topk(top)
+        for name, row, index in zip(names, values.tolist(), places.tolist(), strict=True):
+            pairs = zip(index, row, strict=True)
+            writer.writerow([name, *(cell for k, p in pairs for cell in (classifier.classes[k], f"{p:.4f}"))])
     return status
 
 

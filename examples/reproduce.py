@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.claims import CLAIMS
-from trainer.errors import OptionError, TrainerError
+from trainer.errors import OptionError
 from trainer.files import write_atomically, write_json
 from trainer.grid import BUDGETS, Cell, Grid, build_grid
 from trainer.gridrun import listing, run_grid, say
+from trainer.launch import Parser, guarded
 from trainer.panels import accuracy_panel
 from trainer.plotting import draw_panel
 from trainer.rundir import exclusive
@@ -26,11 +27,10 @@ from trainer.tables import measure
 from trainer.tabletext import markdown, text
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
     budgets = "; ".join(f"{name}: {budget.text}" for name, budget in BUDGETS.items())
-    parser = argparse.ArgumentParser(prog="reproduce.py", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = Parser("reproduce.py", __doc__)
     parser.add_argument("--table", nargs="+", choices=list(CLAIMS), default=list(CLAIMS), help="default: all")
     parser.add_argument("--budget", choices=list(BUDGETS), default="demo", help=f"default: demo. {budgets}")
     parser.add_argument("--seeds", type=int, help="runs of each variant, seeds 0, 1, ...; default: the budget's")
@@ -53,14 +53,7 @@ def main(arguments: Sequence[str]) -> int:
         The exit status: 0, 1 where a cell failed, 2 for a refused option, 128 + the signal that stopped it.
     """
     options = parser().parse_args(arguments)
-    try:
-        return _run(options)
-    except (TrainerError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", 1)
-    except KeyboardInterrupt:  # while no cell runs
-        print("interrupted; start the same command again to continue.", file=sys.stderr)
-        return 130
+    return guarded(lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> int:

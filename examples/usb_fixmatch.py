@@ -9,8 +9,8 @@ semilearn trains on a GPU only.
 
 from __future__ import annotations
 
-import argparse
 import random
+import sys
 from typing import Any
 
 import numpy
@@ -18,6 +18,7 @@ import torch
 
 from gradconsist import GradientConsistencyLoss
 from gradconsist.adapters import usb
+from trainer.launch import Parser, guarded
 
 
 def digits(config: Any) -> dict[str, Any]:
@@ -51,9 +52,9 @@ def digits(config: Any) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Trains, and says where the schedule and the accuracy stand."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    """Train, and say where the schedule and the accuracy stand."""
+    parser = Parser("usb_fixmatch.py", __doc__)
     parser.add_argument("--algorithm", default="fixmatch")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
@@ -97,7 +98,8 @@ def main() -> None:
     print(f"{handle.wrapper.step} steps, with the term from step {handle.wrapper.warmup_steps} on")
     print(f"test accuracy of the averaged model: {algorithm.best_eval_acc:.3f}")
     handle.detach()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main, extra="usb"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import traceback
 
 
 class TrainerError(Exception):
@@ -34,15 +35,21 @@ class NonFiniteLossError(TrainerError):
     """The loss or its gradient became NaN or infinite; nothing was updated or overwritten."""
 
 
+class OtherProcessError(TrainerError):
+    """Another process failed, and has said why."""
+
+
 def refuse(error: BaseException) -> int:
-    """Print what was refused on one line that begins with `error:`.
-
-    Args:
-        error: What was raised.
-
-    Returns:
-        The exit status that goes with it.
-    """
+    """Print what was refused on one line that begins with `error:`; returns the exit status that goes with it."""
     text = re.sub(r"\s*\n\s*", " ", str(error).strip()) or type(error).__name__
     print(f"error: {text}", file=sys.stderr)
     return getattr(error, "exit_code", 1)
+
+
+def reason(error: BaseException) -> str:
+    """Kind, first line and place of an error that nobody foresaw, such as one in a network of the user's own."""
+    frames = traceback.extract_tb(error.__traceback__)
+    # What the reader can mend is the innermost line outside the libraries.
+    own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
+    place = f", in {own[-1].filename}, line {own[-1].lineno}" if own else ""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}{place}"

@@ -1,9 +1,80 @@
-"""Starts a program of this folder, and says what is missing; imports nothing itself, so that it can."""
+"""How a program of this folder starts and ends: its options, and every refusal on one line.
+
+Only the standard library is imported at once, so that a missing package can be named and `--help` is quick.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import io
+import os
 import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from trainer.errors import OptionError, OtherProcessError, TrainerError, reason, refuse
+
+# Set, it makes an error that nobody foresaw show where it came from.
+TRACEBACK = "GRADCONSIST_TRACEBACK"
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose description keeps its lines, and whose refusals are one line."""
+
+    def __init__(self, program: str, description: str | None) -> None:
+        super().__init__(
+            prog=program, description=description, allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse a command line."""
+        raise SystemExit(refuse(OptionError(f"{message} (--help lists the options)")))
+
+    def add_count(self, name: str, default: int, text: str) -> None:
+        """Add an option that is a whole number above 0."""
+        self.add_argument(name, type=_count, default=default, help=f"{text}; default: {default}")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0; found {text}")
+    return int(text)
+
+
+def guarded(action: Callable[[], int], extra: str = "examples") -> int:
+    """Run a program, and turn whatever it raises into one line and an exit status.
+
+    Args:
+        action: The program; returns its exit status.
+        extra: The extra of this project that has the packages it needs.
+
+    Returns:
+        The exit status.
+    """
+    for stream in (sys.stdout, sys.stderr):  # names in any script, on any terminal
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        return action()
+    except OtherProcessError as error:  # that process has said why
+        return error.exit_code
+    except BrokenPipeError:  # the reader, such as `head`, has enough
+        sys.stderr.close()  # else Python complains about it at its end
+        return 0
+    except KeyboardInterrupt:  # while a run takes steps, it answers this with a checkpoint
+        print("interrupted; what is in the output folder is whole.", file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as error:
+        text = f"{error.name} is not installed, which this program needs: "
+        return refuse(OptionError(f"{text}pip install '.[{extra}]' in the project's folder."))
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        if isinstance(error, TrainerError | OSError) or type(error).__module__.startswith("gradconsist."):
+            return refuse(error)
+        return refuse(TrainerError(f"{reason(error)} ({TRACEBACK}=1 in the environment shows the whole way there)"))
 
 
 def start(program: str, description: str, presets: str) -> int:
@@ -17,21 +88,12 @@ def start(program: str, description: str, presets: str) -> int:
     Returns:
         The exit status.
     """
-    try:
+
+    def action() -> int:
         known = getattr(importlib.import_module("trainer.config"), presets)
         parse = importlib.import_module("trainer.cli").parse_config
         config = parse(sys.argv[1:], known, program=program, description=description)
-        main = importlib.import_module("trainer.training").main  # only now: it imports torch, which --help does without
-    except ModuleNotFoundError as error:
-        return missing(error)
-    return int(main(config))
+        # Only now: it imports torch, which --help does without.
+        return int(importlib.import_module("trainer.training").main(config))
 
-
-def missing(error: ModuleNotFoundError) -> int:
-    """Name the package that is not installed, and the line that installs it; returns the exit status."""
-    print(
-        f"error: {error.name} is not installed, which the programs of this folder need: "
-        "pip install '.[examples]' in the project's folder.",
-        file=sys.stderr,
-    )
-    return 2
+    return guarded(action)

@@ -11,11 +11,11 @@ import torch
 
 from trainer.config import Config, method_label
 from trainer.datasets import DataSet, Images, load_images
-from trainer.errors import ResumeError
+from trainer.errors import OtherProcessError, ResumeError
 from trainer.evaluation import shorter_side
 from trainer.file_record import FileRecord
 from trainer.loader import LEFT_OUT
-from trainer.processes import OtherProcessError, Processes
+from trainer.processes import Processes
 from trainer.rundir import check_run, finished_line
 from trainer.runlog import append_line
 from trainer.split import Split, files_before

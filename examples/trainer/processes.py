@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -20,13 +21,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gradconsist.errors import GradConsistError
-from trainer.errors import OptionError, TrainerError
+from trainer.errors import OptionError, OtherProcessError, TrainerError
 
 T = TypeVar("T")
-
-
-class OtherProcessError(TrainerError):
-    """Another process failed, and has said why."""
 
 
 @dataclass(frozen=True)
@@ -194,19 +191,21 @@ def join(device: str) -> Processes:
     Raises:
         OptionError: The variables of torchrun are incomplete, or the device cannot be used.
     """
-    world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+    world = dist.get_world_size() if dist.is_initialized() else _variable("WORLD_SIZE", 1, 1)
     if world == 1:
-        return Processes(0, 1, 1, _device(device, None))
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        return Processes(0, 1, 1, usable_device(device))
+    local_world = _variable("LOCAL_WORLD_SIZE", 1, world)
     if dist.is_initialized():  # by the caller
         rank = dist.get_rank()
-        return Processes(rank, world, local_world, _device(device, rank % local_world))
+        return Processes(rank, world, local_world, usable_device(device, rank % local_world))
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise OptionError(
             f"WORLD_SIZE is {world}, but {', '.join(missing)} is not set: start the processes with torchrun."
         )
-    rank, chosen = int(os.environ["RANK"]), _device(device, int(os.environ["LOCAL_RANK"]))
+    rank, local_rank = _variable("RANK", 0, 0, world), _variable("LOCAL_RANK", 0, 0, world)
+    _variable("MASTER_PORT", 0, 0, 2**16)
+    chosen = usable_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     # gloo in any case: flags, states and JSON are on the CPU.
@@ -230,7 +229,23 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def _device(name: str, local_rank: int | None) -> torch.device:
+def is_of_processes(error: BaseException) -> bool:
+    """Whether an error is about another process that is gone."""
+    return isinstance(error, RuntimeError) and bool(re.search(r"gloo|NCCL|[Cc]onnection|timed out", str(error)))
+
+
+def _variable(name: str, least: int, default: int, below: int = 2**31) -> int:
+    """A whole number that torchrun sets."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal() or not least <= int(text) < below:
+        raise OptionError(
+            f"{name} in the environment is {text!r}: expected a whole number from {least} to {below - 1}. Start the "
+            "processes with torchrun, or unset it."
+        )
+    return int(text)
+
+
+def usable_device(name: str, local_rank: int | None = None) -> torch.device:
     """`--device` for this process: each process of a machine has a CUDA device of its own."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from gradconsist import GGCRWrapper, SSLBatch, StepOutput
-from gradconsist.errors import NonFiniteError
+from gradconsist.errors import GradConsistError, NonFiniteError
 from gradconsist.optim import SAM
 from trainer.config import Config
 from trainer.ema import AveragedModel
-from trainer.errors import CheckpointError, NonFiniteLossError, TrainerError
+from trainer.errors import CheckpointError, NonFiniteLossError, OtherProcessError, TrainerError, reason
 from trainer.half import AMP_TYPES, check_half_type, update_scale
 from trainer.loader import StepImages, ToModel
 from trainer.methods import build_method
 from trainer.models import build_network, check_forward
-from trainer.processes import ALONE, OtherProcessError, Processes
+from trainer.processes import ALONE, Processes, is_of_processes
 from trainer.runlog import Meter, Number
 from trainer.sam import same_step_twice
 from trainer.schedule import build_optimizer, set_learning_rate
@@ -154,7 +154,11 @@ class Trainer:
         out, numbers = self.processes.together(lambda: self._forward(images))
         if self.sam is not None:
             self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(out.loss / self.config.accumulate).backward()
+        try:
+            self.scaler.scale(out.loss / self.config.accumulate).backward()
+        except Exception as fault:
+            self._name_the_network(fault)
+            raise
         if not self.scaler.is_enabled():  # fp16's scaler meets infinite gradients as a matter of course, and skips
             name = non_finite_gradient(self.model)  # after the mean over the processes: the same everywhere
             if name is not None:
@@ -172,6 +176,9 @@ class Trainer:
                 out: StepOutput = self.whole_step(batch)
         except NonFiniteError as error:
             raise NonFiniteLossError(self._non_finite(f"the gradient consistency failed ({error})")) from error
+        except Exception as fault:
+            self._name_the_network(fault)
+            raise
         numbers = {**out.logs, **pseudo_label_quality(out, images.truth), "loss": out.loss.detach()}
         loss = float(out.loss.detach())
         if not math.isfinite(loss):
@@ -200,6 +207,16 @@ class Trainer:
         if self.config.amp == "off":
             return contextlib.nullcontext()
         return torch.autocast(self.to_model.device.type, dtype=AMP_TYPES[self.config.amp])
+
+    def _name_the_network(self, fault: Exception) -> None:
+        """Raise what a fault of the network's own code is called; other faults of a step speak for themselves."""
+        if isinstance(fault, TrainerError | GradConsistError | OSError | torch.OutOfMemoryError):
+            return
+        if not is_of_processes(fault):
+            raise TrainerError(
+                f"step {self.step}: --arch {self.config.arch} failed ({reason(fault)}). Nothing was updated, and the "
+                "last checkpoint is untouched."
+            ) from fault
 
     def _non_finite(self, what: str) -> str:
         return (

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import re
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,12 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradconsist.errors import GradConsistError
 from trainer import methods
 from trainer.checkpoint import forget_older, load_latest, remove_leftovers, save_checkpoint
 from trainer.config import Config, method_label, resolve
 from trainer.datasets import DataSet, Images
-from trainer.errors import TrainerError, refuse
+from trainer.errors import TrainerError
 from trainer.evaluation import (
     PROTOCOL,
     evaluate,
@@ -29,11 +26,12 @@ from trainer.evaluation import (
     with_fresh_statistics,
 )
 from trainer.files import write_json
+from trainer.launch import guarded
 from trainer.loader import LEFT_OUT, StepImages, ToModel, batches_of, spare_cores, step_batches, worker_count
 from trainer.loggers import Loggers, write_csv
 from trainer.opening import about, check_same_files, is_finished, load, record_left_out
 from trainer.plotting import draw_curves
-from trainer.processes import OtherProcessError, join, leave
+from trainer.processes import is_of_processes, join, leave
 from trainer.rundir import check_run, create_run, exclusive
 from trainer.runlog import MetricsFile, Progress, append_line, books, duration
 from trainer.runs import read_run
@@ -324,27 +322,23 @@ def main(config: Config) -> int:
     Returns:
         The exit status.
     """
-    for stream in (sys.stdout, sys.stderr):  # names in any script, on any terminal
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        return run(config)
-    except OtherProcessError as error:  # that process has said why
-        return error.exit_code
-    except (TrainerError, GradConsistError) as error:
-        return refuse(error)
-    except OSError as error:
-        return refuse(TrainerError(f"{error}. Checkpoints are untouched: mend this and start the same command again."))
-    except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
-        return refuse(TrainerError(f"{reason} Give a smaller --batch-size, --ggcr-max-pairs or --ggcr-chunk-size."))
-    except RuntimeError as error:
-        if not re.search(r"gloo|NCCL|[Cc]onnection", str(error)):
-            raise
-        reason = str(error).splitlines()[0][:200]
-        return refuse(TrainerError(f"another process is gone ({reason}). Checkpoints are untouched."))
-    except KeyboardInterrupt:  # before the first step; later, the loop answers it with a checkpoint
-        print("interrupted before training began; nothing was changed.", file=sys.stderr)
-        return 130
-    finally:
-        leave()
+
+    def action() -> int:
+        try:
+            return run(config)
+        except OSError as error:
+            raise TrainerError(
+                f"{error}. Checkpoints are untouched: mend this and start the same command again."
+            ) from error
+        except torch.OutOfMemoryError as error:
+            text = str(error).splitlines()[0]
+            raise TrainerError(f"{text} Give a smaller --batch-size, --ggcr-max-pairs or --ggcr-chunk-size.") from error
+        except RuntimeError as error:
+            if not is_of_processes(error):
+                raise
+            text = str(error).splitlines()[0][:200]
+            raise TrainerError(f"another process is gone ({text}). Checkpoints are untouched.") from error
+        finally:
+            leave()
+
+    return guarded(action)
