@@ -16,42 +16,31 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.errors import OptionError, TrainerError
-from trainer.files import write_atomically
-from trainer.page import page
-from trainer.panels import panels
-from trainer.plotting import draw_curves, draw_panel, shared_title, table
-from trainer.runs import group_runs, read_run
+from trainer.errors import OptionError
+from trainer.launch import Parser, guarded
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Read the runs, print the table, write the page or the picture.
-
-    Args:
-        arguments: The command line without the program's name.
-
-    Returns:
-        The exit status.
-    """
-    parser = argparse.ArgumentParser(prog="report.py", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    """Read the runs, print the table, write the page or the picture; returns the exit status."""
+    parser = Parser("report.py", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory (--output of a trainer)")
     parser.add_argument(
         "--output", type=Path, default=Path("report.html"), metavar="FILE",
-        help="FILE.html: the page; FILE.png: the accuracy curves alone, a line per run; default: report.html",
+        help="FILE.html: the page; FILE.png: the accuracy curves alone; default: report.html",
     )  # fmt: skip
     parser.add_argument("--png", action="store_true", help="beside the page, each of its pictures as FILE-NAME.png")
     parser.add_argument("--title", help="title; default: what the runs have in common")
     options = parser.parse_args(arguments)
-    try:
-        _report(options)
-    except (TrainerError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", 1)
-    return 0
+    return guarded(lambda: _report(options))
 
 
-def _report(options: argparse.Namespace) -> None:
+def _report(options: argparse.Namespace) -> int:
+    from trainer.files import write_atomically
+    from trainer.page import page
+    from trainer.panels import panels
+    from trainer.plotting import draw_curves, draw_panel, shared_title, table
+    from trainer.runs import group_runs, read_run
+
     output: Path = options.output
     if output.suffix not in {".html", ".png"}:
         raise OptionError(f"--output {output}: the name must end in .html (the page) or .png (the curves).")
@@ -64,14 +53,15 @@ def _report(options: argparse.Namespace) -> None:
     if output.suffix == ".png":
         draw_curves(runs, output, title=options.title)
         print(f"curves: {output}")
-        return
+        return 0
     text = page(groups, title=options.title or shared_title(runs) or "Runs")
-    write_atomically(output, lambda file: file.write(text.encode()))
+    write_atomically(output, lambda file: file.write(text.encode(errors="backslashreplace")))
     print(f"page: {output}")
     for panel in panels(groups) if options.png else ():
         picture = output.with_name(f"{output.stem}-{panel.key}.png")
         draw_panel(panel, picture)
         print(f"picture: {picture}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from html import escape
-from typing import Any
 
 from trainer.evaluation import PROTOCOL
 from trainer.panels import panels
 from trainer.runlog import duration, shown
-from trainer.runs import Group, Run
+from trainer.runs import Group, Run, differences
 from trainer.statistics import CONFIDENCE, paired_difference, spread
 from trainer.svg import legend, svg
+from trainer.tabletext import difference_text, spread_text
 
 KINDS = {"last": "last", "median_last_20": "median of last 20", "best": "best"}
 # Options that say nothing about what was compared.
-UNTOLD = {"output", "data_dir", "progress", "resume", "tensorboard", "stop_after_steps", "stop_after_minutes"}
+UNTOLD = {"output", "seed", "progress", "resume", "tensorboard", "stop_after_steps", "stop_after_minutes"}
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1a1c20; --soft: #5b6068; --paper: #fff; --rule: #d9dce1;
@@ -46,32 +47,31 @@ th { font-weight: 600; } td { min-width: 4.5rem; } summary { cursor: pointer; fo
 
 
 def page(groups: Sequence[Group], *, title: str) -> str:
-    """Write the page.
-
-    Args:
-        groups: At least one group of runs; the others are compared with the first.
-        title: Heading of the page.
-
-    Returns:
-        The HTML document.
-    """
+    """The HTML document with this heading; groups after the first are compared with the first."""
     runs = [run for group in groups for run in group.runs]
-    open_runs = [run for run in runs if run.summary is None]
+    unfinished = sum(run.summary is None for run in runs)
     words = f"{len(runs)} runs in {len(groups)} groups; runs that differ in their seed alone are one group."
-    if open_runs:
-        words += f" {len(open_runs)} unfinished: curves show them, tables of groups do not count them."
+    if unfinished:
+        words += f" {unfinished} unfinished: curves show them, tables of groups do not count them."
     figures = [
         f"<figure><h3>{escape(panel.title)}</h3>{svg(panel)}<figcaption>{escape(panel.words)}</figcaption></figure>"
         for panel in panels(groups)
     ]
+    how_to_read = (
+        f"{PROTOCOL[0].upper()}{PROTOCOL[1:]}. Mean ± standard deviation (finished runs). "
+        "Seconds per step are of training, waiting for images included, evaluations not."
+    )
+    names = [group.name for group in groups]
+    different = [[name, *texts] for name, texts in differences([group.runs[0] for group in groups]).items()]
     body = [
-        f"<h1>{escape(title)}</h1>", f'<p class="soft">{words}</p>', legend([group.name for group in groups]),
-        f'<div class="panels">{"".join(figures)}</div>',
-        "<h2>Accuracy and cost</h2>", f'<p class="soft">{escape(_how_to_read())}</p>', _table(_group_rows(groups)),
-        *_differences(groups),
-        "<h2>What differs</h2>", *_options(groups), *_environments(runs),
+        f"<h1>{escape(title)}</h1>", _soft(words), legend(names), f'<div class="panels">{"".join(figures)}</div>',
+        "<h2>Accuracy and cost</h2>", _soft(how_to_read), _table(_group_rows(groups)),
+        *_against_first(groups),
+        "<h2>What differs</h2>",
+        _table([["option", *names], *different]) if different else "<p>All groups have the same options.</p>",
+        *_environments(runs),
         "<h2>Runs</h2>", _table(_run_rows(groups)),
-        "<details><summary>All options</summary>", _table(_option_rows(groups, only_different=False)), "</details>",
+        "<details><summary>All options</summary>", _table(_option_rows(groups)), "</details>",
     ]  # fmt: skip
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     return (
@@ -84,11 +84,8 @@ def page(groups: Sequence[Group], *, title: str) -> str:
     )
 
 
-def _how_to_read() -> str:
-    return (
-        f"{PROTOCOL[0].upper()}{PROTOCOL[1:]}. Mean ± standard deviation over the finished runs of a group. "
-        "Seconds per step are of training, waiting for images included, evaluations not."
-    )
+def _soft(words: str) -> str:
+    return f'<p class="soft">{escape(words)}</p>'
 
 
 def _group_rows(groups: Sequence[Group]) -> list[list[str]]:
@@ -99,95 +96,71 @@ def _group_rows(groups: Sequence[Group]) -> list[list[str]]:
         rates = [run.rate for run in group.runs if run.rate is not None]
         seconds = [run.summary["seconds"] for run in group.finished if run.summary and "seconds" in run.summary]
         seeds = ", ".join(str(run.seed) for run in group.finished) or "none finished"
-        rows.append(
-            [group.name, seeds, *(_spread([one[kind] for one in accuracies], 4) for kind in KINDS), _spread(steps, 3),
-             _spread(rates, 1), duration(spread(seconds).mean) if seconds else "-"]
-        )  # fmt: skip
+        shares = (_spread([one[kind] for one in accuracies if kind in one], 4) for kind in KINDS)
+        time = duration(spread(seconds).mean) if seconds else "-"
+        rows.append([group.name, seeds, *shares, _spread(steps, 3), _spread(rates, 1), time])
     return rows
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
-    if not values:
-        return "-"
-    numbers = spread(values)
-    deviation = "" if numbers.sd is None else f" ± {numbers.sd:.{digits}f}"
-    return f"{numbers.mean:.{digits}f}{deviation}"
+    return spread_text(asdict(spread(values)) if values else None, digits=digits)
 
 
-def _differences(groups: Sequence[Group]) -> Iterable[str]:
+def _against_first(groups: Sequence[Group]) -> Iterable[str]:
     """Every group against the first, seed by seed, where data and split are the same."""
     if len(groups) < 2:
         return
     first = groups[0]
     yield f"<h2>Differences from {escape(first.name)}</h2>"
-    yield (
-        f'<p class="soft">Accuracy minus that of {escape(first.name)} at the same seed, on the same labeled split: '
-        f"mean [Student's {100 * CONFIDENCE:.0f} % interval] (pairs of finished runs).</p>"
+    yield _soft(
+        f"Accuracy minus that of {first.name} at the same seed, on the same labeled split: "
+        f"mean [Student's {100 * CONFIDENCE:.0f} % interval] (pairs of finished runs)."
     )
     rows = [["group", *KINDS.values()]]
     for group in groups[1:]:
-        cells = []
-        for kind in KINDS:
-            splits = {run.seed: run.split for run in first.finished}
-            paired = [run for run in group.finished if run.seed in splits and run.split == splits[run.seed]]
-            found = paired_difference(
-                {run.seed: run.accuracy()[kind] for run in paired},
-                {run.seed: run.accuracy()[kind] for run in first.finished},
-            )
-            if found is None:
-                cells.append("no pair")
-            else:
-                interval = "" if found.low is None else f" [{found.low:+.4f}, {found.high:+.4f}]"
-                cells.append(f"{found.mean:+.4f}{interval} ({found.n})")
-        rows.append([group.name, *cells])
+        splits = {run.seed: (run.data, run.split) for run in first.finished}
+        paired = [run for run in group.finished if splits.get(run.seed) == (run.data, run.split)]
+        found = [paired_difference(_by_seed(paired, kind), _by_seed(first.finished, kind)) for kind in KINDS]
+        rows.append([group.name, *(difference_text(asdict(one), digits=4) if one else "no pair" for one in found)])
     yield _table(rows)
 
 
-def _options(groups: Sequence[Group]) -> Iterable[str]:
-    rows = _option_rows(groups, only_different=True)
-    if len(rows) > 1:
-        yield _table(rows)
-    else:
-        yield "<p>All groups have the same options.</p>"
+def _by_seed(runs: Iterable[Run], kind: str) -> dict[int, float]:
+    return {run.seed: run.accuracy()[kind] for run in runs if kind in run.accuracy()}
 
 
-def _option_rows(groups: Sequence[Group], *, only_different: bool) -> list[list[str]]:
+def _option_rows(groups: Sequence[Group]) -> list[list[str]]:
     options = [{"label": group.runs[0].label, **group.runs[0].options} for group in groups]
-    names = [name for name in dict.fromkeys(name for one in options for name in one) if name not in UNTOLD | {"seed"}]
-    values = [[name, *(shown(one[name]) if name in one else "(absent)" for one in options)] for name in names]
-    kept = [row for row in values if not only_different or len(set(row[1:])) > 1]
-    return [["option", *(group.name for group in groups)], *kept]
+    names = dict.fromkeys(name for one in options for name in one if name not in UNTOLD)
+    rows = [[name, *(shown(one[name]) if name in one else "(absent)" for one in options)] for name in names]
+    return [["option", *(group.name for group in groups)], *rows]
 
 
 def _environments(runs: Sequence[Run]) -> Iterable[str]:
     """Where the runs were started: one line if it was one place, else who was where."""
-    places: dict[str, list[Run]] = {}
+    places: dict[str, list[str]] = {}
     for run in runs:
         made = ", ".join(f"{name} {shown(value)}" for name, value in run.environment.items()) or "unknown"
-        places.setdefault(made, []).append(run)
+        places.setdefault(made, []).append(run.folder.name)
     if len(places) == 1:
-        yield f'<p class="soft">All runs were started with {escape(next(iter(places)))}.</p>'
+        yield _soft(f"All runs were started with {next(iter(places))}.")
         return
-    yield '<p class="soft">The runs were not all started in one environment:</p>'
-    yield _table(
-        [["environment", "runs"], *([made, ", ".join(run.folder.name for run in own)] for made, own in places.items())]
-    )
+    yield _soft("The runs were not all started in one environment:")
+    yield _table([["environment", "runs"], *([made, ", ".join(own)] for made, own in places.items())])
 
 
 def _run_rows(groups: Sequence[Group]) -> list[list[str]]:
-    rows = [["run", "group", "seed", "step", *KINDS.values(), "state"]]
+    rows = [["run", "data", "group", "seed", "step", *KINDS.values(), "state"]]
     for group in groups:
         for run in group.runs:
-            numbers = run.accuracy()
+            numbers, steps = run.accuracy(), f"{run.step}/{shown(run.options.get('steps'))}"
+            cells = (f"{numbers[kind]:.4f}" if kind in numbers else "-" for kind in KINDS)
             state = "unfinished" if run.summary is None else "finished"
-            rows.append(
-                [str(run.folder), group.name, str(run.seed), f"{run.step}/{shown(run.options.get('steps'))}",
-                 *(f"{numbers[kind]:.4f}" if kind in numbers else "-" for kind in KINDS), state]
-            )  # fmt: skip
+            rows.append([str(run.folder), run.source, group.name, str(run.seed), steps, *cells, state])
     return rows
 
 
-def _table(rows: Sequence[Sequence[Any]]) -> str:
-    head = "".join(f'<th scope="col">{escape(str(cell))}</th>' for cell in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows[1:])
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in rows[0])
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows[1:])
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

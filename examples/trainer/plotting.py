@@ -1,4 +1,4 @@
-"""Test-accuracy curves of one or several runs, and the table beside them."""
+"""Pictures of runs by matplotlib, and the table of runs for a terminal."""
 
 from __future__ import annotations
 
@@ -7,106 +7,62 @@ from pathlib import Path
 from typing import Any
 
 from trainer.files import write_atomically
-from trainer.panels import Panel
+from trainer.panels import Panel, accuracy_panel
 from trainer.runlog import aligned, duration
-from trainer.runs import Run, group_runs
+from trainer.runs import FINAL, Run, group_runs
 
 
 def draw_curves(runs: list[Run], path: Path, *, title: str | None = None) -> None:
-    """Draw test accuracy against the step, one colour per group, one line per run.
-
-    Args:
-        runs: The runs.
-        path: The PNG to write.
-        title: Title of the picture; None for the options that the runs share.
-    """
-    figure, axes = _axes(title or shared_title(runs), "test accuracy (EMA model)")
-    for number, group in enumerate(group_runs(runs)):
-        for run in group.runs:
-            axes.plot(
-                run.steps,
-                run.accuracies,
-                color=f"C{number}",
-                label=group.name if run is group.runs[0] else None,
-                linewidth=1.4,
-                marker="." if len(run.steps) < 30 else None,
-            )
-    _save(figure, axes, path)
+    """Draw accuracy against the step as a PNG: a line for each group of runs, in a band over its seeds."""
+    draw_panel(accuracy_panel(group_runs(runs)), path, title=title or shared_title(runs))
 
 
-def draw_panel(panel: Panel, path: Path) -> None:
-    """Draw a panel of the report: lines with bands.
+def draw_panel(panel: Panel, path: Path, *, title: str | None = None) -> None:
+    """Draw a panel of the report as a PNG.
 
     Args:
         panel: What to draw.
-        path: The PNG to write.
+        path: The file.
+        title: Instead of the panel's, which is then the name of the axis.
     """
-    figure, axes = _axes(panel.title, "")
+    # The object interface, not pyplot: no global state, no window, no backend to choose.
+    from matplotlib.figure import Figure
+
+    figure: Any = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
+    axes: Any = figure.add_subplot(xlabel="step", ylabel=panel.title if title else "")
+    axes.set_title((title or panel.title).replace("$", r"\$"), fontsize="medium")  # no formula
+    axes.grid(alpha=0.3)
     for series in panel.series:
-        axes.plot(series.steps, series.middle, color=f"C{series.colour}", label=series.name, linewidth=1.4)
+        mark = "." if len(series.steps) < 30 else None
+        axes.plot(series.steps, series.middle, color=f"C{series.colour}", label=series.name, linewidth=1.4, marker=mark)
         if series.band is not None:
             axes.fill_between(series.steps, *series.band, color=f"C{series.colour}", alpha=0.18, linewidth=0)
     if panel.floor is not None:
         axes.set_ylim(bottom=panel.floor)
+    if panel.series:
+        for text in axes.legend().get_texts():
+            text.set_parse_math(False)
     figure.text(0.01, 0.005, "\n".join(textwrap.wrap(panel.words, 110)), fontsize="x-small", color="0.35")
     figure.get_layout_engine().set(rect=(0, 0.06, 1, 0.94))
-    _save(figure, axes, path)
-
-
-def _axes(title: str, height: str) -> tuple[Any, Any]:
-    # The object interface, not pyplot: no global state, no window, no backend to choose.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_xlabel("step")
-    axes.set_ylabel(height)
-    axes.set_title(_plain(title), fontsize="medium")
-    axes.grid(alpha=0.3)
-    return figure, axes
-
-
-def _save(figure: Any, axes: Any, path: Path) -> None:
-    legend = axes.legend()
-    for text in legend.get_texts():
-        text.set_parse_math(False)
     write_atomically(path, lambda file: figure.savefig(file, format="png"))
-
-
-def _plain(text: str) -> str:
-    """Text in which matplotlib finds no formula."""
-    return text.replace("$", r"\$")
 
 
 def shared_title(runs: list[Run]) -> str:
     """Data, labels and architecture, as far as all runs share them."""
-    parts = []
-    for key, form in (("dataset", "{}"), ("labels", "{} labels"), ("arch", "{}"), ("batch_size", "batch {}")):
-        values = {str(run.options.get(key)) for run in runs}
-        if len(values) == 1:
-            parts.append(form.format(values.pop()))
-    return ", ".join(parts)
+    parts = [{run.source for run in runs}]
+    for key, form in (("labels", "{} labels"), ("arch", "{}"), ("batch_size", "batch {}")):
+        parts.append({form.format(run.options[key]) for run in runs if run.options.get(key) is not None})
+    return ", ".join(part.pop() for part in parts if len(part) == 1)
 
 
 def table(runs: list[Run]) -> str:
-    """A text table of the runs.
-
-    Args:
-        runs: The runs.
-
-    Returns:
-        One line per run: method, seed, steps, accuracies and time.
-    """
-    rows: list[tuple[str, ...]] = [("method", "seed", "steps", "last", "median of 20", "best", "time")]
+    """A line for each run: its folder, what tells it from the others, data, seed, steps, accuracies and time."""
+    names = {run.folder: group.name for group in group_runs(runs) for run in group.runs}
+    rows: list[tuple[str, ...]] = [("run", "what", "data", "seed", "steps", "last", "median of 20", "best", "time")]
     for run in runs:
         numbers = run.summary or {}
-        rows.append(
-            (
-                run.label,
-                str(run.options.get("seed")),
-                f"{run.steps[-1] if run.steps else 0}/{run.options.get('steps')}",
-                *(f"{numbers[key]:.4f}" if key in numbers else "-" for key in ("last", "median_last_20", "best")),
-                duration(numbers["seconds"]) if "seconds" in numbers else "unfinished",
-            )
-        )
+        accuracies = (f"{numbers[key]:.4f}" if numbers.get(key) is not None else "-" for key in FINAL)
+        time = duration(numbers["seconds"]) if "seconds" in numbers else "unfinished"
+        steps = f"{run.step}/{run.options.get('steps')}"
+        rows.append((str(run.folder), names[run.folder], run.source, str(run.seed), steps, *accuracies, time))
     return "\n".join(aligned(rows))

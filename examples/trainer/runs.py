@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ class Run:
         timing: Steps and the seconds of training behind them, rising.
         rate: Images per second of training, where it is known.
         split: SHA-256 of the labeled split, where it is known.
+        data: SHA-256 of the data set, where it is known.
         environment: Where it was started: device, versions, revision.
     """
 
@@ -45,12 +47,19 @@ class Run:
     timing: list[tuple[int, float]]
     rate: float | None
     split: str | None
+    data: str | None
     environment: dict[str, Any]
 
     @property
     def seed(self) -> int:
         """Its seed."""
         return int(self.options["seed"])
+
+    @property
+    def source(self) -> str:
+        """Name of its data set, or of their folder."""
+        folder = Path(str(self.options.get("data_dir", "")))
+        return folder.name if self.options.get("dataset") == "folder" else str(self.options.get("dataset"))
 
     @property
     def step(self) -> int:
@@ -69,17 +78,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run directory, finished or not.
-
-    Args:
-        folder: The run directory.
-
-    Returns:
-        The run.
-
-    Raises:
-        DatasetError: Where it is not a run directory.
-    """
+    """Read a run directory, finished or not; raises `DatasetError` where it is not one."""
     try:
         config = read_json(folder / "config.json")
         records = json_lines(folder / "metrics.jsonl")
@@ -92,7 +91,7 @@ def read_run(folder: Path) -> Run:
         evaluations = [(int(step), float(accuracy)) for step, accuracy in accuracies if accuracy is not None]
         training = [record for record in records if record["kind"] == "train"]
         timing = json_lines(folder / "timing.jsonl") if (folder / "timing.jsonl").exists() else []
-        summary = _optional(folder / "summary.json")
+        summary, split = _optional(folder / "summary.json"), _optional(folder / "split.json")
         numbers = {key: float(summary[key]) for key in (*FINAL, "seconds") if summary.get(key) is not None}
         if summary and not set(FINAL) <= set(summary):
             raise ValueError(f"summary.json lacks one of {', '.join(FINAL)}")
@@ -106,10 +105,11 @@ def read_run(folder: Path) -> Run:
             [{**_numbers(record), "step": int(record["step"])} for record in training],
             _times(timing),
             float(timing[-1]["images_per_second"]) if timing else None,
-            _optional(folder / "split.json").get("sha256"),
+            split.get("sha256"),
+            split.get("data_sha256"),
             {**config.get("environment", {}), **config.get("software", {})},
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # what a foreign folder holds can fail in any way where it is used
         raise DatasetError(
             f"{folder} is not the directory of a run ({error}): give the --output of a trainer."
         ) from error
@@ -122,14 +122,7 @@ def _numbers(record: dict[str, Any]) -> dict[str, float]:
 def json_lines(path: Path) -> list[dict[str, Any]]:
     """Read JSON lines; one that is being written, or that a kill cut off, has no end and does not count.
 
-    Args:
-        path: The file.
-
-    Returns:
-        The records.
-
-    Raises:
-        ValueError: Where a line is no JSON, or holds NaN or an infinity, which JSON does not have.
+    Raises `ValueError` where a line is no JSON, or holds NaN or an infinity, which JSON does not have.
     """
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     return [json.loads(line, parse_constant=_refuse) for line in lines]
@@ -153,13 +146,15 @@ def _times(lines: list[dict[str, Any]]) -> list[tuple[int, float]]:
     return times
 
 
-# Options in a group's name; the report's table of differences has them all.
+# Options in a group's name, where fewer tell it from all others; the report's table of differences has them all.
 MOST_TOLD = 3
+# What is compared by its SHA-256, and shown as the place that an option names.
+_FILES = {"data": "data_dir", "init_sha256": "init_from"}
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of the same options but the seed.
+    """Runs of the same options and data; only the seed differs.
 
     Attributes:
         name: Their label, with the options that tell them from other groups of the same label.
@@ -170,18 +165,49 @@ class Group:
     runs: tuple[Run, ...]
 
     @property
-    def options(self) -> dict[str, Any]:
-        """The options that all of them have, without the seed."""
-        return _deciding(self.runs[0])
-
-    @property
     def finished(self) -> tuple[Run, ...]:
         """The runs that came to their end."""
         return tuple(run for run in self.runs if run.summary is not None)
 
 
 def _deciding(run: Run) -> dict[str, Any]:
-    return {name: value for name, value in run.options.items() if name not in HARMLESS | {"seed"}}
+    """What decides its numbers beside the seed: its label, its data wherever they lie, and its options."""
+    options = {name: value for name, value in run.options.items() if name not in HARMLESS | {"seed", "dataset"}}
+    return {"label": run.label, "data": run.data or run.source, **options}
+
+
+def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """What tells runs apart, without their seeds.
+
+    Args:
+        runs: The runs.
+
+    Returns:
+        Option to its text for each run: the same text where, and only where, the value is the same. Files are named,
+        with digits of their SHA-256 only where their paths are the same.
+    """
+    deciding, found = [_deciding(run) for run in runs], {}
+    for name in dict.fromkeys(name for one in deciding for name in one):
+        values = [json.dumps(one.get(name, "(absent)"), sort_keys=True) for one in deciding]
+        if len(set(values)) == 1:
+            continue
+        first = {value: k for k, value in reversed(list(enumerate(values)))}  # whose text stands for all of that value
+        for form in range(3):
+            texts = {v: _text(runs[k], name, deciding[k].get(name, "(absent)"), form) for v, k in first.items()}
+            if len(set(texts.values())) == len(texts):
+                break
+        found[_FILES.get(name, name).removesuffix("_dir")] = [texts[value] for value in values]
+    return found
+
+
+def _text(run: Run, name: str, value: Any, form: int) -> str:
+    """A value for people: in a short form, a longer one, and one that leaves nothing out."""
+    if name not in _FILES or value is None:
+        return shown(value) if form == 0 else str(value)
+    path = str(run.options.get(_FILES[name]))
+    if name == "data" and run.options.get("dataset") != "folder":
+        path = run.source
+    return Path(path).name if form == 0 else path if form == 1 else f"{path} ({str(value)[:8]})"
 
 
 def group_runs(runs: list[Run]) -> list[Group]:
@@ -194,11 +220,11 @@ def group_runs(runs: list[Run]) -> list[Group]:
         The groups, in the order of their first runs.
 
     Raises:
-        DatasetError: Where two runs have the same options and the same seed: they would count twice.
+        DatasetError: Where two runs have the same options, data and seed: they would count twice.
     """
     members: dict[str, dict[int, Run]] = {}
     for run in runs:
-        same = members.setdefault(json.dumps([run.label, _deciding(run)], sort_keys=True), {})
+        same = members.setdefault(json.dumps(_deciding(run), sort_keys=True), {})
         if run.seed in same:
             raise DatasetError(
                 f"{same[run.seed].folder} and {run.folder} are one run twice: the same options and seed {run.seed}. "
@@ -206,13 +232,24 @@ def group_runs(runs: list[Run]) -> list[Group]:
             )
         same[run.seed] = run
     sets = [tuple(same[seed] for seed in sorted(same)) for same in members.values()]
-    return [Group(_name(own, sets), own) for own in sets]
+    return [Group(name, own) for name, own in zip(_names([own[0] for own in sets]), sets, strict=True)]
 
 
-def _name(own: tuple[Run, ...], sets: list[tuple[Run, ...]]) -> str:
-    options, label = _deciding(own[0]), own[0].label
-    others = [_deciding(other[0]) for other in sets if other is not own and other[0].label == label]
-    telling = [name for name in options if any(other.get(name) != options[name] for other in others)]
-    words = [f"{name} {shown(options[name])}" for name in telling[:MOST_TOLD]]
-    more = [f"{len(telling) - MOST_TOLD} more"] if len(telling) > MOST_TOLD else []
-    return ", ".join([label, *words, *more])
+def _names(runs: list[Run]) -> list[str]:
+    """A name for each, unlike all others: its label, and as few options as tell it apart, or three of them."""
+    names: dict[int, str] = {}
+    for label in dict.fromkeys(run.label for run in runs):
+        places = [k for k, run in enumerate(runs) if run.label == label]
+        told = differences([runs[k] for k in places])
+        needed: list[str] = []
+        apart = 1
+        for name in told:
+            now = len(set(zip(*(told[one] for one in (*needed, name)), strict=True)))
+            if now > apart:
+                needed, apart = [*needed, name], now
+        extra = [name for name in told if name not in needed][: max(0, MOST_TOLD - len(needed))]
+        kept = [name for name in told if name in [*needed, *extra]]
+        more = [f"{len(told) - len(kept)} more"] if len(told) > len(kept) else []
+        for position, k in enumerate(places):
+            names[k] = ", ".join([label, *(f"{name} {told[name][position]}" for name in kept), *more])
+    return [names[k] for k in range(len(runs))]

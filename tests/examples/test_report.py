@@ -99,9 +99,9 @@ def two_methods(tmp_path: Path) -> list[Path]:
 def test_numbers_of_the_page_by_hand(two_methods: list[Path]) -> None:
     shown = read_page(*two_methods)
     # Accuracies 0.50 and 0.52; 8 s for 20 steps of 80 images.
-    assert shown.row("fixmatch")[:4] == ["fixmatch", "0, 1", "0.5100 ± 0.0141", "0.4550 ± 0.0071"]
-    assert shown.row("fixmatch")[5:7] == ["0.400 ± 0.000", "200.0 ± 0.0"]
-    assert shown.row("fixmatch+ggcr")[1:3] == ["0", "0.6000"]
+    assert shown.row("fixmatch")[:4] == ["fixmatch", "0, 1", "0.5100 ± 0.0141 (2)", "0.4550 ± 0.0071 (2)"]
+    assert shown.row("fixmatch")[5:7] == ["0.400 ± 0.000 (2)", "200.0 ± 0.0 (2)"]
+    assert shown.row("fixmatch+ggcr")[1:3] == ["0", "0.6000 (1)"]
     difference = [row for row in shown.cells if row[0] == "fixmatch+ggcr"][1]
     assert difference[1] == "+0.1000 (1)"
     assert "1 unfinished" in shown.text
@@ -232,6 +232,33 @@ def test_a_run_counts_once(tmp_path: Path) -> None:
     one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two")
     with pytest.raises(DatasetError, match=r"one and .*two are one run twice: the same options and seed 0"):
         group_runs([read_run(one), read_run(two)])
+
+
+def test_groups_are_named_by_what_differs_and_never_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Four options differ, and the fourth alone tells the first two apart; weights and data have names, no hashes."""
+    common: dict[str, Any] = {"dataset": "folder", "a": 1, "b": 1, "c": 1, "d": 0.1, "init_sha256": "0" * 64}
+    folders = [
+        write_run(tmp_path / "one", **common, data_dir="here/photos", init_from="w/first.pt"),
+        write_run(tmp_path / "two", **common | {"d": 0.1 + 1e-9}, data_dir="here/photos", init_from="w/first.pt"),
+        write_run(tmp_path / "three", **common | {"a": 2, "b": 2, "c": 2}, data_dir="photos", init_from="w/first.pt"),
+        write_run(tmp_path / "four", **common | {"init_sha256": "1" * 64}, data_dir="photos", init_from="w/next.pt"),
+        write_run(tmp_path / "five", **common, data_dir="there/photos", init_from="w/first.pt"),
+    ]
+    for folder, data in zip(folders, "aaaab", strict=True):
+        (folder / "split.json").write_text(json.dumps({"sha256": "abc", "data_sha256": data * 64}))
+    names = [group.name for group in group_runs([read_run(folder) for folder in folders])]
+    assert len(set(names)) == 5
+    assert not any(digits in name for name in names for digits in ("0" * 8, "1" * 8, "a" * 8))
+    assert names[0] == "fixmatch, data here/photos, a 1, d 0.1, init_from first.pt, 2 more"
+    assert "d 0.100000001" in names[1]
+    assert "init_from next.pt" in names[3]
+    assert "data there/photos" in names[4]
+    assert report.main([*map(str, folders), "--output", str(tmp_path / "page.html")]) == 0
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    assert head.split()[:4] == ["run", "what", "data", "seed"]
+    for folder, name, row in zip(folders, names, rows, strict=False):
+        assert row.startswith(str(folder))
+        assert row.split(name)[1].split()[:3] == ["photos", "0", "20/20"]
 
 
 def test_what_changes_no_number_separates_no_group(tmp_path: Path) -> None:
