@@ -1,4 +1,4 @@
-"""docs/derivative-sweep.md, and what docs/torch-derivatives.md counts, from what `sweep_derivatives.py` wrote."""
+"""docs/appendix/derivative-sweep.md, and the counts of docs/torch-derivatives.md, from `sweep_derivatives.py`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from shared import between, command
+from shared import APPENDIX, between, command
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -55,22 +55,24 @@ def sweep_page() -> str:
         "| layer or function | " + " | ".join(TORCH) + " | the library's engines |",
         "| --- |" + " --- |" * (len(TORCH) + 1),
     ]
+    alike: dict[str, list[str]] = {}  # what is the same for several layers, to their names
     for name in names:
         if name not in right:
             per_version = {version: of[name] for version, of in cells.items() if name in of}
             columns = [_joined({v: _text(c[column]) for v, c in per_version.items()}) for column in TORCH]
             columns.append(_joined({v: _engines(c) for v, c in per_version.items()}))
-            lines.append(f"| `{name}` | " + " | ".join(columns) + " |")
+            alike.setdefault(" | ".join(columns), []).append(f"`{name}`")
+    lines += [f"| {', '.join(layers)} | {columns} |" for columns, layers in alike.items()]
     error = max(row["error"] for result in found.values() for row in result["rows"])
     wrong = [c for of in cells.values() for row in of.values() for c in row.values() if c["verdict"] == "wrong"]
     seen = min(cell["error"] for cell in wrong if "error" in cell)
     bound = next(iter(found.values()))["tolerance"]
     versions = ", ".join(found)
-    return f"""# The sweep of torch's derivatives
+    return f"""{APPENDIX}# Torch's derivatives, layer by layer
 
 Written by `python docs/generators/make_pages.py` from what `python benchmarks/derivatives/sweep_derivatives.py` found
 with torch {versions}, in float64 on a CPU. What is wrong, and a script for each, is on
-[its own page](torch-derivatives.md).
+[another page](../torch-derivatives.md).
 
 - **first**, **second**: gradcheck and gradgradcheck of the layer, in its input and parameters.
 - **loop**: the derivative of ⟨g_w, g_s⟩, |g_w|² and |g_s|² of per-sample gradients by autograd, twice, a sample at a
@@ -83,8 +85,8 @@ with torch {versions}, in float64 on a CPU. What is wrong, and a script for each
 Truth for all but the first two are central differences, which rest on plain first derivatives of single samples. A
 right cell is off by {error:.0e} at most, a wrong one by {seen:.0e} at least (relative to what a random direction sees
 of the gradient); the bound between them is {bound:.0e}. "raises" is an error of torch's own, "refused" one that names
-the module or the operation and says what to do. Where a row was added or changed after a run it was run again alone,
-with the library as it was then; the files name those rows.
+the module or the operation and says what to do. Rows that changed after a run were run again alone; the files name
+them.
 
 ## Not right everywhere
 
@@ -103,16 +105,14 @@ def _is_right(cells: dict[str, Any]) -> bool:
 
 
 def _text(cell: dict[str, Any]) -> str:
-    if cell["verdict"] == "wrong" and "error" in cell:
-        return f"**wrong**, {cell['error']:.0e}"
     return "**wrong**" if cell["verdict"] == "wrong" else str(cell["verdict"])
 
 
 def _joined(texts: dict[str, str]) -> str:
-    """One text where versions agree, but for the size of an error; else each with its versions."""
+    """One text where versions agree; else each with its versions."""
     groups: dict[str, list[str]] = {}
     for version, text in texts.items():
-        groups.setdefault(text.partition(",")[0] if "wrong" in text else text, []).append(version)
+        groups.setdefault(text, []).append(version)
     if len(groups) == 1:
         return next(iter(texts.values()))
     return "; ".join(f"{text} ({', '.join(versions)})" for text, versions in groups.items())
@@ -135,24 +135,13 @@ def _directional() -> str:
     if not path.exists():
         return ""
     result = json.loads(path.read_text(encoding="utf-8"))
-    steps = list(result["smooth"][0]["median_by_step"])
-    lines = [
-        "| model | directions | at a kink | median | max | " + " | ".join(f"h = {step}" for step in steps) + " |",
-        "| --- | ---: | ---: | ---: | ---: |" + " ---: |" * len(steps),
-    ]
-    for row in [*result["smooth"], *result["kinked"]]:
-        curve = " | ".join(f"{row['median_by_step'][step]:.0e}" for step in steps)
-        lines.append(
-            f"| {row['model']} | {row['directions']} | {row['crossed_a_kink']} | {row['median']:.1e} | {row['max']:.1e}"
-            f" | {curve} |"
-        )
+    rows = [*result["smooth"], *result["kinked"]]
+    worst = max(row["max"] for row in rows)
     return f"""## Whole models
 
-The gradient of L_g along random directions against differences of the oracle's value, at the better of h = 1e-5 and
-1e-6; the last columns are medians by step, of one direction in ten. The bound is {result["bound"]:.0e}. The last
-{len(result["kinked"])} models have kinks; directions that cross one between the steps are counted and left out.
-
-{chr(10).join(lines)}
+The gradient of L_g along random directions against differences of the oracle's value, on {len(rows)} models: off by
+{worst:.0e} at most (bound {result["bound"]:.0e}). {len(result["kinked"])} of them have kinks; directions that cross one
+are left out.
 
 Made by `{command(result)}` with torch {result["environment"]["torch"]}.
 """

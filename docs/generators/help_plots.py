@@ -1,4 +1,4 @@
-"""The pictures of docs/does-it-help.md: differences to FixMatch, curves, and what the term sees over a run."""
+"""Pictures of docs/does-it-help.md and docs/appendix/runs.md: differences to FixMatch, curves, what the term sees."""
 
 from __future__ import annotations
 
@@ -8,46 +8,32 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-from help_page import PLAIN_METHODS, by_variant, names
-
-from trainer.statistics import paired_difference
+from help_page import PLAIN_METHODS, against_fixmatch, grids, names, verdict_rows
 
 Row = dict[str, Any]
 
 OURS, THEIRS, PLAIN = "#1b6ca8", "#c8803c", "#8a8a8a"
 
 
-def differences(result: Row, plt: Any) -> Any:
-    """Paired differences to FixMatch, a line a variant: statistics taken anew filled, as averaged hollow."""
-    anew, stored = by_variant(result, "anew"), by_variant(result, "stored")
-    shown = [variant for variant in names() if variant in anew and variant != "fixmatch"]
-    figure, ax = plt.subplots(figsize=(9, 0.32 * len(shown) + 1.2), layout="constrained")
-    seen = [0.0]
-    for y, variant in enumerate(shown):
+def verdict(plt: Any) -> Any:
+    """Paired differences to FixMatch with their intervals, a line per row of the verdict's table."""
+    shown = [row for row in verdict_rows(grids()) if row[1] != "fixmatch"]
+    figure, ax = plt.subplots(figsize=(7.5, 0.36 * len(shown) + 1.1), layout="constrained")
+    for y, (_, variant, values) in enumerate(shown):
         tint = PLAIN if variant in PLAIN_METHODS else OURS
-        for values, reference, mark, place in (
-            (anew[variant], anew["fixmatch"], {"markerfacecolor": tint}, y - 0.1),
-            (stored[variant], stored["fixmatch"], {"markerfacecolor": "white"}, y + 0.15),
-        ):
-            each = [values[seed] - reference[seed] for seed in sorted(values.keys() & reference.keys())]
-            found = paired_difference(values, reference)
-            if found is None:
-                continue
-            seen += each
-            ax.plot(each, [place] * len(each), ".", color=tint, alpha=0.35, markersize=4)
-            ax.plot(found.mean, place, "o", color=tint, markersize=5, **mark)
-            if found.low is not None and found.n > 2:
-                ax.plot([found.low, found.high], [place, place], "-", color=tint, linewidth=1, zorder=0)
+        each = [
+            values[variant][seed] - values["fixmatch"][seed] for seed in values[variant].keys() & values["fixmatch"]
+        ]
+        found = against_fixmatch(values, variant)
+        assert found is not None
+        ax.plot(each, [y] * len(each), ".", color=tint, alpha=0.3, markersize=4)
+        ax.plot(found.mean, y, "o", color=tint, markersize=6)
+        ax.plot([found.low, found.high], [y, y], "-", color=tint, linewidth=1.5)
     ax.axvline(0, color="#333333", linewidth=0.8)
-    ax.set_yticks(range(len(shown)), [f"{names()[variant]} ({len(anew[variant])})" for variant in shown], fontsize=8)
+    labels = [f"{of}: {names().get(v, v)} ({len(values[v])})" for of, v, values in shown]
+    ax.set_yticks(range(len(shown)), labels, fontsize=8)
     ax.set_ylim(len(shown) - 0.4, -0.6)
-    margin = 0.05 * (max(seen) - min(seen)) + 0.3
-    ax.set_xlim(min(seen) - margin, max(seen) + margin)
-    ax.set_xlabel(
-        "points over FixMatch, paired by seed (number of seeds); line: 95 % interval, from three seeds on\n"
-        "filled: BatchNorm's statistics taken anew; hollow: as averaged during the run",
-        fontsize=8,
-    )
+    ax.set_xlabel("points over FixMatch, paired by seed (number of seeds); line: 95 % interval", fontsize=8)
     _plain(ax)
     return figure
 

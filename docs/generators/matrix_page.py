@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from typing import Any, NamedTuple
+
+from shared import APPENDIX
 
 VERDICTS = ("pass", "dtype", "refused", "xfail", "wrong")
 
@@ -52,44 +55,49 @@ def memory_sentence(result: dict[str, Any], command: str) -> str:
 
 
 def matrix_page(result: dict[str, Any], command: str, memory: str) -> str:
-    """docs/matrix.md."""
+    """docs/appendix/matrix.md."""
     cells = entries(result)
     environment, setting = result["environment"], result["setting"]
     precisions = list(result["bounds"])
     counts = Counter(cell.verdict for cell in cells)
-    parts = [
-        f"""# The matrix: modules, engines, precisions
+    verdicts: dict[str, set[str]] = {}
+    for cell in cells:
+        verdicts.setdefault(cell.row, set()).add(cell.verdict)
+    passing = {row for row, found in verdicts.items() if found == {"pass"}}
+    known = "\n\n".join(
+        f"**{zoo.capitalize()}**: " + ", ".join(f"`{row}`" for row in rows if row in passing) + "."
+        for zoo, rows in result["zoos"].items()
+    )
+    others = [row for rows in result["zoos"].values() for row in rows if row not in passing]
+    names = ", ".join(f"`{row}`" for row in result["skipped"])
+    skipped = f"Not run, because their package was not installed: {names}.\n\n" if names else ""
+    return f"""{APPENDIX}# Exactness of every model and layer tried
 
-This page is written by `python docs/generators/make_pages.py` from `benchmarks/results/matrix.json`, which was made by
-`{command}` with torch {environment["torch"]} on a CPU. **{len(cells)} cells, {sum(c.calls for c in cells)} calls;
-silently wrong: {counts["wrong"]}.**
+Written by `python docs/generators/make_pages.py` from `benchmarks/results/matrix.json`, which has the errors of every
+cell. That file was made by `{command}` with torch {environment["torch"]} on a CPU.
+**{len(cells)} cells, {sum(c.calls for c in cells)} calls; silently wrong: {counts["wrong"]}.**
 
 {memory}
 
 A cell is a row (a model or a layer), an engine and a precision. Its calls, with `fused` on and off and different
 chunks, are compared in five quantities with a float64 loop over samples that shares no code with the library: the
-cosine of each pair, L_g, its derivative for the parameters, both norms, and its derivative for the inputs (which
-`fused=False` gives; `fused=True` refuses inputs that require grad). {setting["pairs"]} pairs; whole models
-{setting["pairs of whole models"]}.
+cosine of each pair, L_g, its derivative for the parameters, both norms, and its derivative for the inputs.
+{setting["pairs"]} pairs; whole models {setting["pairs of whole models"]}.
 
 | verdict | meaning | cells |
 | --- | --- | ---: |
-| pass | inside the bounds of the contract | {counts["pass"]} |
+| pass | inside the bounds below | {counts["pass"]} |
 | dtype | beyond them, and so is the oracle itself in that precision | {counts["dtype"]} |
-| refused | by name, as the row says | {counts["refused"]} |
-| xfail | a known bug of torch | {counts["xfail"]} |
+| refused | an error that names the layer | {counts["refused"]} |
 | wrong | anything else | {counts["wrong"]} |
-| | not measured yet | {len(result["cells"]) * len({c.engine for c in cells}) * len(precisions) - len(cells)} |
 
-Verdict dtype allows 3 times the oracle's own error in float32; in half precision every cell is held to twice that error
-and a few units in the last place. The oracle's error is the worst of at most eight draws of the rounding noise: one as
-the problem is, and further ones with parameters and inputs changed by a rounding error, where the first does not
-explain what an engine is off.
+Verdict dtype allows 3 times the oracle's own error in float32, and twice that error in half precision. The oracle's
+error is the worst of at most eight draws of the rounding noise.
 
 {bounds_table(result)}
 
 In float32 a deep ReLU network may be further off than that, with any engine:
-[why, and how far](evidence.md#float32-on-whole-networks).
+[why, and how far](../evidence.md#float32-on-whole-networks).
 
 ## By engine and precision
 
@@ -98,21 +106,15 @@ In float32 a deep ReLU network may be further off than that, with any engine:
 ## Refused
 
 {refusals_table(cells)}
-""",
-    ]
-    if result["skipped"]:
-        names = ", ".join(f"`{row}`" for row in result["skipped"])
-        parts.append(f"## Skipped\n\nRows whose package was not installed: {names}.\n")
-    parts.append(
-        f"""## Rows
 
-The worst relative error of the parameter gradient, by precision: {" / ".join(precisions)}. A star: beyond the bound of
-the contract, as the oracle in that precision is (verdict dtype). `ref`: refused. A dash: not measured.
+{skipped}## Rows in which every cell passes: {len(passing)} of {len(verdicts)}
+
+{known}
+
+## The other rows
+
+{others_table(others, cells, precisions)}
 """
-    )
-    for zoo, rows in result["zoos"].items():
-        parts.append(f"### {zoo.capitalize()}\n\n{rows_table(rows, cells, precisions)}\n")
-    return "\n".join(parts)
 
 
 def bounds_table(result: dict[str, Any]) -> str:
@@ -128,16 +130,22 @@ def bounds_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def summary_table(result: dict[str, Any]) -> str:
-    """Counts and worst errors by engine and precision."""
+def summary_table(result: dict[str, Any], engines: Collection[str] = ()) -> str:
+    """Counts and worst errors by engine and precision.
+
+    Args:
+        result: of tests/slow/matrix.py.
+        engines: which ones; empty for all.
+
+    Returns:
+        Markdown.
+    """
     cells = entries(result)
     lines = [
-        "| engine | precision | rows | calls | "
-        + " | ".join(VERDICTS)
-        + " | worst cosine error | worst gradient error |",
-        "| --- | --- |" + " ---: |" * (len(VERDICTS) + 4),
+        "| engine | precision | pass | dtype | refused | wrong | worst cosine error | worst gradient error |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for engine in dict.fromkeys(cell.engine for cell in cells):
+    for engine in engines or dict.fromkeys(cell.engine for cell in cells):
         for precision in result["bounds"]:
             mine = [cell for cell in cells if (cell.engine, cell.precision) == (engine, precision)]
             if not mine:
@@ -145,12 +153,9 @@ def summary_table(result: dict[str, Any]) -> str:
             counts = Counter(cell.verdict for cell in mine)
             passed = [cell for cell in mine if cell.verdict == "pass"]
             worst = [max((cell.error(column) or 0.0 for cell in passed), default=0.0) for column in (COSINE, GRADIENT)]
-            lines.append(
-                f"| {engine} | {precision} | {len(mine)} | {sum(cell.calls for cell in mine)} | "
-                + " | ".join(str(counts[verdict]) for verdict in VERDICTS)
-                + f" | {worst[0]:.1e} | {worst[1]:.1e} |"
-            )
-    lines += ["", "Worst errors are those of the cells that pass; the others are in the rows below."]
+            shown = " | ".join(str(counts[verdict]) for verdict in ("pass", "dtype", "refused", "wrong"))
+            lines.append(f"| {engine} | {precision} | {shown} | {worst[0]:.0e} | {worst[1]:.0e} |")
+    lines += ["", "Worst errors are those of the cells that pass."]
     return "\n".join(lines)
 
 
@@ -164,27 +169,21 @@ def refusals_table(cells: list[Entry]) -> str:
     for reason, mine in sorted(reasons.items(), key=lambda item: -len(item[1])):
         kind, _, message = reason.partition(": ")
         rows = sorted({cell.row for cell in mine})
-        shown = ", ".join(rows[:4]) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")
+        shown = ", ".join(rows[:2]) + (f" and {len(rows) - 2} more" if len(rows) > 2 else "")
         engines = ", ".join(dict.fromkeys(cell.engine for cell in mine))
-        text = message[:120].replace("|", "/").replace("`", "").replace("<", "&lt;")
+        text = message[:90].replace("|", "/").replace("`", "").replace("<", "&lt;")
         lines.append(f"| {kind} | {text} | {shown} | {engines} | {len(mine)} |")
     return "\n".join(lines)
 
 
-def rows_table(rows: list[str], cells: list[Entry], precisions: list[str]) -> str:
-    """Rows by engines, the precisions inside."""
-    known = {(cell.row, cell.engine, cell.precision): cell for cell in cells}
-    engines = list(dict.fromkeys(cell.engine for cell in cells))
-    lines = ["| row | " + " | ".join(engines) + " |", "| --- |" + " --- |" * len(engines)]
+def others_table(rows: list[str], cells: list[Entry], precisions: list[str]) -> str:
+    """By precision, how many engines pass, and which of the others do what."""
+    lines = ["| row | " + " | ".join(precisions) + " |", "| --- |" + " --- |" * len(precisions)]
     for row in rows:
-        shown = [" / ".join(_shown(known.get((row, engine, p))) for p in precisions) for engine in engines]
+        shown = []
+        for precision in precisions:
+            mine = [cell for cell in cells if (cell.row, cell.precision) == (row, precision)]
+            counts = Counter(cell.verdict for cell in mine)
+            shown.append(", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict]) or "-")
         lines.append(f"| `{row}` | " + " | ".join(shown) + " |")
     return "\n".join(lines)
-
-
-def _shown(cell: Entry | None) -> str:
-    if cell is None:
-        return "-"
-    if cell.verdict in ("pass", "dtype"):
-        return f"{cell.error(GRADIENT) or 0.0:.0e}" + ("*" if cell.verdict == "dtype" else "")
-    return {"refused": "ref", "xfail": "xfail", "wrong": "**wrong**"}[cell.verdict]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from help_plots import curves, differences, term_dynamics
+from help_plots import curves, term_dynamics, verdict
 
 ROOT = Path(__file__).resolve().parents[2]
 Row = dict[str, Any]
@@ -266,7 +266,6 @@ PLOTS: dict[str, Callable[[Row, Any], Any]] = {
     "profile": profile,
     "frontier": frontier,
     "help_four": curves,
-    "help_four_statistics": differences,
     "term_dynamics": term_dynamics,
     "term_dynamics_group_norm": term_dynamics,
     "term_dynamics_through": term_dynamics,
@@ -293,6 +292,9 @@ def main() -> None:
         figure.savefig(options.output / f"{name}.png", dpi=110)
         plt.close(figure)
         print(f"{name}: {name}.png")
+    figure = verdict(plt)
+    figure.savefig(options.output / "help_verdict.png", dpi=110)
+    print("help_verdict: help_verdict.png")
 
 
 if __name__ == "__main__":

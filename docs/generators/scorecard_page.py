@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from shared import APPENDIX
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -26,25 +28,35 @@ def scorecard() -> str:
         *_soak(), *_faults(),
     ]  # fmt: skip
     table = "\n".join(f"| {row.name} | {row.figure} | `{row.command}` |" for row in rows)
-    return f"""# Scorecard
+    return f"""{APPENDIX}# Scorecard: what was tried to break it
 
-What was tried to find a wrong number, a refusal without a name, or something left behind; with the figure that came out
-and the command that repeats it. This page is written by `python docs/generators/make_pages.py` from result files and
-from the tests' own tables. Everything ran on a CPU.
+What was tried to find a wrong number, an error that does not help, or something left behind, with the figure that came
+out and the command that repeats it. Written by `python docs/generators/make_pages.py` from result files and from the
+tests' own tables. Everything ran on a CPU.
 
 | claim | figure | command |
 | --- | --- | --- |
 {table}
 
+## Run on a simulated GPU only
+
+`tests/gpu` runs these on [a CUDA device in software](../guides/gpus.md) and compares them with the CPU: torch's CUDA
+build hands out `cuda:0` tensors, and every operator runs on the CPU. So device placement, autocast, random state and
+control flow are tested; CUDA's own kernels are not.
+
+- **Half precision**: autocast and whole models in float16 and bfloat16, with a `GradScaler`.
+- **Out of memory**: torch's allocator runs out, `chunk_size="auto"` halves the chunk, and the result stays the same.
+- **DistributedDataParallel** over gloo with CUDA tensors, and the trainers, killed and resumed.
+
 ## Unproven
 
-- **CUDA**: half precision, TF32, cuDNN's recurrent and attention kernels, out-of-memory halving and `torch.compile`.
-  That the flags are set and restored is tested; the kernels never ran.
+- **CUDA's kernels**: their rounding, TF32, cuDNN's recurrent layers, fused attention, `torch.compile` there. Nothing is
+  known about speed.
 - **NCCL**, and processes on more than one machine: what is shown ran with gloo on one.
 - **Another thread that trains the same model** during a comparison sees other tensors in the place of its parameters.
   Comparisons wait for each other; a foreign forward cannot be made to.
 - Under `torch.utils.flop_counter.FlopCounterMode`, `engine="ghost"`, `"vmap"` and `"auto"` fail with an error of
-  torch's own; the loop works.
+  torch's; the loop works.
 """
 
 
@@ -54,8 +66,7 @@ def _matrix() -> Claim:
     return Claim(
         "[Modules, layers and whole models](matrix.md) by engines by precisions",
         f"{sum(counts.values())} cells in {result['calls']} calls: {counts.get('pass', 0)} pass,"
-        f" {counts.get('dtype', 0)} as far off as the oracle in that precision, {counts.get('refused', 0)} refused by"
-        " name,"
+        f" {counts.get('dtype', 0)} as far off as the oracle in that precision, {counts.get('refused', 0)} refused,"
         f" **{counts.get('wrong', 0)} silently wrong**",
         "python tests/slow/matrix.py --output benchmarks/results/matrix.json",
     )
@@ -117,7 +128,7 @@ def _inputs() -> Claim:
     errors, handled = kinds.count("Bad") + kinds.count("Refused"), kinds.count("Handled")
     return Claim(
         "Bad inputs with class and message",
-        f"{len(table)} rows: {errors} errors by name, {handled} handled and held against the oracle,"
+        f"{len(table)} rows: {errors} errors that say what to do, {handled} handled and held against the oracle,"
         f" {kinds.count('Elsewhere')} in the trainers' tests",
         "python -m pytest tests/core/inputs/test_bad_inputs.py",
     )
@@ -149,7 +160,7 @@ def _processes() -> Claim:
     worst = ", ".join(f"{error:.1e} on {world}" for world, error in result["worst_error"].items())
     wrong = sum(row.get("right") is False for row in result["rows"])
     return Claim(
-        "[Several processes](guides/distributed.md) against one on the joined batch, float64",
+        "[Several processes](../guides/distributed.md) against one on the joined batch, float64",
         f"{len(result['rows'])} cases by engine, {wrong} wrong; worst {worst}",
         "python tests/slow/distributed.py",
     )
@@ -157,22 +168,17 @@ def _processes() -> Claim:
 
 def _soak() -> list[Claim]:
     rows = _result("soak")["rows"]
-    claims = []
-    for row in (row for row in rows if row.get("control") is None):
-        line = row["lines"]["rss"]
-        claims.append(
-            Claim(
-                f"Soak, {row['variant']}: what stays behind",
-                f"{row['steps']} steps, {row['errors_survived']} errors among them: memory {line['slope']:+.1f} B a"
-                f" step [{line['low']:+.1f}, {line['high']:+.1f}], tensors {_counts(row, 'tensors')}, hooks"
-                f" {_counts(row, 'hooks')}",
-                f"python tests/slow/soak.py --only {json.dumps(row['variant'])}",
-            )
-        )
+    tried = [row for row in rows if row.get("control") is None]
+    steps, survived = (sum(row[key] for row in tried) for key in ("steps", "errors_survived"))
+    most = max(row["lines"]["rss"]["high"] for row in tried)
+    hooks = sum(row["counts"]["hooks"][-1] for row in tried)
     controls = [row for row in rows if row.get("control") is not None]
     caught = sum(bool(row["leaks"]) for row in controls)
-    claims.append(Claim("Soak, deliberate leaks: seen", f"{caught} of {len(controls)}", "python tests/slow/soak.py"))
-    return claims
+    figure = (
+        f"{len(tried)} settings, {steps} steps, {survived} errors among them: at most {most:.0f} B more memory a step,"
+        f" {hooks} hooks left; deliberate leaks seen: {caught} of {len(controls)}"
+    )
+    return [Claim("Long runs with errors: what stays behind", figure, "python tests/slow/soak.py")]
 
 
 def _faults() -> list[Claim]:
@@ -181,7 +187,7 @@ def _faults() -> list[Claim]:
     forgotten = [row for row in kills["control"] if row["item"] != "nothing"]
     claims = [
         Claim(
-            "[The trainers killed](guides/faults.md) by SIGKILL at moments that nobody chose, and resumed",
+            "[The trainers killed](../guides/faults.md) by SIGKILL at moments that nobody chose, and resumed",
             f"{total['kills']} kills, {total['inside a save']} of them inside a save: **{total['equal']} of"
             f" {total['runs']}** runs equal to the uninterrupted one by SHA-256; {sum(r['noticed'] for r in forgotten)}"
             f" of {len(forgotten)} forgotten items of the state noticed",
@@ -191,7 +197,7 @@ def _faults() -> list[Claim]:
     names = {
         "Damaged files of a run: detected": ("truncated", "flipped", "mismatch"),
         "Forged pickles and archives: refused, nothing run or written": ("pickles", "archives"),
-        "Damaged data sets, fuzzed readers: an error by name": ("data", "fuzz"),
+        "Damaged data sets, fuzzed readers: an error that names the file": ("data", "fuzz"),
         "Full disks, odd places, NaN: nothing lost": ("full", "places", "not finite"),
     }
     for name, parts in names.items():
@@ -200,12 +206,8 @@ def _faults() -> list[Claim]:
             continue
         right, cases = (sum(row[key] for row in rows) for key in ("right", "cases"))
         command = f"python tests/slow/hostile_files.py --only {' '.join(map(json.dumps, parts))}"
-        claims.append(Claim(f"[{name}](guides/faults.md)", f"{right} / {cases}", command))
+        claims.append(Claim(f"[{name}](../guides/faults.md)", f"{right} / {cases}", command))
     return claims
-
-
-def _counts(row: dict[str, Any], what: str) -> str:
-    return " to ".join(str(count) for count in row["counts"][what])
 
 
 def _tests(name: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from shared import command, table
+from shared import command
 
 
 def sequence_section(result: dict[str, Any]) -> str:
@@ -19,16 +19,15 @@ def sequence_section(result: dict[str, Any]) -> str:
     environment, rows = result["environment"], result["rows"]
     exact = [row for row in rows if "gradient_error" in row]
     batched = sum(row["runs"] == "one batch" for row in rows)
-    shown = [row | {"why": _why(row)} for row in rows]
-    columns = {"model": "model", "kind": "kind", "runs": "runs", "loss off by": "loss_error:.0e",
-               "gradient off by": "gradient_error:.0e", "why": "why"}  # fmt: skip
+    others = "; ".join(f"{row['model']}: {row['runs']}, {_why(row)}" for row in rows if row["runs"] != "one batch")
+    models = ", ".join(row["model"] for row in rows if row["runs"] == "one batch")
     return f"""{batched} of {len(rows)} models of transformers {environment["transformers"]} (LoRA by peft
 {environment["peft"]}) run in one batch, with a padding mask that pads some samples. Loss and gradient are compared with
 a plain loop of `torch.autograd.grad` in float64; the largest relative error of a gradient is
 {max(row["gradient_error"] for row in exact):.0e}. Models are small and random.
 Decoders return their cache of keys and values, as by default.
 
-{table(shown, columns)}
+{models}. Not in one batch: {others}.
 
 Made by `{command(result)}`, torch {environment["torch"]}."""
 

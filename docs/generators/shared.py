@@ -15,6 +15,8 @@ PROGRAMS = {
     for folder in ("benchmarks", "tests/slow")
     for path in (ROOT / folder).rglob("*.py")
 }
+# A page of the appendix: long tables, which the search leaves out.
+APPENDIX = "---\nsearch:\n  exclude: true\n---\n\n"
 RATIO = {"ratio (median)": "ratio_median:.2fx", "from": "ratio_min:.2f", "to": "ratio_max:.2f"}
 
 

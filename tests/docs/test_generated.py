@@ -9,9 +9,10 @@ import pytest
 from pages import ROOT, program
 
 PAGES = [
-    "README.md", "docs/derivative-sweep.md", "docs/does-it-help.md", "docs/evidence.md", "docs/guides/cost.md",
+    "README.md", "docs/appendix/derivative-sweep.md", "docs/appendix/matrix.md", "docs/appendix/runs.md",
+    "docs/appendix/scorecard.md", "docs/does-it-help.md", "docs/evidence.md", "docs/guides/cost.md",
     "docs/guides/faults.md", "docs/guides/imagenet.md", "docs/guides/reproduce-the-paper.md", "docs/guides/trainer.md",
-    "docs/guides/usb.md", "docs/installation.md", "docs/matrix.md", "docs/scorecard.md", "docs/torch-derivatives.md",
+    "docs/guides/usb.md", "docs/installation.md", "docs/torch-derivatives.md",
 ]  # fmt: skip
 
 

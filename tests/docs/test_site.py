@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -41,6 +42,30 @@ def test_no_formula_is_taken_for_html(site: Path) -> None:
         opened = set(re.findall(r"<([a-zA-Z][^\s>/]*)", page.read_text(encoding="utf-8")))
         strange = {tag for tag in opened if not re.fullmatch(r"[a-z]+[1-6]?", tag)}
         assert not strange, f"{page.relative_to(site)} contains the elements {strange}: use code style for them"
+
+
+def test_formulas_are_drawn(site: Path) -> None:
+    """Of pages and of docstrings, with no TeX and no plain text left."""
+    first, loss = ((site / page / "index.html").read_text(encoding="utf-8") for page in (".", "api"))
+    assert "<mfrac>" in first
+    assert "<munder><mo>&sum;</mo>" in first
+    assert '<div class="formulas">' in loss
+    for page in site.rglob("*.html"):
+        html = page.read_text(encoding="utf-8")
+        assert "arithmatex" not in html, page
+        assert "sum over pairs u of" not in html, page
+
+
+def test_the_first_page_has_version_and_install_line(site: Path) -> None:
+    first = (site / "index.html").read_text(encoding="utf-8")
+    assert f"Version {gradconsist.__version__}" in first
+    assert "pip install" in re.sub("<.*?>", "", first)
+
+
+def test_the_appendix_is_not_searched(site: Path) -> None:
+    found = json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))["docs"]
+    assert any(entry["location"].startswith("evidence/") for entry in found)
+    assert not any(entry["location"].startswith("appendix/") for entry in found)
 
 
 def _public_names(module: ModuleType) -> list[str]:
