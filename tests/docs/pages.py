@@ -28,6 +28,8 @@ class Block:
     line: int
     output: str | None
     """Of a python block: the text block that follows it directly, which is what it prints."""
+    needs: tuple[str, ...] = ()
+    """Packages that need not be installed, named above it as `<!-- needs: transformers peft -->`."""
 
     @property
     def quoted(self) -> Path | None:
@@ -60,15 +62,22 @@ def blocks(page: Path) -> list[Block]:
         is_output = (
             after is not None and after["language"] == "text" and not source[match.end() : after.start()].strip()
         )
+        above = source[found[index - 1].end() if index else 0 : match.start()]
+        named = re.search(r"^<!-- needs: ([\w ]+) -->$", above, re.M)
         result.append(
             Block(
                 language=match["language"],
                 text=_dedent(match["body"], match["indent"]),
                 line=source.count("\n", 0, match.start()) + 2,
                 output=_dedent(after["body"], after["indent"]) if after is not None and is_output else None,
+                needs=tuple(named[1].split()) if named else (),
             )
         )
     return result
+
+
+class NotInstalledError(Exception):
+    """A package that the rest of a page needs."""
 
 
 def run(page: Path) -> Iterator[tuple[Block, str]]:
@@ -77,6 +86,9 @@ def run(page: Path) -> Iterator[tuple[Block, str]]:
     for block in blocks(page):
         if block.language != "python" or block.quoted:
             continue
+        missing = [package for package in block.needs if importlib.util.find_spec(package) is None]
+        if missing:
+            raise NotInstalledError(f"{name(page)}: from line {block.line} on it needs {', '.join(missing)}")
         printed = io.StringIO()
         place = f"{name(page)}:{block.line}"
         # Tracebacks show the document's own lines, and `inspect` finds the source there, too.
