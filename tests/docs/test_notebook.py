@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from pages import ROOT
+from pages import ROOT, blocks, program
 
 NOTEBOOK = ROOT / "examples" / "tour.ipynb"
 
@@ -57,6 +57,23 @@ def test_it_runs(
 
 def test_it_is_stored_without_outputs(cells: list[dict[str, Any]]) -> None:
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells if "outputs" in cell)
+
+
+def test_the_page_is_the_notebook(cells: list[dict[str, Any]]) -> None:
+    """docs/notebook.md has every cell, in order, and what the notebook prints."""
+    writer = program("docs/generators/notebook_page")
+    page = writer.PAGE.read_text(encoding="utf-8")
+    place = 0
+    for cell in cells:
+        words = writer.text_of(cell).partition("\n")[2]  # the first page of text has a line more after its heading
+        place = page.find(words.strip(), place)
+        assert place >= 0, f"run: python docs/generators/notebook_page.py ({cell['id']})"
+    shown = [block.output for block in blocks(writer.PAGE) if block.output]
+    assert any("exact, by GhostEngine" in output for output in shown)
+    assert any("agrees with finite differences" in output for output in shown)
+    pictures = re.findall(r"\]\((assets/notebook_\d+\.png)\)", page)
+    assert len(pictures) == 3
+    assert all((writer.PAGE.parent / picture).exists() for picture in pictures)
 
 
 def test_its_links_lead_somewhere(cells: list[dict[str, Any]]) -> None:
