@@ -14,13 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from trainer.config import preset_config
 from trainer.launch import Parser, guarded
-from trainer.plotting import draw_curves, table
-from trainer.runs import read_run
-from trainer.training import main as train
 
 METHODS: dict[str, dict[str, Any]] = {
     "supervised": {"method": "supervised"},
@@ -40,6 +35,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    import torch
+
+    from trainer.plotting import draw_curves, table
+    from trainer.runs import read_run
+    from trainer.training import main as train
+
     # Images of 8x8 pixels are too small to share between threads: one is faster than two, and much faster where
     # something else keeps a core busy.
     torch.set_num_threads(1)

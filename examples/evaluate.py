@@ -15,6 +15,7 @@ from pathlib import Path
 
 from predict import files, load, parser
 from trainer.errors import DatasetError, OptionError
+from trainer.files import write_atomically
 from trainer.launch import guarded
 
 
@@ -30,10 +31,14 @@ def main(arguments: Sequence[str]) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     import torch
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     from trainer.evaluation import Scores
     from trainer.images import damaged
 
+    kinds = sorted(FigureCanvasAgg.filetypes)
+    if options.output and options.output.suffix[1:].lower() not in kinds:
+        raise OptionError(f"--output {options.output}: the name must end in one of .{', .'.join(kinds)}.")
     if not options.folder.is_dir():
         raise DatasetError(f"{options.folder} is not a directory: expected one that holds one directory per class.")
     classifier = load(options.run, options.device)
@@ -86,13 +91,11 @@ def draw_confusion(confusion: list[list[int]], classes: Sequence[str], path: Pat
         classes: Class names.
         path: A picture, by its suffix.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     count = len(classes)
     side = min(3 + 0.45 * count, 24)
     figure = Figure(figsize=(side, side), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     shares = [[value / max(1, sum(row)) for value in row] for row in confusion]
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -106,10 +109,7 @@ def draw_confusion(confusion: list[list[int]], classes: Sequence[str], path: Pat
             for j, value in enumerate(row):
                 color = "white" if shares[i][j] > 0.5 else "black"
                 axes.text(j, i, str(value), ha="center", va="center", color=color)
-    try:
-        figure.savefig(path)
-    except ValueError as error:
-        raise OptionError(f"--output {path}: {error}".splitlines()[0]) from error
+    write_atomically(path, lambda file: figure.savefig(file, format=path.suffix[1:].lower()))
 
 
 if __name__ == "__main__":

@@ -15,16 +15,9 @@ from pathlib import Path
 
 from trainer.claims import CLAIMS
 from trainer.errors import OptionError
-from trainer.files import write_atomically, write_json
 from trainer.grid import BUDGETS, Cell, Grid, build_grid
-from trainer.gridrun import listing, run_grid, say
 from trainer.launch import Parser, guarded
-from trainer.panels import accuracy_panel
-from trainer.plotting import draw_panel
-from trainer.rundir import exclusive
-from trainer.runs import FINAL, group_runs, read_run
-from trainer.tables import measure
-from trainer.tabletext import markdown, text
+from trainer.statistics import FINAL
 
 
 def parser() -> Parser:
@@ -57,6 +50,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from trainer.files import write_atomically, write_json
+    from trainer.gridrun import listing, run_grid, say
+    from trainer.rundir import exclusive
+    from trainer.tables import measure
+    from trainer.tabletext import markdown, text
+
     for name in ("seeds", "stop_after_minutes"):
         value = getattr(options, name)
         if value is not None and not value > 0:
@@ -87,6 +86,10 @@ def _run(options: argparse.Namespace) -> int:
 
 def _draw(grid: Grid, path: Path) -> None:
     """The picture beside the table of curves."""
+    from trainer.panels import accuracy_panel
+    from trainer.plotting import draw_panel
+    from trainer.runs import group_runs, read_run
+
     claim = CLAIMS["curves"]
     compared = [cell for cell in grid.cells if cell.variant in claim.rows.values() and cell.column in claim.columns]
     runs = [read_run(cell.folder) for cell in compared if cell.is_finished()]

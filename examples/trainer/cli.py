@@ -75,7 +75,7 @@ def _parse(arguments: Sequence[str], presets: Mapping[str, Config], program: str
         if stop.code in (0, None):
             raise
         # A box of several lines: its frame goes, its words stay.
-        text = re.sub(r"\x1b\[[0-9;]*m|[╭╮╰╯│─]|Parsing error|For full helptext.*", " ", said.getvalue())
+        text = re.sub(r"\x1b\[[0-9;]*m|[╭╮╰╯│─]|-{4,}|Parsing error|For full helptext.*", " ", said.getvalue())
         raise OptionError(f"{' '.join(text.split())} (--help lists the options)") from stop
     return config
 

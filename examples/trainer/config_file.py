@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import difflib
 import json
+import re
 import types
 import typing
 from pathlib import Path
@@ -50,7 +51,7 @@ def read_options(path: Path, kind: type[Any]) -> dict[str, Any]:
             raise OptionError(f"--config {path}: {name!r} is no option; {hint}")
         if not _fits(value, types_by_name[name]):
             raise OptionError(
-                f"--config {path}: {name!r} is {json.dumps(value)}; expected {_described(types_by_name[name])}."
+                f"--config {path}: {name!r} is {json.dumps(value, default=str)}; expected {_described(types_by_name[name])}."
             )
     if record:
         return {name: value for name, value in options.items() if name not in NOT_REPEATED}
@@ -74,6 +75,9 @@ def _yaml(text: str) -> Any:
         return _unique(loader.construct_pairs(node, deep=True))
 
     Loader.add_constructor("tag:yaml.org,2002:map", mapping)
+    # 1e-3 is a text in YAML 1.1, which PyYAML reads, and a number to everybody else.
+    number = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
     try:
         return Loader(text).get_single_data()
     except yaml.YAMLError as error:
@@ -82,6 +86,8 @@ def _yaml(text: str) -> Any:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object whose names all differ; JSON itself would take the last of two."""
+    if foreign := [name for name, _ in pairs if not isinstance(name, str)]:
+        raise ValueError(f"{foreign[0]!r} is no name of an option")
     for name, count in collections.Counter(name for name, _ in pairs).items():
         if count > 1:
             raise ValueError(f"{name!r} is there twice: leave one of them")

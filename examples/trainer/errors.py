@@ -41,7 +41,8 @@ class OtherProcessError(TrainerError):
 
 def refuse(error: BaseException) -> int:
     """Print what was refused on one line that begins with `error:`; returns the exit status that goes with it."""
-    text = re.sub(r"\s*\n\s*", " ", str(error).strip()) or type(error).__name__
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # some libraries colour their messages
+    text = re.sub(r"\s*\n\s*", " ", text.strip()) or type(error).__name__
     print(f"error: {text}", file=sys.stderr)
     return getattr(error, "exit_code", 1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 from collections.abc import Callable
@@ -68,6 +69,26 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """Read JSON lines; one that is being written, or that a kill cut off, has no end and does not count.
+
+    Raises `ValueError` where a line is no JSON, or holds NaN or an infinity, which JSON does not have.
+    """
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line, parse_constant=_refuse) for line in lines]
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"it holds {constant}")
+
+
+def finite(value: Any, above: float = -math.inf) -> float:
+    """A number as a float; raises `ValueError` or `TypeError` where it is none, not finite, or not above a limit."""
+    if not (math.isfinite(float(value)) and value > above):
+        raise ValueError(f"{value} is not a number to be found there")
+    return float(value)
 
 
 def regular_size(path: Path) -> int:

@@ -168,7 +168,10 @@ def _walk(root: Path, below: str, skipped: collections.Counter[str], above: froz
         if entry.name.startswith("."):
             skipped["hidden"] += 1
         elif _is_folder(entry):
-            names += _walk(root, os.path.join(below, entry.name), skipped, above | {real})
+            inside = _walk(root, os.path.join(below, entry.name), skipped, above | {real})
+            if suffix in SUFFIXES and not inside:
+                skipped["empty folders named like an image"] += 1
+            names += inside
         elif suffix in SUFFIXES:
             names.append(os.path.join(below, entry.name))
         else:

@@ -12,9 +12,8 @@ from trainer.claims import CIFAR10, CIFAR100, CLAIMS, IMAGENET
 from trainer.cli import parse_config
 from trainer.config import HARMLESS, Config, preset_config, resolve
 from trainer.errors import OptionError, ResumeError
-from trainer.files import read_json, write_json
+from trainer.files import json_lines, read_json, write_json
 from trainer.option_checks import parse_arch
-from trainer.runs import json_lines
 
 # What makes each row. Tables share them: a run is made once.
 _TERM = {"method": "fixmatch", "ggcr_weight": 0.1, "ggcr_criterion": "cosine"}

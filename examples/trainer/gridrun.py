@@ -11,10 +11,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from trainer.files import read_json
+from trainer.errors import ResumeError
+from trainer.files import json_lines, read_json
 from trainer.grid import BUDGETS, Cell, Grid
 from trainer.runlog import append_line, duration
-from trainer.runs import json_lines
 
 TRAINER = Path(__file__).parents[1] / "fixmatch_cifar.py"
 # How long a cell may take to write its checkpoint after a first Ctrl-C.
@@ -31,7 +31,11 @@ class Times:
 
     def __init__(self, grid: Grid) -> None:
         self.grid, self.path = grid, grid.folder / "journal.jsonl"
-        self.entries = json_lines(self.path) if self.path.exists() else []
+        try:
+            self.entries = json_lines(self.path) if self.path.exists() else []
+            sum(entry["seconds"] + entry["steps"] for entry in self.entries)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ResumeError(f"{self.path} cannot be read ({error!r}): remove it; times alone are lost.") from error
 
     def add(self, cell: Cell, seconds: float, steps: int, status: int) -> None:
         """Note one call of the trainer."""

@@ -12,8 +12,7 @@ from typing import Any
 
 from trainer.config import Config
 from trainer.errors import OptionError
-from trainer.files import write_atomically
-from trainer.runs import json_lines
+from trainer.files import json_lines, write_atomically
 
 
 class Loggers:

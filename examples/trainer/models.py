@@ -5,6 +5,7 @@ Index letters: B batch, C channels, H and W image sides, K classes.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib
 import math
@@ -16,8 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from trainer.errors import OptionError
-from trainer.option_checks import GROUP_NORM, parse_arch
+from trainer.errors import OptionError, reason
+from trainer.option_checks import GROUP_NORM, is_wide, parse_arch
 from trainer.processes import ALONE, Processes
 
 if TYPE_CHECKING:  # the networks alone need torch and nothing else
@@ -144,7 +145,7 @@ def build_model(arch: str, classes: int, *, momentum: float | None = None, pretr
     Raises:
         OptionError: There is no such network, or it is no classifier of so many classes.
     """
-    if arch.startswith("wrn-"):
+    if is_wide(arch):
         if pretrained:
             raise OptionError(f"--init-from {PRETRAINED}: {arch} has no published weights; give a file.")
         depth, width = parse_arch(arch)
@@ -257,36 +258,39 @@ def build_network(config: Config, classes: int, processes: Processes = ALONE) ->
 
 
 def check_forward(model: nn.Module, config: Config, classes: int, size: Sequence[int]) -> None:
-    """Try the network on one pair of images, so that one that does not fit them is refused before the first step.
+    """Try the network on two images in both modes, so that one that does not fit is refused before the first step.
 
     Args:
-        model: The network; its modes and statistics are left as they are.
+        model: The network; it and the random stream are left as they are, but for layers that learn their shapes.
         config: Resolved options.
         classes: Number of classes K.
         size: Height and width of the images.
 
     Raises:
-        OptionError: It fails, or returns something else than logits `[B, K]`.
+        OptionError: It fails, returns something else than logits `[B, K]`, or cannot be copied or stored.
     """
-    device = next(model.parameters()).device
-    training = {module: module.training for module in model.modules()}
-    state = torch.get_rng_state()
+    images, state = torch.zeros(2, 3, *size, device=next(model.parameters()).device), torch.get_rng_state()
+    mode = "eval"
     try:
         with torch.no_grad():
-            out = model.eval()(torch.zeros(2, 3, *size, device=device))
+            outputs = {mode: model.eval()(images)}
+            mode = "train"
+            outputs[mode] = copy.deepcopy(model).train()(images)  # as it is copied for the average
     except Exception as error:  # the network's code can fail in any way
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise OptionError(
-            f"--arch {config.arch} does not take images of {size[0]}x{size[1]} ({reason}): give another --image-size "
-            "or --arch."
-        ) from error
+        what = f"does not take images of {size[0]}x{size[1]} in {mode} mode ({reason(error)})"
+        raise OptionError(f"--arch {config.arch} {what}: give another --image-size or --arch.") from error
     finally:
         torch.set_rng_state(state)
-        for module, mode in training.items():
-            module.training = mode
-    if not isinstance(out, Tensor) or out.shape != (2, classes):
-        found = f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
-        raise OptionError(f"--arch {config.arch} returns {found} for 2 images: expected logits (2, {classes}).")
+        model.train()
+    for mode, out in outputs.items():
+        if not isinstance(out, Tensor) or out.shape != (2, classes):
+            found = f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+            raise OptionError(
+                f"--arch {config.arch} returns {found} for 2 images in {mode} mode: expected logits (2, {classes})."
+            )
+    foreign = [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]
+    if foreign:
+        raise OptionError(f"--arch {config.arch}: {foreign[0]} in its state_dict is no tensor, and cannot be exported.")
 
 
 def classifier_head(model: nn.Module) -> tuple[str, nn.Linear]:

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 GROUP_NORM = "-gn"
 
 
+def is_wide(name: str) -> bool:
+    """Whether a name is meant to be that of a wide residual network."""
+    return name.lower().startswith("wrn") and ":" not in name
+
+
 def parse_arch(name: str) -> tuple[int, int]:
     """Read `wrn-DEPTH-WIDTH`, or `wrn-DEPTH-WIDTH-gn`.
 
@@ -78,7 +83,7 @@ def check_options(config: Config, processes: int) -> None:
     def positive(*names: str) -> None:
         for name in names:
             value = getattr(config, name)
-            if value is not None and not value > 0:
+            if value is not None and not (value > 0 and math.isfinite(value)):
                 raise OptionError(f"--{name.replace('_', '-')} must be above 0; found {value}.")
 
     def not_negative(*names: str) -> None:
@@ -146,7 +151,7 @@ def _check_data(config: Config) -> None:
 
 
 def _check_steps(config: Config, processes: int) -> None:
-    if config.arch.startswith("wrn-"):
+    if is_wide(config.arch):
         parse_arch(config.arch)
     if config.eval_statistics == "anew" and (config.arch.endswith(GROUP_NORM) or config.norm == "group"):
         raise OptionError(f"--eval-statistics anew: {config.arch} has no BatchNorm, so no statistics; leave it out.")

@@ -9,7 +9,8 @@ from typing import Any
 from trainer.files import write_atomically
 from trainer.panels import Panel, accuracy_panel
 from trainer.runlog import aligned, duration
-from trainer.runs import FINAL, Run, group_runs
+from trainer.runs import Run, group_runs
+from trainer.statistics import FINAL
 
 
 def draw_curves(runs: list[Run], path: Path, *, title: str | None = None) -> None:

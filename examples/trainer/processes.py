@@ -255,7 +255,7 @@ def usable_device(name: str, local_rank: int | None = None) -> torch.device:
             if ":" in name:
                 raise OptionError(f"--device {name}: each process takes the device of its own rank; write cuda.")
             device = torch.device("cuda", local_rank)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError) as error:
         raise OptionError(f"--device {name!r} is not usable here ({str(error).splitlines()[0]}): try cpu.") from error
     return device

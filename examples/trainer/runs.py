@@ -11,11 +11,9 @@ from typing import Any
 from trainer.config import HARMLESS
 from trainer.errors import DatasetError
 from trainer.evaluation import summarize
-from trainer.files import read_json
+from trainer.files import finite, json_lines, read_json
 from trainer.runlog import shown
-
-# The accuracies of a finished run.
-FINAL = ("last", "median_last_20", "best")
+from trainer.statistics import FINAL
 
 
 @dataclass(frozen=True)
@@ -88,11 +86,11 @@ def read_run(folder: Path) -> Run:
             for record in records
             if record["kind"] == "eval"
         ]
-        evaluations = [(int(step), float(accuracy)) for step, accuracy in accuracies if accuracy is not None]
+        evaluations = [(_step(step), finite(accuracy)) for step, accuracy in accuracies if accuracy is not None]
         training = [record for record in records if record["kind"] == "train"]
         timing = json_lines(folder / "timing.jsonl") if (folder / "timing.jsonl").exists() else []
         summary, split = _optional(folder / "summary.json"), _optional(folder / "split.json")
-        numbers = {key: float(summary[key]) for key in (*FINAL, "seconds") if summary.get(key) is not None}
+        numbers = {key: finite(summary[key]) for key in (*FINAL, "seconds") if summary.get(key) is not None}
         if summary and not set(FINAL) <= set(summary):
             raise ValueError(f"summary.json lacks one of {', '.join(FINAL)}")
         return Run(
@@ -102,9 +100,9 @@ def read_run(folder: Path) -> Run:
             [step for step, _ in evaluations],
             [accuracy for _, accuracy in evaluations],
             {**summary, **numbers} or None,
-            [{**_numbers(record), "step": int(record["step"])} for record in training],
+            [{**_numbers(record), "step": _step(record["step"])} for record in training],
             _times(timing),
-            float(timing[-1]["images_per_second"]) if timing else None,
+            finite(timing[-1]["images_per_second"]) if timing else None,
             split.get("sha256"),
             split.get("data_sha256"),
             {**config.get("environment", {}), **config.get("software", {})},
@@ -116,20 +114,13 @@ def read_run(folder: Path) -> Run:
 
 
 def _numbers(record: dict[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in record.items() if isinstance(value, int | float)}
+    return {name: finite(value) for name, value in record.items() if isinstance(value, int | float)}
 
 
-def json_lines(path: Path) -> list[dict[str, Any]]:
-    """Read JSON lines; one that is being written, or that a kill cut off, has no end and does not count.
-
-    Raises `ValueError` where a line is no JSON, or holds NaN or an infinity, which JSON does not have.
-    """
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line, parse_constant=_refuse) for line in lines]
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"it holds {constant}")
+def _step(value: Any) -> int:
+    if int(value) < 1:
+        raise ValueError(f"it has a line of step {value}")
+    return int(value)
 
 
 def _optional(path: Path) -> dict[str, Any]:
@@ -140,9 +131,9 @@ def _times(lines: list[dict[str, Any]]) -> list[tuple[int, float]]:
     """Step and seconds of each line; steps that a resumed run took again replace the first time."""
     times: list[tuple[int, float]] = []
     for line in lines:
-        while times and times[-1][0] >= int(line["step"]):
+        while times and times[-1][0] >= _step(line["step"]):
             times.pop()
-        times.append((int(line["step"]), float(line["seconds"])))
+        times.append((_step(line["step"]), finite(line["seconds"])))
     return times
 
 

@@ -18,7 +18,7 @@ from trainer.config import Config
 from trainer.datasets import DataSet, Images
 from trainer.errors import DatasetError, OptionError, ResumeError
 from trainer.file_record import FileRecord, manifest_lines
-from trainer.files import read_json, write_atomically, write_json
+from trainer.files import finite, read_json, write_atomically, write_json
 from trainer.streams import Stream, permutation
 
 FILES = "files.jsonl.gz"
@@ -238,9 +238,11 @@ def store_or_check(path: Path, split: Split, data: DataSet) -> tuple[list[float]
         write_json(path, record)
         return record["mean"], record["std"]
     stored = _stored(path)
-    record = split_record(split, data) | {key: stored.get(key) for key in ("mean", "std")}
-    for key in ("sha256", "data_sha256", *record):
-        if stored.get(key) != record[key]:
+    record = split_record(split, data)
+    if data.files and data.files.reasons:  # statistics are those of all images: some went bad since
+        record |= {key: stored.get(key) for key in ("mean", "std")}
+    for key in dict.fromkeys(("sha256", "data_sha256", *record, *stored)):
+        if stored.get(key) != record.get(key):
             what = {"sha256": "labeled split", "data_sha256": "data set (pixels or labels)"}.get(key, f"entry {key!r}")
             shas = f" (SHA-256 {stored.get(key)} there, {record[key]} now)" if key.endswith("sha256") else ""
             raise ResumeError(
@@ -248,11 +250,16 @@ def store_or_check(path: Path, split: Split, data: DataSet) -> tuple[list[float]
                 "Restore the data (and the file) as they were, or give another --output to start a new run."
             )
     try:
-        mean, std = ([float(value) for value in stored[key]] for key in ("mean", "std"))
-        if len(mean) != 3 or len(std) != 3 or not min(std) > 0:
-            raise ValueError("three numbers each are expected, deviations above 0")
+        return normalisation(stored)
     except (KeyError, TypeError, ValueError) as error:
         raise ResumeError(f"{path}: mean or std is damaged ({error}): restore it, or give another --output.") from error
+
+
+def normalisation(stored: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """Mean and deviation of the channels in what a run stored; any error of a number's where they are none."""
+    mean, std = [finite(value) for value in stored["mean"]], [finite(value, 0) for value in stored["std"]]
+    if len(mean) != 3 or len(std) != 3:
+        raise ValueError("three numbers each are expected")
     return mean, std
 
 

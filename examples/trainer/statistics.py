@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy.special import stdtrit
-
 CONFIDENCE = 0.95
+# The accuracies of a finished run.
+FINAL = ("last", "median_last_20", "best")
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,8 @@ def paired_difference(values: Mapping[int, float], reference: Mapping[int, float
     differences = spread([values[seed] - reference[seed] for seed in common])
     if differences.sd is None:
         return Difference(1, differences.mean, None, None)
+    from scipy.special import stdtrit  # here, for it takes longer than --help may
+
     quantile = float(stdtrit(differences.n - 1, 0.5 + CONFIDENCE / 2))
     half = quantile * differences.sd / math.sqrt(differences.n)
     return Difference(differences.n, differences.mean, differences.mean - half, differences.mean + half)

@@ -19,6 +19,7 @@ from trainer.errors import CheckpointError, OptionError
 from trainer.evaluation import shorter_side
 from trainer.files import read_json, regular_size, write_atomically
 from trainer.models import PRETRAINED, build_network, classifier_head
+from trainer.split import normalisation
 
 
 def export_weights(path: Path, model: nn.Module, about: dict[str, Any]) -> None:
@@ -32,8 +33,9 @@ def export_weights(path: Path, model: nn.Module, about: dict[str, Any]) -> None:
     Raises:
         OSError: Where the disk refuses; `path` is then what it was.
     """
-    # Plain memory layout: the format knows no other, and the file does not depend on --channels-last.
-    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    # Plain memory layout: the format knows no other, and the file does not depend on --channels-last. Each tensor on
+    # its own: the format refuses tied ones.
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
     # One key: the library writes several in a random order, and equal runs should leave equal files.
     content = safetensors.torch.save(tensors, {"about": json.dumps(about)})
     write_atomically(path, lambda file: file.write(content))
@@ -63,7 +65,10 @@ def load_model(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
             with safe_open(path, framework="pt") as file:
                 about = json.loads(file.metadata()["about"])
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        config = Config(arch=about["arch"], norm=about.get("norm", "batch"), bn_momentum=0.1)
+        normalisation(about)
+        if len(about["image_size"]) != 2 or not min(about["image_size"]) > 0:
+            raise ValueError(f"images of {about['image_size']}")
+        config = Config(arch=str(about["arch"]), norm=about.get("norm", "batch"), bn_momentum=0.1)
         model = build_network(config, len(about["classes"]))
         model.load_state_dict(weights)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
