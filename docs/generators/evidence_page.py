@@ -19,7 +19,7 @@ _STATISTICS = {
 def evidence() -> str:
     """The page: exactness, cost, and what training runs showed."""
     exact, cost, memory = result_of("matrix"), result_of("step_cost"), result_of("memory")
-    monitoring, profile = result_of("measure_peers"), result_of("profile")
+    monitoring = result_of("measure_peers")
     models, scaling = result_of("step_cost_models"), result_of("scaling")
     network = scaling["rows"][0]["model"].rpartition("-")[0]
     methods, averaged = result_of("methods"), result_of("averaged_statistics")
@@ -90,12 +90,6 @@ as fast, and a loop over samples takes less memory at every point.
 {monitoring_text(monitoring)}
 
 {made(monitoring)}
-
-### Where the time goes
-
-![Seconds by kind of operation](assets/profile.png)
-
-{made(profile)}
 
 ## The averaged model's statistics
 

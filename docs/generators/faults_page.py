@@ -45,27 +45,31 @@ def kills_table(result: dict[str, Any]) -> str:
     total = [sum(row[column] for row in rows) for column in (1, 2, 3)]
     equal, runs = (sum(row[name] for row in parts.values()) for name in ("equal", "runs"))
     rows.append(["**in all**", *total, f"{equal} of {runs}"])
-    head = ["SIGKILL", "kills", "of these inside a save", "before the first checkpoint", "runs that are equal"]
+    head = ["SIGKILL", "kills", "inside a save", "before a checkpoint", "equal runs"]
     return f"{_table(head, rows)}\n\n{_made(result)}"
 
 
 def control_table(result: dict[str, Any]) -> str:
-    """By item: whether it was noticed, and by what."""
+    """How many items were noticed, and which were tried."""
     if not result["control"]:
         return "Not run on these sources yet: `python tests/slow/kills.py --only control`."
-    rows = [[f"`{row['item']}`", "yes" if row["noticed"] else "no", row["by"]] for row in result["control"]]
     forgotten = [row for row in result["control"] if row["item"] != "nothing"]
     noticed = sum(row["noticed"] for row in forgotten)
-    return f"{noticed} of {len(forgotten)} items noticed.\n\n{_table(['forgotten', 'noticed', 'by'], rows)}"
+    items = ", ".join(f"`{row['item']}`" for row in forgotten)
+    return f"{noticed} of {len(forgotten)} items noticed: {items}."
 
 
 def hostile_table(result: dict[str, Any]) -> str:
-    """By kind of damage: cases, those answered as they should be, and how."""
-    rows = []
+    """By kind of damage: what was damaged, cases, and those answered as they should be."""
+    parts: dict[str, list[dict[str, Any]]] = {}
     for row in result["rows"]:
-        answers = ", ".join(f"{count} {answer}" for answer, count in sorted(row["answers"].items()))
-        rows.append([f"{_FILES[row['part']]}: {row['row']}", f"{row['right']} of {row['cases']}", answers])
-    return f"{_table(['damage', 'answered as it should be', 'how'], rows)}\n\n{_made(result)}"
+        parts.setdefault(_FILES[row["part"]], []).append(row)
+    rows = [
+        [part, ", ".join(dict.fromkeys(row["row"].removeprefix("fuzz, ") for row in mine)),
+         f"{sum(row['right'] for row in mine)} of {sum(row['cases'] for row in mine)}"]
+        for part, mine in parts.items()
+    ]  # fmt: skip
+    return f"{_table(['damage', 'to what', 'answered as it should be'], rows)}\n\n{_made(result)}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

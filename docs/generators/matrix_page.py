@@ -111,7 +111,7 @@ In float32 a deep ReLU network may be further off than that, with any engine:
 
 {known}
 
-## The other rows
+## The other rows, and how many of the engines do not pass
 
 {others_table(others, cells, precisions)}
 """
@@ -177,13 +177,13 @@ def refusals_table(cells: list[Entry]) -> str:
 
 
 def others_table(rows: list[str], cells: list[Entry], precisions: list[str]) -> str:
-    """By precision, how many engines pass, and which of the others do what."""
+    """By precision, how many engines do not pass, and what they do instead."""
     lines = ["| row | " + " | ".join(precisions) + " |", "| --- |" + " --- |" * len(precisions)]
     for row in rows:
         shown = []
         for precision in precisions:
             mine = [cell for cell in cells if (cell.row, cell.precision) == (row, precision)]
             counts = Counter(cell.verdict for cell in mine)
-            shown.append(", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict]) or "-")
+            shown.append(", ".join(f"{counts[v]} {v}" for v in VERDICTS if counts[v] and v != "pass"))
         lines.append(f"| `{row}` | " + " | ".join(shown) + " |")
     return "\n".join(lines)

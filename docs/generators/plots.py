@@ -30,16 +30,6 @@ def color(variant: str) -> str:
     return THEIRS if variant.startswith(theirs) else OURS
 
 
-def step_cost(result: Row, plt: Any) -> Any:
-    """Ratio of every variant, one panel a model."""
-    setting = result["setting"]
-    title = (
-        f"A step with the term over the step without it: {setting['labeled']} labeled + {setting['pairs']} pairs,"
-        f" median and range of {setting['rounds']} rounds"
-    )
-    return _bars(result["rows"], "model", "variant", "ratio", "times the FixMatch step", title, plt)
-
-
 def measure_peers(result: Row, plt: Any) -> Any:
     """Time of every library, one panel a model and number of pairs."""
     rows = [{**row, "panel": f"{row['model']}, {row['pairs']} pairs"} for row in result["rows"]]
@@ -82,31 +72,6 @@ def _short(reason: str) -> str:
     return reason if len(reason) <= 60 else reason[:57] + "..."
 
 
-def memory(result: Row, plt: Any) -> Any:
-    """Peak against pairs on WRN-28-2, and every other group as bars of its ratio."""
-    rows = result["rows"]
-    wrn = [row for row in rows if row["model"] == "wrn-28-2"]
-    others = [row for row in rows if row["model"] != "wrn-28-2"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
-    _lines(left, wrn, "pairs", "peak_mb", "peak memory of a step, MiB", "WRN-28-2, 32x32")
-    left.set_xlabel("pairs", fontsize=8)
-    figure.legend(*left.get_legend_handles_labels(), fontsize=7, frameon=False, loc="outside lower center", ncols=5)
-    ticks = []
-    for y, row in enumerate(others):
-        ticks.append(f"{row['model']}, {row['pairs']} pairs: {row['variant']}")
-        if row["reason"] is not None:
-            right.text(0, y, " failed: " + _short(row["reason"]), va="center", fontsize=7, color=THEIRS)
-        elif "peak_ratio" in row:
-            right.barh(y, row["peak_ratio"], color=color(row["variant"]))
-            right.text(row["peak_ratio"], y, f"  {row['peak_ratio']:.2f}", va="center", fontsize=7)
-    right.set_yticks(range(len(others)), ticks, fontsize=7)
-    right.set_ylim(len(others) - 0.4, -0.6)
-    right.margins(x=0.15)
-    right.set_xlabel("times the peak of the FixMatch step", fontsize=8)
-    _plain(right)
-    return figure
-
-
 def scaling(result: Row, plt: Any) -> Any:
     """Seconds above, peak below; a column an axis."""
     axes_names = list(dict.fromkeys(row["axis"] for row in result["rows"]))
@@ -146,59 +111,6 @@ def _lines(ax: Any, rows: Sequence[Row], x: str, y: str, label: str, title: str)
     ax.set_ylabel(label, fontsize=8)
     ax.set_title(title, fontsize=9)
     _plain(ax)
-
-
-def kernels(result: Row, plt: Any) -> Any:
-    """Milliseconds of every form of every layer; the ring is the cost model's choice."""
-    rows = result["rows"]
-    layers = list(dict.fromkeys(row["layer"] for row in rows))
-    marks = {"gradient": ("o", OURS), "gram": ("s", "#2c9c69")}
-    stock = [name for name in dict.fromkeys(row["variant"] for row in rows) if "stock" in name]
-    marks |= {name: (mark, THEIRS) for name, mark in zip(stock, "^v", strict=False)}
-    figure, ax = plt.subplots(figsize=(9, 0.24 * len(layers) + 1.4), layout="constrained")
-    for variant, (mark, tint) in marks.items():
-        points = [(row["milliseconds"], layers.index(row["layer"])) for row in rows
-                  if row["variant"] == variant and row["reason"] is None]  # fmt: skip
-        ax.plot(*(zip(*points, strict=True) if points else ([], [])), mark, color=tint, markersize=5, label=variant)
-    chosen = [row for row in rows if "auto" in row.get("choice", "")]
-    for wrong, tint in ((False, "#333333"), (True, "#d02020")):
-        points = [(row["milliseconds"], layers.index(row["layer"])) for row in chosen if (row["loss"] > 1.1) == wrong]
-        name = "chosen, over 10 % slower than the other form" if wrong else "chosen by the cost model"
-        ax.plot(*(zip(*points, strict=True) if points else ([], [])), "o", markerfacecolor="none",
-                markeredgecolor=tint, markersize=10, label=name)  # fmt: skip
-    ax.set_yticks(range(len(layers)), layers, fontsize=7)
-    ax.set_ylim(len(layers) - 0.4, -0.6)
-    ax.set_xscale("log")
-    ax.set_xlabel(f"milliseconds for {result['setting']['pairs']} pairs, derivative included", fontsize=8)
-    ax.legend(fontsize=7, frameon=False, loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3)
-    ax.grid(axis="y", linewidth=0.3)
-    _plain(ax)
-    return figure
-
-
-def profile(result: Row, plt: Any) -> Any:
-    """Seconds by kind, the step with the term beside the step without."""
-    rows = result["rows"]
-    variants = list(dict.fromkeys(row["variant"] for row in rows))
-    kinds = [row["kind"] for row in rows if row["variant"] == variants[-1]]
-    kinds += [row["kind"] for row in rows if row["kind"] not in kinds]
-    kinds = list(dict.fromkeys(kinds))
-    figure, ax = plt.subplots(figsize=(9, 0.42 * len(kinds) + 1.2), layout="constrained")
-    for offset, variant in zip((-0.2, 0.2), variants, strict=True):
-        for row in (row for row in rows if row["variant"] == variant):
-            y = kinds.index(row["kind"]) + offset
-            ax.barh(y, row["seconds"], 0.38, color=color(variant))
-            ax.text(row["seconds"], y, f"  {row['share']:.1%}", va="center", fontsize=7)
-    for variant in variants:
-        ax.barh(0, 0, color=color(variant), label=variant)
-    ax.set_yticks(range(len(kinds)), kinds, fontsize=8)
-    ax.set_ylim(len(kinds) - 0.4, -0.6)
-    ax.margins(x=0.1)
-    ax.set_xlabel(f"seconds a step under the profiler, {result['setting']['pairs']} pairs", fontsize=8)
-    ax.set_title(f"{result['setting']['model']}: where the time goes", fontsize=9)
-    ax.legend(fontsize=8, frameon=False, loc="lower right")
-    _plain(ax)
-    return figure
 
 
 def frontier(result: Row, plt: Any) -> Any:
@@ -258,12 +170,8 @@ def _plain(ax: Any) -> None:
 
 
 PLOTS: dict[str, Callable[[Row, Any], Any]] = {
-    "step_cost": step_cost,
-    "memory": memory,
     "measure_peers": measure_peers,
-    "kernels": kernels,
     "scaling": scaling,
-    "profile": profile,
     "frontier": frontier,
     "help_four": curves,
     "term_dynamics": term_dynamics,

@@ -20,12 +20,11 @@ def sequence_section(result: dict[str, Any]) -> str:
     exact = [row for row in rows if "gradient_error" in row]
     batched = sum(row["runs"] == "one batch" for row in rows)
     others = "; ".join(f"{row['model']}: {row['runs']}, {_why(row)}" for row in rows if row["runs"] != "one batch")
-    models = ", ".join(row["model"] for row in rows if row["runs"] == "one batch")
+    models = "; ".join(row["model"] for row in rows if row["runs"] == "one batch")
     return f"""{batched} of {len(rows)} models of transformers {environment["transformers"]} (LoRA by peft
 {environment["peft"]}) run in one batch, with a padding mask that pads some samples. Loss and gradient are compared with
 a plain loop of `torch.autograd.grad` in float64; the largest relative error of a gradient is
 {max(row["gradient_error"] for row in exact):.0e}. Models are small and random.
-Decoders return their cache of keys and values, as by default.
 
 {models}. Not in one batch: {others}.
 
