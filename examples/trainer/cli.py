@@ -91,8 +91,9 @@ def _check_name(word: str) -> None:
         return
     hint = _EXPLAINED.get(name)
     if hint is None:
-        close = difflib.get_close_matches(name, fields, n=1)
-        hint = f"did you mean --{close[0].replace('_', '-')}?" if close else "--help lists what there is."
+        close = next(iter(difflib.get_close_matches(name, [*fields, *_EXPLAINED], n=1)), None)
+        meant = f"did you mean --{str(close).replace('_', '-')}?" if close else "--help lists what there is."
+        hint = _EXPLAINED.get(str(close), meant)
     raise OptionError(f"{word.split('=')[0]} is no option; {hint}")
 
 

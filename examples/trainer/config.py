@@ -172,7 +172,8 @@ class Config:
         Literal["batch", "group", "sync"],
         Help(
             help="batch: the network's own, each process by its own images. group: GroupNorm in BatchNorm's place, the "
-            "same for any number of processes. sync: SyncBatchNorm, on CUDA and without gradient consistency."
+            "same for any number of processes. sync: BatchNorm by the images of all processes, without gradient "
+            "consistency."
         ),
     ] = "batch"
     init_from: Annotated[

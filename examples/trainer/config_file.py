@@ -50,9 +50,8 @@ def read_options(path: Path, kind: type[Any]) -> dict[str, Any]:
             hint = f"did you mean {close[0]!r}?" if close else "the trainer's --help lists what there is."
             raise OptionError(f"--config {path}: {name!r} is no option; {hint}")
         if not _fits(value, types_by_name[name]):
-            raise OptionError(
-                f"--config {path}: {name!r} is {json.dumps(value, default=str)}; expected {_described(types_by_name[name])}."
-            )
+            found_text, expected = json.dumps(value, default=str), _described(types_by_name[name])
+            raise OptionError(f"--config {path}: {name!r} is {found_text}; expected {expected}.")
     if record:
         return {name: value for name, value in options.items() if name not in NOT_REPEATED}
     if "config" in options:

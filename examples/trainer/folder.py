@@ -94,7 +94,7 @@ def list_folder(root: Path) -> Listing:
                 f"{sorted(set(test_folders) - set(classes)) or 'none'}."
             )
         tested = _labeled(root, held[0], test_folders, classes, skipped)
-    if unlabeled.is_dir():
+    if unlabeled.exists():
         names = _walk(root, "unlabeled", skipped, frozenset())
         if not names:
             raise DatasetError(f"{unlabeled} holds no image ({', '.join(sorted(SUFFIXES))}): add images or remove it.")

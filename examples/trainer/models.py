@@ -12,9 +12,10 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.errors import OptionError, reason
@@ -245,15 +246,16 @@ def build_network(config: Config, classes: int, processes: Processes = ALONE) ->
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     if config.norm != "batch" and not norms:
         raise OptionError(f"--norm {config.norm}: {config.arch} has no BatchNorm to replace; leave it out.")
+    odd = [norm for norm in norms if type(norm) is not nn.BatchNorm2d or not norm.affine or norm.momentum is None]
+    if config.norm != "batch" and odd:
+        raise OptionError(
+            f"--norm {config.norm}: {config.arch} has a {type(odd[0]).__name__} that is more, or less, than a "
+            "BatchNorm2d with scale and shift, and cannot be replaced: leave it out."
+        )
     if config.norm == "group":
         with_group_norm(model, lambda channels: math.gcd(GROUPS, channels))
-    if config.norm == "sync":
-        if processes.world == 1 or processes.device.type != "cuda":
-            raise OptionError(
-                f"--norm sync needs CUDA and several processes; found {processes.world} on {processes.device.type}: "
-                "write --norm batch, or --norm group."
-            )
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if config.norm == "sync" and processes.world == 1:
+        raise OptionError("--norm sync is for several processes, and there is one: leave it out.")
     return model
 
 
@@ -309,6 +311,52 @@ def classifier_head(model: nn.Module) -> tuple[str, nn.Linear]:
     if not layers:
         raise OptionError(f"--arch: {type(model).__name__} has no linear layer that could be its classifier head.")
     return layers[-1]
+
+
+class JoinedBatchNorm(nn.BatchNorm2d):
+    """BatchNorm whose statistics in train mode are of the images of all processes; each must have as many.
+
+    Unlike torch's SyncBatchNorm it runs on any device, so that a test without a GPU can hold it against one process.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `[B, C, H, W]`, B on this process."""
+        if not self.training:
+            return super().forward(x)
+        world, values = dist.get_world_size(), x.float()
+        count = world * values.numel() // values.shape[1]
+        mean = _Sum.apply(values.mean((0, 2, 3))) / world
+        centred = values - mean.view(1, -1, 1, 1)
+        variance = _Sum.apply(centred.square().mean((0, 2, 3))) / world
+        unbiased = variance * count / (count - 1)
+        for known, now in ((self.running_mean, mean), (self.running_var, unbiased)):
+            if known is not None:
+                known.lerp_(now.detach(), float(self.momentum or 0))
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return (centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)).to(x.dtype)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum of a tensor over all processes, and of its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _Sum.forward(ctx, gradient)
+
+
+def join_statistics(model: nn.Module) -> None:
+    """Let every BatchNorm take its statistics over all processes, in place; names and numbers stay what they are."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.__class__ = JoinedBatchNorm
 
 
 def with_group_norm(model: nn.Module, groups: Callable[[int], int]) -> None:

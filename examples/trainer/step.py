@@ -20,7 +20,7 @@ from trainer.errors import CheckpointError, NonFiniteLossError, OtherProcessErro
 from trainer.half import AMP_TYPES, check_half_type, update_scale
 from trainer.loader import StepImages, ToModel
 from trainer.methods import build_method
-from trainer.models import build_network, check_forward
+from trainer.models import build_network, check_forward, join_statistics
 from trainer.processes import ALONE, Processes, is_of_processes
 from trainer.runlog import Meter, Number
 from trainer.sam import same_step_twice
@@ -111,6 +111,8 @@ class Trainer:
             network.to(to_model.device)
             if size is not None:
                 check_forward(network, config, classes, size)
+            if config.norm == "sync":  # last: its forward needs all processes
+                join_statistics(network)
             return network
 
         return cls(config, processes.together(build), to_model, samples, processes)

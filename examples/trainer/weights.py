@@ -68,7 +68,9 @@ def load_model(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
         normalisation(about)
         if len(about["image_size"]) != 2 or not min(about["image_size"]) > 0:
             raise ValueError(f"images of {about['image_size']}")
-        config = Config(arch=str(about["arch"]), norm=about.get("norm", "batch"), bn_momentum=0.1)
+        norm = about.get("norm", "batch")
+        # Statistics over all processes are a BatchNorm's in one.
+        config = Config(arch=str(about["arch"]), norm="batch" if norm == "sync" else norm, bn_momentum=0.1)
         model = build_network(config, len(about["classes"]))
         model.load_state_dict(weights)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
@@ -101,8 +103,6 @@ def _unfinished(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "seed": options["seed"],
         "steps": state["step"],
     }
-    # A SyncBatchNorm is a BatchNorm in one process.
-    about["norm"] = "batch" if about["norm"] == "sync" else about["norm"]
     return about, {str(name): value.detach() for name, value in state["average"]["model"].items()}
 
 

@@ -61,7 +61,7 @@ def test_impossible_sizes_are_refused(arch: str) -> None:
         build_model(arch, 10, momentum=0.1)
 
 
-@pytest.mark.parametrize("arch", ["wrn-28", "wrn-28-2x", "wrn-28-2-bn"])
+@pytest.mark.parametrize("arch", ["wrn-28", "WRN-28-2", "wrn-28-2x", "wrn-28-2-bn", "wrn_28_2"])
 def test_unknown_architectures_are_refused(arch: str) -> None:
     with pytest.raises(OptionError, match=r"--arch .* is unknown: write wrn-DEPTH-WIDTH, for example wrn-28-2, or"):
         build_model(arch, 10, momentum=0.1)

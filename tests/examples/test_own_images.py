@@ -67,13 +67,18 @@ def test_sub_folders_count_and_hidden_and_foreign_files_are_said(
     (ant / "deep" / "er").mkdir(parents=True)
     (ant / "000.png").rename(ant / "deep" / "er" / "000.PNG")
     (ant / "deep" / "circle").symlink_to(ant)
+    (ant / "001.png").rename(ant / "deep" / "001.png")
+    (ant / "001.png").mkdir()  # folders named like images
+    (ant / "002.jpg").mkdir()
+    (ant / "002.png").rename(ant / "002.jpg" / "002.png")
     for name in (".hidden.png", "notes.txt", "Thumbs.db", "photo.heic"):
         (ant / name).write_bytes(b"x")
     listing = list_folder(Path(config.data_dir))
     assert sum(label == 0 for label in listing.train.labels) == 4
     assert run(config) == 0
     said = capsys.readouterr().err
-    assert "note: not used: 1 hidden, 1 links to a folder above, 1 of type .db, 1 of type .heic, 1 of type .txt" in said
+    found = "1 empty folders named like an image, 1 hidden, 1 links to a folder above, 1 of type .db, 1 of type .heic, "
+    assert f"note: not used: {found}1 of type .txt" in said
 
 
 def test_the_same_class_in_two_unicode_forms(photo_folder: MakeFolder) -> None:
@@ -107,9 +112,16 @@ def test_the_whole_of_split_json_is_checked(mine: Make) -> None:
         write_json(path, stored | {key: value})
         with pytest.raises(ResumeError, match=f"split.json: the entry '{key}' differs"):
             run(config)
-    write_json(path, stored | {"mean": [1.0]})
-    with pytest.raises(ResumeError, match=r"split.json: mean or std is damaged"):
-        run(config)
+    for key, value in (("mean", [0.5, *stored["mean"][1:]]), ("a_key_of_ones_own", 1)):
+        write_json(path, stored | {key: value})
+        with pytest.raises(ResumeError, match=f"split.json: the entry '{key}' differs"):
+            run(config)
+    # With an image lost, today's statistics are not those of the run: the stored ones hold, if they can be any.
+    (Path(config.data_dir) / "unlabeled" / "000.png").unlink()
+    for value in ([1.0], [0.0, 1.0, 1.0], ["x", 1.0, 1.0], [float("nan"), 1.0, 1.0]):
+        path.write_text(json.dumps(stored | {"std": value}))
+        with pytest.raises(ResumeError, match=r"split.json: mean or std is damaged"):
+            run(dataclasses.replace(config, skip_damaged=True))
 
 
 # -- images ------------------------------------------------------------------------------------------------------------
@@ -246,7 +258,7 @@ def test_a_network_of_ones_own(mine: Make, tmp_path: Path, monkeypatch: pytest.M
     assert run(config) == 0
     whole = dataclasses.replace(config, output=str(tmp_path / "whole"))
     assert run(whole) == 0
-    assert differing(str(whole.output), str(config.output)) == []
+    assert differing(str(whole.output), str(config.output), least=40) == []  # of two layers
     again = mine("again", arch="mynets:small", init_from=str(config.output), init_part="encoder", stop_after_steps=1)
     assert run(again) == 0
     no_timm = r"timm has no such model; write for example timm:resnet"

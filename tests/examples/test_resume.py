@@ -136,26 +136,37 @@ def fresh(trainer: Trainer, part: str) -> Any:
     return 6 if part == "step" else trainer.state_dict()[part]
 
 
-# Two processes and ten seconds: the one test that a real SIGKILL, at a moment nobody chose, is survived.
-def test_a_real_sigkill_is_survived_bitwise(whole: Path, tiny: MakeConfig) -> None:
-    config = tiny("killed", progress="none")
-    given = {**dataclasses.asdict(config), "stop_after_steps": None, "stop_after_minutes": None}
-    arguments = [
-        part for key, value in given.items() for part in option(key, value) if key not in ("recipe", "processes")
-    ]  # no options
+# Four processes, twenty seconds: the one test that real SIGKILLs, at moments nobody chose, are survived on each feed.
+@pytest.mark.parametrize("feed", ["memory", "stream"])
+def test_real_sigkills_are_survived_bitwise(tiny: MakeConfig, photographs: MakeConfig, feed: str) -> None:
+    common = {"steps": 40, "log_every": 1, "checkpoint_every": 7, "eval_every": 20, "arch": "wrn-10-1"}
+    make, script = (tiny, "fixmatch_cifar.py") if feed == "memory" else (photographs, "fixmatch_imagenet.py")
+    undisturbed, config = make("whole", **common), make("killed", **common)
+    assert run(undisturbed) == 0
+    given = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("recipe", "processes")}
+    arguments = [part for name, value in given.items() for part in option(name, value)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here: bitwise means with the same number of threads
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *arguments], stderr=subprocess.PIPE, text=True, env=environment
-    )
-    metrics, deadline = Path(str(config.output)) / "metrics.jsonl", time.monotonic() + 120
-    while not (metrics.exists() and metrics.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    time.sleep(random.SystemRandom().uniform(0, 0.3))
-    process.kill()
-    _, complaint = process.communicate()
-    assert process.returncode in (-signal.SIGKILL, 0), complaint
+    metrics, statuses = Path(str(config.output)) / "metrics.jsonl", []
+    for lines in (3, 20):
+        process = subprocess.Popen(
+            [sys.executable, str(SCRIPT.with_name(script)), *arguments],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if metrics.exists() and metrics.read_bytes().count(b"\n") >= lines:
+                break
+            time.sleep(0.002)
+        time.sleep(random.SystemRandom().uniform(0, 0.1))
+        process.kill()
+        _, complaint = process.communicate()
+        statuses.append(process.returncode)
+        assert statuses[-1] in (-signal.SIGKILL, 0), complaint
+    assert -signal.SIGKILL in statuses
     assert run(config) == 0
-    assert differing(whole, config.output) == []
+    assert differing(str(undisturbed.output), str(config.output)) == []
 
 
 def test_an_older_checkpoint_that_a_kill_left_is_forgotten(whole: Path, tiny: MakeConfig) -> None:

@@ -30,10 +30,10 @@ def final(folder: str | Path) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if key != ".seconds" and not key.startswith(".options")}
 
 
-def differing(a: str | Path, b: str | Path) -> list[str]:
-    """Names of everything that differs between two finished runs."""
+def differing(a: str | Path, b: str | Path, least: int = 100) -> list[str]:
+    """Names of everything that differs between two finished runs, which must have so many entries at least."""
     x, y = final(a), final(b)
-    assert len(x) > 40
+    assert len(x) > least
     names = [
         key
         for key in sorted(x.keys() | y.keys())
