@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +96,16 @@ them.
 
 ## Right everywhere: {len(right)} of {len(names)}
 
-{", ".join(f"`{name}`" for name in right)}.
+Variants of one layer are counted: {_counted(right)}.
 
 {_directional()}
 {_gradcheck()}"""
+
+
+def _counted(names: list[str]) -> str:
+    """Each layer once, with the number of its variants: `nn.Conv1d` (7)."""
+    counts = Counter(re.split(r"[(,]", name)[0].strip() for name in names)
+    return ", ".join(f"`{name}`" + (f" ({count})" if count > 1 else "") for name, count in counts.items())
 
 
 def _is_right(cells: dict[str, Any]) -> bool:

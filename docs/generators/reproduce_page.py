@@ -26,7 +26,7 @@ def grid_tables(result: dict[str, Any]) -> str:
 
 
 def with_paper_tables(page: str, result: dict[str, Any]) -> str:
-    """The page with fresh tables between its markers.
+    """The page with two of the tables, fresh, between its markers; the command prints all.
 
     Args:
         page: The guide.
@@ -35,4 +35,5 @@ def with_paper_tables(page: str, result: dict[str, Any]) -> str:
     Returns:
         The guide.
     """
-    return between(page, "paper", grid_tables(result).removesuffix("\n"))
+    shown = {name: result["tables"][name] for name in ("main", "ablation")}
+    return between(page, "paper", grid_tables({**result, "tables": shown}).removesuffix("\n"))

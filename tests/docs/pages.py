@@ -31,12 +31,6 @@ class Block:
     needs: tuple[str, ...] = ()
     """Packages that need not be installed, named above it as `<!-- needs: transformers peft -->`."""
 
-    @property
-    def quoted(self) -> Path | None:
-        """The program of which this block is a copy, named in its first line; its own test runs it."""
-        named = re.match(r"# (examples/\w+\.py)\n", self.text) if self.language == "python" else None
-        return ROOT / named[1] if named else None
-
     def prints(self, text: str) -> bool:
         """Whether `text` is the output that the page shows; "..." in it stands for anything."""
         return self.output is None or doctest.OutputChecker().check_output(self.output, text, doctest.ELLIPSIS)
@@ -84,7 +78,7 @@ def run(page: Path) -> Iterator[tuple[Block, str]]:
     """Runs the python blocks of `page` in one namespace, in order; yields each with what it printed."""
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks(page):
-        if block.language != "python" or block.quoted:
+        if block.language != "python":
             continue
         missing = [package for package in block.needs if importlib.util.find_spec(package) is None]
         if missing:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from pages import ROOT, Block, NotInstalledError, blocks, documents, name, run
+from pages import ROOT, NotInstalledError, blocks, documents, name, run
 
 # docs/notebook.md has the cells of a notebook, which test_notebook.py runs.
 PAGES = [
@@ -36,18 +36,6 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
             assert block.prints(printed), f"{place} prints\n{printed}but the page says\n{block.output}"
     except NotInstalledError as missing:
         pytest.skip(str(missing))
-
-
-QUOTED = [(page, block) for page in documents() for block in blocks(page) if block.quoted]
-
-
-@pytest.mark.parametrize(("page", "block"), QUOTED, ids=[name(page) for page, _ in QUOTED])
-def test_quoted_programs_are_the_files(page: Path, block: Block) -> None:
-    """They run in tests of their own, where what they need is installed."""
-    assert block.quoted is not None
-    assert block.text.split("\n", 1)[1] == block.quoted.read_text(encoding="utf-8"), f"{name(page)}:{block.line}"
-    tests = (ROOT / "tests").rglob("test_*.py")
-    assert any(block.quoted.name in test.read_text(encoding="utf-8") for test in tests), "and nothing runs it"
 
 
 @pytest.mark.parametrize("page", documents(), ids=name)
