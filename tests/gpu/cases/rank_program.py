@@ -37,7 +37,7 @@ def term(rank: int | None, device: str) -> Any:
 
 
 def main(rank: int, folder: Path) -> None:
-    """Both backends run everything; then a CPU tensor meets a group that only CUDA tensors may use."""
+    """The term in a group for both devices; then everything in one that only CUDA tensors may use."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     limit = timedelta(seconds=60)
 
@@ -45,14 +45,13 @@ def main(rank: int, folder: Path) -> None:
         dist.init_process_group(backend, init_method=f"file://{folder / name}", rank=rank, world_size=2, timeout=limit)
 
     join("cpu:gloo,cuda:gloo", "both")
-    runs: dict[str, Any] = {name: methods.distributed_run(name, rank, SIZES, STEPS, "cuda") for name in methods.SHARED}
-    result = {"runs": {name: run["gradients"] for name, run in runs.items()}, "term": term(rank, "cuda")}
+    result: dict[str, Any] = {"term": term(rank, "cuda")}
     dist.destroy_process_group()
 
     join("cuda:gloo", "cuda")  # as with "nccl"
     result["term of a CUDA group"] = term(rank, "cuda")
-    for name in methods.SHARED:
-        methods.distributed_run(name, rank, SIZES, 1, "cuda")
+    runs = {name: methods.distributed_run(name, rank, SIZES, STEPS, "cuda") for name in methods.SHARED}
+    result["runs"] = {name: run["gradients"] for name, run in runs.items()}
     try:
         dist.all_reduce(torch.ones(1))
         result["refused"] = ""

@@ -38,8 +38,16 @@ def test_the_device_has_none() -> None:
         torch.ones(2, device="cuda").double()
 
 
-@pytest.mark.parametrize("name", ["mlp_soft_target", "cnn_batchnorm_train", "vit_dropout", "text_dict"])
-@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    [
+        ("mlp_soft_target", "loop"),
+        ("cnn_batchnorm_train", "vmap"),
+        ("cnn_batchnorm_train", "ghost"),
+        ("vit_dropout", "ghost"),
+        ("text_dict", "ghost"),
+    ],
+)
 def test_the_loss(name: str, engine: str) -> None:
     def run(device: str) -> Any:
         problem = CASES[name].problem(dtype=torch.float32, pairs=3)
@@ -62,7 +70,7 @@ def test_the_methods(name: str) -> None:
         method = methods.METHODS[name](model)
         wrapper = GGCRWrapper(method, GradientConsistencyLoss(model, max_pairs=4), weight=0.5, warmup_steps=0)
         losses = []
-        for batch in methods.data(2):
+        for batch in methods.data(1):
             parts = (part.float() if part.is_floating_point() else part for part in batch)
             losses.append(wrapper(SSLBatch(*(part.to(device) for part in parts))).loss)
         return to_cpu(losses)
