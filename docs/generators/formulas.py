@@ -130,8 +130,8 @@ def plain(line: str) -> str:
     line = re.sub(r"(?<![\w\\])sum(?![a-z])", r"\\sum", line)
     line = re.sub(rf"\bd(?=(?:[A-Za-z]|{_GREEK})(?![\w(]))", "d ", line)
     line = re.sub(rf"(?<![A-Za-z\\])({_GREEK})(?![A-Za-z])", r"\\\1", line)
-    line = re.sub(r"(?<![\w.)])(\d+) ?/ ?\(([^()]*)\)", r"\\frac{\1}{\2}", line)
-    line = re.sub(r"(?<![\w.)])(\d+) ?/ ?([A-Za-z](?:_\w)?)(?!\w)", r"\\frac{\1}{\2}", line)
+    line = re.sub(r"(?<![\w.)^])(\d+) ?/ ?\(([^()]*)\)", r"\\frac{\1}{\2}", line)
+    line = re.sub(r"(?<![\w.)^])(\d+) ?/ ?([A-Za-z](?:_\w)?)(?!\w)", r"\\frac{\1}{\2}", line)
     line = re.sub(r"\^\(([^()]*)\)", r"^{(\1)}", line)
     line = re.sub(r"\b([a-zA-Z])~", r"\\tilde{\1}", line)
     word = r"(?<![\w\\{])[A-Za-z]{2,}(?:_[A-Za-z]{2,})*(?![A-Za-z(])"

@@ -23,7 +23,7 @@ def installations(result: Result, made: str) -> str:
     for row in result["rows"]:
         what = f"{row['what']}, `[{row['extra']}]`" if row["extra"] else row["what"]
         size = f"{row['MB'] / 1000:.1f} GB" if "MB" in row else "-"
-        # The closing line of pytest; other programs end with a line of their own.
+        # The closing line of pytest; other programs end otherwise.
         said = row["said"] if " passed" in row["said"] else "ended without an error"
         verdict = said if row["passed"] else f"**failed**: {row['said']}"
         lines.append(f"| {what} | {row['python']} | {row.get('torch', '-')} | {size} | {row['ran']} | {verdict} |")

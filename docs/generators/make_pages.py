@@ -76,7 +76,7 @@ def imagenet(page: str) -> str:
 
 
 def trainer_results() -> dict[str, dict[str, Any]]:
-    """The files behind the trainer's page, as far as they are there."""
+    """The result files of the trainer's page that exist."""
     return {name: result_of(name) for name in TABLES if (RESULTS / f"{name}.json").exists()}
 
 

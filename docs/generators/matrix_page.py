@@ -44,7 +44,7 @@ def entries(result: dict[str, Any]) -> list[Entry]:
 
 
 def memory_sentence(result: dict[str, Any], command: str) -> str:
-    """What was measured of layers that remember something, in a run of their own."""
+    """What was measured, in a separate run, of layers that remember something."""
     cells = entries(result)
     counts = Counter(cell.verdict for cell in cells)
     return (

@@ -53,9 +53,16 @@ def made(result: dict[str, Any]) -> str:
 
 
 def command(result: dict[str, Any]) -> str:
-    """The command that made a result, as a reader would type it. A result knows the program without its folder."""
-    program, *arguments = str(result["environment"]["command"]).removeprefix("python ").split(" ")
-    return " ".join(["python", PROGRAMS[program], *arguments])
+    """The command that made a result, as a reader would type it.
+
+    A result knows the program without its folder, and names of variants, which have spaces, without quotes.
+    """
+    program, _, arguments = str(result["environment"]["command"]).removeprefix("python ").partition(" ")
+    variants = {str(row.get("variant", "")) for row in result.get("rows", []) if isinstance(row, dict)}
+    spaced = sorted((variant for variant in variants if " " in variant), key=len, reverse=True)
+    if "--only" in arguments and spaced:
+        arguments = re.sub("|".join(map(re.escape, spaced)), lambda found: f'"{found[0]}"', arguments)
+    return " ".join(["python", PROGRAMS[program], arguments]).rstrip()
 
 
 def result_of(name: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ def with_tables(page: str, results: dict[str, dict[str, Any]]) -> str:
     """The page with fresh tables between their markers.
 
     Args:
-        page: The page as it is.
+        page: The page before.
         results: Name to contents of the files under benchmarks/results that `TABLES` names.
 
     Returns:

@@ -37,6 +37,7 @@ def test_what_it_does_not_know_is_an_error(formulas: ModuleType) -> None:
         ("L_g = 1/B * sum over pairs u of weight(u) * (1 - GC(u))", "Lg=1B·∑uweight(u)·(1-GC(u))"),
         ("theta' <- a theta' + (1 - a) theta", "θ'←aθ'+(1-a)θ"),
         ("mask = 1[max p >= threshold]", "mask=1[maxp≥threshold]"),
+        ("w = exp(-x^2 / (2 y))", "w=exp(-x2/(2y))"),
     ],
 )
 def test_plain_formulas(formulas: ModuleType, line: str, drawn: str) -> None:
