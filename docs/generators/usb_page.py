@@ -10,12 +10,12 @@ from shared import between, command
 def with_table(page: str, result: dict[str, Any]) -> str:
     """The page with a fresh table between its markers."""
     lines = [
-        "| algorithm | weight 0 is bitwise the algorithm | tensors moved | mean cosine | with / without | from | to |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| algorithm | bitwise at weight 0 | mean cosine | step, with / without |",
+        "| --- | --- | ---: | ---: |",
     ]
     lines += [
-        f"| {row['algorithm']} | {'yes' if row['bitwise'] else '**no**'} | {row['moved']:.0%} | {row['cosine']:.2f}"
-        f" | {row['ratio_median']:.2f}x | {row['ratio_min']:.2f} | {row['ratio_max']:.2f} |"
+        f"| {row['algorithm']} | {'yes' if row['bitwise'] else '**no**'} | {row['cosine']:.2f}"
+        f" | {row['ratio_median']:.1f}x |"
         for row in result["rows"]
     ]
     setting, environment = result["setting"], result["environment"]
@@ -23,7 +23,7 @@ def with_table(page: str, result: dict[str, Any]) -> str:
     lines += [
         "",
         f"{setting['network']} on {setting['data']}, {setting['labeled']} labeled images and"
-        f" {' or '.join(map(str, sorted(pairs)))} pairs, all compared; {setting['steps']} steps for the first three"
+        f" {' or '.join(map(str, sorted(pairs)))} pairs, all compared; {setting['steps']} steps for the first two"
         f" columns, {setting['rounds']} rounds in alternation for the ratios ({setting['clock']} clock).",
         "",
         f"Made by `{command(result)}`: torch {environment['torch']}, {environment['device']}.",
