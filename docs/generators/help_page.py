@@ -105,7 +105,7 @@ def fresh(result: Result) -> Ends:
 
 def against_fixmatch(values: Ends, variant: str) -> Difference | None:
     """Paired difference to FixMatch in points."""
-    return paired_difference(values.get(variant, {}), values["fixmatch"])
+    return paired_difference(values.get(variant, {}), values.get("fixmatch", {}))
 
 
 def difference(values: Ends, variant: str) -> str:
@@ -196,7 +196,7 @@ def help_page() -> str:
         for kind in ("through", "group_norm")
     )
     hours = sum(run["seconds"] or 0.0 for grid in found.values() for run in grid["runs"]) / 3600
-    runs = sum(grid["finished"] for grid in found.values())
+    runs = sum(len(grid["runs"]) for grid in found.values())
     return f"""# Does it help?
 
 {_headline(found)}
@@ -322,6 +322,8 @@ Options: {_options(grid)}. The command:
 
 
 def _options(result: Result) -> str:
+    if "protocol" not in result:
+        return "in the file"
     protocol = next(iter(result["protocol"].values()))["options"]
     chosen = ("arch", "image_size", "labels", "steps", "batch_size", "unlabeled_ratio", "threshold", "ggcr_warmup",
               "lr", "ema", "bn_momentum")  # fmt: skip
