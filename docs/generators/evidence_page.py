@@ -6,10 +6,10 @@ from typing import Any
 
 from flatness_page import flatness_section
 from float32_page import float32_section
-from matrix_page import summary_table
+from matrix_page import precision_table
 from runs_page import methods_table, methods_text
 from sequence_page import sequence_section
-from shared import RATIO, command, made, result_of, table
+from shared import RATIO, command, made, result_of, table, with_range
 
 _STATISTICS = {
     "run": "variant", "copied": "copied:.3f", "averaged": "averaged:.3f", "fresh": "anew:.3f",
@@ -36,10 +36,11 @@ versions and device. Nothing here comes from a GPU. Whether the term raises accu
 quantities with a float64 loop over samples that shares no code with the library, {exact["calls"]} calls in all. The
 default engine:
 
-{summary_table(exact, ["auto"])}
+{precision_table(exact)}
 
-"dtype": as far off as the oracle itself in that precision. "refused": an error that names the layer.
-[Every engine and every row](appendix/matrix.md). Made by `{command(exact)}` with torch
+"as the oracle": beyond the bounds, as the oracle itself is in that precision. "refused": an error that names the layer.
+Worst errors are those of the cells that pass. [Every engine and every row](appendix/matrix.md).
+Made by `{command(exact)}` with torch
 {exact["environment"]["torch"]} on a CPU.
 
 ### Float32 on whole networks
@@ -119,8 +120,8 @@ averaged ones (the trainers' way), and with fresh ones from training images. Acc
 
 def models_table(result: dict[str, Any]) -> str:
     """Step cost of the network of the trainers."""
-    columns = {"step": "variant", "seconds": "seconds_median:.2f", **RATIO, "gradient error": "gradient_error:.0e"}
-    return table(result["rows"], columns)
+    columns = {"step": "variant", "seconds": "seconds_median:.2f", **RATIO}
+    return table([with_range(row) for row in result["rows"]], columns)
 
 
 def other_models(result: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from installations_page import with_installations
 from matrix_page import matrix_page, memory_sentence
 from reproduce_page import with_paper_tables
 from scorecard_page import scorecard
-from shared import RATIO, RESULTS, between, command, made, result_of, table
+from shared import RATIO, RESULTS, between, command, made, result_of, table, with_range
 from trainer_page import TABLES, with_tables
 from usb_page import with_table
 
@@ -101,9 +101,9 @@ def cost() -> str:
 def cost_table(result: dict[str, Any]) -> str:
     """Ratios to the step without the term on the wide residual network of the trainers: what a reader chooses among."""
     found = {row["variant"]: row for row in result["rows"] if row["model"] == "wrn-28-2"}
-    rows = [found[variant] | {"step": name} for variant, name in _README.items()]
+    rows = [with_range(found[variant]) | {"step": name} for variant, name in _README.items()]
     setting, threads = result["setting"], result["environment"]["threads"]
-    columns = {"step": "step", "times as long": "ratio_median:.2f", "from": RATIO["from"], "to": RATIO["to"]}
+    columns = {"step": "step", **RATIO}
     return (
         f"{table(rows, columns)}\n\nBy the {setting['clock']} clock: WRN-28-2, 32x32, {setting['labeled']} labeled"
         f" images + {setting['pairs']} pairs, float32, {threads} CPU thread(s)."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from shared import APPENDIX
@@ -130,33 +129,42 @@ def bounds_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def summary_table(result: dict[str, Any], engines: Collection[str] = ()) -> str:
-    """Counts and worst errors by engine and precision.
-
-    Args:
-        result: of tests/slow/matrix.py.
-        engines: which ones; empty for all.
-
-    Returns:
-        Markdown.
-    """
+def summary_table(result: dict[str, Any]) -> str:
+    """Counts and worst errors by engine and precision."""
     cells = entries(result)
     lines = [
         "| engine | precision | pass | dtype | refused | wrong | worst cosine error | worst gradient error |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for engine in engines or dict.fromkeys(cell.engine for cell in cells):
+    for engine in dict.fromkeys(cell.engine for cell in cells):
         for precision in result["bounds"]:
-            mine = [cell for cell in cells if (cell.engine, cell.precision) == (engine, precision)]
-            if not mine:
-                continue
-            counts = Counter(cell.verdict for cell in mine)
-            passed = [cell for cell in mine if cell.verdict == "pass"]
-            worst = [max((cell.error(column) or 0.0 for cell in passed), default=0.0) for column in (COSINE, GRADIENT)]
+            counts, worst = _summary(cells, engine, precision)
             shown = " | ".join(str(counts[verdict]) for verdict in ("pass", "dtype", "refused", "wrong"))
             lines.append(f"| {engine} | {precision} | {shown} | {worst[0]:.0e} | {worst[1]:.0e} |")
     lines += ["", "Worst errors are those of the cells that pass."]
     return "\n".join(lines)
+
+
+def precision_table(result: dict[str, Any]) -> str:
+    """The same of the default engine."""
+    cells = entries(result)
+    lines = [
+        "| precision | pass | as the oracle | refused | wrong | worst gradient error |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for precision in result["bounds"]:
+        counts, worst = _summary(cells, "auto", precision)
+        shown = " | ".join(str(counts[verdict]) for verdict in ("pass", "dtype", "refused", "wrong"))
+        lines.append(f"| {precision} | {shown} | {worst[1]:.0e} |")
+    return "\n".join(lines)
+
+
+def _summary(cells: list[Entry], engine: str, precision: str) -> tuple[Counter[str], list[float]]:
+    """Verdicts, and the worst error of cosine and gradient among the cells that pass."""
+    mine = [cell for cell in cells if (cell.engine, cell.precision) == (engine, precision)]
+    passed = [cell for cell in mine if cell.verdict == "pass"]
+    worst = [max((cell.error(column) or 0.0 for cell in passed), default=0.0) for column in (COSINE, GRADIENT)]
+    return Counter(cell.verdict for cell in mine), worst
 
 
 def refusals_table(cells: list[Entry]) -> str:

@@ -17,7 +17,8 @@ PROGRAMS = {
 }
 # A page of the appendix: long tables, which the search leaves out.
 APPENDIX = "---\nsearch:\n  exclude: true\n---\n\n"
-RATIO = {"ratio (median)": "ratio_median:.2fx", "from": "ratio_min:.2f", "to": "ratio_max:.2f"}
+# The median of a ratio, and its range, in two columns.
+RATIO = {"times as long": "ratio_median:.2f", "range": "range"}
 
 
 def between(page: str, name: str, text: str) -> str:
@@ -44,6 +45,11 @@ def _cell(row: dict[str, Any], column: str) -> str:
     if value is None:
         return ""
     return f"{value:{form.removesuffix('x')}}" + ("x" if form.endswith("x") else "") if form else str(value)
+
+
+def with_range(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with the range of its ratio as text."""
+    return row | {"range": f"{row['ratio_min']:.2f} to {row['ratio_max']:.2f}"}
 
 
 def made(result: dict[str, Any]) -> str:
