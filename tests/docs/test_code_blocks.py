@@ -26,6 +26,7 @@ PROGRAMS = sorted(
 )
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers")  # peft's use of it
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a page share one namespace and an empty folder, and run in order."""
