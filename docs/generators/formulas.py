@@ -159,6 +159,12 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_config(config: Any) -> Any:
-    """MkDocs calls this once: the version stands under every page."""
-    config.copyright = f"gradconsist {version()}, MIT licence"
+    """MkDocs calls this once: version and source stand under every page."""
+    config.copyright = f"gradconsist {version()}, MIT licence{source((ROOT / 'pyproject.toml').read_text('utf-8'))}"
     return config
+
+
+def source(project: str) -> str:
+    """A link to `Source` under `[project.urls]` of pyproject.toml, once there is one."""
+    found = re.search(r'^Source = "(https://[^"]+)"$', project, re.M)
+    return f', <a href="{found[1]}">source</a>' if found else ""

@@ -24,6 +24,12 @@ def test_parts_of_a_formula(formulas: ModuleType) -> None:
     assert "<mtext>two&nbsp;words</mtext>" in formulas.mathml(r"\text{two words}")
 
 
+def test_the_source_is_linked_once_it_has_an_address(formulas: ModuleType) -> None:
+    project = '[project.urls]\nSource = "https://example.org/source"\n'
+    assert formulas.source(project) == ', <a href="https://example.org/source">source</a>'
+    assert formulas.source("[project]\n") == ""
+
+
 def test_what_it_does_not_know_is_an_error(formulas: ModuleType) -> None:
     with pytest.raises(ValueError, match=r"does not know \\unheard"):
         formulas.mathml(r"\unheard")
