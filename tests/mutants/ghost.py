@@ -31,15 +31,15 @@ BUGS = [
     Bug(
         "the mean of the losses is differentiated",
         "norms are those of a sample's own loss, whatever the chunk",
-        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[mlp-auto]",
+        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[mlp]",
         SEEN, "torch.autograd.grad(losses.sum(), wanted", "torch.autograd.grad(losses.mean(), wanted",
     ),
     Bug(
         "tied weights without cross terms",
         "the products of a parameter with several uses are those of the sum of its gradients",
-        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[shared-gradient]"
-        " engines/test_ghost.py::test_every_model_is_exact_in_every_form[conv_twice-gradient]"
-        " engines/test_ghost.py::test_every_model_is_exact_in_every_form[tied_embedding-gradient]",
+        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[shared]"
+        " engines/test_ghost.py::test_every_model_is_exact_in_every_form[conv_twice]"
+        " engines/test_ghost.py::test_every_model_is_exact_in_every_form[tied_embedding]",
         ENGINE,
         "                parts.add_gradients(seen.gradient(name))",
         "                for use, d in seen.of(name):\n"
@@ -49,8 +49,8 @@ BUGS = [
     Bug(
         "a linear layer that is used again counts once",
         "the products of a parameter with several uses are those of the sum of its gradients",
-        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[reused_linear-auto]"
-        " engines/test_ghost.py::test_every_model_is_exact_in_every_form[reused_linear-gram]",
+        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[reused_linear]"
+        " engines/test_ghost.py::test_every_model_is_exact_in_every_form[reused_linear]",
         ENGINE, "*joined(products)", "*joined(products[:1])",
     ),
     Bug(
@@ -62,22 +62,22 @@ BUGS = [
     Bug(
         "any layer that is used again counts once",
         "the products of a parameter with several uses are those of the sum of its gradients",
-        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[reused_linear-auto]"
-        " engines/test_ghost.py::test_every_model_is_exact_in_every_form[conv_twice-gradient]",
+        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[reused_linear]"
+        " engines/test_ghost.py::test_every_model_is_exact_in_every_form[conv_twice]",
         SEEN, "if use.parameter == name]", "if use.parameter == name][:1]",
     ),
     Bug(
         "uses without a rule are dropped beside a layer's",
         "what has no rule is added to what has one",
-        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[bare_and_ruled-auto]"
-        " engines/test_ghost.py::test_every_model_is_exact_in_every_form[bare_and_ruled-gram]",
+        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[bare_and_ruled]"
+        " engines/test_ghost.py::test_every_model_is_exact_in_every_form[bare_and_ruled]",
         ENGINE, "if name in seen.rows or not uses:", "if not uses:",
     ),
     Bug(
         "uses of a weight without a rule are dropped from the sum",
         "what has no rule is added to what has one",
-        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[bare_and_ruled-auto]"
-        " engines/test_ghost.py::test_every_model_is_exact_in_every_form[bare_and_ruled-gram]",
+        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[bare_and_ruled]"
+        " engines/test_ghost.py::test_every_model_is_exact_in_every_form[bare_and_ruled]",
         SEEN,
         "parts += [self.rows[name]] if name in self.rows else []",
         "parts += [self.rows[name]] if name in self.rows and not parts else []",
@@ -85,7 +85,7 @@ BUGS = [
     Bug(
         "weights of the second derivative left out",
         "only the first derivative is for layer outputs alone",
-        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[cnn_batchnorm_train-auto]",
+        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[cnn_batchnorm_train]",
         SEEN, "    stage.outputs_only = False\n", "",
     ),
     Bug(
@@ -130,7 +130,7 @@ BUGS = [
     Bug(
         "second half of the Gram's derivative missing",
         "d <a, a> = 2 <a, da>",
-        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[mlp-gram]",
+        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[mlp]",
         GRAM, "both = (cotangent + cotangent.transpose(1, 2))", "both = cotangent",
     ),
     Bug(

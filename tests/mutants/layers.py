@@ -17,13 +17,13 @@ BUGS = [
     Bug(
         "bias of linear layers dropped",
         "every compared parameter is compared",
-        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[mlp-auto]",
+        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[mlp]",
         OPERATORS, "            self._note(bias_name, b, Bias(-1, x.shape[1:-1].numel()), (), y)\n", "",
     ),
     Bug(
         "bias of convolutions dropped",
         "every compared parameter is compared",
-        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[conv2d_stride_bias-auto]",
+        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[conv2d_stride_bias]",
         OPERATORS, "                self._note(bias_name, b, Bias(2, x.shape[1]), (), y)\n", "",
     ),
     Bug(
@@ -42,7 +42,7 @@ BUGS = [
     Bug(
         "stride ignored",
         "a convolution has the geometry of its call",
-        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[conv2d_stride_bias-auto]",
+        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[conv2d_stride_bias]",
         CONV, "return input, Geometry(stride, ", "return input, Geometry((1,) * dims, ",
     ),
     Bug(
@@ -60,7 +60,7 @@ BUGS = [
     Bug(
         "output padding ignored",
         "a transposed convolution has the geometry of its call",
-        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[transposed2d_output_padding-auto]",
+        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[transposed2d_output_padding]",
         CONV,
         "_ints(padding, dims), dilation, transposed, output_padding, groups)",
         "_ints(padding, dims), dilation, transposed, (0,) * dims, groups)",
@@ -92,8 +92,8 @@ BUGS = [
     Bug(
         "negative padding index taken as it is",
         "padding_idx=-1 is the last row",
-        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[text_negative_padding_tied-auto]"
-        " engines/test_ghost.py::test_every_model_is_exact_in_every_form[text_negative_padding_tied-gradient]",
+        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[text_negative_padding_tied]"
+        " engines/test_ghost.py::test_every_model_is_exact_in_every_form[text_negative_padding_tied]",
         OPERATORS, "padding = w.shape[0] + padding_idx if padding_idx is not None and padding_idx < 0 else padding_idx",
         "padding = padding_idx",
     ),
@@ -153,19 +153,19 @@ BUGS = [
     Bug(
         "normalisation with its root as a constant",
         "d x = r (d y - m(d y) - y m(y d y)) - r^2 y d r / M",
-        "test_exactness.py::test_the_defaults_are_exact_on_every_model[mlp_layernorm]",
+        "engines/test_ghost.py::test_the_defaults_and_measure_are_exact[mlp_layernorm]",
         POINTWISE, "return v_x, None, g_y, v_r", "return v_x, None, g_y, None",
     ),
     Bug(
         "normalisation without half of its output's second derivative",
         "the second derivative of <v, S(gy)> for y has a part with gy and one with v",
-        "test_exactness.py::test_the_defaults_are_exact_on_every_model[mlp_layernorm]",
+        "engines/test_ghost.py::test_the_defaults_and_measure_are_exact[mlp_layernorm]",
         POINTWISE, ".addcmul_(gy, v_gr)\n", "\n",
     ),
     Bug(
         "normalisation without what comes back for its root",
         "d x = r (d y - m(d y) - y m(y d y)) - r^2 y d r / M",
-        "test_exactness.py::test_the_defaults_are_exact_on_every_model[mlp_layernorm]",
+        "engines/test_ghost.py::test_the_defaults_and_measure_are_exact[mlp_layernorm]",
         POINTWISE, "return gx if gr is None else gx.addcmul_(y, -r.square() * gr / y.shape[1])", "return gx",
     ),
     Bug(
@@ -177,20 +177,20 @@ BUGS = [
     Bug(
         "gates of an LSTM in another order",
         "gates come as input, forget, cell, output",
-        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[lstm-auto]",
+        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[lstm]",
         DECOMPOSED, "i, f, g, o = (x + hidden(h)).chunk(4, -1)", "f, i, g, o = (x + hidden(h)).chunk(4, -1)",
     ),
     Bug(
         "reset gate of a GRU before the product",
         "n = tanh(x_n + r * (W h + b))",
-        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[gru-auto]",
+        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[gru]",
         DECOMPOSED, "n = torch.tanh(x_n + r * h_n)", "n = torch.tanh(r * (x_n + h_n))",
     ),
     Bug(
         "the backward direction left in its own order",
         "outputs of both directions are at the same time step",
-        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[lstm_deep-auto]"
-        " engines/test_ghost.py::test_every_model_is_exact_in_every_form[gru_deep-auto]",
+        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[lstm_deep]"
+        " engines/test_ghost.py::test_every_model_is_exact_in_every_form[gru_deep]",
         DECOMPOSED, "torch.stack(outputs[::-1] if reverse else outputs)", "torch.stack(outputs)",
     ),
     Bug(

@@ -18,20 +18,20 @@ BUGS = [
     Bug(
         "one sample meets the buffers that another left",
         "a layer that runs sample by sample starts from the same state for each",
-        "test_exactness.py::test_the_defaults_are_exact_on_every_model[spectral_norm_train]",
+        "engines/test_ghost.py::test_the_defaults_and_measure_are_exact[spectral_norm_train]",
         REMEMBERED, "        return {name: copies[name] for name in self._buffers}",
         "        return {name: start[name] for name in self._buffers}",
     ),
     Bug(
         "a second call of a layer starts from the state before the first",
         "what a sample leaves in a layer is there for its next call in the same forward",
-        "test_exactness.py::test_the_defaults_are_exact_on_every_model[write_through_data]",
+        "engines/test_ghost.py::test_the_defaults_and_measure_are_exact[write_through_data]",
         REMEMBERED, "                owner._buffers.update({", "                dict().update({",
     ),
     Bug(
         "attributes pass from one sample to the next",
         "every forward meets the model's attributes as they were before the call",
-        "test_exactness.py::test_engines_agree_with_the_oracle[history-loop-fused-float64]",
+        "test_exactness.py::test_engines_agree_with_the_oracle[history-loop]",
         REMEMBERED, "    finally:\n        memory.restore(before)\n", "    finally:\n        pass\n",
     ),
     Bug(
@@ -43,7 +43,7 @@ BUGS = [
     Bug(
         "a write through .data not noticed",
         "what a sample leaves in a layer is there for its next call in the same forward",
-        "test_exactness.py::test_the_defaults_are_exact_on_every_model[write_through_data]",
+        "engines/test_ghost.py::test_the_defaults_and_measure_are_exact[write_through_data]",
         REMEMBERED, "and torch.equal(now, original)", "and now is copy",
     ),
     Bug(
@@ -107,7 +107,7 @@ BUGS = [
     Bug(
         "training modes and attributes not restored",
         "modes and attributes of modules stay as they were",
-        "test_state.py::test_a_successful_call_leaves_no_trace[vit_dropout-loop-fused]",
+        "test_state.py::test_a_successful_call_leaves_no_trace[vit_dropout-loop]",
         SANDBOX,
         "                vars(module).clear()\n                vars(module).update(before)\n",
         "                pass\n",
@@ -122,13 +122,13 @@ BUGS = [
     Bug(
         "attention's fast path left off",
         "torch's flags stay as they were",
-        "test_state.py::test_a_successful_call_leaves_no_trace[vit_dropout-loop-fused]",
+        "test_state.py::test_a_successful_call_leaves_no_trace[vit_dropout-loop]",
         SANDBOX, "            torch.backends.mha.set_fastpath_enabled(fastpath)\n", "            pass\n",
     ),
     Bug(
         "mkldnn left off",
         "torch's flags stay as they were",
-        "test_state.py::test_a_successful_call_leaves_no_trace[lstm-loop-fused]",
+        "test_state.py::test_a_successful_call_leaves_no_trace[lstm-loop]",
         SANDBOX, "        torch._C._set_mkldnn_enabled(mkldnn)\n", "",
     ),
     Bug(
@@ -242,7 +242,7 @@ BUGS = [
     Bug(
         "a class beyond the model's taken for the last",
         "a target outside the classes is refused",
-        "refusals/test_errors.py::test_inputs",
+        "inputs/test_bad_inputs.py::test_bad_calls",
         PROBES,
         "if target.dim() == 1 and int(target.max()) >= classes:",
         "if target.dim() == 1 and int(target.min()) >= classes:",
@@ -253,13 +253,13 @@ BUGS = [
     Bug(
         "probabilities need not sum to 1",
         "a target that is no distribution is refused",
-        "refusals/test_errors.py::test_inputs",
+        "inputs/test_bad_inputs.py::test_bad_calls",
         "_inputs/pairs.py", " or bool(((total - 1).abs() > tolerance).any())", "",
     ),
     Bug(
         "NaN gradients count as degenerate",
         "a gradient that is not finite is an error, not a pair less",
-        "refusals/test_errors.py::test_22_nan_in_a_parameter",
+        "inputs/test_bad_inputs.py::test_refusals",
         "_consistency/comparison.py",
         "if culprit is not None or not self.drop_non_finite:",
         "if culprit is not None and self.drop_non_finite:",
@@ -274,7 +274,7 @@ BUGS = [
     Bug(
         "raw DDP accepted",
         "a model whose second forward would be counted is refused",
-        "refusals/test_errors.py::test_43_raw_ddp_is_refused",
+        "inputs/test_bad_inputs.py::test_refusals",
         "_refusals/models.py",
         '    "torch.nn.parallel.distributed.DistributedDataParallel": (\n',
         '    "DistributedDataParallel": (\n',

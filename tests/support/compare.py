@@ -56,3 +56,10 @@ def assert_agrees(record: Any, loss: Tensor, gradient: Tensor, verdict: Verdict,
     scale = float(verdict.loss.abs().sum()) + 1.0
     assert float((loss.detach().double() - verdict.loss).abs().max()) <= 2 * cos_tol * scale
     assert relative(gradient, verdict.flat) <= grad_tol
+
+
+def assert_measures(record: Any, verdict: Verdict) -> None:
+    """Cosine and norms of a record in float64 against the oracle's."""
+    assert cosine_error(record.cosine, verdict.cosine) <= 1e-10
+    assert relative(record.norm_weak, verdict.norm_weak) <= 1e-10
+    assert relative(record.norm_strong, verdict.norm_strong) <= 1e-10

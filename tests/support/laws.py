@@ -21,7 +21,7 @@ from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
 ENGINES = ("loop", "vmap", "ghost")
-IN_THE_SUITE = 6  # examples a law and engine; a time limit, not a judgement
+IN_THE_SUITE = 3  # examples a law and engine; a time limit, not a judgement
 
 
 @dataclass

@@ -34,11 +34,10 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("name", MODELS)
-def test_it_passes_on_the_zoo(name: str, dtype: torch.dtype) -> None:
-    """Also for a float32 model: the test itself is run in float64, on a copy."""
-    p = CASES[name].problem(dtype=dtype)
+def test_it_passes_on_the_zoo(name: str) -> None:
+    """Every other model in float32: the test itself is run in float64, on a copy."""
+    p = CASES[name].problem(dtype=torch.float32 if MODELS.index(name) % 2 else torch.float64)
     before = {**state.of_process(), **state.of_model(p.model)}
     report = diagnostics.verify(
         GradientConsistencyLoss(p.model, loss_fn=p.case.loss_fn, encoder=p.case.encoder), *p.views

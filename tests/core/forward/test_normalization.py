@@ -141,18 +141,19 @@ def test_dropout_on_draws_for_each_sample(engine: str) -> None:
 
 
 def test_dropout_on_agrees_in_distribution() -> None:
-    """Mean cosine over 150 draws of masks: the two engines within four standard errors of each other."""
+    """Mean cosine over 60 draws of masks: the engines within four standard errors of the loop."""
     p = CASES["dropout"].problem()
     means, errors = [], []
     for engine in ("loop", "vmap", "ghost"):
         gc = GradientConsistencyLoss(p.model, engine=engine, dropout="on")
         draws = [
-            float(gc.measure(*p.views, generator=torch.Generator().manual_seed(s)).cosine.nanmean()) for s in range(150)
+            float(gc.measure(*p.views, generator=torch.Generator().manual_seed(s)).cosine.nanmean()) for s in range(60)
         ]
         sample = torch.tensor(draws)
         means.append(float(sample.mean()))
         errors.append(float(sample.std()) / len(draws) ** 0.5)
-    assert abs(means[0] - means[1]) <= 4 * (errors[0] ** 2 + errors[1] ** 2) ** 0.5
+    for mean, error in zip(means[1:], errors[1:], strict=True):
+        assert abs(means[0] - mean) <= 4 * (errors[0] ** 2 + error**2) ** 0.5
     reference = float(p.judge().verdict().cosine.mean())
     assert abs(means[0] - reference) > 4 * errors[0], "and the masks matter"
 

@@ -65,58 +65,60 @@ def along(gradient: Tensor, direction: list[Tensor]) -> float:
     return float(gradient @ torch.cat([part.flatten() for part in direction]))
 
 
+#: (engine, fused, chunk_size): every engine in both forms, with chunks and without.
+WAYS = [
+    ("loop", True, 2), ("loop", False, None), ("vmap", True, None), ("vmap", False, 2),
+    ("ghost", True, 2), ("ghost", False, None), ("ghost", True, None), ("ghost", False, 2), ("auto", True, "auto"),
+]  # fmt: skip
+
+
 def check(
-    options: dict[str, Any],
+    ways: list[Any],
     *,
     weight: Tensor | None = None,
     kind: Any = GradientConsistencyLoss,
     model: nn.Module | None = None,
+    **plain: Any,
 ) -> None:
     model, pairs = network() if model is None else model, views()
-    plain = {name: value for name, value in options.items() if name not in ("engine", "fused", "chunk_size")}
 
     def value(moved: nn.Module) -> Tensor:
         return kind(moved, engine="loop", **plain)(*pairs, weight).detach()
 
-    term = kind(model, **options, through_statistics=True)
-    gradient = compare.gradient_of(term(*pairs, weight), model)
-    constant = compare.gradient_of(kind(model, **options)(*pairs, weight), model)
-    for direction in directions(model, 4):
-        truth = slope(model, value, direction)
-        assert along(gradient, direction) == pytest.approx(truth, rel=1e-7, abs=1e-9)
-        assert abs(along(constant, direction) - truth) > 1e-3 * abs(truth)  # so that this test can tell them apart
+    moves = directions(model, 3)
+    truths = [slope(model, value, direction) for direction in moves]
+    for engine, fused, chunk_size in ways:
+        options = {"engine": engine, "fused": fused, "chunk_size": chunk_size, **plain}
+        term = kind(model, **options, through_statistics=True)
+        gradient = compare.gradient_of(term(*pairs, weight), model)
+        constant = compare.gradient_of(kind(model, **options)(*pairs, weight), model)
+        for direction, truth in zip(moves, truths, strict=True):
+            assert along(gradient, direction) == pytest.approx(truth, rel=1e-7, abs=1e-9), options
+            assert abs(along(constant, direction) - truth) > 1e-3 * abs(truth)  # so that this test can tell them apart
 
 
-@ENGINES
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "graph"])
-@pytest.mark.parametrize("chunk_size", [2, None])
-def test_it_is_the_gradient_of_the_value(engine: str, fused: bool, chunk_size: int | None) -> None:
-    check({"engine": engine, "fused": fused, "chunk_size": chunk_size})
+def test_it_is_the_gradient_of_the_value() -> None:
+    check(WAYS)
 
 
-@ENGINES
-def test_with_weights(engine: str) -> None:
-    check({"engine": engine}, weight=torch.tensor([1.0, 0.0, 0.5, 2.0, 0.0, 1.0], dtype=torch.float64))
+def test_with_weights() -> None:
+    check(WAYS[::2], weight=torch.tensor([1.0, 0.0, 0.5, 2.0, 0.0, 1.0], dtype=torch.float64))
 
 
-@pytest.mark.parametrize("engine", ["loop", "ghost"])
-def test_with_the_encoder_alone(engine: str) -> None:
-    check({"engine": engine, "encoder": lambda name: not name.startswith("8.")})
+def test_with_the_encoder_alone() -> None:
+    check(WAYS[:1] + WAYS[4:6], encoder=lambda name: not name.startswith("8."))
 
 
-@pytest.mark.parametrize("engine", ["vmap", "ghost"])
-def test_with_a_projection(engine: str) -> None:
-    check({"engine": engine, "projection": RandomProjection(3, "kronecker", seed=1)})
+def test_with_a_projection() -> None:
+    check(WAYS[2:3] + WAYS[4:5], projection=RandomProjection(3, "kronecker", seed=1))
 
 
-@ENGINES
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "graph"])
-def test_statistics_that_depend_on_no_parameter(engine: str, fused: bool) -> None:
+def test_statistics_that_depend_on_no_parameter() -> None:
     """A BatchNorm of the inputs, and one behind frozen layers, beside one that moves."""
     torch.manual_seed(6)
     model = nn.Sequential(nn.BatchNorm2d(2), *network()).double()
     model[1].requires_grad_(False)
-    check({"engine": engine, "fused": fused}, model=model)
+    check(WAYS, model=model)
 
 
 @ENGINES
@@ -167,7 +169,7 @@ def test_verify_looks_at_it() -> None:
 
 
 def test_of_the_gradient_norm() -> None:
-    check({"engine": "ghost"}, kind=GradientNormPenalty)
+    check(WAYS[4:5], kind=GradientNormPenalty)
 
 
 @ENGINES

@@ -1,4 +1,4 @@
-"""Bad input: a named error with argument, finding and remedy.  The numbers are those of the plan's list of cases."""
+"""Bad input: a named error with argument, finding and remedy. More than the plan's list, which is test_bad_inputs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from gradconsist.errors import (
     UnsupportedModuleError,
 )
 from support import state
-from support.changes import poke, put
+from support.changes import put
 from support.zoo import CASES, Problem
 
 
@@ -65,35 +65,8 @@ class Bad:
 
 
 INPUTS = [
-    Bad("1 batch sizes differ", put(strong=lambda x: x[:3]), InputShapeError, "strong.*3|weak.*5"),
-    Bad(
-        "3 no pairs", put(weak=lambda x: x[:0], strong=lambda x: x[:0], target=lambda t: t[:0]), InputShapeError, "weak"
-    ),
-    Bad("4 a scalar", put(weak=torch.tensor(1.0)), InputShapeError, "weak"),
-    Bad("5 labels too few", put(target=lambda t: t[:4]), InputShapeError, "target"),
-    Bad("6 float labels", put(target=lambda t: t.double()), (InputTypeError, InputShapeError), "target"),
-    Bad("7 label = C", poke("target", 2, 3), InputValueError, "target.*3"),
-    Bad("8 negative label", poke("target", 2, -1), InputValueError, "target.*-1"),
-    Bad("9 soft labels do not sum to 1", put(target=lambda t: t * 2), InputValueError, "target", "mlp_soft_target"),
-    Bad("10 negative soft label", poke("target", (0, 0), -0.5), InputValueError, "target", "mlp_soft_target"),
-    Bad("11 integer images", put(weak=lambda x: x.to(torch.uint8)), (InputTypeError, GradConsistError), "weak"),
-    Bad("12 complex", put(weak=lambda x: x.to(torch.complex64)), InputTypeError, "weak.*complex"),
-    Bad("13 sparse", put(weak=lambda x: x.to_sparse()), InputTypeError, "weak.*sparse"),
-    Bad(
-        "14 quantised",
-        put(strong=lambda x: torch.quantize_per_tensor(x.float(), 0.1, 0, torch.quint8)),
-        InputTypeError,
-        "strong",
-    ),
-    Bad("15 a list of rows", put(weak=lambda x: [row for row in x]), GradConsistError, "weak|strong"),  # noqa: C416
-    Bad("16 not a tensor", put(weak=[1.0, 2.0]), InputTypeError, "weak"),
-    Bad("17 none", put(strong=None), InputTypeError, "strong"),
-    Bad("17 no target", put(target=None), InputTypeError, "target"),
-    Bad("18 nested", put(weak=lambda x: torch.nested.nested_tensor(list(x))), InputTypeError, "weak.*nested"),
-    Bad("19 nan in a view", poke("weak", (1, 0), float("nan")), NonFiniteError, "weak"),
-    Bad("20 inf in a view", poke("strong", (1, 0), float("inf")), NonFiniteError, "strong"),
-    Bad("21 nan in a label", poke("target", (0, 0), float("nan")), NonFiniteError, "target", "mlp_soft_target"),
-    Bad("23 negative weight", put(weight=-torch.ones(5)), InputValueError, "weight"),
+    Bad("not a tensor", put(weak=[1.0, 2.0]), InputTypeError, "weak"),
+    Bad("no target", put(target=None), InputTypeError, "target"),
     Bad("weight of another size", put(weight=torch.ones(4)), InputShapeError, "weight"),
     Bad("weight of two dimensions", put(weight=torch.ones(5, 1)), InputShapeError, "weight"),
     Bad("nan weight", put(weight=torch.full((5,), float("nan"))), NonFiniteError, "weight"),
@@ -105,7 +78,6 @@ INPUTS = [
     Bad("weight elsewhere", put(weight=torch.ones(5, device="meta")), DeviceError, "`weight` is on meta, the model"),
     Bad("weight is a list", put(weight=[1, 1, 1, 1, 1]), InputTypeError, "weight"),
     Bad("soft target of another width", put(target=torch.full((5, 4), 0.25).double()), InputShapeError, "target"),
-    Bad("27 meta tensors", put(weak=lambda x: x.to("meta"), strong=lambda x: x.to("meta")), DeviceError, "weak|meta"),
     Bad(
         "views of different structure", put(strong=lambda x: {"x": x}), (InputTypeError, InputShapeError), "strong|weak"
     ),
@@ -157,14 +129,12 @@ INPUTS = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:.*quantize_per_tensor:UserWarning", "ignore:.*nested tensors:UserWarning")
-@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
 @pytest.mark.parametrize("bad", INPUTS, ids=lambda bad: bad.name)
-def test_inputs(bad: Bad, engine: str) -> None:
+def test_inputs(bad: Bad) -> None:
     p = CASES[bad.problem].problem()
     arguments: dict[str, Any] = {"weak": p.weak, "strong": p.strong, "target": p.target}
     bad.change(arguments)
-    gc = GradientConsistencyLoss(p.model, engine=engine)
+    gc = GradientConsistencyLoss(p.model)
     before = {**state.of_process(), **state.of_model(p.model)}
     for call in (gc, gc.measure):
         with pytest.raises(bad.error, match=bad.match) as caught:
@@ -186,21 +156,6 @@ def test_49_a_tuple_that_holds_logits() -> None:
     gc((p.weak, True), (p.strong, True), p.target)
     with pytest.raises(LossContractError, match=r"output is a tuple \(tensor \[1, 3\], NoneType\), .*pass `loss_fn="):
         gc((p.weak, False), (p.strong, False), p.target)
-
-
-def test_22_nan_in_a_parameter() -> None:
-    p = CASES["mlp"].problem()
-    with torch.no_grad():
-        p.model[2].weight[0, 0] = float("nan")
-    with pytest.raises(NonFiniteError, match=r"2.weight"):
-        GradientConsistencyLoss(p.model)(*p.views)
-
-
-def test_24_all_weights_zero_is_valid() -> None:
-    p = CASES["mlp"].problem()
-    loss = GradientConsistencyLoss(p.model)(*p.views, torch.zeros(5))
-    assert loss.requires_grad
-    assert float(loss.detach()) == 0.0
 
 
 # -- the user's model fails -------------------------------------------------------------------------------------------
@@ -377,20 +332,10 @@ def test_other_exceptions_pass_unchanged(error: type[Exception]) -> None:
 # -- grad mode and selection -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "graph"])
-@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
-def test_28_under_no_grad(engine: str, fused: bool) -> None:
+def test_28_under_no_grad_in_the_ordinary_graph() -> None:
     p = CASES["mlp"].problem()
-    gc = GradientConsistencyLoss(p.model, engine=engine, fused=fused)
+    gc = GradientConsistencyLoss(p.model, fused=False)
     with torch.no_grad(), pytest.raises(GradModeError, match=r"no_grad.*measure"):
-        gc(*p.views)
-
-
-@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
-def test_29_under_inference_mode(engine: str) -> None:
-    p = CASES["mlp"].problem()
-    gc = GradientConsistencyLoss(p.model, engine=engine)
-    with torch.inference_mode(), pytest.raises(GradModeError, match="inference_mode"):
         gc(*p.views)
 
 
@@ -405,14 +350,6 @@ def test_29_tensors_made_under_inference_mode() -> None:
         assert "weak" in str(error)  # noqa: PT017
     else:
         assert abs(float(loss.detach()) - float(p.judge().verdict().loss)) <= 1e-7
-
-
-@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
-def test_30_everything_frozen(engine: str) -> None:
-    p = CASES["mlp"].problem()
-    p.model.requires_grad_(False)
-    with pytest.raises((ParameterSelectionError, GradModeError), match=r"requires_grad|frozen|trainable"):
-        GradientConsistencyLoss(p.model, engine=engine)(*p.views)
 
 
 def _frozen(*positions: int) -> Callable[[nn.Module], Any]:
@@ -477,11 +414,8 @@ def test_a_compared_parameter_that_no_sample_uses_is_fine() -> None:
 # -- the user's loss ---------------------------------------------------------------------------------------------------
 
 LOSSES: list[tuple[str, Callable[[Tensor, Tensor], Any], str]] = [
-    ("34 detached", lambda z, t: nn.functional.cross_entropy(z.detach(), t, reduction="none"), "loss_fn"),
-    ("35 a scalar", nn.functional.cross_entropy, "loss_fn.*reduction"),
-    ("36 wrong shape", lambda z, t: torch.log_softmax(z, 1), "loss_fn"),
-    ("36 not a tensor", lambda z, t: 1.0, "loss_fn"),
-    ("36 none", lambda z, t: None, "loss_fn"),
+    ("not a tensor", lambda z, t: 1.0, "loss_fn"),
+    ("none", lambda z, t: None, "loss_fn"),
 ]
 
 
@@ -530,20 +464,16 @@ def test_a_loss_that_fails(engine: str) -> None:
         GradientConsistencyLoss(_mlp(), loss_fn=loss_fn, engine=engine)(VECTORS, VECTORS.flip(0), CLASSES)
 
 
-@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
 @pytest.mark.parametrize(("loss_fn", "match"), [s[1:] for s in LOSSES], ids=[s[0] for s in LOSSES])
-def test_loss_functions(loss_fn: Callable[[Tensor, Tensor], Any], match: str, engine: str) -> None:
+def test_loss_functions(loss_fn: Callable[[Tensor, Tensor], Any], match: str) -> None:
     p = CASES["mlp"].problem()
-    gc = GradientConsistencyLoss(p.model, engine=engine, loss_fn=loss_fn)
+    gc = GradientConsistencyLoss(p.model, loss_fn=loss_fn)
     with pytest.raises(LossContractError, match=match):
         gc(*p.views)
 
 
-@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
-@pytest.mark.parametrize(
-    "output", [lambda z: {"scores": z}, lambda z: [z], lambda z: z[:, :, None], lambda z: 3], ids=range(4)
-)
-def test_49_outputs_without_logits(output: Callable[[Tensor], Any], engine: str) -> None:
+@pytest.mark.parametrize("output", [lambda z: [z], lambda z: z[:, :, None], lambda z: 3], ids=range(3))
+def test_49_outputs_without_logits(output: Callable[[Tensor], Any]) -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -554,7 +484,7 @@ def test_49_outputs_without_logits(output: Callable[[Tensor], Any], engine: str)
 
     p = CASES["mlp"].problem()
     with pytest.raises(LossContractError, match="logits"):
-        GradientConsistencyLoss(Model(), engine=engine)(*p.views)
+        GradientConsistencyLoss(Model())(*p.views)
 
 
 # -- modules that are refused ------------------------------------------------------------------------------------------
@@ -562,15 +492,6 @@ def test_49_outputs_without_logits(output: Callable[[Tensor], Any], engine: str)
 
 def _embedding(**options: Any) -> nn.Module:
     return nn.Sequential(nn.Embedding(7, 4, **options), nn.Flatten(), nn.Linear(16, 3)).double()
-
-
-class Bag(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.bag, self.head = nn.EmbeddingBag(7, 4, mode="sum"), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.bag(x))
 
 
 class Distances(nn.Module):
@@ -589,9 +510,6 @@ def _deformable(module: str = "torchvision.ops.deform_conv") -> nn.Module:
 TOKENS = CASES["tied_embedding"].inputs(torch.Generator().manual_seed(0))[:5]
 
 REFUSED: list[tuple[str, Callable[[], nn.Module], Any, str]] = [
-    ("44 DataParallel", lambda: nn.DataParallel(nn.Linear(5, 3)), "vector", "DataParallel"),
-    ("45 lazy", lambda: nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 3)), "vector", "(?i)lazy|uninitialized"),
-    ("47 EmbeddingBag", Bag, "tokens", "EmbeddingBag.*bag|bag.*EmbeddingBag"),
     (
         "47 cdist",
         lambda: nn.Sequential(nn.Linear(5, 6), nn.Unflatten(1, (3, 2)), Distances(), nn.Flatten(), nn.Linear(9, 3)),
@@ -610,7 +528,7 @@ REFUSED: list[tuple[str, Callable[[], nn.Module], Any, str]] = [
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch.compile imports it
-@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost", "auto"])
+@pytest.mark.parametrize("engine", ["loop", "auto"])
 @pytest.mark.parametrize(("build", "kind", "match"), [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED])
 def test_refused_modules(build: Callable[[], nn.Module], kind: str, match: str, engine: str) -> None:
     if "cdist" in match and torch.__version__ >= "2.14":
@@ -621,14 +539,6 @@ def test_refused_modules(build: Callable[[], nn.Module], kind: str, match: str, 
     x = x.to(dtype) if x.is_floating_point() else x
     with pytest.raises(UnsupportedModuleError, match=match):
         GradientConsistencyLoss(model, engine=engine)(x, x.flip(0), torch.arange(5) % 3)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_41_scripted_models_are_refused() -> None:
-    model = torch.jit.script(nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)))
-    x = torch.randn(5, 5)
-    with pytest.raises(UnsupportedModuleError, match=r"(?i)script"):
-        GradientConsistencyLoss(model)(x, x.flip(0), torch.arange(5) % 3)
 
 
 def test_a_frozen_deformable_convolution_is_taken() -> None:
@@ -651,18 +561,6 @@ def test_functions_of_torchvision_are_explained(name: str) -> None:
     refusal = explain(RuntimeError(f"double backwards on {name} not supported"))
     with pytest.raises(UnsupportedModuleError, match=f"torchvision without a second derivative: replace it .*{name}"):
         raise refusal
-
-
-def test_43_raw_ddp_is_refused(tmp_path: Any) -> None:
-    if not torch.distributed.is_available():
-        pytest.skip("this torch build has no torch.distributed")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model = nn.parallel.DistributedDataParallel(nn.Linear(5, 3))
-        with pytest.raises(UnsupportedModuleError, match=r"DDP\(|DistributedDataParallel.*GGCRWrapper"):
-            GradientConsistencyLoss(model)(torch.randn(5, 5), torch.randn(5, 5), torch.arange(5) % 3)
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 class Own(nn.Module):

@@ -76,8 +76,8 @@ def test_subsets_are_unbiased() -> None:
     p = CASES["mlp"].problem()
     exact = float(GradientNormPenalty(p.model)(*p.views).detach())
     penalty = GradientNormPenalty(p.model, max_pairs=4)
-    values = torch.tensor([float(penalty(*p.views).detach()) for _ in range(200)])
-    assert abs(float(values.mean()) - exact) <= 4 * float(values.std()) / 200**0.5
+    values = torch.tensor([float(penalty(*p.views).detach()) for _ in range(80)])
+    assert abs(float(values.mean()) - exact) <= 4 * float(values.std()) / 80**0.5
 
 
 def test_float16_autocast_neither_under_nor_overflows() -> None:

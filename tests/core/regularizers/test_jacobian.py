@@ -91,7 +91,7 @@ def test_the_exact_sum(build: Callable[[], nn.Module], training: bool) -> None:
 
 
 def test_projections_are_unbiased_in_value_and_gradient() -> None:
-    """Means of 1,000 draws lie within 4 standard errors of the exact sum; more projections have less variance."""
+    """Means of 400 draws lie within 4 standard errors of the exact sum; more projections have less variance."""
     model = mlp()
     x, weight = torch.randn(5, 4, dtype=torch.float64), torch.ones(5, dtype=torch.float64)
     loss, gradient = by_definition(model, x, weight)
@@ -105,7 +105,7 @@ def test_projections_are_unbiased_in_value_and_gradient() -> None:
             rows.append(torch.stack([found.detach(), compare.gradient_of(found, model) @ v]))
         return torch.stack(rows)
 
-    one, four = draws(1, 1000), draws(4, 250)
+    one, four = draws(1, 400), draws(4, 150)
     exact = torch.stack([loss, gradient @ v])
     for sample in (one, four):
         assert bool(((sample.mean(0) - exact).abs() <= 4 * sample.std(0) / len(sample) ** 0.5).all())
