@@ -1,170 +1,81 @@
-"""docs/does-it-help.md and docs/appendix/runs.md from the grids' tables and benchmarks/results/term_dynamics*.json.
-
-A grid is a file `help_*.json` with runs, as `examples/reproduce.py` writes it. A row of the verdict has at least
-`ENOUGH` paired seeds; the appendix has every row.
-"""
+"""docs/does-it-help.md and docs/appendix/runs.md: the verdict, and every row behind it."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
-import sys
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-from shared import APPENDIX, RESULTS, made, result_of
+from help_rows import (
+    ENOUGH,
+    GRIDS,
+    Result,
+    Row,
+    against_fixmatch,
+    difference,
+    digit_title,
+    digits,
+    ends,
+    fresh,
+    grids,
+    mean,
+    names,
+    rows,
+    title,
+    verdict_rows,
+)
+from shared import APPENDIX, made, result_of
 
-from trainer.claims import CLAIMS
 from trainer.runlog import shown
-from trainer.statistics import Difference, paired_difference, spread
 from trainer.tabletext import difference_text, spread_text
 
-Result = dict[str, Any]
-Ends = dict[str, dict[int, float]]
-
-ENOUGH = 5
-# Title, command (options behind the -- are the trainer's), and what the title does not say, of the grids known so far.
-GRIDS = {
-    "help_four": ("Four classes, BatchNorm", "python examples/reproduce.py --budget photos", ""),
-    "help_group_norm": (
-        "Four classes, GroupNorm",
-        "python examples/reproduce.py --table main lambda remedies --budget photos --output runs/group-norm"
-        " -- --arch wrn-10-1-gn",
-        "",
-    ),
-    "help_through_statistics": (
-        "Four classes, through BatchNorm's statistics",
-        "python examples/reproduce.py --table main lambda remedies --budget photos --output runs/through-statistics"
-        " -- --ggcr-through-statistics",
-        "The term's gradient is taken [through the"
-        " statistics](../guides/batchnorm-and-dropout.md#through-the-statistics).",
-    ),
-    "help_ten": (
-        "Ten classes, 250 labels",
-        "python examples/reproduce.py --table main time --budget photos --output runs/ten-classes -- --labels 250"
-        " --data-dir cifar10-jpeg --steps 4000 --threshold 0.8 --ggcr-warmup 400 --eval-every 400",
-        "Chosen on held-out training images, where FixMatch was at .406 and the labels alone at .394 (one seed).",
-    ),
-}
 _QUANTITIES = {
     "mask": "confident", "cosine_all": "GC", "strong_all": "norm, strong", "ratio": "L_g / rest",
     "against_u": "L_g, L_u", "step_gain": "gain / promise",
 }  # fmt: skip
-# Rows without the term.
-PLAIN_METHODS = ("supervised", "fixmatch", "flexmatch", "fixmatch-longer")
 
 
-def names() -> dict[str, str]:
-    """Variant of the grid to what the tables call it, in their order."""
-    found = {"supervised": "labels alone", "fixmatch": "FixMatch", "flexmatch": "FlexMatch",
-             "fixmatch-longer": "FixMatch, equal time", "ggcr": "FixMatch + term, λ = 0.1"}  # fmt: skip
-    for table, claim in CLAIMS.items():
-        for row, variant in claim.rows.items():
-            found.setdefault(variant, f"λ = {row}" if table == "lambda" else row.replace("lambda", "λ ="))
-    return found
-
-
-def grids() -> dict[str, Result]:
-    """Every grid there is, by the name of its file: those known first."""
-    found = {path.stem: result_of(path.stem) for path in sorted(RESULTS.glob("help_*.json"))}
-    order = [*(name for name in GRIDS if name in found), *(name for name in found if name not in GRIDS)]
-    return {name: found[name] for name in order if "runs" in found[name]}
-
-
-def title(name: str) -> str:
-    """What the pages call a grid."""
-    return GRIDS[name][0] if name in GRIDS else name.removeprefix("help_").replace("_", " ").capitalize()
-
-
-def ends(grid: Result) -> Ends:
-    """Variant, seed to the averaged model's last accuracy in per cent."""
-    found: Ends = {}
-    for run in grid["runs"]:
-        found.setdefault(run["variant"], {})[run["seed"]] = run["accuracies"][-1]
-    return found
-
-
-def fresh(result: Result) -> Ends:
-    """The same by BatchNorm's statistics taken from training images at the end.
-
-    Args:
-        result: Of benchmarks/evidence/reestimate_statistics.py, on a grid's cells.
-
-    Returns:
-        By variant, then by seed.
-    """
-    found: Ends = {}
-    for row in result["rows"]:
-        variant, seed = re.fullmatch(r"\w+-\d+-(.+)-seed(\d+)", row["run"]).groups()  # type: ignore[union-attr]
-        if row["weights"] == "averaged":
-            found.setdefault(variant, {})[int(seed)] = 100 * row["anew"]
-    return found
-
-
-def against_fixmatch(values: Ends, variant: str) -> Difference | None:
-    """Paired difference to FixMatch in points."""
-    return paired_difference(values.get(variant, {}), values.get("fixmatch", {}))
-
-
-def difference(values: Ends, variant: str) -> str:
-    """As text: `+0.3 [-1.2, +1.8] (5)`."""
-    found = against_fixmatch(values, variant)
-    return difference_text(dataclasses.asdict(found) if found else None)
-
-
-def mean(values: dict[int, float]) -> str:
-    """Mean accuracy, deviation and number of seeds: `57.1 ± 1.2 (5)`."""
-    return spread_text(dataclasses.asdict(spread(list(values.values()))))
-
-
-def rows(values: Ends, least: int = 1) -> list[str]:
-    """Variants of a grid with so many paired seeds, in the tables' order."""
-    order = [*names(), *(variant for variant in values if variant not in names())]
-    return [v for v in order if v in values and ((d := against_fixmatch(values, v)) is not None and d.n >= least)]
-
-
-def verdict_rows(found: dict[str, Result]) -> list[tuple[str, str, Ends]]:
-    """Title, variant and accuracies of each row of the verdict, FixMatch itself with them."""
-    every = [(title(name), ends(grid)) for name, grid in found.items()]
-    return [(of, variant, values) for of, values in every for variant in rows(values, ENOUGH)]
-
-
-def verdict_table(found: dict[str, Result]) -> str:
+def verdict_table(found: list[Row]) -> str:
     """Every setting with enough seeds."""
     lines = ["| | accuracy (seeds) | over FixMatch, 95 % |", "| --- | ---: | ---: |"]
     last = ""
-    for of, variant, values in verdict_rows(found):
-        alone = sum(of == other for other, _, _ in verdict_rows(found)) == 1
-        if alone:
-            continue  # FixMatch, and nothing to hold against it
-        if of != last:
-            lines.append(f"| **{of}** | | |")
-        last = of
-        cell = "" if variant == "fixmatch" else difference(values, variant).rpartition(" ")[0]
-        lines.append(f"| {names().get(variant, variant)} | {mean(values[variant])} | {cell} |")
+    for row in found:
+        if row.of != last:
+            lines.append(f"| **{row.of}** | | |")
+        last = row.of
+        gap = difference_text(dataclasses.asdict(row.gap)).rpartition(" ")[0] if row.gap else ""
+        lines.append(f"| {row.name} | {mean(row.accuracies)} | {gap} |")
     return "\n".join(lines)
 
 
-def _with_term(found: dict[str, Result]) -> list[tuple[str, str, Difference]]:
-    tried = [
-        (of, names().get(variant, variant), against_fixmatch(values, variant))
-        for of, variant, values in verdict_rows(found)
-        if variant not in PLAIN_METHODS
-    ]
-    return [(of, name, d) for of, name, d in tried if d is not None]
-
-
-def _headline(found: dict[str, Result]) -> str:
-    tried = _with_term(found)
-    gains = [f"{of}, {name}" for of, name, d in tried if d.low is not None and d.low > 0]
+def headline(found: list[Row]) -> str:
+    """The answer in a sentence, as the intervals have it."""
+    tried = [row for row in found if row.term and row.gap]
+    gains = [f"{row.of}, {row.name}" for row in tried if row.gap and row.gap.low is not None and row.gap.low > 0]
     if gains:
         return (
             f"**{len(gains)} of {len(tried)} settings with {ENOUGH} or more seeds show a gain in accuracy:"
             f" {'; '.join(gains)}.**"
         )
     return f"**No: none of the {len(tried)} settings with {ENOUGH} or more seeds shows a gain in accuracy.**"
+
+
+def search_text(searches: dict[str, Result]) -> str:
+    """What a search over settings tried; empty without one."""
+    search = searches.get("digits_search")
+    if search is None:
+        return ""
+    tried = [row for row in search["summary"] if row["stage"] == "search" and row["term"]]
+    best = [row for row in search["summary"] if row["stage"] == "confirm" and row["term"] and row["minus_base"]]
+    held = [row["name"] for row in best if row["minus_base"]["low"] is not None and row["minus_base"]["low"] > 0]
+    seeds = f"{min(row['n'] for row in tried)} seeds each"
+    fresh_seeds = min((row["n"] for row in best), default=0)
+    said = f"{len(held)} gained there: {'; '.join(held)}" if held else "none gained there"
+    return (
+        f"- **A search** over {len(tried)} settings on held-out digits, {seeds}; then the best {len(best)} on test"
+        f" images with {fresh_seeds} fresh seeds: {said}, over the same training without the term"
+        " ([all of them](appendix/runs.md)).\n"
+    )
 
 
 def _ratio(seconds: dict[tuple[str, int], float], variant: str, other: str) -> float:
@@ -175,7 +86,8 @@ def _ratio(seconds: dict[tuple[str, int], float], variant: str, other: str) -> f
 
 def help_page() -> str:
     """docs/does-it-help.md."""
-    found = grids()
+    found, searches = grids(), digits()
+    table = verdict_rows(found, searches)
     four = found["help_four"]
     values, by_fresh = ends(four), fresh(result_of("help_four_statistics"))
     at_01 = against_fixmatch(values, "ggcr")
@@ -199,22 +111,22 @@ def help_page() -> str:
     runs = sum(len(grid["runs"]) for grid in found.values())
     return f"""# Does it help?
 
-{_headline(found)}
+{headline(table)}
 
 - As the paper specifies it (λ = 0.1, BatchNorm), the term changes FixMatch by {difference(values, "ggcr")} points: an
   interval {holds}. With BatchNorm's statistics taken afresh at the end it is {difference(by_fresh, "ggcr")}.
 - That took {slower:.1f} times as long. FixMatch alone, trained for {longer:.0%} of that time, changes by
   {difference(values, "fixmatch-longer")}.
 - Without BatchNorm the term does what it says: GC rises, and no loss of accuracy shows.
-
+{search_text(searches)}
 ![Accuracy over FixMatch, in points](assets/help_verdict.png)
 
-{verdict_table(found)}
+{verdict_table(table)}
 
 Accuracy on test images in per cent, mean ± standard deviation (seeds); difference to FixMatch in points, paired by
 seed, with Student's 95 % interval. Rows with fewer than {ENOUGH} paired seeds are in
 [the appendix](appendix/runs.md). Written by `python docs/generators/make_pages.py` from
-`benchmarks/results/help_*.json`; each grid's command is in the appendix.
+`benchmarks/results/help_*.json` and `digits_*.json`; each grid's command is in the appendix.
 
 ## Why
 
@@ -268,7 +180,9 @@ To repeat it, with the images in `cifar10-jpeg-4`:
 def runs_page() -> str:
     """docs/appendix/runs.md: every row of every grid, and what the term sees and does over a run."""
     found = grids()
-    sections = "\n\n".join(_section(name, grid) for name, grid in found.items())
+    sections = "\n\n".join(
+        [*(_section(name, grid) for name, grid in found.items()), *(_digits(n, r) for n, r in digits().items())]
+    )
     dynamics = [result_of(f"term_dynamics{kind}") for kind in ("", "_through", "_group_norm")]
     return f"""{APPENDIX}# Every training run
 
@@ -319,6 +233,19 @@ Options: {_options(grid)}. The command:
 ```bash
 {command}
 ```{last}"""
+
+
+def _digits(name: str, result: Result) -> str:
+    """Both stages of a search: held-out images, then fresh seeds on test images."""
+    parts = []
+    for stage, about in (("search", "On held-out images"), ("confirm", "With fresh seeds, on test images")):
+        lines = ["| | accuracy | over the same without the term |", "| --- | ---: | ---: |"]
+        for row in sorted((row for row in result["summary"] if row["stage"] == stage), key=lambda row: -row["mean"]):
+            gap = difference_text(row["minus_base"]) if row["minus_base"] else ""
+            lines.append(f"| {row['name']} | {spread_text(row)} | {gap} |")
+        if len(lines) > 2:
+            parts.append(f"{about}:\n\n" + "\n".join(lines))
+    return f"## {digit_title(name)}\n\n" + "\n\n".join([*parts, made(result)])
 
 
 def _options(result: Result) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-from help_page import PLAIN_METHODS, against_fixmatch, grids, names, verdict_rows
+from help_rows import digits, grids, names, verdict_rows
 
 Row = dict[str, Any]
 
@@ -17,20 +17,15 @@ OURS, THEIRS, PLAIN = "#1b6ca8", "#c8803c", "#8a8a8a"
 
 def verdict(plt: Any) -> Any:
     """Paired differences to FixMatch with their intervals, a line per row of the verdict's table."""
-    shown = [row for row in verdict_rows(grids()) if row[1] != "fixmatch"]
+    shown = [row for row in verdict_rows(grids(), digits()) if row.gap]
     figure, ax = plt.subplots(figsize=(7.5, 0.36 * len(shown) + 1.1), layout="constrained")
-    for y, (_, variant, values) in enumerate(shown):
-        tint = PLAIN if variant in PLAIN_METHODS else OURS
-        each = [
-            values[variant][seed] - values["fixmatch"][seed] for seed in values[variant].keys() & values["fixmatch"]
-        ]
-        found = against_fixmatch(values, variant)
-        assert found is not None
-        ax.plot(each, [y] * len(each), ".", color=tint, alpha=0.3, markersize=4)
-        ax.plot(found.mean, y, "o", color=tint, markersize=6)
-        ax.plot([found.low, found.high], [y, y], "-", color=tint, linewidth=1.5)
+    for y, row in enumerate(shown):
+        tint = OURS if row.term else PLAIN
+        ax.plot(row.each, [y] * len(row.each), ".", color=tint, alpha=0.3, markersize=4)
+        ax.plot(row.gap.mean, y, "o", color=tint, markersize=6)
+        ax.plot([row.gap.low, row.gap.high], [y, y], "-", color=tint, linewidth=1.5)
     ax.axvline(0, color="#333333", linewidth=0.8)
-    labels = [f"{of}: {names().get(v, v)} ({len(values[v])})" for of, v, values in shown]
+    labels = [f"{row.of}: {row.name} ({row.gap.n})" for row in shown]
     ax.set_yticks(range(len(shown)), labels, fontsize=8)
     ax.set_ylim(len(shown) - 0.4, -0.6)
     ax.set_xlabel("points over FixMatch, paired by seed (number of seeds); line: 95 % interval", fontsize=8)

@@ -68,6 +68,7 @@ def command(result: dict[str, Any]) -> str:
     spaced = sorted((variant for variant in variants if " " in variant), key=len, reverse=True)
     if "--only" in arguments and spaced:
         arguments = re.sub("|".join(map(re.escape, spaced)), lambda found: f'"{found[0]}"', arguments)
+    arguments = re.sub(r"--pause-file \S+ ?", "", arguments)  # of the machine that ran it
     return " ".join(["python", PROGRAMS[program], arguments]).rstrip()
 
 
