@@ -84,13 +84,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def draw_confusion(confusion: list[list[int]], classes: Sequence[str], path: Path) -> None:
-    """Draw a confusion matrix: a row per true class, its shares as shades.
-
-    Args:
-        confusion: Images of class i that were taken for class j.
-        classes: Class names.
-        path: A picture, by its suffix.
-    """
+    """Draw a confusion matrix: a row per true class, its shares as shades."""
     from matplotlib.figure import Figure
 
     count = len(classes)

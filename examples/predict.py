@@ -28,11 +28,6 @@ if TYPE_CHECKING:
 class Classifier:
     """A trained model with the preprocessing that belongs to it.
 
-    Args:
-        model: In eval mode.
-        about: What the run says about it.
-        device: Where to compute.
-
     Attributes:
         classes: Class names, in the order of the probabilities.
         size: Height and width of the images that the model takes.
@@ -103,9 +98,6 @@ def load(run: Path | str, device: str = "cpu") -> Classifier:
     Args:
         run: Its directory, finished or not, its `model.safetensors`, or a checkpoint `step-N.pt` in it.
         device: Where to compute.
-
-    Returns:
-        The classifier.
     """
     from trainer.weights import load_model
 

@@ -39,9 +39,6 @@ def parser() -> Parser:
 def main(arguments: Sequence[str]) -> int:
     """Run the grid as far as it goes, then print and write the tables.
 
-    Args:
-        arguments: The command line without the program's name.
-
     Returns:
         The exit status: 0, 1 where a cell failed, 2 for a refused option, 128 + the signal that stopped it.
     """

@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from trainer.errors import OptionError
 from trainer.operations import GREY, OPERATIONS
 
 Pixels = NDArray[np.uint8]
@@ -27,16 +26,7 @@ _NAMES = list(OPERATIONS)
 
 
 def weak_view(images: Pixels, draws: Draws, *, flip: bool) -> Pixels:
-    """Mirror with probability 1/2, then crop after reflection padding by an eighth of the side (4 pixels of 32).
-
-    Args:
-        images: `[N, H, W, 3]`.
-        draws: `[N, 3]`: mirror, vertical shift, horizontal shift.
-        flip: Whether to mirror at all.
-
-    Returns:
-        `[N, H, W, 3]`.
-    """
+    """Mirror with probability 1/2, then crop after reflection padding by an eighth of the side (4 pixels of 32)."""
     number, height, width, _ = images.shape
     rows = _crop_index(height, draws[:, 1])
     columns = _crop_index(width, draws[:, 2])
@@ -55,22 +45,7 @@ def _crop_index(side: int, draw: NDArray[np.float64]) -> NDArray[np.int64]:
 
 
 def strong_view(images: Pixels, draws: Draws, policy: str, *, flip: bool) -> Pixels:
-    """A weak view with a strong policy on top.
-
-    Args:
-        images: `[N, H, W, 3]`.
-        draws: `[N, STRONG_DRAWS]`.
-        policy: A key of `POLICIES`.
-        flip: As for `weak_view`.
-
-    Returns:
-        `[N, H, W, 3]`.
-
-    Raises:
-        OptionError: Where the policy is unknown.
-    """
-    if policy not in POLICIES:
-        raise OptionError(f"--strong {policy!r} is unknown: choose from {', '.join(POLICIES)}.")
+    """A weak view with a strong policy on top."""
     views = weak_view(images, draws[:, :WEAK_DRAWS], flip=flip)
     return POLICIES[policy](views, draws[:, WEAK_DRAWS:])
 
@@ -81,9 +56,6 @@ def fixmatch_policy(images: Pixels, draws: Draws) -> Pixels:
     Args:
         images: `[N, H, W, 3]`.
         draws: `[N, 10]`: per operation which, whether, magnitude and sign; then the cutout's centre.
-
-    Returns:
-        `[N, H, W, 3]`.
     """
     out = np.empty_like(images)
     for n, row in enumerate(draws.tolist()):
@@ -107,15 +79,7 @@ def _cutout(image: Pixels, vertical: float, horizontal: float) -> None:
 
 
 def randaugment_policy(images: Pixels, draws: Draws) -> Pixels:
-    """Torchvision's `RandAugment(num_ops=2, magnitude=10)`, each image with a seed of its own.
-
-    Args:
-        images: `[N, H, W, 3]`.
-        draws: `[N, 10]`, of which the first seeds the image's operations.
-
-    Returns:
-        `[N, H, W, 3]`.
-    """
+    """Torchvision's `RandAugment(num_ops=2, magnitude=10)`, each image with a seed of its own."""
     from trainer.randaugment import randaugment  # here, for it imports torchvision, which a run may do without
 
     out = np.empty_like(images)

@@ -23,19 +23,7 @@ KEEP = 2
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Write a checkpoint, then forget all but the last two.
-
-    Args:
-        folder: The run's `checkpoints/`.
-        step: Steps done.
-        state: Tensors, numbers, strings, lists and dicts.
-
-    Returns:
-        The path of the `.pt` file.
-
-    Raises:
-        CheckpointError: Where the disk refuses; earlier checkpoints are untouched.
-    """
+    """Write a checkpoint, then forget all but the last two."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getvalue()
@@ -61,12 +49,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
 
 
 def forget_older(folder: Path, step: int) -> None:
-    """Remove what a kill between writing a checkpoint and forgetting an old one left: all but the last two.
-
-    Args:
-        folder: The run's `checkpoints/`.
-        step: Of the checkpoint that was loaded; later ones are left alone.
-    """
+    """Remove what a kill between writing a checkpoint and forgetting an old one left: all but the last two."""
     upto = [path for path in sorted(folder.glob("step-*.pt")) if path.name <= f"step-{step:08d}.pt"]
     for old in upto[:-KEEP]:
         old.with_suffix(".json").unlink(missing_ok=True)
@@ -74,18 +57,7 @@ def forget_older(folder: Path, step: int) -> None:
 
 
 def load_latest(folder: Path) -> dict[str, Any] | None:
-    """Load the newest checkpoint that is whole; say on stderr which newer ones are damaged.
-
-    Args:
-        folder: The run's `checkpoints/`; may be absent.
-
-    Returns:
-        The state on the CPU, or None where there is no checkpoint.
-
-    Raises:
-        CheckpointError: Where all checkpoints are damaged, or the newest whole one is of another format or holds more
-            than tensors and plain values.
-    """
+    """Load the newest checkpoint that is whole; say on stderr which newer ones are damaged."""
     records = sorted(folder.glob("step-*.json"), reverse=True)
     problems = []
     for record in records:
@@ -96,29 +68,13 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
             problems.append(f"{path}: {error}")
             print(f"warning: skipping a damaged checkpoint: {problems[-1]}", file=sys.stderr)
             continue
-        return _load(path, content)
+        return read_checkpoint(path, content)
     if problems:
         raise CheckpointError(
             f"no checkpoint of this run is whole ({'; '.join(problems)}): "
             f"restore one from a backup, or delete {folder} to start the run from its beginning."
         )
     return None
-
-
-def read_checkpoint(path: Path, content: bytes) -> dict[str, Any]:
-    """Read the bytes of a checkpoint of any run.
-
-    Args:
-        path: Where they are from, for messages.
-        content: The bytes.
-
-    Returns:
-        The state on the CPU.
-
-    Raises:
-        CheckpointError: Where they hold more than tensors and plain values, or no state.
-    """
-    return _load(path, content)
 
 
 def _verified(path: Path, record: Path) -> bytes:
@@ -136,7 +92,8 @@ def _verified(path: Path, record: Path) -> bytes:
     return content
 
 
-def _load(path: Path, content: bytes) -> dict[str, Any]:
+def read_checkpoint(path: Path, content: bytes) -> dict[str, Any]:
+    """The state in the bytes of a checkpoint; `path` is where they are from, and nothing but values is let through."""
     try:
         _check_archive(content)
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -177,14 +134,7 @@ def _check_sizes(value: Any, most: int) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files and the unrecorded checkpoint that a kill left behind.
-
-    Args:
-        folder: The run's `checkpoints/`; may be absent.
-
-    Raises:
-        CheckpointError: Where more than one checkpoint is without its record: these were lost, and not by a kill.
-    """
+    """Remove temporary files and the unrecorded checkpoint that a kill left behind."""
     unrecorded = [path for path in sorted(folder.glob("step-*.pt")) if not path.with_suffix(".json").exists()]
     if len(unrecorded) > 1:
         raise CheckpointError(

@@ -46,9 +46,6 @@ def parse_config(
         presets: Defaults by the name of the preset; the first of them holds where none is named.
         program: The program's name, for the usage line.
         description: What `--help` says first.
-
-    Returns:
-        The preset's defaults, overridden by those of the file `--config`, overridden by the options given.
     """
     try:
         return _parse(arguments, presets, program, description)

@@ -257,14 +257,7 @@ PRESETS: dict[Preset, dict[str, Any]] = {
 
 
 def preset_config(preset: Preset) -> Config:
-    """Defaults of a preset.
-
-    Args:
-        preset: A key of `PRESETS`.
-
-    Returns:
-        The record with `preset`'s defaults, unresolved.
-    """
+    """Defaults of a preset."""
     return dataclasses.replace(Config(), **{"preset": preset, **PRESETS[preset]})
 
 
@@ -284,18 +277,7 @@ _FIXMATCH_METHOD: dict[str, Any] = {"threshold": 0.7, "unlabeled_weight": 10.0}
 
 
 def resolve(config: Config, processes: int = 1) -> Config:
-    """Check the options and settle those that are None because they depend on others.
-
-    Args:
-        config: The options as given.
-        processes: W.
-
-    Returns:
-        The options that a run stores.
-
-    Raises:
-        OptionError: Naming the option, what was found and what to write instead.
-    """
+    """Check the options and settle those that are None because they depend on others."""
     check_options(config, processes)
     defaults = method_defaults(config.method, config.preset, config.steps)
     if config.feed == "stream" and defaults["strong"] == "fixmatch":
@@ -320,14 +302,7 @@ def resolve(config: Config, processes: int = 1) -> Config:
 
 
 def run_name(config: Config) -> str:
-    """Name a run after the options that one varies most.
-
-    Args:
-        config: Resolved options, except `output`.
-
-    Returns:
-        For example `cifar10-40-fixmatch+ggcr-wrn-28-2-seed0`.
-    """
+    """Name a run after the options that one varies most."""
     data = Path(config.data_dir).resolve().name if config.dataset == "folder" else config.dataset
     labeled = Path(config.label_file).stem if config.label_file else config.labels or config.label_fraction
     arch = config.arch.replace(":", "-").replace("/", "-")
@@ -335,14 +310,7 @@ def run_name(config: Config) -> str:
 
 
 def method_label(config: Config) -> str:
-    """Name of what is trained, as legends and tables print it.
-
-    Args:
-        config: Resolved options.
-
-    Returns:
-        For example `supervised`, `fixmatch`, `fixmatch+ggcr` or `fixmatch+gradient-norm+sam`.
-    """
+    """Name of what is trained, as legends and tables print it."""
     term = "ggcr" if config.ggcr_criterion == "cosine" else config.ggcr_criterion
     parts = [config.method]
     parts += [term] if config.ggcr_weight > 0 else []

@@ -23,12 +23,6 @@ def read_options(path: Path, kind: type[Any]) -> dict[str, Any]:
     Args:
         path: The file.
         kind: The record of the trainer's options, whose fields and types are the ones allowed.
-
-    Returns:
-        Values by option. From a run's `config.json` these are all of its options but `NOT_REPEATED`.
-
-    Raises:
-        OptionError: Where the file cannot be read, names an option that does not exist, or gives one a wrong value.
     """
     try:
         text = path.read_text(encoding="utf-8")

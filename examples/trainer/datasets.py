@@ -84,10 +84,6 @@ class Photographs:
     Names are kept in one array of bytes: a million Python strings in every loader worker would be copied there, because
     counting references writes to their memory.
 
-    Args:
-        root: The data set's folder.
-        files: The part's files.
-
     Attributes:
         y: Labels int64 `[N]`; `NO_LABEL` where there is none.
     """
@@ -152,19 +148,7 @@ DataSet = Images | PhotographFolder
 
 
 def load_images(config: Config, before: FileRecord | None = None) -> DataSet:
-    """Load or list the data set that the options name.
-
-    Args:
-        config: Resolved options.
-        before: What the run to be continued knows of its files.
-
-    Returns:
-        The data set.
-
-    Raises:
-        DatasetError: Where the data are missing, unreadable, or not laid out as they should be.
-        ResumeError: Where the files are not those of the run.
-    """
+    """Load or list the data set that the options name."""
     if config.dataset == "digits":
         return _digits()
     if config.dataset != "folder":

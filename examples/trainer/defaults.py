@@ -39,16 +39,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def method_defaults(method: str, preset: str, steps: int) -> dict[str, Any]:
-    """Values of the options that depend on the method.
-
-    Args:
-        method: `--method`; an unknown one has the preset's values only.
-        preset: `--preset`.
-        steps: `--steps`, of which ramps are a share.
-
-    Returns:
-        By option.
-    """
+    """Values of the options that depend on the method."""
     values = PRESETS[preset] | METHODS.get(method, {})
     if values["unlabeled_ramp"] == RAMP_SHARE:
         share = int(RAMP_SHARE * steps)

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -122,22 +123,7 @@ def evaluate(
     workers: int = 0,
     processes: Processes = ALONE,
 ) -> Scores:
-    """Classify images.
-
-    Args:
-        model: In eval mode; made equal to process 0's, whose BatchNorm statistics count.
-        images: This process's part of them.
-        to_model: Normalisation and device.
-        classes: Number of classes K.
-        workers: Loader processes.
-        processes: Among whom the images are shared.
-
-    Returns:
-        The scores over all processes.
-
-    Raises:
-        TrainerError: The processes did not see each image exactly once, or no image could be read.
-    """
+    """Classify images."""
     processes.copy_from_first(model.state_dict().values())
     batches = DataLoader(
         images,
@@ -173,19 +159,15 @@ def evaluate(
     return Scores(whole, top5_all / seen, loss_all / seen)
 
 
-def test_images(data: DataSet, processes: Processes, *, size: int, record: Path | None) -> Evaluated:
-    """The test images of a data set."""
-    if isinstance(data, Images):
+def images_of(data: DataSet, held_out: Tensor | None, processes: Processes, **options: Any) -> Evaluated:
+    """The test images of a data set, or training images by their indices as if they were."""
+    if held_out is not None:
+        lost = data.files.lost if data.files else frozenset[int]()
+        source = data.train_x if isinstance(data, Images) else data.train
+        return Evaluated(source, data.train_y, held_out, processes, lost=lost, **options)
+    if isinstance(data, Images):  # lost ones are not among them
         return Evaluated(data.test_x, data.test_y, processes=processes)
-    lost = data.files.lost_tests
-    return Evaluated(data.test, data.test_y, processes=processes, size=size, record=record, lost=lost)
-
-
-def training_images(data: DataSet, index: Tensor, processes: Processes, *, size: int, record: Path | None) -> Evaluated:
-    """Some training images, as test images."""
-    lost = data.files.lost if data.files else frozenset()
-    source = data.train_x if isinstance(data, Images) else data.train
-    return Evaluated(source, data.train_y, index, processes, size=size, record=record, lost=lost)
+    return Evaluated(data.test, data.test_y, processes=processes, lost=data.files.lost_tests, **options)
 
 
 @torch.no_grad()
@@ -202,9 +184,6 @@ def with_fresh_statistics(
         to_model: Normalisation and device.
         images: How many of them, the same ones each time.
         batch: Images at a time; the statistics are the mean over the batches, the variance of a batch unbiased.
-
-    Returns:
-        The copy, in eval mode.
     """
     fresh = copy.deepcopy(model).eval()
     for module in fresh.modules():
@@ -225,9 +204,6 @@ def summarize(accuracies: list[float], judged: Sequence[float] = ()) -> dict[str
     Args:
         accuracies: Accuracies in the order of evaluation, at least one.
         judged: Accuracies on held-out images at the same times; `best` is then that of the first highest of them.
-
-    Returns:
-        `last`, `median_last_20` and `best`.
     """
     chosen = judged if judged else accuracies
     return {

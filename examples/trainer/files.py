@@ -12,15 +12,7 @@ from typing import IO, Any
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file so that `path` never holds half of it: temporary file, fsync, rename, fsync of the folder.
-
-    Args:
-        path: The file; its folder must exist.
-        write: Called with the open temporary file.
-
-    Raises:
-        OSError: Where the disk refuses; `path` is then what it was, and no temporary file is left.
-    """
+    """Write a file so that `path` never holds half of it: temporary file, fsync, rename, fsync of the folder."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -52,18 +44,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Args:
-        path: The file.
-
-    Returns:
-        What it holds.
-
-    Raises:
-        OSError: Where it cannot be read.
-        ValueError: Where it is no regular file, no UTF-8 or no JSON.
-    """
+    """Read a JSON file."""
     regular_size(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -92,18 +73,7 @@ def finite(value: Any, above: float = -math.inf) -> float:
 
 
 def regular_size(path: Path) -> int:
-    """Size of a file in bytes.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Its size.
-
-    Raises:
-        OSError: Where it is absent.
-        ValueError: Where it is something that reading could wait for, or never end with: a pipe, a device.
-    """
+    """Size of a file in bytes."""
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
         raise ValueError("it is not a regular file")

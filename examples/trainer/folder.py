@@ -59,17 +59,7 @@ class Listing:
 
 
 def list_folder(root: Path) -> Listing:
-    """List a folder data set without opening an image.
-
-    Args:
-        root: Holds `train/`, and perhaps `test/` (or `val/`) and `unlabeled/`.
-
-    Returns:
-        The files.
-
-    Raises:
-        DatasetError: Wrong layout, class sets that differ, or a class without images.
-    """
+    """List a folder data set without opening an image."""
     layout = "expected --data-dir to hold train/CLASS/IMAGE, and perhaps test/CLASS/IMAGE (or val/) and unlabeled/IMAGE"
     if not root.is_dir():
         raise DatasetError(f"--data-dir {root} is not a directory: {layout}.")
@@ -187,12 +177,6 @@ def decode(root: Path, names: list[str], side: int | None, lost: dict[str, str])
         names: Paths below it.
         side: Side to resize (shorter side) and centre-crop to; None: all images must have one size.
         lost: Names that are left as zeros.
-
-    Returns:
-        uint8 `[N, H, W, 3]`; and number to reason of those that cannot be read.
-
-    Raises:
-        DatasetError: Where sizes differ, or none can be read.
     """
     images: np.ndarray | None = None
     sizes: dict[int, tuple[int, int]] = {}
@@ -238,9 +222,6 @@ def load_folder(root: Path, image_size: int | None) -> tuple[list[str], tuple[Te
     Returns:
         Class names in alphabetical order, then images uint8 `[N, H, W, 3]` and labels int64 `[N]` of the
         training part and of the test part.
-
-    Raises:
-        DatasetError: Wrong layout, class sets that differ, unreadable images, or sizes that differ.
     """
     listing = list_folder(root)
     pixels, bad = decode(root, listing.train.names + listing.test.names, image_size, {})

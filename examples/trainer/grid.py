@@ -187,11 +187,7 @@ class Grid:
         }
 
     def claim_grid(self) -> None:
-        """Write what this grid's folder is for, or compare with what is there.
-
-        Raises:
-            ResumeError: Where the folder holds another budget or protocol, naming what differs.
-        """
+        """Write what this grid's folder is for, or compare with what is there."""
         path = self.folder / "grid.json"
         now: dict[str, Any] = {"format": 1, "budget": self.budget, "protocol": self.protocol()}
         if not path.exists():
@@ -226,12 +222,6 @@ def build_grid(
         tables: Keys of `trainer.claims.CLAIMS`.
         seeds: Runs of each variant, with seeds 0, 1, ...; None for the budget's.
         trainer_options: Options of the trainer for every run, as on its command line; they win over the budget's.
-
-    Returns:
-        The grid; nothing is written.
-
-    Raises:
-        OptionError: An option is the grid's own, or the trainer refuses it.
     """
     chosen, given = BUDGETS[budget], {_name(word) for word in trainer_options if word.startswith("--")}
     if own := sorted(given & OWN):

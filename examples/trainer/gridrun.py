@@ -23,11 +23,7 @@ SAY_EVERY = 30.0
 
 
 class Times:
-    """Wall-clock seconds per step of each kind of cell, from the grid's own journal.
-
-    Args:
-        grid: The grid.
-    """
+    """Wall-clock seconds per step of each kind of cell, from the grid's own journal."""
 
     def __init__(self, grid: Grid) -> None:
         self.grid, self.path = grid, grid.folder / "journal.jsonl"
@@ -105,9 +101,6 @@ def run_grid(grid: Grid, minutes: float | None) -> tuple[str | None, list[Cell]]
     Args:
         grid: The grid.
         minutes: Stop after so long, with a checkpoint of the running cell; None for no limit.
-
-    Returns:
-        Why it stopped before the end, or None; and the cells that failed.
     """
     times = Times(grid)
     failed: list[Cell] = []

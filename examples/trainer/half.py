@@ -15,15 +15,7 @@ _LEAST_SCALE = 1.0
 
 
 def check_half_type(amp: str, device: torch.device) -> None:
-    """Refuse a device that cannot compute in the half type: torch may raise, or warn and go on in float32.
-
-    Args:
-        amp: `--amp`.
-        device: Where the run computes.
-
-    Raises:
-        OptionError: Naming the device and what to give instead.
-    """
+    """Refuse a device that cannot compute in the half type: torch may raise, or warn and go on in float32."""
     if amp == "off":
         return
     wanted, why = AMP_TYPES[amp], "torch goes on in float32"
@@ -42,17 +34,7 @@ def check_half_type(amp: str, device: torch.device) -> None:
 
 
 def update_scale(scaler: torch.amp.GradScaler) -> dict[str, Number]:
-    """Adapt the loss scale of fp16, and say what it was; an overflow halves it, and its step was skipped.
-
-    Args:
-        scaler: After its `step`.
-
-    Returns:
-        `loss_scale` and `skipped`; nothing where the scaler is not enabled.
-
-    Raises:
-        FloatingPointError: Where the gradient is not finite even without scaling.
-    """
+    """Adapt the loss scale of fp16, and say what it was; an overflow halves it, and its step was skipped."""
     if not scaler.is_enabled():
         return {}
     scale = scaler.get_scale()

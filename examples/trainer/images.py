@@ -36,15 +36,6 @@ def read_image(path: Path) -> Image.Image:
 
     Transparent pixels are shown on white. 16 bits are scaled to 8; other depths are refused, as their range is not
     known. Of several frames the first one counts.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The image.
-
-    Raises:
-        DatasetError: Naming the file and what is wrong with it.
     """
     try:
         regular_size(path)
@@ -55,17 +46,7 @@ def read_image(path: Path) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An opened image as `read_image` returns it.
-
-    Args:
-        image: Of any mode.
-
-    Returns:
-        It, upright, in RGB.
-
-    Raises:
-        ValueError: Where the range of its values is not known.
-    """
+    """An opened image as `read_image` returns it."""
     tags = getattr(image, "tag_v2", {})  # before loading, which may drop them
     bits, white_is_zero = int(tags.get(_BITS, (16,))[0]), tags.get(_PHOTOMETRIC) == 0
     if any(kind not in (1, 4) for kind in tags.get(_SAMPLE_FORMAT, (1,))):
@@ -119,15 +100,6 @@ def for_each(
     """Do something with each of many files, in parallel and with a bar.
 
     Threads: decoding leaves Python's lock, and a slow disk answers many at a time.
-
-    Args:
-        count: Number of files.
-        work: Takes a file's number; what it refuses with a `DatasetError` is collected.
-        verb: For the bar: "checked".
-        most_seconds: Stop early where all of them would take longer.
-
-    Returns:
-        Number to reason of the files that were refused, by number.
     """
     bad: dict[int, str] = {}
 
@@ -166,14 +138,7 @@ def for_each(
 
 
 def damaged(paths: dict[Any, str]) -> DatasetError:
-    """What to raise for files that cannot be read; all of them are listed on lines of their own before.
-
-    Args:
-        paths: Number to reason.
-
-    Returns:
-        The error, with the first of them.
-    """
+    """What to raise for files that cannot be read; all of them are listed on lines of their own before."""
     for reason in paths.values() if len(paths) > 1 else ():
         print(f"damaged: {reason}", file=sys.stderr)
     first = next(iter(paths.values()))

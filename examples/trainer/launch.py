@@ -44,15 +44,7 @@ def _count(text: str) -> int:
 
 
 def guarded(action: Callable[[], int], extra: str = "examples") -> int:
-    """Run a program, and turn whatever it raises into one line and an exit status.
-
-    Args:
-        action: The program; returns its exit status.
-        extra: The extra of this project that has the packages it needs.
-
-    Returns:
-        The exit status.
-    """
+    """Run a program, and turn whatever it raises into one line and an exit status."""
     for stream in (sys.stdout, sys.stderr):  # names in any script, on any terminal
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -78,16 +70,7 @@ def guarded(action: Callable[[], int], extra: str = "examples") -> int:
 
 
 def start(program: str, description: str, presets: str) -> int:
-    """Parse the command line and train.
-
-    Args:
-        program: The program's name.
-        description: What `--help` says first.
-        presets: Name of its presets in `trainer.config`.
-
-    Returns:
-        The exit status.
-    """
+    """Parse the command line and train."""
 
     def action() -> int:
         known = getattr(importlib.import_module("trainer.config"), presets)

@@ -53,14 +53,7 @@ class StepImages(NamedTuple):
 
 
 class Batches(Dataset[StepImages]):
-    """Maps a number to this process's images of that batch.
-
-    Args:
-        data: The data set.
-        split: Which images are labeled, and which are not trained on.
-        config: Resolved options.
-        processes: Which part to make.
-    """
+    """Maps a number to this process's images of that batch."""
 
     def __init__(self, data: DataSet, split: Split, config: Config, processes: Processes = ALONE) -> None:
         self.data, self.y, self.seed, self.labeled = data, data.train_y, config.seed, split.labeled
@@ -218,19 +211,7 @@ class _Caught(Dataset[StepImages | TrainerError]):
 def step_batches(
     dataset: Dataset[StepImages], first: int, last: int, *, workers: int, pin: bool, ahead: int = 4
 ) -> Iterator[StepImages]:
-    """Yield the images of the batches `first .. last - 1`, in order.
-
-    Args:
-        dataset: Builds a batch's images.
-        first: First batch.
-        last: One past the last.
-        workers: Processes that prepare batches ahead; 0 prepares them here.
-        pin: Whether to copy to page-locked memory (for CUDA).
-        ahead: Batches that each worker prepares ahead.
-
-    Yields:
-        The batches' images.
-    """
+    """Yield the images of the batches `first .. last - 1`, in order."""
     loader = DataLoader(
         _Caught(dataset),
         batch_size=None,
@@ -248,14 +229,7 @@ def step_batches(
 
 
 class ToModel:
-    """Move uint8 `[N, H, W, 3]` images to the device as normalised floats `[N, 3, H, W]`.
-
-    Args:
-        mean: Channel means, in units of 255.
-        deviation: Channel standard deviations.
-        device: Where the model is.
-        channels_last: Memory format of the result.
-    """
+    """Move uint8 `[N, H, W, 3]` images to the device as normalised floats `[N, 3, H, W]`."""
 
     def __init__(
         self, mean: list[float], deviation: list[float], device: torch.device, *, channels_last: bool = False

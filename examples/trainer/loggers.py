@@ -78,11 +78,7 @@ def _needed(module: str, option: str, package: str) -> Any:
 
 
 def write_csv(folder: Path) -> None:
-    """Write `metrics.csv`: a row per line of metrics.jsonl, a column per number.
-
-    Args:
-        folder: The run directory.
-    """
+    """Write `metrics.csv`: a row per line of metrics.jsonl, a column per number."""
     records = json_lines(folder / "metrics.jsonl")
     columns = list(dict.fromkeys(name for record in records for name in record))
     text = io.StringIO()

@@ -19,12 +19,7 @@ from trainer.option_checks import projection
 
 
 class Supervised(nn.Module):
-    """Loss of the labeled images alone, as FixMatch has it: the baseline that every table needs.
-
-    Args:
-        model: From images `[B, 3, H, W]` to logits `[B, K]`.
-        brier_weight: Of the squared error of the probabilities, beside the cross-entropy.
-    """
+    """Loss of the labeled images alone, as FixMatch has it: the baseline that every table needs."""
 
     def __init__(self, model: nn.Module, *, brier_weight: float = 0.0) -> None:
         super().__init__()
@@ -61,12 +56,6 @@ def check_method(config: Config) -> None:
     """Refuse a method that does not exist, and options that the method does not have.
 
     The supervised baseline alone ignores the options of unlabeled images, so that one command line serves both.
-
-    Args:
-        config: Resolved options.
-
-    Raises:
-        OptionError: Listing the methods that exist, or naming the option.
     """
     if config.method not in METHODS:
         raise OptionError(f"--method {config.method!r} is unknown: choose from {', '.join(sorted(METHODS))}.")
@@ -89,12 +78,6 @@ def build_method(model: nn.Module, config: Config, samples: int | None = None) -
         model: The network; its last linear layer is the classifier head, and all the rest the encoder.
         config: Resolved options.
         samples: Number of training images, for the methods that remember each of them.
-
-    Returns:
-        A module from an `SSLBatch` to a `StepOutput`; with both weights 0 it is the plain method itself.
-
-    Raises:
-        OptionError: Where the method or `--ggcr-encoder` names nothing.
     """
     check_method(config)
     known: dict[str, Any] = {"samples": samples, "classes": classifier_head(model)[1].out_features}
@@ -109,13 +92,7 @@ def build_method(model: nn.Module, config: Config, samples: int | None = None) -
 
 
 class WithJacobian(nn.Module):
-    """A method whose loss also has the Jacobian penalty of the labeled images.
-
-    Args:
-        method: From an `SSLBatch` to a `StepOutput`.
-        penalty: Of the same model.
-        weight: Its factor.
-    """
+    """A method whose loss also has the Jacobian penalty of the labeled images."""
 
     def __init__(self, method: nn.Module, penalty: JacobianPenalty, weight: float) -> None:
         super().__init__()

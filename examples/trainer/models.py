@@ -103,13 +103,6 @@ class WideResNet(nn.Module):
 
     Reference: Zagoruyko and Komodakis, "Wide Residual Networks" (2016), with leaky ReLU (slope 0.1).
 
-    Args:
-        depth: 6 n + 4 layers: 10, 16, 22, 28, ...
-        width: Factor on the 16, 32 and 64 channels of the three groups.
-        classes: Number of classes K.
-        channels: Channels of the images.
-        momentum: BatchNorm momentum, in torch's sense.
-
     Attributes:
         encoder: All but the head.
         head: The linear classifier.
@@ -139,12 +132,6 @@ def build_model(arch: str, classes: int, *, momentum: float | None = None, pretr
         classes: Number of classes K.
         momentum: BatchNorm momentum, in torch's sense; None leaves the network's own.
         pretrained: Start from the published weights, with a new head (torchvision and timm).
-
-    Returns:
-        The network on the CPU, in train mode.
-
-    Raises:
-        OptionError: There is no such network, or it is no classifier of so many classes.
     """
     if is_wide(arch):
         if pretrained:
@@ -228,19 +215,7 @@ def _of_the_user(module: str, function: str, classes: int) -> nn.Module:
 
 
 def build_network(config: Config, classes: int, processes: Processes = ALONE) -> nn.Module:
-    """Build the network with the normalisation that `--norm` asks for.
-
-    Args:
-        config: Resolved options.
-        classes: Number of classes K.
-        processes: Whose SyncBatchNorm.
-
-    Returns:
-        The network on the CPU, in train mode.
-
-    Raises:
-        OptionError: There is no such network, or its normalisation cannot be the one asked for.
-    """
+    """Build the network with the normalisation that `--norm` asks for."""
     pretrained = config.init_from == PRETRAINED
     model = build_model(config.arch, classes, momentum=config.bn_momentum, pretrained=pretrained)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -267,9 +242,6 @@ def check_forward(model: nn.Module, config: Config, classes: int, size: Sequence
         config: Resolved options.
         classes: Number of classes K.
         size: Height and width of the images.
-
-    Raises:
-        OptionError: It fails, returns something else than logits `[B, K]`, or cannot be copied or stored.
     """
     images, state = torch.zeros(2, 3, *size, device=next(model.parameters()).device), torch.get_rng_state()
     mode = "eval"
@@ -296,17 +268,7 @@ def check_forward(model: nn.Module, config: Config, classes: int, size: Sequence
 
 
 def classifier_head(model: nn.Module) -> tuple[str, nn.Linear]:
-    """Name and module of a network's last linear layer.
-
-    Args:
-        model: The network.
-
-    Returns:
-        For example `("fc", Linear(...))`.
-
-    Raises:
-        OptionError: Where it has no linear layer.
-    """
+    """Name and module of a network's last linear layer."""
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not layers:
         raise OptionError(f"--arch: {type(model).__name__} has no linear layer that could be its classifier head.")
@@ -360,12 +322,7 @@ def join_statistics(model: nn.Module) -> None:
 
 
 def with_group_norm(model: nn.Module, groups: Callable[[int], int]) -> None:
-    """Replace every BatchNorm, in place; scales and shifts start at 1 and 0 as theirs do.
-
-    Args:
-        model: The network.
-        groups: Number of a layer's channels to the number of their groups.
-    """
+    """Replace every BatchNorm, in place; scales and shifts start at 1 and 0 as theirs do."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.BatchNorm2d):

@@ -9,17 +9,15 @@ from typing import Any
 
 import torch
 
-from trainer.config import Config, method_label
-from trainer.datasets import DataSet, Images, load_images
+from trainer.config import Config
+from trainer.datasets import DataSet, load_images
 from trainer.errors import OtherProcessError, ResumeError
-from trainer.evaluation import shorter_side
 from trainer.file_record import FileRecord
 from trainer.loader import LEFT_OUT
 from trainer.processes import Processes
 from trainer.rundir import check_run, finished_line
 from trainer.runlog import append_line
 from trainer.split import Split, files_before
-from trainer.step import Trainer
 
 
 def is_finished(folder: Path, config: Config, processes: Processes) -> bool:
@@ -85,23 +83,3 @@ def record_left_out(folder: Path, data: DataSet) -> None:
         line = {"file": name, "reason": reason}
         if known.find(f'"file": "{name}"') < 0:
             append_line(path, line)
-
-
-def about(config: Config, data: DataSet, split: Split, trainer: Trainer) -> dict[str, Any]:
-    """What one must know to use the weights, whose names are the network's own."""
-    size = list(data.train_x.shape[1:3]) if isinstance(data, Images) else [int(config.image_size or 0)] * 2
-    return {
-        "format": 2,
-        "arch": config.arch,
-        "norm": config.norm,
-        "classes": data.classes,
-        "mean": trainer.to_model.mean,
-        "std": trainer.to_model.deviation,
-        "image_size": size,
-        "shorter_side": shorter_side(min(size), config.feed),
-        "dataset": data.name,
-        "method": method_label(config),
-        "labels": len(split.labeled),
-        "seed": config.seed,
-        "steps": trainer.step,
-    }

@@ -68,29 +68,9 @@ def _affine(image: Image.Image, coefficients: tuple[float, ...]) -> Image.Image:
     return image.transform(image.size, Image.Transform.AFFINE, coefficients, fillcolor=GREY)
 
 
-def _shear_x(image: Image.Image, magnitude: int, sign: int) -> Image.Image:
-    return _affine(image, (1, sign * 0.3 * _fraction(magnitude), 0, 0, 1, 0))
-
-
-def _shear_y(image: Image.Image, magnitude: int, sign: int) -> Image.Image:
-    return _affine(image, (1, 0, 0, sign * 0.3 * _fraction(magnitude), 1, 0))
-
-
 def translation(side: int, magnitude: int) -> int:
     """Pixels of a translation: `magnitude` of 32, in proportion on larger and smaller images."""
     return round(magnitude * side / 32)
-
-
-def _translate_x(image: Image.Image, magnitude: int, sign: int) -> Image.Image:
-    return _affine(image, (1, 0, sign * translation(image.width, magnitude), 0, 1, 0))
-
-
-def _translate_y(image: Image.Image, magnitude: int, sign: int) -> Image.Image:
-    return _affine(image, (1, 0, 0, 0, 1, sign * translation(image.height, magnitude)))
-
-
-def _rotate(image: Image.Image, magnitude: int, sign: int) -> Image.Image:
-    return image.rotate(sign * int(30 * _fraction(magnitude)), fillcolor=GREY)
 
 
 OPERATIONS: dict[str, Operation] = {
@@ -101,11 +81,11 @@ OPERATIONS: dict[str, Operation] = {
     "equalize": lambda image, magnitude, sign: equalize(image),
     "identity": lambda image, magnitude, sign: image,
     "posterize": lambda image, magnitude, sign: ImageOps.posterize(image, 4 - int(4 * _fraction(magnitude))),
-    "rotate": _rotate,
+    "rotate": lambda image, m, sign: image.rotate(sign * int(30 * _fraction(m)), fillcolor=GREY),
     "sharpness": _enhance(ImageEnhance.Sharpness),
-    "shear_x": _shear_x,
-    "shear_y": _shear_y,
+    "shear_x": lambda image, m, sign: _affine(image, (1, sign * 0.3 * _fraction(m), 0, 0, 1, 0)),
+    "shear_y": lambda image, m, sign: _affine(image, (1, 0, 0, sign * 0.3 * _fraction(m), 1, 0)),
     "solarize": lambda image, magnitude, sign: ImageOps.solarize(image, 256 - int(256 * _fraction(magnitude))),
-    "translate_x": _translate_x,
-    "translate_y": _translate_y,
+    "translate_x": lambda image, m, sign: _affine(image, (1, 0, sign * translation(image.width, m), 0, 1, 0)),
+    "translate_y": lambda image, m, sign: _affine(image, (1, 0, 0, 0, 1, sign * translation(image.height, m))),
 }

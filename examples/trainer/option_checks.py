@@ -21,17 +21,7 @@ def is_wide(name: str) -> bool:
 
 
 def parse_arch(name: str) -> tuple[int, int]:
-    """Read `wrn-DEPTH-WIDTH`, or `wrn-DEPTH-WIDTH-gn`.
-
-    Args:
-        name: For example `wrn-28-2`.
-
-    Returns:
-        Depth and width.
-
-    Raises:
-        OptionError: Where the name is of another form, or the depth is not 6 n + 4 with n >= 1.
-    """
+    """Read `wrn-DEPTH-WIDTH`, or `wrn-DEPTH-WIDTH-gn`."""
     match = re.fullmatch(rf"wrn-(\d+)-(\d+)({GROUP_NORM})?", name)
     if match is None:
         raise OptionError(f"--arch {name!r} is unknown: write wrn-DEPTH-WIDTH, for example wrn-28-2, or wrn-28-2-gn.")
@@ -45,17 +35,7 @@ def parse_arch(name: str) -> tuple[int, int]:
 
 
 def projection(config: Config) -> RandomProjection | None:
-    """The projection that `--ggcr-projection` names, its matrices drawn from `--seed` and anew in every step.
-
-    Args:
-        config: Options.
-
-    Returns:
-        It, or None.
-
-    Raises:
-        OptionError: The option is not of the form KIND:DIM, or there is no such projection.
-    """
+    """The projection that `--ggcr-projection` names, its matrices drawn from `--seed` and anew in every step."""
     if config.ggcr_projection is None:
         return None
     from gradconsist import RandomProjection  # here: it imports torch, which --help does without
@@ -70,15 +50,7 @@ def projection(config: Config) -> RandomProjection | None:
 
 
 def check_options(config: Config, processes: int) -> None:
-    """Refuse values that the trainer cannot honour.
-
-    Args:
-        config: The options as given.
-        processes: W.
-
-    Raises:
-        OptionError: Naming the option, what was found and what to write instead.
-    """
+    """Refuse values that the trainer cannot honour."""
 
     def positive(*names: str) -> None:
         for name in names:

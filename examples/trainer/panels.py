@@ -56,14 +56,7 @@ _ONE_SEED = "One seed each."
 
 
 def panels(groups: Sequence[Group]) -> list[Panel]:
-    """All pictures for which there are numbers.
-
-    Args:
-        groups: The groups of runs.
-
-    Returns:
-        The panels, in the order of reading.
-    """
+    """All pictures for which there are numbers."""
     drawn = [
         accuracy_panel(groups),
         Panel(

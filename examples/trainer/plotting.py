@@ -19,13 +19,7 @@ def draw_curves(runs: list[Run], path: Path, *, title: str | None = None) -> Non
 
 
 def draw_panel(panel: Panel, path: Path, *, title: str | None = None) -> None:
-    """Draw a panel of the report as a PNG.
-
-    Args:
-        panel: What to draw.
-        path: The file.
-        title: Instead of the panel's, which is then the name of the axis.
-    """
+    """Draw a panel of the report as a PNG."""
     # The object interface, not pyplot: no global state, no window, no backend to choose.
     from matplotlib.figure import Figure
 

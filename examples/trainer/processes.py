@@ -119,17 +119,7 @@ class Processes:
         return data.numpy().tobytes()
 
     def on_first(self, action: Callable[[], T]) -> T:
-        """Let process 0 do something that the others wait for.
-
-        Args:
-            action: Returns what JSON can hold.
-
-        Returns:
-            Its result, on every process.
-
-        Raises:
-            OtherProcessError: On the other processes, where `action` failed on process 0.
-        """
+        """Let process 0 do something that the others wait for."""
         if self.world == 1:
             return action()
         answer: dict[str, object] = {}
@@ -152,12 +142,6 @@ class Processes:
 
         Args:
             action: What to do. Where it communicates, it must not fail before it has.
-
-        Returns:
-            Its result on this process.
-
-        Raises:
-            OtherProcessError: Where it failed elsewhere. Of several that fail, the first one tells why.
         """
         error: Exception | None = None
         try:
@@ -180,17 +164,7 @@ ALONE = Processes(0, 1, 1, torch.device("cpu"))
 
 
 def join(device: str) -> Processes:
-    """Find out who this process is, and meet the others.
-
-    Args:
-        device: `--device`.
-
-    Returns:
-        This process.
-
-    Raises:
-        OptionError: The variables of torchrun are incomplete, or the device cannot be used.
-    """
+    """Find out who this process is, and meet the others."""
     world = dist.get_world_size() if dist.is_initialized() else _variable("WORLD_SIZE", 1, 1)
     if world == 1:
         return Processes(0, 1, 1, usable_device(device))

@@ -22,15 +22,7 @@ Operation = Callable[[Image.Image, float], Image.Image]
 
 
 def randaugment(image: Image.Image, generator: torch.Generator) -> Image.Image:
-    """Apply two random operations.
-
-    Args:
-        image: RGB.
-        generator: Draws which ones, and their signs, in torchvision's order.
-
-    Returns:
-        An image of the same size.
-    """
+    """Apply two random operations."""
     table = _table(*image.size)
     for _ in range(NUM_OPS):
         operation, level, signed = table[int(torch.randint(len(table), (1,), generator=generator))]

@@ -20,18 +20,7 @@ FORMAT = 1
 
 
 def check_run(config: Config, device: torch.device) -> bool:
-    """Look into the run directory, without writing: is it new, or the same run?
-
-    Args:
-        config: Resolved options.
-        device: Where the run computes.
-
-    Returns:
-        Whether it holds this run already.
-
-    Raises:
-        ResumeError: Where it holds a run with other options, or `--resume never` meets a used directory.
-    """
+    """Look into the run directory, without writing: is it new, or the same run?"""
     folder = Path(str(config.output))
     path = folder / "config.json"
     if not path.exists():
@@ -62,17 +51,7 @@ def check_run(config: Config, device: torch.device) -> bool:
 
 
 def finished_line(folder: Path) -> str:
-    """What to say of a finished run.
-
-    Args:
-        folder: The run directory.
-
-    Returns:
-        A sentence with its last accuracy, where it has one.
-
-    Raises:
-        ResumeError: Where `summary.json` cannot be read.
-    """
+    """What to say of a finished run."""
     try:
         last = read_json(folder / "summary.json")["last"]
         return f"{folder} is finished" + ("" if last is None else f": last accuracy {float(last):.4f}")
@@ -83,15 +62,7 @@ def finished_line(folder: Path) -> str:
 
 
 def create_run(config: Config, device: torch.device) -> None:
-    """Write the `config.json` of a new run.
-
-    Args:
-        config: Resolved options.
-        device: Where the run computes.
-
-    Raises:
-        OptionError: Where the folder cannot be written to.
-    """
+    """Write the `config.json` of a new run."""
     folder = Path(str(config.output))
     record = {
         "format": FORMAT,
@@ -122,18 +93,7 @@ def _compare_environment(before: dict[str, Any], now: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold the run directory, created where it is absent, for this process; the lock ends with it, however it ends.
-
-    Args:
-        folder: The run directory.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        OptionError: Where the folder cannot be written to.
-        ResumeError: Where another process holds it.
-    """
+    """Hold the run directory, created where it is absent, for this process; the lock ends with it, however it ends."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "w")  # noqa: SIM115 - closed below, after the run
@@ -156,15 +116,7 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 def check_same_run(stored: dict[str, Any], config: Config) -> None:
-    """Refuse to continue a run with options that would make it another run.
-
-    Args:
-        stored: The options in the run directory's `config.json`.
-        config: The resolved options of this call.
-
-    Raises:
-        ResumeError: Naming every option that differs, with both values.
-    """
+    """Refuse to continue a run with options that would make it another run."""
     wanted = dataclasses.asdict(config)
     keys = sorted((stored.keys() | wanted.keys()) - HARMLESS)
     missing = "(absent)"

@@ -87,9 +87,6 @@ class MetricsFile:
         path: The file.
         keep: Bytes that belong to the checkpoint being resumed; what a killed process wrote after it is cut off.
         sha256: Of these bytes, where the checkpoint knows it.
-
-    Raises:
-        CheckpointError: Where the file is shorter than the checkpoint says, or its bytes are others.
     """
 
     def __init__(self, path: Path, keep: int, sha256: str | None = None) -> None:
@@ -134,17 +131,7 @@ class MetricsFile:
 
 
 def books(state: dict[str, Any] | None) -> tuple[float, int, str | None]:
-    """What a checkpoint says of the run's log.
-
-    Args:
-        state: The checkpoint, or None for a new run.
-
-    Returns:
-        Seconds of training so far; bytes of metrics.jsonl, and their SHA-256.
-
-    Raises:
-        CheckpointError: Where the checkpoint does not say it.
-    """
+    """What a checkpoint says of the run's log."""
     if state is None:
         return 0.0, 0, None
     seconds, size, digest = (state.get(key) for key in ("seconds", "metrics_bytes", "metrics_sha256"))
@@ -163,14 +150,7 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
 
 
 class Progress:
-    """A bar with the remaining time on a terminal, a plain line now and then elsewhere.
-
-    Args:
-        kind: `auto`, `bar`, `lines` or `none`.
-        done: Steps done before.
-        total: Steps in all.
-        every: Seconds between plain lines.
-    """
+    """A bar with the remaining time on a terminal, a plain line now and then elsewhere."""
 
     def __init__(self, kind: str, done: int, total: int, *, every: float = 30.0) -> None:
         if kind == "auto":

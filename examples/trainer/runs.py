@@ -170,9 +170,6 @@ def _deciding(run: Run) -> dict[str, Any]:
 def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
     """What tells runs apart, without their seeds.
 
-    Args:
-        runs: The runs.
-
     Returns:
         Option to its text for each run: the same text where, and only where, the value is the same. Files are named,
         with digits of their SHA-256 only where their paths are the same.
@@ -202,17 +199,7 @@ def _text(run: Run, name: str, value: Any, form: int) -> str:
 
 
 def group_runs(runs: list[Run]) -> list[Group]:
-    """Put runs that differ in their seed alone together.
-
-    Args:
-        runs: At least one.
-
-    Returns:
-        The groups, in the order of their first runs.
-
-    Raises:
-        DatasetError: Where two runs have the same options, data and seed: they would count twice.
-    """
+    """Put runs that differ in their seed alone together."""
     members: dict[str, dict[int, Run]] = {}
     for run in runs:
         same = members.setdefault(json.dumps(_deciding(run), sort_keys=True), {})

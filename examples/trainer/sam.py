@@ -19,14 +19,6 @@ def same_step_twice(method: nn.Module, sam: SAM, gradient: Callable[[], StepOutp
     Both passes start from the same state of the method (step counters, memories, generators, BatchNorm's running
     statistics) and the same random numbers, so that the second differs by the weights alone. What the method
     remembers afterwards is from the first pass, at the weights that the step starts from.
-
-    Args:
-        method: What `gradient` calls.
-        sam: Of its parameters.
-        gradient: Computes the loss and its gradient, afresh.
-
-    Returns:
-        What the first pass returned.
     """
     before = _state(method)
     out = gradient()

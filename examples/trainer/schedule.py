@@ -9,15 +9,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 
 def cosine_factor(step: int, steps: int) -> float:
-    """`cos(7 pi k / 16 K)`: 1 at the start, 0.195 at the end, never 0.
-
-    Args:
-        step: k, the step about to be taken, from 0.
-        steps: K, the length of the run.
-
-    Returns:
-        The factor on the initial learning rate.
-    """
+    """`cos(7 pi k / 16 K)`: 1 at the start, 0.195 at the end, never 0."""
     return math.cos(7 * math.pi * step / (16 * steps))
 
 
@@ -30,9 +22,6 @@ def set_learning_rate(optimizer: Optimizer, lr: float, step: int, steps: int, wa
         step: k, the step about to be taken, from 0.
         steps: The length of the run.
         warmup: W; the factor is `(k + 1) / W` in the first W steps, and the cosine of the steps after them.
-
-    Returns:
-        The rate.
     """
     value = lr * ((step + 1) / warmup if step < warmup else cosine_factor(step - warmup, steps - warmup))
     for group in optimizer.param_groups:
@@ -44,15 +33,6 @@ def build_optimizer(model: nn.Module, *, lr: float, weight_decay: float, adamw: 
     """SGD with Nesterov momentum 0.9, or AdamW, with weight decay on kernels only.
 
     A kernel is a parameter of two or more dimensions: names would miss the BatchNorm of a shortcut.
-
-    Args:
-        model: The model.
-        lr: Initial learning rate.
-        weight_decay: Decay of the kernels.
-        adamw: Whether to take AdamW.
-
-    Returns:
-        The optimizer, with two parameter groups.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     kernels = [parameter for parameter in trained if parameter.ndim > 1]

@@ -42,19 +42,7 @@ class Split:
 
 
 def choose_labeled(data: DataSet, config: Config) -> Split:
-    """The labeled images that the options ask for.
-
-    Args:
-        data: The data set.
-        config: Resolved options.
-
-    Returns:
-        The split.
-
-    Raises:
-        OptionError: Fewer labels than classes, or more than there are images.
-        DatasetError: The list of names cannot be read, or names what is not there.
-    """
+    """The labeled images that the options ask for."""
     if config.label_file is not None:
         labeled = read_list(Path(config.label_file), data)
     elif config.labels == "all":
@@ -68,19 +56,7 @@ def choose_labeled(data: DataSet, config: Config) -> Split:
 
 
 def draw_split(data: DataSet, labels: int, seed: int) -> Split:
-    """Choose the same number of labeled images from each class.
-
-    Args:
-        data: The data set.
-        labels: Labeled images in all.
-        seed: The run's seed.
-
-    Returns:
-        The split.
-
-    Raises:
-        OptionError: Where `labels` is not divisible by the number of classes, or a class is too small.
-    """
+    """Choose the same number of labeled images from each class."""
     count = len(data.classes)
     if labels % count or labels < count:
         lower = max(labels // count, 1) * count
@@ -103,16 +79,7 @@ def _class_sizes(data: DataSet) -> Tensor:
 
 
 def draw_labeled(data: DataSet, per_class: Sequence[int], seed: int) -> Tensor:
-    """Choose images of each class at random.
-
-    Args:
-        data: The data set.
-        per_class: How many of each class.
-        seed: The run's seed.
-
-    Returns:
-        Indices into the training images.
-    """
+    """Choose images of each class at random."""
     chosen = []
     for number, wanted in enumerate(per_class):
         members = torch.nonzero(data.train_y == number).flatten()
@@ -158,9 +125,6 @@ def read_list(path: Path, data: DataSet) -> Tensor:
             ends like this; or the number of a training image, where the data set has no files. Empty lines do not
             count.
         data: The data set.
-
-    Returns:
-        Their indices.
 
     Raises:
         DatasetError: The file cannot be read, names an image twice, or one that is not there or not the only one of
@@ -215,19 +179,7 @@ def _ends_alike(parts: tuple[str, ...], given: tuple[str, ...]) -> bool:
 
 
 def store_or_check(path: Path, split: Split, data: DataSet) -> tuple[list[float], list[float]]:
-    """Write `split.json`, or compare the whole of it with what is trained on now.
-
-    Args:
-        path: The file.
-        split: This call's split.
-        data: The data set.
-
-    Returns:
-        Mean and deviation of the channels, as the run began with them.
-
-    Raises:
-        ResumeError: Where the stored split or the data differ, or the file is damaged or lost.
-    """
+    """Write `split.json`, or compare the whole of it with what is trained on now."""
     if not path.exists():
         if any(path.parent.glob("checkpoints/*.pt")):  # it is written before the first of them
             raise ResumeError(f"{path} is missing from a run with checkpoints: restore it, or give another --output.")
@@ -286,17 +238,7 @@ def split_record(split: Split, data: DataSet) -> dict[str, Any]:
 
 
 def files_before(folder: Path) -> FileRecord | None:
-    """What a run directory says of the files of its run.
-
-    Args:
-        folder: The run directory.
-
-    Returns:
-        Names and fingerprints; None for a new run, or one that is not of files.
-
-    Raises:
-        ResumeError: Where it cannot be read.
-    """
+    """What a run directory says of the files of its run."""
     if not (folder / "split.json").exists():
         return None
     stored = _stored(folder / "split.json")

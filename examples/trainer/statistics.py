@@ -48,14 +48,7 @@ class Difference:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Summarise numbers.
-
-    Args:
-        values: At least one.
-
-    Returns:
-        Their number, mean and standard deviation.
-    """
+    """Summarise numbers."""
     n = len(values)
     mean = math.fsum(values) / n
     return Spread(n, mean, math.sqrt(math.fsum((x - mean) ** 2 for x in values) / (n - 1)) if n > 1 else None)
@@ -66,13 +59,6 @@ def paired_difference(values: Mapping[int, float], reference: Mapping[int, float
 
     With d the n differences, the interval is mean(d) +- t(n - 1) * sd(d) / sqrt(n), t the two-sided quantile of
     Student's distribution: right for normal differences, and wide for few seeds, as it must be.
-
-    Args:
-        values: Seed to number.
-        reference: Seed to number.
-
-    Returns:
-        The difference over the seeds that both have, or None where there is none.
     """
     common = sorted(values.keys() & reference.keys())
     if not common:

@@ -37,13 +37,6 @@ class Trainer:
     With several processes, DDP is around the whole step, so that the gradients that are compared stay on their process
     and the gradient of the loss is the mean over the processes: that of one process with the joined batch.
 
-    Args:
-        config: Resolved options.
-        model: The network, from weights that are the same everywhere.
-        to_model: Normalisation and device.
-        samples: Number of training images.
-        processes: This process among all.
-
     Attributes:
         step: Steps done.
         meter: Means for the log, over all processes.
@@ -88,20 +81,7 @@ class Trainer:
         cls, config: Config, classes: int, to_model: ToModel, samples: int, start: dict[str, Tensor] | None = None, *,
         processes: Processes = ALONE, size: Sequence[int] | None = None,
     ) -> Trainer:  # fmt: skip
-        """A trainer with the network that the options name, from the weights that `--seed` draws.
-
-        Args:
-            config: Resolved options.
-            classes: Number of classes K.
-            to_model: Normalisation and device.
-            samples: Number of training images.
-            start: Weights to start from instead, as `--init-part` says.
-            processes: This process among all.
-            size: Height and width of the images, for a first try.
-
-        Returns:
-            The trainer.
-        """
+        """A trainer with the network that the options name, from the weights that `--seed` draws."""
         torch.manual_seed(config.seed)
 
         def build() -> nn.Module:
@@ -119,9 +99,6 @@ class Trainer:
 
     def train_step(self, images: Callable[[], StepImages]) -> None:
         """Take one step, on all processes or on none.
-
-        Args:
-            images: Fetches this process's images of the next batch.
 
         Raises:
             NonFiniteLossError: Where the loss or its gradient is NaN or infinite; nothing is updated then.
@@ -250,14 +227,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned.
-
-        Args:
-            state: From a verified checkpoint.
-
-        Raises:
-            CheckpointError: Where it does not fit this run.
-        """
+        """Restore what `state_dict` returned."""
         try:
             self.method.load_state_dict(state["method"])
             self.average.load_state_dict(state["average"])

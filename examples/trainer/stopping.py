@@ -14,9 +14,6 @@ from trainer.config import Config
 class StopRequest:
     """Turns SIGINT and SIGTERM into a question that the loop asks after each step; a second signal kills.
 
-    Args:
-        config: Its `stop_after_steps` and `stop_after_minutes` are budgets of this call.
-
     Attributes:
         exit_code: 0, or 128 + the signal's number.
     """

@@ -26,17 +26,7 @@ class Stream(IntEnum):
 
 
 def raw(seed: int, stream: Stream, position: int, count: int) -> NDArray[np.uint64]:
-    """`count` raw 64-bit draws at `position` of a stream.
-
-    Args:
-        seed: The run's seed, 0 or more.
-        stream: The purpose.
-        position: Epoch or step, 0 or more.
-        count: How many.
-
-    Returns:
-        Unsigned integers `[count]`.
-    """
+    """`count` raw 64-bit draws at `position` of a stream."""
     # The lowest counter word advances with each draw; position sits above it, so positions never overlap.
     source = np.random.Philox(key=[seed, int(stream)], counter=[0, position, 0, 0])
     return source.random_raw(count)
@@ -57,11 +47,6 @@ class EndlessOrder:
     """The indices of an endless pass over `count` items, reshuffled every epoch, addressed by draw number.
 
     Batches cross the end of an epoch, so 40 items serve batches of 64.
-
-    Args:
-        seed: The run's seed.
-        stream: The stream that shuffles.
-        count: Number of items.
     """
 
     def __init__(self, seed: int, stream: Stream, count: int) -> None:
@@ -69,15 +54,7 @@ class EndlessOrder:
         self._cached: dict[int, NDArray[np.int64]] = {}
 
     def draws(self, start: int, number: int) -> NDArray[np.int64]:
-        """Items of the draws `start .. start + number - 1`.
-
-        Args:
-            start: First draw number.
-            number: How many.
-
-        Returns:
-            Indices `[number]` in `range(count)`.
-        """
+        """Items of the draws `start .. start + number - 1`."""
         positions = np.arange(start, start + number)
         epochs = positions // self.count
         # Only the epochs of this batch stay cached: the memory is bounded, and a resumed run recomputes them.

@@ -14,14 +14,7 @@ COLOURS = 8
 
 
 def svg(panel: Panel) -> str:
-    """Draw a panel.
-
-    Args:
-        panel: With at least one series of at least one point.
-
-    Returns:
-        An `svg` element; colours are the classes `c0` to `c7`, again with dashes for the next eight groups.
-    """
+    """Draw a panel."""
     heights = [value for series in panel.series for edge in (series.middle, *(series.band or ())) for value in edge]
     last = max(series.steps[-1] for series in panel.series)
     x_marks = [mark for mark in ticks(0, last) if mark <= last]

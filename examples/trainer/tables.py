@@ -18,15 +18,7 @@ Runs = dict[tuple[str, str], dict[int, Run]]
 
 
 def measure(grid: Grid, metric: str) -> dict[str, Any]:
-    """Compute the grid's tables from its finished cells; accuracies are in per cent, differences in points.
-
-    Args:
-        grid: The grid.
-        metric: One of `trainer.runs.FINAL`.
-
-    Returns:
-        A record of JSON types.
-    """
+    """Compute the grid's tables from its finished cells; accuracies are in per cent, differences in points."""
     runs: Runs = {}
     for cell in grid.cells:
         if cell.is_finished():

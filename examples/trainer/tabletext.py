@@ -22,15 +22,7 @@ def _wrapped(lines: str) -> str:
 
 
 def markdown(result: dict[str, Any], *, level: int = 2) -> str:
-    """The tables in Markdown.
-
-    Args:
-        result: From `measure`, or its JSON file.
-        level: Of the tables' headings.
-
-    Returns:
-        The text, with an end of line.
-    """
+    """The tables in Markdown."""
     parts = [_head(result)]
     for table in result["tables"].values():
         cells = _cells(table)
@@ -120,15 +112,7 @@ def _curve_cells(table: dict[str, Any]) -> list[list[str]]:
 
 
 def spread_text(numbers: dict[str, Any] | None, *, digits: int = 1) -> str:
-    """Mean, deviation and number: `57.1 ± 1.2 (5)`; a dash for None.
-
-    Args:
-        numbers: A `Spread` as a dictionary.
-        digits: Behind the point.
-
-    Returns:
-        The text.
-    """
+    """Mean, deviation and number: `57.1 ± 1.2 (5)`; a dash for None."""
     if numbers is None:
         return "-"
     deviation = "" if numbers["sd"] is None else f" ± {numbers['sd']:.{digits}f}"
@@ -136,15 +120,7 @@ def spread_text(numbers: dict[str, Any] | None, *, digits: int = 1) -> str:
 
 
 def difference_text(numbers: dict[str, Any] | None, *, digits: int = 1) -> str:
-    """Mean difference, interval and number: `+0.3 [-1.2, +1.8] (5)`; a dash for None.
-
-    Args:
-        numbers: A `Difference` as a dictionary.
-        digits: Behind the point.
-
-    Returns:
-        The text.
-    """
+    """Mean difference, interval and number: `+0.3 [-1.2, +1.8] (5)`; a dash for None."""
     if numbers is None:
         return "-"
     interval = ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import os
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trainer import methods
 from trainer.checkpoint import forget_older, load_latest, remove_leftovers, save_checkpoint
@@ -20,16 +21,15 @@ from trainer.errors import TrainerError
 from trainer.evaluation import (
     PROTOCOL,
     evaluate,
+    images_of,
     summarize,
-    test_images,
-    training_images,
     with_fresh_statistics,
 )
-from trainer.files import write_json
+from trainer.files import read_json, write_json
 from trainer.launch import guarded
 from trainer.loader import LEFT_OUT, StepImages, ToModel, batches_of, spare_cores, step_batches, worker_count
 from trainer.loggers import Loggers, write_csv
-from trainer.opening import about, check_same_files, is_finished, load, record_left_out
+from trainer.opening import check_same_files, is_finished, load, record_left_out
 from trainer.plotting import draw_curves
 from trainer.processes import is_of_processes, join, leave
 from trainer.rundir import check_run, create_run, exclusive
@@ -39,18 +39,11 @@ from trainer.split import Split, choose_labeled, store_or_check
 from trainer.step import Trainer
 from trainer.stopping import StopRequest
 from trainer.waiting import LoaderWatch
-from trainer.weights import export_weights, read_start
+from trainer.weights import describe, export_weights, read_start
 
 
 def run(config: Config) -> int:
-    """Train as the options say, continuing what the run directory holds.
-
-    Args:
-        config: The options, as given.
-
-    Returns:
-        The process's exit status: 0, or 128 + the signal that stopped it.
-    """
+    """Train as the options say, continuing what the run directory holds."""
     processes = join(config.device)
     config = resolve(config, processes.world)
     methods.check_method(config)
@@ -134,16 +127,13 @@ class _Execution:
 
     def _prepare_evaluations(self) -> None:
         """What is evaluated, by its name in the log: test images, held-out ones, both or none."""
-        common = {
-            "size": int(self.config.image_size or 0),
-            "record": self.folder / LEFT_OUT if self.config.skip_damaged else None,
+        record = self.folder / LEFT_OUT if self.config.skip_damaged else None
+        parts: dict[str, Tensor | None] = {"test": None} if len(self.data.test_y) else {}
+        parts |= {"held_out": self.split.held_out} if len(self.split.held_out) else {}
+        size = int(self.config.image_size or 0)
+        self.evaluated = {
+            name: images_of(self.data, index, self.processes, size=size, record=record) for name, index in parts.items()
         }
-        self.evaluated = {}
-        if len(self.data.test_y):
-            self.evaluated["test"] = test_images(self.data, self.processes, **common)  # type: ignore[arg-type]
-        if len(self.split.held_out):
-            held = training_images(self.data, self.split.held_out, self.processes, **common)  # type: ignore[arg-type]
-            self.evaluated["held_out"] = held
 
     def _banner(self) -> None:
         config, trainer, say, data = self.config, self.trainer, self.progress.say, self.data
@@ -280,7 +270,8 @@ class _Execution:
 
     def _finish(self) -> None:
         trainer = self.trainer
-        known = about(self.config, self.data, self.split, trainer)
+        known = describe(dataclasses.asdict(self.config), read_json(self.folder / "split.json"), trainer.step)
+        known["method"] = method_label(self.config)
         export_weights(self.folder / "model.safetensors", self._evaluated_model(), known)
         kind = "test" if "test" in self.evaluated else "held_out"
         judged = [numbers["held_out"] for numbers in trainer.evaluations if "held_out" in numbers]
@@ -314,14 +305,7 @@ class _Execution:
 
 
 def main(config: Config) -> int:
-    """Run, and turn what is refused into one line and an exit status.
-
-    Args:
-        config: The options, as given.
-
-    Returns:
-        The exit status.
-    """
+    """Run, and turn what is refused into one line and an exit status."""
 
     def action() -> int:
         try:

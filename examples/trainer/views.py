@@ -48,9 +48,6 @@ def render(view: View, image: Image.Image, seed: int) -> Pixels:
         view: From image to image; may draw from torch's default CPU generator, as torchvision's transforms do.
         image: In RGB.
         seed: Decides all its draws; the generator's state is what it was afterwards.
-
-    Returns:
-        uint8 `[size, size, 3]`.
     """
     with _seeded(seed):
         return np.asarray(view(image))

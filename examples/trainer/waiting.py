@@ -10,13 +10,7 @@ LIMIT = 0.2
 
 
 class LoaderWatch:
-    """Counts the seconds of waiting for the loader, and those of the steps themselves.
-
-    Args:
-        workers: Processes that prepare images.
-        spare: Cores that the training process leaves over.
-        term_later: Whether gradient consistency joins later, and makes steps longer.
-    """
+    """Counts the seconds of waiting for the loader, and those of the steps themselves."""
 
     def __init__(self, workers: int, spare: int, *, term_later: bool = False) -> None:
         self.workers, self.spare, self.term_later = workers, spare, term_later
@@ -24,15 +18,7 @@ class LoaderWatch:
         self._start = 0.0, 0.0
 
     def add(self, waited: float, stepped: float) -> str | None:
-        """Take the seconds of one step.
-
-        Args:
-            waited: For the images.
-            stepped: For the step itself.
-
-        Returns:
-            After the judged steps, what to tell the user if they waited too long; else None.
-        """
+        """Take the seconds of one step."""
         self.steps += 1
         self.waited += waited
         self.total += waited + stepped

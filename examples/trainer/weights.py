@@ -29,9 +29,6 @@ def export_weights(path: Path, model: nn.Module, about: dict[str, Any]) -> None:
         path: The file.
         model: The model.
         about: What one must know to use them; stored as JSON under the metadata key `about`.
-
-    Raises:
-        OSError: Where the disk refuses; `path` is then what it was.
     """
     # Plain memory layout: the format knows no other, and the file does not depend on --channels-last. Each tensor on
     # its own: the format refuses tied ones.
@@ -51,9 +48,6 @@ def load_model(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
         The averaged model in eval mode, from images `[N, 3, H, W]` normalised by `mean` and `std` to logits `[N, K]`;
         and what is known about it: `arch`, `norm`, `classes` in the order of the logits, `mean` and `std` in units of
         255, `image_size`, `shorter_side` (what images are scaled to before the centre is cut), `steps` and more.
-
-    Raises:
-        CheckpointError: Where there is no such model.
     """
     path = Path(path)
     if path.is_dir() and (path / "model.safetensors").exists():
@@ -90,27 +84,27 @@ def _unfinished(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise ValueError("it holds no checkpoint yet")
     else:
         folder, state = path.parent.parent, read_checkpoint(path, path.read_bytes())
-    options, split = state["options"], read_json(folder / "split.json")
-    size = split.get("image_size") or [options["image_size"]] * 2
-    about = {
-        "arch": options["arch"],
-        "norm": options["norm"],
+    about = describe(state["options"], read_json(folder / "split.json"), state["step"])
+    return about, {str(name): value.detach() for name, value in state["average"]["model"].items()}
+
+
+def describe(options: dict[str, Any], split: dict[str, Any], steps: int) -> dict[str, Any]:
+    """What one must know to use the weights of a run, from its options and `split.json`."""
+    size, data = split.get("image_size") or [options["image_size"]] * 2, options["dataset"]
+    return {
+        "format": 2,
+        **{key: options[key] for key in ("arch", "norm", "seed")},
         **{key: split[key] for key in ("classes", "mean", "std")},
         "image_size": size,
         "shorter_side": shorter_side(min(size), options["feed"]),
-        "dataset": options["dataset"],
+        "dataset": f"folder {Path(options['data_dir']).resolve().name}" if data == "folder" else data,
         "labels": len(split["labeled"]),
-        "seed": options["seed"],
-        "steps": state["step"],
+        "steps": steps,
     }
-    return about, {str(name): value.detach() for name, value in state["average"]["model"].items()}
 
 
 def read_start(config: Config) -> tuple[Config, dict[str, Tensor] | None]:
     """Read the weights that `--init-from` names, and settle `--init-sha256`.
-
-    Args:
-        config: Resolved options.
 
     Returns:
         The options with the file's digest, and the weights by name; None without `--init-from`, or where the network
@@ -173,16 +167,7 @@ def _weights(path: Path, content: bytes) -> dict[str, Tensor]:
 
 
 def load_start(model: nn.Module, weights: dict[str, Tensor], config: Config) -> None:
-    """Put weights into a new model; all of them, or all but the head's.
-
-    Args:
-        model: The model.
-        weights: From `read_start`.
-        config: Resolved options.
-
-    Raises:
-        OptionError: Naming the tensors that do not fit.
-    """
+    """Put weights into a new model; all of them, or all but the head's."""
     own, head = model.state_dict(), classifier_head(model)[0] + "."
     wanted = {name for name in own if config.init_part == "model" or not name.startswith(head)}
     found = {name for name in weights if config.init_part == "model" or not name.startswith(head)}

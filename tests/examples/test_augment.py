@@ -8,7 +8,6 @@ from torchvision.transforms import RandAugment
 
 from trainer import augment
 from trainer.augment import STRONG_DRAWS, fixmatch_policy, randaugment_policy, strong_view, weak_view
-from trainer.errors import OptionError
 from trainer.operations import GREY, OPERATIONS, autocontrast, equalize
 
 Pixels = np.ndarray
@@ -59,11 +58,6 @@ def test_strong_view_keeps_shape_and_type_and_is_a_function_of_its_draws(policy:
     torch.set_rng_state(state)
     strong_view(images, rows, policy, flip=True)
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_unknown_policy_is_refused() -> None:
-    with pytest.raises(OptionError, match=r"--strong 'cutmix' is unknown: choose from randaugment, fixmatch"):
-        strong_view(some_images(1), draws(1, STRONG_DRAWS), "cutmix", flip=True)
 
 
 @pytest.mark.parametrize("side", [8, 32, 64])
