@@ -24,7 +24,7 @@ from help_rows import (
     title,
     verdict_rows,
 )
-from shared import APPENDIX, made, result_of
+from shared import APPENDIX, command, made, result_of
 
 from trainer.runlog import shown
 from trainer.tabletext import difference_text, spread_text
@@ -58,6 +58,17 @@ def headline(found: list[Row]) -> str:
             f" {'; '.join(gains)}.**"
         )
     return f"**No: none of the {len(tried)} settings with {ENOUGH} or more seeds shows a gain in accuracy.**"
+
+
+def digits_protocol(searches: dict[str, Result]) -> str:
+    """How the runs on digits were made; empty without them."""
+    if not searches:
+        return ""
+    steps = " or ".join(sorted({f"{search['identity']['steps']:,}" for search in searches.values()}))
+    return (
+        f"- **Digits**: scikit-learn's, 8x8, a small network, {steps} steps. Settings were ranked on held-out images; \"as"
+        ' long as" gives a row as much processor time.\n'
+    )
 
 
 def search_text(searches: dict[str, Result]) -> str:
@@ -107,8 +118,10 @@ def help_page() -> str:
         {row["variant"]: row for row in result_of(f"term_dynamics_{kind}")["summary"] if row["quarter"] == 4}
         for kind in ("through", "group_norm")
     )
-    hours = sum(run["seconds"] or 0.0 for grid in found.values() for run in grid["runs"]) / 3600
-    runs = sum(len(grid["runs"]) for grid in found.values())
+    seconds_of_runs = [run["seconds"] or 0.0 for grid in found.values() for run in grid["runs"]]
+    for search in searches.values():
+        seconds_of_runs += [run[1] for stage in search["runs"].values() for of in stage.values() for run in of.values()]
+    hours, runs = sum(seconds_of_runs) / 3600, len(seconds_of_runs)
     return f"""# Does it help?
 
 {headline(table)}
@@ -165,7 +178,7 @@ images. A gain that needs length, size or resolution would not be seen.
 - **Chosen without the term**: classes, labels and threshold were chosen on held-out training images, by whether
   FixMatch beats the labels alone. Test images decided nothing.
 - **The last step counts**: accuracy of the averaged model, with BatchNorm's running statistics averaged beside it.
-- **All of it**: {hours:.1f} hours of training on one core of a CPU, {runs} runs, every one in
+{digits_protocol(searches)}- **All of it**: {hours:.1f} hours of training on one core of a CPU, {runs} runs, every one in
   [the appendix](appendix/runs.md).
 
 To repeat it, with the images in `cifar10-jpeg-4`:
@@ -207,7 +220,7 @@ def _section(name: str, grid: Result) -> str:
     values = ends(grid)
     by_fresh = fresh(result_of("help_four_statistics")) if name == "help_four" else None
     about = GRIDS[name][2] if name in GRIDS else ""
-    command = GRIDS[name][1] if name in GRIDS else grid.get("made_by", "python examples/reproduce.py")
+    made_by = GRIDS[name][1] if name in GRIDS else grid.get("made_by", "python examples/reproduce.py")
     lines = [
         "| | accuracy | over FixMatch |" + (" with fresh statistics |" if by_fresh else ""),
         "| --- | ---: | ---: |" + (" ---: |" if by_fresh else ""),
@@ -231,7 +244,7 @@ def _section(name: str, grid: Result) -> str:
 Options: {_options(grid)}. The command:
 
 ```bash
-{command}
+{made_by}
 ```{last}"""
 
 
@@ -245,7 +258,9 @@ def _digits(name: str, result: Result) -> str:
             lines.append(f"| {row['name']} | {spread_text(row)} | {gap} |")
         if len(lines) > 2:
             parts.append(f"{about}:\n\n" + "\n".join(lines))
-    return f"## {digit_title(name)}\n\n" + "\n\n".join([*parts, made(result)])
+    environment = result["environment"]
+    last = f"Made by `{command(result)}`: torch {environment['torch']}, {environment['device']}."
+    return f"## {digit_title(name)}\n\n" + "\n\n".join([*parts, last])
 
 
 def _options(result: Result) -> str:
