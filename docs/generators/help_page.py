@@ -65,10 +65,9 @@ def digits_protocol(searches: dict[str, Result]) -> str:
     if not searches:
         return ""
     steps = " or ".join(sorted({f"{search['identity']['steps']:,}" for search in searches.values()}))
-    return (
-        f"- **Digits**: scikit-learn's, 8x8, a small network, {steps} steps. Settings were ranked on held-out images; \"as"
-        ' long as" gives a row as much processor time.\n'
-    )
+    return f"""- **Digits**: scikit-learn's, 8x8, a small network, {steps} steps. Settings were ranked on held-out images;
+  "as long as" gives a row as much processor time.
+"""
 
 
 def search_text(searches: dict[str, Result]) -> str:
@@ -178,8 +177,8 @@ images. A gain that needs length, size or resolution would not be seen.
 - **Chosen without the term**: classes, labels and threshold were chosen on held-out training images, by whether
   FixMatch beats the labels alone. Test images decided nothing.
 - **The last step counts**: accuracy of the averaged model, with BatchNorm's running statistics averaged beside it.
-{digits_protocol(searches)}- **All of it**: {hours:.1f} hours of training on one core of a CPU, {runs} runs, every one in
-  [the appendix](appendix/runs.md).
+{digits_protocol(searches)}- **All of it**: {hours:.1f} hours of training on one core of a CPU, {runs} runs,
+  every one in [the appendix](appendix/runs.md).
 
 To repeat it, with the images in `cifar10-jpeg-4`:
 
