@@ -65,8 +65,8 @@ def digits_protocol(searches: dict[str, Result]) -> str:
     if not searches:
         return ""
     steps = " or ".join(sorted({f"{search['identity']['steps']:,}" for search in searches.values()}))
-    return f"""- **Digits**: scikit-learn's, 8x8, a small network, {steps} steps. Settings were ranked on held-out images;
-  "as long as" gives a row as much processor time.
+    return f"""- **Digits**: scikit-learn's, 8x8, a small network, {steps} steps. Settings were ranked on held-out
+  images; "as long as" gives a row as much processor time.
 """
 
 
