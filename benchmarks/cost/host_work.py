@@ -6,9 +6,10 @@ On a GPU a step of a small model takes as long as its host needs to launch kerne
 counted, on any device, by the line of the library that launches them (`tests/support/host_work.py`). The second call is
 counted, since the first one also tries the model. The whole batch is one chunk.
 
-The steps are the split FixMatch step, the same with the term, and with the term of four pairs
-(`max_pairs`) and with one view held constant (`stop_gradient`). Each row has the floating point operations of
-convolutions and matrix products too, over those of a forward of the unlabeled pairs' one view ("forwards").
+The steps are the split FixMatch step, the same with the term, with both losses from one pass (models without
+BatchNorm), with the term of four pairs (`max_pairs`) and with one view held constant (`stop_gradient`). Each row has
+the floating point operations of convolutions and matrix products too, over those of a forward of the unlabeled pairs'
+one view ("forwards").
 """
 
 from __future__ import annotations
@@ -23,17 +24,19 @@ from torch import Tensor, nn
 sys.path[:0] = [str(Path(__file__).resolve().parents[2] / folder) for folder in ("benchmarks/shared", "tests")]
 from environment import write_result
 from harness import Row, heading, parse, parser, setting, show
-from models import CLASSES, Classifier, TransformerBlock, spec
+from models import CLASSES, Classifier, TransformerBlock, has_batchnorm, spec
 from steps import PLAIN, WEIGHT, make_batch
 
-from gradconsist import GradientConsistencyLoss, SSLBatch
+from gradconsist import GGCRWrapper, GradientConsistencyLoss, SSLBatch
 from gradconsist._forward import statistics
 from gradconsist.methods import FixMatch
 from support.host_work import HostWork, by_line
 
 MODELS = ("wrn-28-2", "wrn-28-2-gn", "resnet-18", "vit-tiny", "bert")
+ONE_PASS = "both from one pass"
 VARIANTS: dict[str, dict[str, Any]] = {
     "with the term": {},
+    ONE_PASS: {},
     "max_pairs=4": {"max_pairs": 4},
     "stop_gradient='weak'": {"stop_gradient": "weak"},
 }
@@ -73,7 +76,10 @@ def main() -> None:
             model(batch.weak)
         plain = None
         for variant, chosen in {PLAIN: None, **VARIANTS}.items():
-            row = _counted(model, batch, chosen, options.lines) | {"model": name, "variant": variant}
+            if variant == ONE_PASS and has_batchnorm(model):
+                continue
+            row = _counted(model, batch, chosen, options.lines, one_pass=variant == ONE_PASS)
+            row |= {"model": name, "variant": variant}
             plain = plain or row["kernels"]
             row["ratio"] = row["kernels"] / plain
             row["forwards"] = row.pop("operations") / one.operations
@@ -94,15 +100,19 @@ def _problem(name: str, options: Any) -> tuple[nn.Module, SSLBatch]:
     return Classifier(TextEncoder(), 128).to(options.device), batch
 
 
-def _counted(model: nn.Module, batch: SSLBatch, options: dict[str, Any] | None, lines: int) -> Row:
+def _counted(model: nn.Module, batch: SSLBatch, options: dict[str, Any] | None, lines: int, *, one_pass: bool) -> Row:
     """The second step's kernels, reads and floating point operations."""
     method = FixMatch(model, threshold=0.0, joint=False)
-    term = None
+    term = wrapper = None
     if options is not None:
         term = GradientConsistencyLoss(model, encoder=model.encoder, engine="ghost", chunk_size=None, **options)  # type: ignore[arg-type]
+        wrapper = GGCRWrapper(method, term, weight=WEIGHT, warmup_steps=0, share=True) if one_pass else None
 
     def step() -> None:
         model.zero_grad()
+        if wrapper is not None:
+            wrapper(batch).loss.backward()
+            return
         out = method(batch)
         (out.loss if term is None else out.loss + WEIGHT * term(*out.pair)).backward()
 

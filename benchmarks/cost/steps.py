@@ -40,6 +40,7 @@ class Variant:
         joint: one forward for all of FixMatch's inputs.
         compared: "encoder", "last block" (of the encoder) or "head".
         share: of the pairs, as `max_pairs`.
+        one_pass: whether the wrapper takes the unlabeled loss from the term's pass.
     """
 
     kind: str
@@ -47,6 +48,7 @@ class Variant:
     joint: bool = False
     compared: str = "encoder"
     share: float | None = None
+    one_pass: bool = False
 
 
 def _ghost(chunk: int | None) -> Variant:
@@ -82,6 +84,8 @@ VARIANTS: dict[str, Variant] = {
     "BackPACK, chunk 56": Variant("backpack", {"chunk_size": 56}),
     "default, max_pairs=8": Variant("loss", {"max_pairs": 8}),
     "default, stop_gradient='weak'": Variant("loss", {"stop_gradient": "weak"}),
+    "wrapper": Variant("wrapper"),
+    "wrapper, one pass": Variant("wrapper", one_pass=True),
     JOINT: Variant("plain", joint=True),
     "wrapper, batchnorm='observed'": Variant("wrapper", {"batchnorm": "observed"}),
     "wrapper, joint forward, batchnorm='observed'": Variant("wrapper", {"batchnorm": "observed"}, joint=True),
@@ -110,9 +114,15 @@ FRONTIER: dict[str, Variant] = {
 
 
 def applies(name: str, model: nn.Module) -> bool:
-    """Whether a variant says anything new about a model: observed statistics need a BatchNorm."""
+    """Whether a variant says anything new about a model."""
     variant = (VARIANTS | FRONTIER)[name]
-    return has_batchnorm(model) or not (variant.joint or variant.kind == "wrapper")
+    if variant.joint or _observes(variant):  # how the forwards are joined matters to a BatchNorm only
+        return has_batchnorm(model)
+    return not (variant.kind == "wrapper" and has_batchnorm(model))  # the same step in one pass, without a BatchNorm
+
+
+def _observes(variant: Variant) -> bool:
+    return variant.options.get("batchnorm") == "observed"
 
 
 def compared(model: Any, which: str) -> nn.Module:
@@ -154,7 +164,7 @@ class Step:
             except (RefusedError, ImportError) as error:
                 self.refusal = error
         self.wrapper = (
-            GGCRWrapper(self.method, self.term, weight=WEIGHT, warmup_steps=0)
+            GGCRWrapper(self.method, self.term, weight=WEIGHT, warmup_steps=0, share=self.variant.one_pass)
             if self.variant.kind == "wrapper"
             else None
         )
@@ -178,11 +188,11 @@ class Step:
         if self.term is None:
             return {}
         stop = self.variant.options.get("stop_gradient")
-        observed = None if self.variant.kind != "wrapper" else "joint" if self.variant.joint else "split"
+        observed = None if not _observes(self.variant) else "joint" if self.variant.joint else "split"
         return reference.errors(self._term, stop, observed=observed)
 
     def _term(self, weak: Tensor, strong: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        if self.wrapper is not None:  # what it does, but with weights of our own
+        if _observes(self.variant):  # what the wrapper does, but with weights of our own
             with Observer(self.model) as observer:
                 self.method(self.batch)
             statistics = observer.observed(ViewPair(weak, strong, target))

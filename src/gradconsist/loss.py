@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from gradconsist._consistency.advice import IdleCalls
-from gradconsist._consistency.comparison import Comparison, compare
-from gradconsist._consistency.settings import OPTIONS, Reduction, Settings
+from gradconsist._consistency.call import Blend, Comparison
+from gradconsist._consistency.comparison import Compared, compare
+from gradconsist._consistency.own_state import OwnState
+from gradconsist._consistency.settings import Reduction, Settings
+from gradconsist._consistency.sharing import losses_obstacle
 from gradconsist._consistency.similarity import Criterion, Disagreement
-from gradconsist._consistency.trial import Probed
 from gradconsist._forward.batchnorm import BatchNormPolicy, Constants
 from gradconsist._forward.isolation import one_comparison, uncompiled
-from gradconsist._forward.randomness import restore_generator
 from gradconsist._inputs.cross_entropy import cross_entropy
 from gradconsist._inputs.pairs import Pairs, check_pairs
 from gradconsist._inputs.parameters import Encoder
 from gradconsist._refusals.models import check_model
 from gradconsist.engines import Engine
 from gradconsist.engines.projection import RandomProjection
-from gradconsist.errors import ConfigError, GradModeError, NonFiniteError, StateError
+from gradconsist.errors import ConfigError, GradModeError, NonFiniteError
 from gradconsist.types import ConsistencyRecord, Inputs, LossFunction, ViewPair
 
 
-class GradientConsistencyLoss:
+class GradientConsistencyLoss(OwnState):
     """Penalises pairs of views whose per-sample gradients point in different directions.
 
         L_g = 1/B * sum over pairs u of weight(u) * (1 - GC(u))
@@ -116,16 +113,12 @@ class GradientConsistencyLoss:
         reduction: Reduction = "mean",
         fused: bool = True,
     ) -> None:
-        self.settings = Settings(
+        settings = Settings(
             model, encoder, cross_entropy if loss_fn is None else loss_fn, engine, projection, batchnorm,  # type: ignore[arg-type]
             through_statistics, dropout, chunk_size, max_pairs, stop_gradient, min_norm, reduction, fused,
         )  # fmt: skip
+        super().__init__(settings)
         self.last: ConsistencyRecord | None = None
-        # Neither reading the seed nor drawing from our own generator changes the global one.
-        self._generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
-        self._probed = Probed()
-        self._idle = IdleCalls()
-        self._calls = 0  # selects the projection's matrices
 
     def __call__(
         self,
@@ -155,31 +148,60 @@ class GradientConsistencyLoss:
         """
         return self.evaluate(weak, strong, target, weight, generator=generator)
 
-    def __getattr__(self, name: str) -> Any:
-        """Looks up options as attributes of the loss; you can also set them between calls."""
-        settings = vars(self).get("settings")
-        if name in OPTIONS and settings is not None:
-            return getattr(settings, name)
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+    @uncompiled
+    def with_losses(
+        self,
+        weak: Inputs,
+        strong: Inputs,
+        target: Tensor,
+        weight: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Computes L_g and the strong views' losses from one pass, so that an unlabeled loss needs none of its own.
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in OPTIONS:
-            name, value = "settings", replace(self.settings, **{name: value})
-        super().__setattr__(name, value)
-
-    def with_options(self, **changes: Any) -> GradientConsistencyLoss:
-        """Makes a new loss with some options changed; it starts fresh and shares no state with this one.
+        ``(weight * losses).mean()`` is FixMatch's unlabeled loss. The model runs as in the comparison: BatchNorm's
+        statistics are constants, and random layers are off unless ``dropout="on"``. Each loss may get any factor
+        afterwards, so both results keep an ordinary graph over all pairs, as with ``fused=False``. `GGCRWrapper`
+        knows the factors beforehand and keeps one chunk at a time.
 
         Args:
-            **changes: the options to change, named as in the constructor.
+            weak: as in `__call__`.
+            strong: as in `__call__`.
+            target: as in `__call__`.
+            weight: as in `__call__`; a pair of weight 0 is left out, and its loss is 0.
+            generator: as in `__call__`.
 
         Returns:
-            A new loss.
+            L_g as in `__call__`, and the losses ``loss_fn(model(strong), target)`` [B]; both are differentiable.
+
+        Raises:
+            ConfigError: an option leaves losses out (``max_pairs``), holds the strong views constant, or scales the
+                losses (float16); or the engine does not return them.
+            GradConsistError: as in `__call__`.
         """
-        options = {name: getattr(self.settings, name) for name in OPTIONS} | {
-            "engine": copy.deepcopy(self.settings.engine)
-        }
-        return type(self)(**{**options, **changes})
+        obstacle = losses_obstacle(self.settings)
+        if obstacle is not None:
+            raise ConfigError(f"`with_losses` needs the loss of every strong view, but {obstacle}: use `__call__`.")
+        found = self._compared(ViewPair(weak, strong, target, weight), generator, None, losses=True)
+        return found.loss, found.losses
+
+    @uncompiled
+    def blended(self, pair: ViewPair, blend: Blend, statistics: Constants | None = None) -> Compared:
+        """Computes the sum ``blend.term * L_g + (blend.losses * losses).sum()`` from one pass, for `GGCRWrapper`.
+
+        Args:
+            pair: the views of a step.
+            blend: the factors.
+            statistics: as in `evaluate`.
+
+        Returns:
+            The sum with its graph, the record, and the values of both parts.
+
+        Raises:
+            GradConsistError: as in `__call__`.
+        """
+        return self._compared(pair, None, statistics, losses=True, blend=blend)
 
     @uncompiled
     def evaluate(
@@ -209,18 +231,7 @@ class GradientConsistencyLoss:
         Raises:
             GradModeError: no graph can be built here: under ``no_grad``, inside a transform or another comparison.
         """
-        if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-            mode = "inference_mode" if torch.is_inference_mode_enabled() else "no_grad"
-            raise GradModeError(
-                f"{type(self).__name__} was called under {mode}, where no graph can be built: call it outside, or use"
-                " `measure(...)`, which needs none."
-            )
-        with one_comparison():
-            pairs = self._check(weak, strong, target, weight, fused=self.settings.fused)
-            loss, self.last = compare(self._comparison(generator, statistics), pairs)
-            self._calls += 1
-            self._idle.watch(self.last, pairs.target, self.settings.min_norm, self.criterion)
-        return loss
+        return self._compared(ViewPair(weak, strong, target, weight), generator, statistics).loss
 
     @uncompiled
     def measure(
@@ -254,7 +265,7 @@ class GradientConsistencyLoss:
             if generator is None:  # monitoring must not change the next draws of training
                 generator = torch.Generator()
                 generator.set_state(self._generator.get_state())
-            _, self.last = compare(self._comparison(generator, statistics, measure=True), pairs)
+            self.last = compare(self._comparison(generator, statistics, measure=True), pairs).record
         return self.last
 
     @uncompiled
@@ -285,59 +296,34 @@ class GradientConsistencyLoss:
                 return False
         return True
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Returns the state of the loss's own generator, which `max_pairs` and ``dropout="on"`` draw from.
-
-        It also holds the number of calls, if a projection selects its matrices by it, and the size of the chunk that
-        fitted, if the device ran out of memory.
-        """
-        calls = {} if self.settings.projection is None else {"calls": torch.tensor(self._calls)}
-        chunk = {} if self._probed.fitted is None else {"chunk": torch.tensor(self._probed.fitted)}
-        return {"generator": self._generator.get_state(), **calls, **chunk}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restores what `state_dict` returned.
-
-        Args:
-            state: the return value of `state_dict`.
-
-        Raises:
-            StateError: `state` is something else.
-        """
-        expected = {"generator"} if self.settings.projection is None else {"generator", "calls"}
-        known = isinstance(state, Mapping) and set(state) - {"chunk"} == expected
-        if not known or not all(isinstance(part, Tensor) for part in state.values()):
-            found = sorted(state) if isinstance(state, Mapping) else type(state).__name__
-            form = ", ".join(f"{name!r}: Tensor" for name in sorted(expected, reverse=True))
-            raise StateError(f"`state` holds {found}, expected {{{form}}}: pass this class's state_dict.")
-        numbers = {name: part for name, part in state.items() if name != "generator"}
-        for name, number in numbers.items():
-            if number.dtype != torch.int64 or number.numel() != 1 or int(number) < (name == "chunk"):
-                raise StateError(f"`state[{name!r}]` is {number}, expected a count: pass this class's state_dict.")
-        restore_generator(self._generator, state["generator"])
-        self._calls = int(numbers.get("calls", 0))
-        self._probed.fitted = int(numbers["chunk"]) if "chunk" in numbers else None
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({type(self.settings.model).__name__}, {self.settings!r})"
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Generators cannot be copied or pickled in every supported torch.
-        return vars(self) | {"_generator": self._generator.get_state()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._generator = torch.Generator()
-        self._generator.set_state(state["_generator"])
+    def _compared(
+        self,
+        pair: ViewPair,
+        generator: torch.Generator | None,
+        statistics: Constants | None,
+        **wanted: Any,
+    ) -> Compared:
+        if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            mode = "inference_mode" if torch.is_inference_mode_enabled() else "no_grad"
+            raise GradModeError(
+                f"{type(self).__name__} was called under {mode}, where no graph can be built: call it outside, or use"
+                " `measure(...)`, which needs none."
+            )
+        with one_comparison():
+            options = self._comparison(generator, statistics, **wanted)
+            pairs = self._check(*pair, fused=options.fused)
+            found = compare(options, pairs)
+            self.last = found.record
+            self._calls += 1
+            self._idle.watch(self.last, pairs.target, self.settings.min_norm, self.criterion)
+        return found
 
     def _check(self, weak: Any, strong: Any, target: Any, weight: Any, *, fused: bool) -> Pairs:
         own = self.settings
         check_model(own.model)
         return check_pairs(own.model, weak, strong, target, weight, default_loss=own.default_loss, fused=fused)
 
-    def _comparison(
-        self, generator: torch.Generator | None, statistics: Constants | None, *, measure: bool = False
-    ) -> Comparison:
+    def _comparison(self, generator: torch.Generator | None, statistics: Constants | None, **wanted: Any) -> Comparison:
         own = self.settings
         if own.batchnorm == "observed" and statistics is None:
             raise ConfigError(
@@ -346,4 +332,4 @@ class GradientConsistencyLoss:
             )
         projection = None if own.projection is None else own.projection.projector(self._calls)
         source = generator or self._generator
-        return Comparison(own, self.criterion, source, self._probed, statistics, projection, measure)
+        return Comparison(own, self.criterion, source, self._probed, statistics, projection, **wanted)

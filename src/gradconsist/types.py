@@ -32,15 +32,21 @@ class GradProducts(NamedTuple):
         weak: ||g_w||^2, [B].
         strong: ||g_s||^2, [B].
         cross: ⟨g_w, g_s⟩, [B].
+        losses: the strong views' losses, [B], with their graph; None unless `Problem.with_losses` asks for them.
     """
 
     weak: Tensor
     strong: Tensor
     cross: Tensor
+    losses: Tensor | None = None
+
+    def present(self) -> list[Tensor]:
+        """Returns the numbers that are there, in order."""
+        return [part for part in self if part is not None]
 
     def isfinite(self) -> Tensor:
-        """Tells which pairs [B] have three finite numbers."""
-        return torch.isfinite(torch.stack(self)).all(0)
+        """Tells which pairs [B] have finite numbers only."""
+        return torch.isfinite(torch.stack(self.present())).all(0)
 
 
 class ViewPair(NamedTuple):
@@ -71,6 +77,25 @@ class StepOutput(NamedTuple):
     loss: Tensor
     pair: ViewPair | None = None
     logs: Mapping[str, float | Tensor] = {}
+
+
+@dataclass
+class UnlabeledLoss:
+    """Describes the unlabeled loss that a method leaves to its caller, with l the strong views' cross-entropies.
+
+        factor * (mean of weight * l + constant)
+
+    Attributes:
+        together: whether a method with ``joint=True`` forwards labeled and weak inputs as one batch.
+        weight: weights of the losses, [B].
+        constant: what does not depend on the parameters: the negative entropy of soft targets, weighted.
+        factor: mu(t).
+    """
+
+    together: bool = False
+    weight: Tensor = field(default_factory=lambda: torch.zeros(0))
+    constant: float | Tensor = 0.0
+    factor: float = 0.0
 
 
 class SSLBatch(NamedTuple):

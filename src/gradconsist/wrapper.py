@@ -9,6 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from gradconsist._consistency.call import Blend
+from gradconsist._consistency.sharing import difference, sharing_obstacle, unlabeled_elsewhere
+from gradconsist._forward.isolation import uncompiled
 from gradconsist._forward.observer import Observer
 from gradconsist._forward.randomness import preserved_randomness
 from gradconsist._inputs.options import check_choice, check_count, check_number
@@ -17,7 +20,7 @@ from gradconsist._inputs.schedules import warmup_then_ramp
 from gradconsist._refusals.loading import check_keys
 from gradconsist.errors import ConfigError, LossContractError, StateError
 from gradconsist.loss import GradientConsistencyLoss
-from gradconsist.types import StepOutput, ViewPair
+from gradconsist.types import SSLBatch, StepOutput, UnlabeledLoss, ViewPair
 
 PairFunction = Callable[[tuple[Any, ...], dict[str, Any], Any], ViewPair | None]
 
@@ -46,12 +49,21 @@ class GGCRWrapper(nn.Module):
         gate: "method" weights pairs as the method did (its confidence mask); "all" weights every pair 1.
         pair_fn: ``(args, kwargs, output) -> ViewPair | None``, for methods that do not return a `StepOutput` with a
             pair.
+        share: whether steps with the term take the unlabeled loss from the term's own pass, so that the method forwards
+            labeled and weak inputs only (FixMatch, FlexMatch, FreeMatch with ``fairness_weight=0``, SoftMatch, UDA).
+            "auto" does so where the step stays the same to rounding: no BatchNorm in batch mode, no dropout or other
+            chance in train mode, no option of the loss that leaves strong views out. True demands it and accepts two
+            differences: with BatchNorm in batch mode, the unlabeled loss takes the comparison's joint statistics as
+            constants, while the labeled loss and the running statistics lack the strong views; with ``dropout="on"``,
+            the unlabeled loss has another draw. False never shares.
 
     Attributes:
         step: number of calls in train mode so far; part of ``state_dict()``.
+        unshared: why the last step with the term had a pass of its own for the unlabeled loss; None if it had not.
 
     Raises:
-        ConfigError: an option has an invalid value.
+        ConfigError: an option has an invalid value, or ``share=True`` cannot be had; the latter at the first step if
+            it depends on the model.
 
     Example:
         >>> import torch
@@ -78,6 +90,7 @@ class GGCRWrapper(nn.Module):
         every: int = 1,
         gate: Literal["method", "all"] = "method",
         pair_fn: PairFunction | None = None,
+        share: bool | Literal["auto"] = "auto",
     ) -> None:
         super().__init__()
         if not callable(method):
@@ -102,6 +115,7 @@ class GGCRWrapper(nn.Module):
             raise ConfigError(
                 f"`pair_fn` is a {type(pair_fn).__name__}: pass a function (args, kwargs, output) -> ViewPair."
             )
+        check_choice("share", share, ("auto", True, False))
         self.method = method
         self.consistency = consistency
         self.weight = weight
@@ -110,8 +124,12 @@ class GGCRWrapper(nn.Module):
         self.every = every
         self.gate = gate
         self.pair_fn = pair_fn
+        self.share = share
         self.step = 0
+        self.unshared: str | None = None
         self._tried = False
+        if share is True:
+            self._check_shared(self._obstacle())
 
     def current_weight(self) -> float:
         """Returns lambda for the next step: 0 in the warm-up, in eval mode and on steps that `every` skips."""
@@ -139,7 +157,8 @@ class GGCRWrapper(nn.Module):
         settings = self.consistency.settings
         observe = (weight > 0 or trial) and settings.batchnorm == "observed"
         observer = Observer(settings.model) if observe else nullcontext()
-        with observer:
+        shared = (weight > 0 or (trial and self.share is True)) and self._shares(args, kwargs) and weight > 0
+        with observer, unlabeled_elsewhere(self.method, settings) if shared else nullcontext() as unlabeled:
             output = self.method(*args, **kwargs)
         base = as_step_output(output)
         if trial:
@@ -147,6 +166,8 @@ class GGCRWrapper(nn.Module):
         pair = self._pair(args, kwargs, output, base) if weight > 0 else None
         if pair is None:
             result = base._replace(logs={**base.logs, "ggcr_weight": 0.0})
+        elif unlabeled is not None:
+            result = self._shared_step(base, pair, weight, unlabeled)
         else:
             statistics = observer.observed(pair) if isinstance(observer, Observer) else None
             term = self.consistency.evaluate(*self._gated(pair), statistics=statistics)
@@ -156,6 +177,46 @@ class GGCRWrapper(nn.Module):
         if self.training:  # last, so that failed steps do not count
             self.step += 1
         return result
+
+    def _shared_step(self, base: StepOutput, pair: ViewPair, weight: float, unlabeled: UnlabeledLoss) -> StepOutput:
+        """Completes a step whose strong views the method left out."""
+        factors = unlabeled.weight / len(unlabeled.weight)
+        found = self.consistency.blended(self._gated(pair), Blend(weight, unlabeled.factor * factors))
+        self._tried = True
+        loss = (factors * found.losses).sum() + unlabeled.constant
+        logs = {**base.logs, "loss_unsupervised": loss.detach(), "ggcr_weight": weight, **self._logs(found.term)}
+        return StepOutput(base.loss + found.loss + unlabeled.factor * unlabeled.constant, pair, logs)
+
+    @uncompiled
+    def _shares(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Tells whether a step takes both losses from one pass."""
+        if self.share is False:
+            return False
+        batch = args[0] if args else kwargs.get("batch")
+        obstacle = self._obstacle()
+        if obstacle is None and isinstance(batch, SSLBatch):  # the method refuses anything else
+            own = self.consistency
+            try:
+                obstacle = difference(own.settings, own._probed, batch.strong, demanded=self.share is True)
+            except Exception as error:  # of the model, say, which the ordinary step will raise, too
+                obstacle = f"the model could not be tried ({type(error).__name__}: {error})"
+        self.unshared = obstacle
+        if self.share is True:
+            self._check_shared(obstacle)
+        return obstacle is None
+
+    def _obstacle(self) -> str | None:
+        """Says what forbids a shared step, as far as it shows without running the model."""
+        if self.pair_fn is not None:
+            return "`pair_fn` may supply other pairs than the method trains on"
+        if type(self.consistency).evaluate is not GradientConsistencyLoss.evaluate:
+            return f"{type(self.consistency).__name__} has an `evaluate` of its own"
+        return sharing_obstacle(self.method, self.consistency.settings, demanded=self.share is True)
+
+    @staticmethod
+    def _check_shared(obstacle: str | None) -> None:
+        if obstacle is not None:
+            raise ConfigError(f'`share=True` cannot be had: {obstacle}. Remove that, or use `share="auto"`.')
 
     def _try(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, base: StepOutput, observer: object

@@ -20,11 +20,11 @@ BUGS = [
         "BatchNorm's statistics are joint over all pairs, whatever the chunk size",
         "forward/test_normalization.py::test_statistics_are_joint_over_both_views_and_all_chunks[loop]",
         COMPARISON,
-        "                terms = self._terms(problem, index[rows], weight[rows])\n",
+        "                terms, losses = self._terms(problem, index[rows], weight[rows])\n",
         "                if self.batchnorm.recorded and self.options.statistics is None:\n"
         "                    part = problem.take(index[rows])\n"
         "                    take_statistics(self.forward, part.weak, part.strong)\n"
-        "                terms = self._terms(problem, index[rows], weight[rows])\n",
+        "                terms, losses = self._terms(problem, index[rows], weight[rows])\n",
     ),
     Bug(
         "statistics of the weak view",

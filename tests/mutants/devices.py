@@ -45,7 +45,7 @@ BUGS = [
         "what is on the device stays there",
         f"{ON}[training]",
         "methods/fixmatch.py",
-        "mask = (confidence >= self.threshold).to(strong.dtype)",
-        "mask = (confidence >= self.threshold).cpu().to(strong.device, strong.dtype)",
+        "mask = (confidence >= self.threshold).to(weak.dtype)",
+        "mask = (confidence >= self.threshold).cpu().to(weak.device, weak.dtype)",
     ),
 ]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from mutants.bug import Bug
 
-SIMILARITY, COMPARISON, FUSED, LOSS = (
+SIMILARITY, COMPARISON, FUSED, LOSS, CALL = (
     "_consistency/similarity.py",
     "_consistency/comparison.py",
     "_consistency/gradient_buffer.py",
     "loss.py",
+    "_consistency/call.py",
 )
 SUBSET = "_inputs/chosen_pairs.py"
 VALUE = "value = cross / weak.sqrt() / strong.sqrt()"
@@ -128,7 +129,7 @@ BUGS = [
         "chunks averaged as if they were equally long",
         "the result does not depend on the chunk size",
         "test_loss.py::test_reductions[mean-fused-loop]",
-        COMPARISON, "buffer.add(terms.sum(), ", "buffer.add(terms.mean() * self._chunk_size(problem), ",
+        COMPARISON, "            return terms.sum()\n", "            return terms.mean() * len(self.selection.index)\n",
     ),
     Bug(
         "only the first chunk's value",
@@ -209,11 +210,11 @@ BUGS = [
         "E holds trainable parameters only",
         "test_exactness.py::test_frozen_parameters_are_not_compared[vmap]",
         "engines/vmap.py",
-        "            return list(per_sample(dict(problem.parameters), target, *columns).values())",
+        "            gradients, losses = per_sample(dict(problem.parameters), target, *columns)",
         "            own = dict(problem.model.named_parameters())\n"
         "            frozen = {n: p for n, p in own.items() if not p.requires_grad}\n"
         "            every = {**problem.parameters, **frozen}\n"
-        "            return list(per_sample(every, target, *columns).values())",
+        "            gradients, losses = per_sample(every, target, *columns)",
     ),
     Bug(
         "everything is compared, whatever the encoder",
@@ -227,20 +228,20 @@ BUGS = [
         "L_g is differentiated for the encoder only",
         "L_g is differentiated for every trainable parameter",
         "test_exactness.py::test_what_is_compared_and_what_is_differentiated[loop]",
-        COMPARISON, "return trainable_parameters(self.settings.model)", "return self.compared",
+        CALL, "return trainable_parameters(self.settings.model)", "return self.compared",
     ),
     Bug(
         "stop_gradient on the other view",
         "stop_gradient='weak' makes the weak view's gradient a constant",
         "test_loss.py::test_stop_gradient[mlp-weak-fused-loop]",
-        COMPARISON, "else (self.settings.stop_gradient,)",
+        CALL, "else (self.settings.stop_gradient,)",
         'else ({"weak": "strong", "strong": "weak"}.get(str(self.settings.stop_gradient)),)',
     ),
     Bug(
         "stop_gradient ignored",
         "stop_gradient='weak' makes the weak view's gradient a constant",
         "test_loss.py::test_stop_gradient[mlp-weak-fused-loop]",
-        COMPARISON, "else (self.settings.stop_gradient,)", "else (None,)",
+        CALL, "else (self.settings.stop_gradient,)", "else (None,)",
     ),
     Bug(
         "generator ignored",
@@ -261,7 +262,7 @@ BUGS = [
         "a resumed run draws the same subsets",
         "test_loss.py::test_max_pairs_has_a_generator_of_its_own"
         " test_wrapper.py::test_a_resumed_run_continues_bitwise",
-        LOSS, 'restore_generator(self._generator, state["generator"])', "",
+        "_consistency/own_state.py", 'restore_generator(self._generator, state["generator"])', "",
     ),
     Bug(
         "the chunk that fitted is forgotten",

@@ -198,7 +198,7 @@ BUGS = [
         "a sample's output that depends on its neighbours is refused",
         "refusals/test_errors.py::test_a_model_that_mixes_samples_is_refused",
         PROBES,
-        "if differ and not _only_rounding(",
+        "if changed and not _only_rounding(",
         "if False and not _only_rounding(",
     ),
     Bug(

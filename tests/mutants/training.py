@@ -131,8 +131,8 @@ BUGS = [
         "L_u over the confident images only",
         "the mean runs over all unlabeled images, masked or not",
         PSEUDO_CODE,
-        FIXMATCH, "(mask * F.cross_entropy(strong, target, reduction=\"none\")).mean()",
-        "(mask * F.cross_entropy(strong, target, reduction=\"none\")).sum() / mask.sum().clamp(min=1)",
+        METHOD, "(weight * F.cross_entropy(strong, target, reduction=\"none\")).mean()",
+        "(weight * F.cross_entropy(strong, target, reduction=\"none\")).sum() / weight.sum().clamp(min=1)",
     ),
     Bug(
         "pseudo-labels from the strong view",

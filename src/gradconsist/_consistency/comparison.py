@@ -6,28 +6,25 @@ It uses engines only through `Engine.products`, and knows nothing of layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property, partial, reduce
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from gradconsist._consistency.call import Comparison
 from gradconsist._consistency.gradient_buffer import GradientBuffer, zero
-from gradconsist._consistency.settings import Settings
-from gradconsist._consistency.similarity import Criterion, cosine, degenerate_pairs
-from gradconsist._consistency.trial import Probed, probe_engine, probe_model
-from gradconsist._forward.batchnorm import BatchNormCalls, Constants, StatisticsMissingError, needs_statistics
+from gradconsist._consistency.similarity import cosine, degenerate_pairs
+from gradconsist._consistency.trial import probe_engine, probe_model
+from gradconsist._forward.batchnorm import BatchNormCalls, StatisticsMissingError, needs_statistics
 from gradconsist._forward.per_sample import PerSampleForward
 from gradconsist._forward.sandbox import autocast_region, our_rules
 from gradconsist._forward.sparse import aliases, sparse_parameters
 from gradconsist._forward.statistics import StatisticsPath, check_can_follow, take_statistics
 from gradconsist._inputs.chosen_pairs import Subset, select
 from gradconsist._inputs.pairs import Pairs, non_finite_tensor
-from gradconsist._inputs.parameters import compared_parameters, trainable_parameters
 from gradconsist.engines.auto import AutoEngine
 from gradconsist.engines.base import Problem
-from gradconsist.engines.projection import Projector
 from gradconsist.errors import NonFiniteError
 from gradconsist.types import ConsistencyRecord, GradProducts
 
@@ -45,90 +42,44 @@ _FLOAT16_SCALE_STEP, _FLOAT16_LEAST_SCALE = 2.0**6, 2.0**-2
 _FLOAT16_DERIVATIVE_NORM = 2.0**7
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """The options and state of one call, without its pairs.
+class Compared(NamedTuple):
+    """The result of a comparison.
 
     Attributes:
-        settings: the loss's options.
-        criterion: what a pair adds to the loss.
-        generator: source of randomness.
-        probed: what earlier calls found out about the model; this call adds to it.
-        statistics: constants for the BatchNorm calls, joint or one list per view; None to take them here.
-        projection: matrices of this call, or None.
-        measure: whether only numbers are wanted, without a derivative.
+        loss: L_g, or its blend with the strong views' losses: scalar, or [B] without reduction.
+        record: cosines and norms.
+        term: L_g alone; without a graph in a blend.
+        losses: the strong views' losses [B], 0 for pairs that were not compared and if nobody asked for them; without
+            a graph in a fused blend.
     """
 
-    settings: Settings
-    criterion: Criterion
-    generator: torch.Generator
-    probed: Probed
-    statistics: Constants | None = None
-    projection: Projector | None = None
-    measure: bool = False
-
-    @cached_property
-    def compared(self) -> Mapping[str, Tensor]:
-        """The compared parameters (E) and their names."""
-        return compared_parameters(self.settings.model, self.settings.encoder)
-
-    @cached_property
-    def trainable(self) -> Mapping[str, Tensor]:
-        """The parameters that L_g is differentiated for, and their names."""
-        return trainable_parameters(self.settings.model)
-
-    @property
-    def constant(self) -> tuple[str | None, ...]:
-        """Views whose gradient is held constant."""
-        return ("weak", "strong") if self.measure else (self.settings.stop_gradient,)
-
-    @property
-    def dropout(self) -> bool:
-        """Whether random layers stay on."""
-        return self.settings.dropout == "on"
-
-    @property
-    def fused(self) -> bool:
-        """Whether the gradient is formed in the forward."""
-        return self.settings.fused and not self.measure
-
-    @property
-    def reduction(self) -> str:
-        """The loss's reduction; none for a measurement."""
-        return "none" if self.measure else self.settings.reduction
-
-    @property
-    def through_statistics(self) -> bool:
-        """Whether L_g is also differentiated through the joint statistics."""
-        return self.settings.through_statistics and not self.measure
+    loss: Tensor
+    record: ConsistencyRecord
+    term: Tensor
+    losses: Tensor
 
 
-def compare(options: Comparison, pairs: Pairs) -> tuple[Tensor, ConsistencyRecord]:
-    """Computes L_g and the record of `pairs`.
+def compare(options: Comparison, pairs: Pairs) -> Compared:
+    """Computes L_g and the record of `pairs`, and the strong views' losses if they are wanted.
 
     Args:
         options: options and state of the call.
         pairs: checked arguments.
 
     Returns:
-        The loss (scalar, or [B] without reduction) and the record.
+        Loss, record and losses.
 
     Raises:
         GradConsistError: the model cannot be compared exactly, or a gradient is not finite.
         ModelError: the model or `loss_fn` raised an error from torch or Python.
     """
-    selection = select(pairs, options.settings.max_pairs, options.reduction, options.generator, _wide(options))
+    selection = select(pairs, options.settings.max_pairs, options.reduction, options.generator, options.wide)
     source = options.generator
     seed = int(torch.randint(2**62, (), generator=source, device=source.device)) if options.dropout else None
     autocast = autocast_region(pairs.device)
     views = {"weak": pairs.weak, "strong": pairs.strong}
     with our_rules(options.settings.model, pairs.device, views, seed=seed, dropout=options.dropout):
         return _Run(options, pairs, selection, autocast).result()
-
-
-def _wide(options: Comparison) -> torch.dtype:
-    """Returns the dtype of products and loss: the widest of the compared parameters', float32 at least."""
-    return reduce(torch.promote_types, (parameter.dtype for parameter in options.compared.values()), torch.float32)
 
 
 class _Run:
@@ -160,15 +111,16 @@ class _Run:
             loss_scale=self.scale,
         )
         self.through: list[Tensor] = []  # joint statistics for which the chunks are differentiated
-        self.wide = _wide(options)
+        self.wide = options.wide
         count = len(pairs)
         self.cosine = torch.full([count], torch.nan, dtype=self.wide, device=pairs.device)
         self.norm_weak = self.cosine.clone()
         self.norm_strong = self.cosine.clone()
         self.degenerate = torch.zeros(count, dtype=torch.bool, device=pairs.device)
         self.scales = torch.full_like(self.cosine, self.scale)
+        self._forget_losses()
 
-    def result(self) -> tuple[Tensor, ConsistencyRecord]:
+    def result(self) -> Compared:
         if len(self.selection.index):
             views = self.pairs.weak, self.pairs.strong
             if self.options.statistics is None and needs_statistics(self.settings.model, self.settings.batchnorm):
@@ -183,7 +135,12 @@ class _Run:
         compared = torch.zeros_like(self.degenerate)
         compared[self.selection.index] = True
         record = ConsistencyRecord(self.cosine, self.norm_weak, self.norm_strong, self.degenerate, compared)
-        return loss, record
+        blend = self.options.blend
+        if self.options.fused:
+            return Compared(loss, record, loss if blend is None else self.term, self.losses)
+        losses = self._connected(self.losses) if self.options.losses else self.losses
+        total = loss if blend is None else blend.term * loss + (blend.losses * losses).sum()
+        return Compared(total, record, loss, losses)
 
     def _loss(self) -> Tensor:
         probe_model(self.forward, self.pairs, self.selection.index, self.options.probed, self.options.compared)
@@ -197,6 +154,7 @@ class _Run:
             graph_weak="weak" not in self.options.constant,
             graph_strong="strong" not in self.options.constant,
             random=self.options.dropout,
+            with_losses=self.options.losses,
             model=self.settings.model,
             projection=self.options.projection,
         )
@@ -230,13 +188,15 @@ class _Run:
         size = self._chunk_size(problem)
         buffer = GradientBuffer(list(self.aliases.values()), self.through) if options.fused else None
         total = self._zero()
+        self._forget_losses()
         start = 0
         while start < len(index):
             rows = slice(start, start + size)
             try:
-                terms = self._terms(problem, index[rows], weight[rows])
+                terms, losses = self._terms(problem, index[rows], weight[rows])
                 if buffer is not None:
-                    buffer.add(terms.sum(), self._amplification(index[rows], weight[rows]))
+                    value = self._blended(index[rows], terms, losses)
+                    buffer.add(value, self._amplification(index[rows], weight[rows]))
             except torch.OutOfMemoryError:
                 size = self._smaller(size)
                 continue
@@ -244,8 +204,28 @@ class _Run:
                 total = total.index_add(0, index[rows], terms)
             elif buffer is None:
                 total = total + terms.sum()
+            self._keep(index[rows], terms, losses)
             start += size
         return buffer, total
+
+    def _blended(self, index: Tensor, terms: Tensor, losses: Tensor | None) -> Tensor:
+        """Returns what a chunk is differentiated for, in one backward."""
+        blend = self.options.blend
+        if blend is None or losses is None:
+            return terms.sum()
+        return blend.term * terms.sum() + (blend.losses[index] * losses).sum()
+
+    def _forget_losses(self) -> None:
+        self.losses = torch.zeros_like(self.cosine)
+        self.term = self._zero()  # L_g, if `loss` is a blend whose gradient is formed in the forward
+
+    def _keep(self, index: Tensor, terms: Tensor, losses: Tensor | None) -> None:
+        """Keeps the losses of a chunk; without their graph, and L_g too, if the chunk was differentiated."""
+        if losses is None:
+            return
+        if self.options.fused:
+            self.term, losses = self.term + terms.detach().sum(), losses.detach()
+        self.losses = self.losses.index_copy(0, index, losses.to(self.wide))
 
     def _path(self) -> StatisticsPath | None:
         """Returns the path through the joint statistics if L_g is differentiated through them, else None."""
@@ -265,8 +245,8 @@ class _Run:
         steepest = float(slopes.masked_fill(self.degenerate[index], 0.0).max())
         return 1.0 if steepest == 0.0 else 2.0 ** math.floor(math.log2(_FLOAT16_DERIVATIVE_NORM / steepest))
 
-    def _terms(self, problem: Problem, index: Tensor, weight: Tensor) -> Tensor:
-        """Returns the weighted terms of the pairs `index`, and fills in their entries of the record."""
+    def _terms(self, problem: Problem, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns the weighted terms of the pairs `index` and their losses; fills in their entries of the record."""
         products = self._products(problem, index)
         degenerate = degenerate_pairs(products, self.settings.min_norm)
         similarity = cosine(products, degenerate)
@@ -274,7 +254,7 @@ class _Run:
         self.norm_weak[index] = products.weak.detach().sqrt()
         self.norm_strong[index] = products.strong.detach().sqrt()
         self.cosine[index] = similarity.detach().masked_fill(degenerate, torch.nan)
-        return weight * self.options.criterion.terms(products, similarity, degenerate)
+        return weight * self.options.criterion.terms(products, similarity, degenerate), products.losses
 
     def _products(self, problem: Problem, index: Tensor, scale: float | None = None) -> GradProducts:
         """Returns finite inner products of the pairs `index`; zeros (degenerate) if float16 always overflows."""
@@ -284,7 +264,7 @@ class _Run:
         chunk = problem.take(index)
         products = self.settings.engine.products(chunk)
         if scale != 1.0:
-            products = GradProducts(*(part / scale**2 for part in products))
+            products = GradProducts(*(part / scale**2 for part in products.present()))
         finite = products.isfinite()
         if bool(finite.all()):
             return products
@@ -306,13 +286,16 @@ class _Run:
             rows = mask.nonzero().squeeze(1)
             if len(rows):
                 part = self._products(problem, index[rows], part_scale)
-                total = GradProducts(*(old.index_copy(0, rows, new) for old, new in zip(total, part, strict=True)))
+                total = GradProducts(
+                    *(old.index_copy(0, rows, new) for old, new in zip(total.present(), part.present(), strict=True))
+                )
         return total
 
     def _chunk_size(self, problem: Problem) -> int:
         """Tries the engine on a pair, and returns the number of pairs per chunk: the option, or what memory allows."""
         index, weight = self.selection.index, self.selection.weight
-        terms = (partial(self._terms, problem, index[i : i + 1], weight[i : i + 1]) for i in range(len(index)))
+        one = lambda rows: self._terms(problem, index[rows], weight[rows])[0]  # noqa: E731
+        terms = (partial(one, slice(i, i + 1)) for i in range(len(index)))
         engine, probed = self.settings.engine, self.options.probed
         # For the stand-ins: for the parameters themselves, gradient hooks of the user would run here.
         expected = [*self.aliases.values(), *self.through]

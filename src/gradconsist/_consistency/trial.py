@@ -50,6 +50,7 @@ class Probed:
         report_only: whether a Function with a wrong second derivative goes into a report instead of raising an error.
         dense: weights of sparse embeddings that have another use in the forward, so their gradient is dense.
         kept: bytes that the graph of one pair keeps, by engine, shapes and constants.
+        differences: what the model computes otherwise in the method than in the comparison, or None, by its state.
         fitted: pairs of the chunk that fitted after the device ran out of memory; None if it never did.
     """
 
@@ -60,6 +61,7 @@ class Probed:
     report_only: bool = False
     dense: set[str] = field(default_factory=set)
     kept: dict[Hashable, int] = field(default_factory=dict)
+    differences: dict[Hashable, str | None] = field(default_factory=dict)
     fitted: int | None = None
 
     def once(self, warning: str) -> bool:
@@ -201,7 +203,7 @@ def _try_forward(forward: PerSampleForward, pairs: Pairs, probed: Probed) -> boo
         if logits is not None and probed.classes and forward.loss_fn is cross_entropy and "softmax" not in probed.told:
             probed.told |= {"softmax"} if warn_of_probabilities(logits) else set()
         alone = _numbers(quiet, take(everything, slice(0, 1)), target[:1])
-        if _differ(alone, _numbers(quiet, take(everything, slice(0, 1)), target[:1]), 0.0):
+        if differ(alone, _numbers(quiet, take(everything, slice(0, 1)), target[:1]), 0.0):
             if forward.dropout:  # chance is allowed, and hides any effect of neighbours
                 return False
             raise UnsupportedModuleError(
@@ -213,18 +215,18 @@ def _try_forward(forward: PerSampleForward, pairs: Pairs, probed: Probed) -> boo
             return False
         both = torch.tensor([0, other], device=target.device)
         together = _numbers(quiet, take(everything, both), target[both])
-        differ = _differ(alone, [part[:1] for part in together], _rounding(forward, alone))
-        if differ and not _only_rounding(quiet, everything, target, both):
+        changed = differ(alone, [part[:1] for part in together], rounding(forward, alone))
+        if changed and not _only_rounding(quiet, everything, target, both):
             raise mixing_refusal(
                 forward.model,
                 lambda: _numbers(quiet, take(everything, slice(0, 1)), target[:1]),
                 lambda: _numbers(quiet, take(everything, both), target[both]),
-                _rounding(forward, alone),
+                rounding(forward, alone),
             )
     return bool(torch.isfinite(torch.cat([alone[-1], together[-1]])).all())  # losses that are NaN cannot be compared
 
 
-def _rounding(forward: PerSampleForward, numbers: list[Tensor]) -> float:
+def rounding(forward: PerSampleForward, numbers: list[Tensor]) -> float:
     """Returns how much results in a batch may differ from those of one sample, given the coarsest dtype used."""
     dtypes = {tensor.dtype for tensor in (*forward.model.parameters(), *numbers)}
     if forward.autocast is not None or dtypes & {torch.float16, torch.bfloat16}:
@@ -249,7 +251,7 @@ def _only_rounding(forward: PerSampleForward, inputs: Inputs, target: Tensor, bo
             together = _numbers(exact, inputs, target)
     except RuntimeError:  # a model that insists on its dtype
         return False
-    return alone[0].dtype == torch.float64 and not _differ(alone, [part[:1] for part in together], 1e-8)
+    return alone[0].dtype == torch.float64 and not differ(alone, [part[:1] for part in together], 1e-8)
 
 
 def _numbers(forward: PerSampleForward, inputs: Inputs, target: Tensor) -> list[Tensor]:
@@ -260,7 +262,8 @@ def _numbers(forward: PerSampleForward, inputs: Inputs, target: Tensor) -> list[
     return [losses] if logits is None or not logits.is_floating_point() else [logits, losses]
 
 
-def _differ(first: list[Tensor], second: list[Tensor], tolerance: float) -> bool:
+def differ(first: list[Tensor], second: list[Tensor], tolerance: float) -> bool:
+    """Tells whether finite numbers differ by more than `tolerance` of the largest, or shapes do."""
     for a, b in zip(first, second, strict=True):
         finite = torch.isfinite(a) & torch.isfinite(b)  # NaN has another cause, and raises another error
         if a.shape != b.shape or bool(((a - b).abs() > tolerance * b.abs().amax().clamp(min=1e-3))[finite].any()):

@@ -26,6 +26,7 @@ class AutoEngine:
     """
 
     projects: ClassVar[bool] = True
+    gives_losses: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self.engine: Engine = GhostEngine()

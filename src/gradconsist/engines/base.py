@@ -57,6 +57,7 @@ class Problem:
         graph_weak: whether the weak view's gradient keeps its graph.
         graph_strong: whether the strong view's gradient keeps its graph.
         random: whether the forward may draw random numbers.
+        with_losses: whether the result holds the strong views' losses, too. Asked of engines with `gives_losses` only.
         model: the model, for engines with rules for modules; None if unknown.
         projection: compares sketches of the gradients instead of the gradients; None for the gradients.
     """
@@ -69,6 +70,7 @@ class Problem:
     graph_weak: bool = True
     graph_strong: bool = True
     random: bool = False
+    with_losses: bool = False
     model: nn.Module | None = None
     projection: Projector | None = None
 
@@ -80,10 +82,12 @@ class Problem:
 class Engine(Protocol):
     """Any object with a method `products` is an engine.
 
-    An engine may also have two attributes:
+    An engine may also have three attributes:
 
     - ``projects = True`` says that `products` supports `Problem.projection` and then returns the products of
       ``problem.projection.sketches(gradients)``. Without it, a projection raises an error.
+    - ``gives_losses = True`` says that `products` supports `Problem.with_losses`. Without it, one pass cannot give both
+      L_g and the strong views' losses.
     - ``most_pairs`` is the number of pairs beyond which a larger chunk gains nothing. ``chunk_size="auto"`` takes no
       more, and fewer if they would need too much memory.
     """

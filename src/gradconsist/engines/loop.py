@@ -27,24 +27,27 @@ class LoopEngine:
     """
 
     projects: ClassVar[bool] = True
+    gives_losses: ClassVar[bool] = True
     most_pairs: ClassVar[int] = 1  # larger chunks gain nothing here and keep more graphs alive
 
     def products(self, problem: Problem) -> GradProducts:
         """See `Engine.products`."""
-        rows = []
+        rows, losses = [], []
         for i in range(problem.target.shape[0]):
             one = slice(i, i + 1)
             target = problem.target[one]
-            weak = _gradient(problem, take(problem.weak, one), target, WEAK, problem.graph_weak)
-            strong = _gradient(problem, take(problem.strong, one), target, STRONG, problem.graph_strong)
+            _, weak = _gradient(problem, take(problem.weak, one), target, WEAK, problem.graph_weak)
+            loss, strong = _gradient(problem, take(problem.strong, one), target, STRONG, problem.graph_strong)
+            losses.append(loss)
             if problem.projection is not None:
                 weak, strong = (problem.projection.sketches([g.unsqueeze(0) for g in view]) for view in (weak, strong))
             rows.append(torch.stack([inner(weak, weak), inner(strong, strong), inner(weak, strong)]))
-        return GradProducts(*torch.stack(rows).unbind(1))
+        products = GradProducts(*torch.stack(rows).unbind(1))
+        return products._replace(losses=torch.stack(losses)) if problem.with_losses else products
 
 
-def _gradient(problem: Problem, inputs: Inputs, target: Tensor, view: int, graph: bool) -> list[Tensor]:
-    """Computes the gradient of one sample's loss, one tensor per parameter; zeros if the loss does not depend on it."""
+def _gradient(problem: Problem, inputs: Inputs, target: Tensor, view: int, graph: bool) -> tuple[Tensor, list[Tensor]]:
+    """Computes one sample's loss and its gradient, one tensor per parameter; zeros if it does not depend on it."""
     parameters = list(problem.parameters.values())
     with torch.enable_grad():
         loss = problem.losses(inputs, target, view=view).sum()
@@ -56,7 +59,7 @@ def _gradient(problem: Problem, inputs: Inputs, target: Tensor, view: int, graph
     gradient = [
         p.detach().new_zeros(p.shape) if part is None else part for p, part in zip(parameters, found, strict=True)
     ]
-    return gradient if graph else [part.detach() for part in gradient]
+    return (loss, gradient) if graph else (loss.detach(), [part.detach() for part in gradient])
 
 
 def _one(parameter: Tensor) -> Tensor:

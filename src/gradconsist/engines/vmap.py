@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, vmap
+from torch.func import grad_and_value, vmap
 from torch.overrides import TorchFunctionMode
 
 from gradconsist._forward.batchnorm import STRONG, WEAK
@@ -33,6 +33,7 @@ class VmapEngine:
     """
 
     projects: ClassVar[bool] = True
+    gives_losses: ClassVar[bool] = True
     most_pairs: ClassVar[int] = 16  # more gain nothing on a CPU (benchmarks/cost/step_cost.py)
     _looked_at: WeakKeyDictionary[nn.Module, set[Hashable]] = field(
         default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
@@ -48,8 +49,8 @@ class VmapEngine:
         if graph and (model is None or called not in self._looked_at.get(model, ())):
             _refuse_scripts(problem)
         try:
-            weak = _gradients(problem, problem.weak, problem.target, WEAK, problem.graph_weak)
-            strong = _gradients(problem, problem.strong, problem.target, STRONG, problem.graph_strong)
+            _, *weak = _gradients(problem, problem.weak, problem.target, WEAK, problem.graph_weak)
+            losses, *strong = _gradients(problem, problem.strong, problem.target, STRONG, problem.graph_strong)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -61,7 +62,8 @@ class VmapEngine:
             self._looked_at.setdefault(model, set()).add(called)
         if problem.projection is not None:
             weak, strong = problem.projection.sketches(weak), problem.projection.sketches(strong)
-        return GradProducts(inner(weak, weak, keep=1), inner(strong, strong, keep=1), inner(weak, strong, keep=1))
+        products = GradProducts(inner(weak, weak, keep=1), inner(strong, strong, keep=1), inner(weak, strong, keep=1))
+        return products._replace(losses=losses) if problem.with_losses else products
 
 
 class _Calls(TorchFunctionMode):
@@ -101,7 +103,7 @@ def _refuse_scripts(problem: Problem) -> None:
 
 
 def _gradients(problem: Problem, inputs: Inputs, target: Tensor, view: int, graph: bool) -> list[Tensor]:
-    """Computes the gradients of all samples, [n, *parameter shape] each."""
+    """Computes the losses [n] of all samples and their gradients, [n, *parameter shape] each."""
     is_tensor = isinstance(inputs, Tensor)
 
     def loss(parameters: Mapping[str, Tensor], target: Tensor, *sample: Tensor) -> Tensor:
@@ -113,14 +115,15 @@ def _gradients(problem: Problem, inputs: Inputs, target: Tensor, view: int, grap
 
     columns = leaves(inputs)
     per_sample = vmap(
-        grad(loss),
+        grad_and_value(loss),
         in_dims=(None, 0, *[0] * len(columns)),
         randomness="different" if problem.random else "error",
     )
     try:
         # Under no_grad the inner `grad` still works, but its result has no graph, as wanted for a constant view.
         with torch.set_grad_enabled(graph):
-            return list(per_sample(dict(problem.parameters), target, *columns).values())
+            gradients, losses = per_sample(dict(problem.parameters), target, *columns)
+            return [losses, *gradients.values()]
     except SamplesDiffer as difference:
         answers = difference.answers
     return in_groups(lambda rows: _gradients(problem, take(inputs, rows), target[rows], view, graph), answers)

@@ -42,6 +42,8 @@ class FixMatch(Method):
     Source: Sohn et al., FixMatch (2020), algorithm 1 and eq. (3) and (4).
     """
 
+    _shares = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -83,11 +85,11 @@ class FixMatch(Method):
         check_batch(batch)
         labeled, weak, strong = self._view_logits(batch, joint=self.joint)
         confidence, target = weak.softmax(1).max(1)
-        mask = (confidence >= self.threshold).to(strong.dtype)
+        mask = (confidence >= self.threshold).to(weak.dtype)
         supervised = F.cross_entropy(labeled, batch.y)
         if self.brier_weight > 0:
             onehot = F.one_hot(batch.y, labeled.shape[1])
             supervised = supervised + self.brier_weight * (labeled.softmax(1) - onehot).square().sum(1).mean()
-        unsupervised = (mask * F.cross_entropy(strong, target, reduction="none")).mean()
+        unsupervised = self._unlabeled_loss(strong, target, mask)
         pair = ViewPair(batch.weak, batch.strong, target, mask)
         return self._finish(supervised, unsupervised, pair, mask_rate=mask.mean())

@@ -51,6 +51,8 @@ class FlexMatch(Method):
 
     selected: Tensor
 
+    _shares = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -116,9 +118,9 @@ class FlexMatch(Method):
         labeled, weak, strong = self._view_logits(batch, joint=self.joint)
         confidence, target = weak.softmax(1).max(1)
         thresholds = self.thresholds(weak.shape[1], weak.dtype)
-        mask = (confidence >= thresholds[target]).to(strong.dtype)
+        mask = (confidence >= thresholds[target]).to(weak.dtype)
         supervised = F.cross_entropy(labeled, batch.y)
-        unsupervised = (mask * F.cross_entropy(strong, target, reduction="none")).mean()
+        unsupervised = self._unlabeled_loss(strong, target, mask)
         if self.training:
             self._select(index, torch.where(confidence >= self.threshold, target, -1))
         pair = ViewPair(batch.weak, batch.strong, target, mask)

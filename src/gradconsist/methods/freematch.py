@@ -58,6 +58,8 @@ class FreeMatch(Method):
     probability: Tensor
     histogram: Tensor
 
+    _shares = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -105,7 +107,7 @@ class FreeMatch(Method):
 
         Returns:
             The loss, the pair (weak, strong, pseudo-labels, mask), and the logs loss_supervised, loss_unsupervised,
-            loss_fairness, mask_rate, threshold_mean and unlabeled_weight.
+            mask_rate, threshold_mean and unlabeled_weight, and loss_fairness unless its weight is 0.
 
         Raises:
             InputTypeError: `batch` is not an `SSLBatch`.
@@ -120,14 +122,21 @@ class FreeMatch(Method):
             self._update(gather(probability))
         confidence, target = probability.max(1)
         thresholds = self.thresholds()
-        mask = (confidence >= thresholds[target]).to(strong.dtype)
+        mask = (confidence >= thresholds[target]).to(weak.dtype)
         supervised = F.cross_entropy(labeled, batch.y)
-        unsupervised = (mask * F.cross_entropy(strong, target, reduction="none")).mean()
-        fairness = self._fairness(strong.softmax(1)[mask > 0])
+        unsupervised = self._unlabeled_loss(strong, target, mask)
         pair = ViewPair(batch.weak, batch.strong, target, mask)
-        logs = {"mask_rate": mask.mean(), "threshold_mean": thresholds.mean(), "loss_fairness": fairness.detach()}
-        out = self._finish(supervised, unsupervised, pair, **logs)
+        logs = {"mask_rate": mask.mean(), "threshold_mean": thresholds.mean()}
+        if strong is None or self.fairness_weight == 0:
+            return self._finish(supervised, unsupervised, pair, **logs)
+        fairness = self._fairness(strong.softmax(1)[mask > 0])
+        out = self._finish(supervised, unsupervised, pair, **logs, loss_fairness=fairness.detach())
         return out._replace(loss=out.loss + self.fairness_weight * fairness)
+
+    def sharing_obstacle(self) -> str | None:
+        """See `Method.sharing_obstacle`."""
+        fair = "`fairness_weight` is not 0, and L_f needs the logits of the strong views"
+        return fair if self.fairness_weight > 0 else super().sharing_obstacle()
 
     def _update(self, probability: Tensor) -> None:
         confidence, target = probability.max(1)

@@ -54,6 +54,8 @@ class SoftMatch(Method):
     mean: Tensor
     variance: Tensor
 
+    _shares = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -112,9 +114,9 @@ class SoftMatch(Method):
         below = (self._aligned(probability).amax(1) - self.mean).clamp(max=0.0)
         # A variance of 0 makes this a mask: w is 1 at the mean and above, and 0 below.
         variance = self.variance.clamp(min=torch.finfo(self.variance.dtype).tiny)
-        weight = (-(self.width * below).square() / (2 * variance)).exp().to(strong.dtype)
+        weight = (-(self.width * below).square() / (2 * variance)).exp().to(weak.dtype)
         supervised = F.cross_entropy(labeled, batch.y)
-        unsupervised = (weight * F.cross_entropy(strong, target, reduction="none")).mean()
+        unsupervised = self._unlabeled_loss(strong, target, weight)
         pair = ViewPair(batch.weak, batch.strong, target, weight)
         logs = {"mask_rate": weight.mean(), "confidence_mean": self.mean.clone()}
         return self._finish(supervised, unsupervised, pair, **logs)

@@ -55,6 +55,8 @@ class UDA(Method):
     Source: Xie et al., Unsupervised Data Augmentation (2020), and the authors' code.
     """
 
+    _shares = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -105,13 +107,12 @@ class UDA(Method):
         """
         check_batch(batch)
         labeled, weak, strong = self._view_logits(batch, joint=self.joint)
-        mask = (weak.softmax(1).amax(1) >= self.threshold).to(strong.dtype)
+        mask = (weak.softmax(1).amax(1) >= self.threshold).to(weak.dtype)
         target = (weak / self.temperature).softmax(1)
         supervised, kept = self._supervised(labeled, batch.y)
-        divergence = F.kl_div(strong.log_softmax(1), target, reduction="none").sum(1)
         pair = ViewPair(batch.weak, batch.strong, target, mask)
         logs = {"mask_rate": mask.mean(), "labeled_rate": kept}
-        return self._finish(supervised, (mask * divergence).mean(), pair, **logs)
+        return self._finish(supervised, self._unlabeled_loss(strong, target, mask), pair, **logs)
 
     def _supervised(self, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Computes L_s and the share of samples that it keeps."""

@@ -71,6 +71,7 @@ class GhostEngine:
     """
 
     projects: ClassVar[bool] = True
+    gives_losses: ClassVar[bool] = True
     most_pairs: ClassVar[int] = 256
     form: Form = "auto"
     _models: WeakKeyDictionary[Any, _Known] = field(
@@ -135,12 +136,9 @@ class GhostEngine:
         if len(pairs) >= 8 and 2 * len(set(pairs)) > len(pairs):  # batches of one pair take longer than the loop
             self._tell_of_loop(problem)
             return LoopEngine().products(problem)
-        if apart:
-            return GradProducts(*in_groups(lambda rows: self._products(problem.take(rows), together=False), pairs))
-        alike = [weak == strong for weak, strong in pairs]
-        return GradProducts(
-            *in_groups(lambda rows: self._products(problem.take(rows), together=alike[int(rows[0])]), pairs)
-        )
+        alike = [False] * len(pairs) if apart else [weak == strong for weak, strong in pairs]
+        run = lambda rows: self._products(problem.take(rows), together=alike[int(rows[0])]).present()  # noqa: E731
+        return GradProducts(*in_groups(run, pairs))
 
     def _tell_of_loop(self, problem: Problem) -> None:
         known = self._known(problem)
@@ -156,10 +154,10 @@ class GhostEngine:
         if together:
             seen = self._see_both(problem)
             with torch.set_grad_enabled(problem.graph_weak):
-                return _total(problem, self._grams(problem, seen))
+                return _total(problem, self._grams(problem, seen), seen.losses[STRONG::2])
         weak, strong = (self._see_one(problem, view) for view in (WEAK, STRONG))
         with torch.set_grad_enabled(problem.graph_weak or problem.graph_strong):
-            return _total(problem, self._grams_of_two(problem, weak, strong))
+            return _total(problem, self._grams_of_two(problem, weak, strong), strong.losses)
 
     def _see_both(self, problem: Problem) -> Seen:
         """Runs both views as one batch."""
@@ -262,13 +260,14 @@ def _single(name: str, seen: Seen) -> tuple[Rule, Tensor | None, Tensor] | None:
     return (LinearWeight(), *joined(products)) if len(products) == len(uses) else None
 
 
-def _total(problem: Problem, found: list[Tensor]) -> GradProducts:
+def _total(problem: Problem, found: list[Tensor], strong_losses: Tensor) -> GradProducts:
     parameter = next(iter(problem.parameters.values()))
+    losses = strong_losses if problem.with_losses else None
     if not found:
         zeros = parameter.new_zeros(len(problem.target), dtype=wide_dtype(parameter))
-        return GradProducts(zeros, zeros.clone(), zeros.clone())
+        return GradProducts(zeros, zeros.clone(), zeros.clone(), losses)
     total = torch.stack(found).sum(0)
-    return GradProducts(total[:, 0, 0], total[:, 1, 1], total[:, 0, 1])
+    return GradProducts(total[:, 0, 0], total[:, 1, 1], total[:, 0, 1], losses)
 
 
 def _stackable(weak: Inputs, strong: Inputs) -> bool:

@@ -29,11 +29,13 @@ class Seen:
         uses: every call of an operator with a rule whose output the losses depend on.
         outputs: for each use the gradient of its output.
         rows: per-sample gradients [N, *shape] through everything else, by parameter; only for parameters that have one.
+        losses: the losses, [N].
     """
 
     uses: list[Use]
     outputs: list[Tensor]
     rows: dict[str, Tensor]
+    losses: Tensor
 
     def of(self, name: str) -> list[tuple[Use, Tensor]]:
         """Returns the uses of one parameter, with the gradients of their outputs."""
@@ -108,10 +110,12 @@ def see(
         [use for use, d in zip(uses, outputs, strict=True) if d is not None],
         [d for d in outputs if d is not None],
         {name: row for name, row in rows.items() if row is not None},
+        losses if problem.with_losses else losses.detach(),  # nobody else needs their graph
     )
     return seen if graph else _constant(seen)
 
 
 def _constant(seen: Seen) -> Seen:
     uses = [replace(use, rule=use.rule.constant(), inputs=tuple(x.detach() for x in use.inputs)) for use in seen.uses]
-    return Seen(uses, [d.detach() for d in seen.outputs], {name: row.detach() for name, row in seen.rows.items()})
+    outputs, rows = [d.detach() for d in seen.outputs], {name: row.detach() for name, row in seen.rows.items()}
+    return Seen(uses, outputs, rows, seen.losses.detach())
