@@ -61,7 +61,7 @@ def train_step(step: DistributedDataParallel | GGCRWrapper, wrapper: GGCRWrapper
     if dist.is_initialized():
         dist.all_reduce(failed)
     if loss is None or failed > 0:
-        wrapper.load_state_dict(before, strict=False)  # step counters, as they were on every process
+        wrapper.load_state_dict(before, strict=False)  # the step counters of before, on every process
         return None
     loss.backward()
     return loss.detach()

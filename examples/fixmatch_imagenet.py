@@ -1,4 +1,4 @@
-"""Train FixMatch, with or without gradient consistency, on ImageNet or photographs of your own, on many processes.
+"""Train FixMatch, with or without gradient consistency, on ImageNet or your own photographs, on many processes.
 
 Examples:
     torchrun --standalone --nproc-per-node 8 fixmatch_imagenet.py --data-dir imagenet --ggcr-max-pairs 64

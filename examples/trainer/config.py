@@ -25,7 +25,7 @@ HARMLESS = frozenset(
         "data_dir", "output", "device", "workers", "checkpoint_every", "log_every", "resume", "tensorboard", "progress",
         "stop_after_steps", "stop_after_minutes", "preset", "config", "init_from", "elastic", "check_images",
         "skip_damaged", "csv", "wandb", "mlflow",
-        "processes",  # which has a check of its own
+        "processes",  # which is checked elsewhere
     }
 )  # fmt: skip
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, Union
 
 from trainer.errors import OptionError
 
-# Where a run was, not what it was: a repetition is a run of its own.
+# Where a run was, not what it was: a repetition is another run.
 NOT_REPEATED = frozenset({"output", "config"})
 
 

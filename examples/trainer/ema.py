@@ -17,7 +17,7 @@ from torch import Tensor, nn
 class AveragedModel:
     """`average <- d * average + (1 - d) * model` after every step; buffers of whole numbers are copied.
 
-    The average lives in a module of its own: the trained weights are never swapped in place.
+    The average lives in its own module: the trained weights are never swapped in place.
 
     Args:
         model: The trained model.

@@ -149,7 +149,7 @@ def _run_cell(grid: Grid, cell: Cell, deadline: float | None, stop: _Stop) -> in
     if BUDGETS[grid.budget].one_thread:
         environment.setdefault("OMP_NUM_THREADS", "1")
     with open(_log(grid, cell), "a", encoding="utf-8") as log:
-        # In a session of its own: a Ctrl-C of the terminal reaches the grid alone, which passes on exactly one.
+        # In its own session: a Ctrl-C of the terminal reaches the grid alone, which passes on exactly one.
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
         )

@@ -56,7 +56,7 @@ def load(folder: Path, config: Config, processes: Processes) -> DataSet:
 
 
 def check_same_files(processes: Processes, split: Split) -> None:
-    """Machines may have copies of their own, which must be the same."""
+    """Machines may have their own copies, which must be the same."""
     mine = torch.frombuffer(bytearray(bytes.fromhex(split.digest + split.data_digest)), dtype=torch.uint8)
     rows = processes.gather(mine)
     different = [rank for rank, row in enumerate(rows) if not torch.equal(row, rows[0])]

@@ -24,7 +24,7 @@ def _fraction(magnitude: int) -> float:
 
 
 def _enhance(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> Operation:
-    # Factor 0.1 + 1.8 m / 10: 0.28 .. 1.72 for the magnitudes drawn; 1 would leave the image as it is.
+    # Factor 0.1 + 1.8 m / 10: 0.28 .. 1.72 for the magnitudes drawn; 1 would not change the image.
     return lambda image, magnitude, sign: kind(image).enhance(0.1 + 1.8 * _fraction(magnitude))
 
 

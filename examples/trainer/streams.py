@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 
 class Stream(IntEnum):
-    """What a draw is for; each purpose has a stream of its own."""
+    """What a draw is for; each purpose has its own stream."""
 
     SPLIT = 0
     LABELED_ORDER = 1

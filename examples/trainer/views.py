@@ -1,7 +1,7 @@
-"""Random crops of whole photographs by torchvision's transforms, each from a seed of its own.
+"""Random crops of whole photographs by torchvision's transforms, each from its own seed.
 
 weak:   a random crop scaled to the network's size, mirrored with probability 1/2.
-strong: a weak view of its own, then one of the policies of `augment`, or torchvision's RandAugment(2, 10).
+strong: another weak view, then one of the policies of `augment`, or torchvision's RandAugment(2, 10).
 """
 
 from __future__ import annotations

@@ -186,6 +186,6 @@ def _check_arguments(module: nn.Module, arguments: Any) -> None:
 
 
 def _check_unchanged(module: nn.Module, before: tuple[list[Any], Any], after: tuple[list[Any], Any]) -> None:
-    """Refuses a layer that fills a list or dictionary among its arguments, since each sample has one of its own."""
+    """Refuses a layer that fills a list or dictionary among its arguments, since each sample has its own."""
     if before[1] != after[1] or any(a is not b for a, b in zip(before[0], after[0], strict=True)):
         raise RuntimeError(f"{type(module).__name__} changes a list or a dictionary among its arguments")

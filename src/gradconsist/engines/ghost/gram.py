@@ -129,7 +129,7 @@ def doubt(doubts: Doubts | None, gram: Tensor, uncancelled: Tensor) -> None:
     """Adds to `doubts` what tells whether positions cancel so far that float32 loses accuracy; reads nothing.
 
     Args:
-        doubts: gets one entry; none in float64. None to take M as it is.
+        doubts: gets one entry; none in float64. None to take M unchecked.
         gram: M [n, 2, 2].
         uncancelled: the sum over positions [n, 2] of what each adds to the squared norm by itself.
     """
