@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from trainer.config import Config
 from trainer.datasets import DataSet, Images
 from trainer.errors import DatasetError, OptionError, ResumeError
 from trainer.file_record import FileRecord, manifest_lines
-from trainer.files import finite, read_json, write_atomically, write_json
+from trainer.files import finite, read_json, regular_size, write_atomically, write_json
 from trainer.streams import Stream, permutation
 
 FILES = "files.jsonl.gz"
@@ -132,9 +133,12 @@ def read_list(path: Path, data: DataSet) -> Tensor:
         OptionError: A class has no labeled image.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"--label-file {path} cannot be read ({error}): give a text file of image names.") from error
+        lines = _lines(path)
+    except (OSError, ValueError, EOFError) as error:
+        raise DatasetError(
+            f"--label-file {path} cannot be read ({error}): give a text file of image names, or of numbers also a "
+            ".npy or .json file."
+        ) from error
     # Below train/, in Unicode's composed form; images without a label cannot be named.
     names = None if data.files is None else [_parts(name)[1:] for name in data.files.train]
     by_name: dict[str, list[int]] = {}
@@ -167,6 +171,21 @@ def read_list(path: Path, data: DataSet) -> Tensor:
             "name at least one of each, or remove the class."
         )
     return chosen
+
+
+def _lines(path: Path) -> list[str]:
+    """Names or numbers of a list: a text, an array (USB's form), or JSON numbers, perhaps as `label` (FixMatch's)."""
+    regular_size(path)
+    if path.suffix == ".npy":
+        found = np.load(path, allow_pickle=False).reshape(-1).tolist()
+    elif path.suffix == ".json":
+        held = read_json(path)
+        found = held.get("label") if isinstance(held, dict) else held
+    else:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    if not isinstance(found, list) or not all(type(number) is int for number in found):
+        raise ValueError("it holds something else than whole numbers")
+    return [str(number) for number in found]
 
 
 def _parts(name: str) -> tuple[str, ...]:

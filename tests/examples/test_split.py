@@ -1,18 +1,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from trainer.config import Config, resolve
 from trainer.datasets import Images
-from trainer.errors import OptionError, ResumeError
+from trainer.errors import DatasetError, OptionError, ResumeError
 from trainer.files import read_json
 from trainer.loader import StepDataset
-from trainer.split import draw_split, store_or_check
+from trainer.split import draw_split, read_list, store_or_check
 
 MakeConfig = Callable[..., Config]
 
@@ -71,3 +73,18 @@ def test_unlabeled_set_is_every_training_image(random_images: Images, tiny: Make
     dataset = StepDataset(random_images, draw_split(random_images, 12, 0), config)
     seen = torch.cat([dataset[step].indices for step in range(3)])
     assert sorted(seen.tolist()) == list(range(60))
+
+
+def test_published_splits_are_read_as_they_are_published(random_images: Images, tmp_path: Path) -> None:
+    chosen = [0, 1, 2, 10]
+    np.save(tmp_path / "usb.npy", np.array(chosen))
+    (tmp_path / "fixmatch.json").write_text(json.dumps({"distribution": [1 / 3] * 3, "label": chosen}))
+    (tmp_path / "list.json").write_text(json.dumps(chosen))
+    (tmp_path / "list.txt").write_text("\n".join(map(str, chosen)))
+    for path in tmp_path.iterdir():
+        assert read_list(path, random_images).tolist() == chosen
+    np.save(tmp_path / "usb.npy", np.array([{"a": 1}]), allow_pickle=True)
+    (tmp_path / "fixmatch.json").write_text('{"label": [1.5]}')
+    for name in ("usb.npy", "fixmatch.json"):
+        with pytest.raises(DatasetError, match=rf"--label-file .*{name} cannot be read .*also a .npy or .json file"):
+            read_list(tmp_path / name, random_images)
