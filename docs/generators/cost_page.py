@@ -55,6 +55,11 @@ second backward through all of that. Everything below spends less by giving some
 layers where the question is about those layers. A projection keeps every pair and every layer, with noise and a bias;
 look at its row before you take it.
 
+One setting gives nothing up: `GGCRWrapper(share="auto")`, the default, takes the unlabeled loss of FixMatch, FlexMatch,
+FreeMatch (`fairness_weight=0`), SoftMatch and UDA from the term's own pass, which computes the strong views' losses
+anyway. That spares the method's forward and backward of the strong views wherever the step stays the same to rounding:
+[what it needs](wrap-your-method.md#one-pass-for-both-losses). A loop without the wrapper calls `gc.with_losses(...)`.
+
 ## Measured on {MODEL}
 
 {settings}

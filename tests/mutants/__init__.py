@@ -18,6 +18,7 @@ from mutants import (
     quantity,
     regular,
     reports,
+    sharing,
     state,
     training,
 )
@@ -31,6 +32,7 @@ BUGS: list[Bug] = [
     *projection.BUGS,
     *state.BUGS,
     *training.BUGS,
+    *sharing.BUGS,
     *methods.BUGS,
     *reports.BUGS,
     *adapters.BUGS,
