@@ -99,7 +99,7 @@ class _Products:
 
     def products(self, problem: Any) -> GradProducts:
         self.calls += 1
-        weak, strong, cross = self.inner.products(problem)
+        weak, strong, cross, _ = self.inner.products(problem)
         return GradProducts(weak, strong, self.act(self.calls, cross))
 
 

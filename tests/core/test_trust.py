@@ -220,7 +220,7 @@ class _FailsOnce(torch.autograd.Function):
 
 class _HungryEngine:
     def products(self, problem: Problem) -> GradProducts:
-        return GradProducts(*(_FailsOnce.apply(part) for part in LoopEngine().products(problem)))
+        return GradProducts(*(_FailsOnce.apply(part) for part in LoopEngine().products(problem).present()))
 
 
 def test_out_of_memory_in_the_derivative_counts_nothing_twice() -> None:

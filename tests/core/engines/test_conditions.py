@@ -110,7 +110,7 @@ def _by(engine: base.Engine, model: nn.Module, views: tuple[Any, Any, Tensor], *
     found = engine.products(base.Problem(losses, parameters, *views, model=model, **options))
     value = (found.cross / (found.weak * found.strong).sqrt() + 0.1 * found.weak.log()).sum()
     return [
-        *(part.detach() for part in found),
+        *(part.detach() for part in found.present()),
         *torch.autograd.grad(value, list(parameters.values()), allow_unused=True),
     ]
 
