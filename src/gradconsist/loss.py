@@ -177,7 +177,7 @@ class GradientConsistencyLoss(OwnState):
 
         Raises:
             ConfigError: an option leaves losses out (``max_pairs``), holds the strong views constant, or scales the
-                losses (float16); or the engine does not return them.
+                losses (float16), or differentiates statistics; or the engine does not return them.
             GradConsistError: as in `__call__`.
         """
         obstacle = losses_obstacle(self.settings)

@@ -288,6 +288,7 @@ REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "half": (Normalised, None, {"half": True}, "float16"),
     "max_pairs": (Normalised, None, {"loss": {"max_pairs": 3}}, "max_pairs=3"),
     "strong constant": (Normalised, None, {"loss": {"stop_gradient": "strong"}}, "without a graph"),
+    "statistics": (methods.network, None, {"loss": {"through_statistics": True}}, "through_statistics=True"),
     "engine": (Normalised, None, {"loss": {"engine": Silent()}}, "gives_losses"),
     "loss_fn": (
         Normalised, None, {"loss": {"loss_fn": lambda z, t: F.cross_entropy(z, t, reduction="none")}}, "`loss_fn`",

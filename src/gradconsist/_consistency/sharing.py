@@ -42,6 +42,8 @@ def losses_obstacle(settings: Settings) -> str | None:
         return "`stop_gradient='strong'` computes the strong views without a graph"
     if not getattr(settings.engine, "gives_losses", False):
         return f"the engine {settings.engine!r} has no `gives_losses`, so it returns no losses"
+    if settings.through_statistics and normalises_batch(settings):
+        return "`through_statistics=True` differentiates the statistics, which are constants of these losses"
     if torch.float16 in dtypes:
         return "the step computes in float16, where the comparison scales its losses"
     return None
