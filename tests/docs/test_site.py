@@ -27,6 +27,9 @@ def test_the_site(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr
     nothing_is_loaded_from_another_host(tmp_path)
     no_formula_is_taken_for_html(tmp_path)
+    formulas_are_drawn(tmp_path)
+    the_first_page_has_version_and_install_line(tmp_path)
+    the_appendix_is_not_searched(tmp_path)
     reference_covers_the_public_names(tmp_path)
 
 
@@ -45,7 +48,7 @@ def no_formula_is_taken_for_html(site: Path) -> None:
         assert not strange, f"{page.relative_to(site)} contains the elements {strange}: use code style for them"
 
 
-def test_formulas_are_drawn(site: Path) -> None:
+def formulas_are_drawn(site: Path) -> None:
     """Of pages and of docstrings, with no TeX and no plain text left."""
     first, loss = ((site / page / "index.html").read_text(encoding="utf-8") for page in (".", "api"))
     assert "<mfrac>" in first
@@ -57,13 +60,13 @@ def test_formulas_are_drawn(site: Path) -> None:
         assert "sum over pairs u of" not in html, page
 
 
-def test_the_first_page_has_version_and_install_line(site: Path) -> None:
+def the_first_page_has_version_and_install_line(site: Path) -> None:
     first = (site / "index.html").read_text(encoding="utf-8")
     assert f"Version {gradconsist.__version__}" in first
     assert "pip install" in re.sub("<.*?>", "", first)
 
 
-def test_the_appendix_is_not_searched(site: Path) -> None:
+def the_appendix_is_not_searched(site: Path) -> None:
     found = json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))["docs"]
     assert any(entry["location"].startswith("evidence/") for entry in found)
     assert not any(entry["location"].startswith("appendix/") for entry in found)
