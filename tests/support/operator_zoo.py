@@ -121,12 +121,13 @@ class Products(nn.Module):
         self.square, self.wide, self.head = (nn.Parameter(torch.randn(4, size) / 2) for size in (4, 6, 3))
         self.shift = nn.Parameter(torch.randn(6))
         self.back = nn.Parameter(torch.randn(6, 4) / 2)
+        self.level, self.base = (nn.Parameter(torch.randn(1)) for _ in range(2))  # one number for all outputs
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.tanh(x @ self.square)
-        h = torch.tanh(F.linear(h, self.square) + torch.matmul(h, self.square))
+        h = torch.tanh(F.linear(h, self.square, self.level) + torch.matmul(h, self.square))
         h = torch.tanh(torch.addmm(self.shift, h.flatten(0, 1), self.wide)).view(*h.shape[:2], -1)
-        return torch.mm(torch.tanh(h.mean(1).matmul(self.back)), self.head)
+        return torch.mm(torch.tanh(torch.addmm(self.base, h.mean(1), self.back)), self.head)
 
 
 def _sequences(g: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -68,7 +68,9 @@ class Operators(Record):
     def _multiply(
         self, input: Tensor, name: str | None, w: Tensor, rule: LinearWeight, bias: Tensor | None = None
     ) -> Tensor:
-        bias_name, b = self._own(bias)
+        outputs = w.shape[1] if rule.transposed else w.shape[0]
+        # The rule of a bias is for one number per output; one that is broadcast is added like any other tensor.
+        bias_name, b = self._own(bias if bias is not None and bias.shape == (outputs,) else None)
 
         def compute(n: int, per_sample: list[bool], x: Tensor) -> Tensor:
             x = rows(x, per_sample[0], n)
