@@ -158,7 +158,7 @@ class GradientConsistencyLoss(OwnState):
         *,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Computes L_g and the strong views' losses from one pass, so that an unlabeled loss needs none of its own.
+        """Computes L_g and the strong views' losses from one pass, so that an unlabeled loss needs no other.
 
         ``(weight * losses).mean()`` is FixMatch's unlabeled loss. The model runs as in the comparison: BatchNorm's
         statistics are constants, and random layers are off unless ``dropout="on"``. Each loss may get any factor

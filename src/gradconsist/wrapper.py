@@ -59,11 +59,11 @@ class GGCRWrapper(nn.Module):
 
     Attributes:
         step: number of calls in train mode so far; part of ``state_dict()``.
-        unshared: why the last step with the term had a pass of its own for the unlabeled loss; None if it had not.
+        unshared: why the last step with the term computed the unlabeled loss in a separate pass; None if it did not.
 
     Raises:
-        ConfigError: an option has an invalid value, or ``share=True`` cannot be had; the latter at the first step if
-            it depends on the model.
+        ConfigError: an option has an invalid value, or ``share=True`` is impossible; the latter at the first step if it
+            depends on the model.
 
     Example:
         >>> import torch
@@ -157,7 +157,9 @@ class GGCRWrapper(nn.Module):
         settings = self.consistency.settings
         observe = (weight > 0 or trial) and settings.batchnorm == "observed"
         observer = Observer(settings.model) if observe else nullcontext()
-        shared = (weight > 0 or (trial and self.share is True)) and self._shares(args, kwargs) and weight > 0
+        if trial and self.share is True:
+            self._shares(args, kwargs)  # raises during the warm-up already
+        shared = weight > 0 and self._shares(args, kwargs)
         with observer, unlabeled_elsewhere(self.method, settings) if shared else nullcontext() as unlabeled:
             output = self.method(*args, **kwargs)
         base = as_step_output(output)
@@ -210,13 +212,13 @@ class GGCRWrapper(nn.Module):
         if self.pair_fn is not None:
             return "`pair_fn` may supply other pairs than the method trains on"
         if type(self.consistency).evaluate is not GradientConsistencyLoss.evaluate:
-            return f"{type(self.consistency).__name__} has an `evaluate` of its own"
+            return f"{type(self.consistency).__name__} overrides `evaluate`"
         return sharing_obstacle(self.method, self.consistency.settings, demanded=self.share is True)
 
     @staticmethod
     def _check_shared(obstacle: str | None) -> None:
         if obstacle is not None:
-            raise ConfigError(f'`share=True` cannot be had: {obstacle}. Remove that, or use `share="auto"`.')
+            raise ConfigError(f'`share=True` is impossible: {obstacle}. Remove that, or use `share="auto"`.')
 
     def _try(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, base: StepOutput, observer: object

@@ -316,9 +316,9 @@ def test_what_would_change_the_step_is_not_shared(name: str) -> None:
     assert reason.replace("\\", "") in automatic[0].unshared
     assert torch.equal(ordinary[1][0].loss, automatic[1][0].loss)
     assert all(torch.equal(a, b) for a, b in zip(ordinary[2][0], automatic[2][0], strict=True))
-    with pytest.raises(ConfigError, match=f"`share=True` cannot be had: .*{reason}"):
+    with pytest.raises(ConfigError, match=f"`share=True` is impossible: .*{reason}"):
         run(model, method, batches, share=True, **options)
-    with pytest.raises(ConfigError, match=f"`share=True` cannot be had: .*{reason}"):  # not after the warm-up only
+    with pytest.raises(ConfigError, match=f"`share=True` is impossible: .*{reason}"):  # not after the warm-up only
         run(model, method, batches, share=True, **{**options, "warmup_steps": 100})
 
 

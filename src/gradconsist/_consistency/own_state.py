@@ -14,11 +14,11 @@ from typing_extensions import Self
 from gradconsist._consistency.advice import IdleCalls
 from gradconsist._consistency.settings import OPTIONS, Settings
 from gradconsist._consistency.trial import Probed
-from gradconsist._forward.randomness import restore_generator
+from gradconsist._forward.randomness import GeneratorOwner, restore_generator
 from gradconsist.errors import StateError
 
 
-class OwnState:
+class OwnState(GeneratorOwner):
     """Holds a loss's options, random source, number of calls and findings.
 
     Args:
@@ -91,15 +91,6 @@ class OwnState:
         restore_generator(self._generator, state["generator"])
         self._calls = int(numbers.get("calls", 0))
         self._probed.fitted = int(numbers["chunk"]) if "chunk" in numbers else None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Generators cannot be copied or pickled in every supported torch.
-        return vars(self) | {"_generator": self._generator.get_state()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._generator = torch.Generator()
-        self._generator.set_state(state["_generator"])
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({type(self.settings.model).__name__}, {self.settings!r})"

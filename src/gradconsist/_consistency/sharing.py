@@ -1,7 +1,7 @@
 """Decides whether the unlabeled loss of a method may come out of the term's own pass.
 
-The strong views' per-sample losses are there anyway. A method whose unlabeled loss is a weighted mean of them needs no
-forward and backward of its own for the strong views. The step is the same to rounding if the model computes in the
+The strong views' per-sample losses are there anyway. A method whose unlabeled loss is a weighted mean of them need
+not run the strong views itself. The step is the same to rounding if the model computes in the
 comparison what it computes in the method: this is tried, not assumed.
 """
 
@@ -74,7 +74,7 @@ def sharing_obstacle(method: Any, settings: Settings, *, demanded: bool) -> str 
     if hooked is not None:
         return f"{f'`method.{hooked}`' if hooked else '`method`'} has hooks, which would not see the strong views"
     if not settings.default_loss:
-        return "the consistency loss has a `loss_fn` of its own, the method uses cross-entropy"
+        return "the consistency loss has another `loss_fn` than the method, which uses cross-entropy"
     if settings.batchnorm == "observed":
         return "`batchnorm='observed'` needs the method's own forward of the strong views"
     if not demanded and normalises_batch(settings):

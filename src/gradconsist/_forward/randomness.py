@@ -109,3 +109,20 @@ def restore_generator(generator: torch.Generator, state: object) -> None:
         generator.set_state(state.cpu().clone())  # type: ignore[attr-defined]
     except (AttributeError, RuntimeError, TypeError) as error:
         raise StateError(f"`state['generator']` is not the state of a torch.Generator: {error}") from error
+
+
+class GeneratorOwner:
+    """Makes an object with a generator, as ``_generator``, fit for copies and pickles.
+
+    Generators cannot be copied or pickled in every supported torch.
+    """
+
+    _generator: torch.Generator
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_generator": self._generator.get_state()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._generator = torch.Generator()
+        self._generator.set_state(state["_generator"])

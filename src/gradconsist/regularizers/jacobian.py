@@ -12,7 +12,7 @@ from gradconsist._consistency.trial import Probed, probe_model
 from gradconsist._forward.batchnorm import BatchNormCalls, BatchNormPolicy
 from gradconsist._forward.isolation import one_comparison, uncompiled
 from gradconsist._forward.per_sample import PerSampleForward
-from gradconsist._forward.randomness import restore_generator
+from gradconsist._forward.randomness import GeneratorOwner, restore_generator
 from gradconsist._forward.sandbox import autocast_region, our_rules
 from gradconsist._forward.sparse import aliases, sparse_parameters
 from gradconsist._inputs.batch import check_inputs, concatenate, leaves, map_leaves
@@ -35,7 +35,7 @@ from gradconsist.errors import (
 from gradconsist.types import Inputs
 
 
-class JacobianPenalty:
+class JacobianPenalty(GeneratorOwner):
     """Penalises the squared Jacobian of the model's output with respect to its input.
 
         L_J = 1/B * sum over samples x of weight(x) * ||dz/dx||_F^2
@@ -245,12 +245,3 @@ class JacobianPenalty:
     def __repr__(self) -> str:
         options = f"projections={self.projections!r}, batchnorm={self.batchnorm!r}"
         return f"JacobianPenalty({type(self.model).__name__}, {options})"
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Generators cannot be copied or pickled in every supported torch.
-        return vars(self) | {"_generator": self._generator.get_state()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._generator = torch.Generator()
-        self._generator.set_state(state["_generator"])

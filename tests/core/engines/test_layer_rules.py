@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradconsist import GradientConsistencyLoss, diagnostics
@@ -15,6 +16,7 @@ from gradconsist.engines import GhostEngine, register_rule, unregister_rule
 from gradconsist.errors import ConfigError, LossContractError, UnsupportedModuleError
 from support import compare, state
 from support.layer_zoo import LAYER_CASES
+from support.models import TiedLanguageModel
 from support.oracle import judge
 from support.zoo import CASES
 
@@ -303,6 +305,27 @@ def test_the_routes() -> None:
     assert "zero" in route("idle", "unused")
     register_rule(nn.Linear, lambda module, x, d: {"weight": d[:, :, None] * x[:, None], "bias": d})
     assert "registered rule of Linear" in route("mlp", "0.weight")
+
+
+@pytest.mark.parametrize(("length", "form"), [(3, "gram"), (30, "gradient")])
+def test_a_tied_table_takes_one_hot_rows_for_short_texts_only(
+    monkeypatch: pytest.MonkeyPatch, length: int, form: str
+) -> None:
+    """They have as many numbers per position as the table has rows: of a long text, more than a table per sample."""
+    one_hot, made = F.one_hot, list[int]()
+    monkeypatch.setattr(F, "one_hot", lambda ids, n: made.append(ids.dim()) or one_hot(ids, n))  # type: ignore[func-returns-value]
+    torch.manual_seed(0)
+    model = TiedLanguageModel(vocabulary=7, width=24).double()
+    weak, strong, target = *torch.randint(0, 7, (2, 5, length)), torch.randint(0, 7, (5,))
+    gc = GradientConsistencyLoss(model, engine="ghost")
+    rows = diagnostics.check(gc, weak, strong, target).rows
+    assert next(row.route for row in rows if row.parameter == "embedding.weight").endswith(
+        f"{form} form (2 uses as one)"
+    )
+    loss = gc(weak, strong, target)
+    assert (2 in made) == (form == "gram")  # targets have one dimension
+    verdict = judge(model, weak, strong, target)
+    compare.assert_agrees(gc.last, loss, compare.gradient_of(loss, model), verdict, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("form", ["gradient", "gram"])

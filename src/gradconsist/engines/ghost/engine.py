@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -193,7 +193,7 @@ class GhostEngine:
 
     def _route(self, name: str, seen: Seen, *, paired: bool) -> str:
         uses, rest = seen.of(name), ["per-sample gradient"] if name in seen.rows else []
-        single = _single(name, seen)
+        single = _single(name, seen, self.form)
         form = "gradient"
         if single is not None and paired:
             form = chosen(*single, self.form)
@@ -209,7 +209,7 @@ class GhostEngine:
         ):
             parts.add_gradients(sketch)
         for name in _exact(problem):
-            single = _single(name, seen)
+            single = _single(name, seen, self.form)
             if single is not None:
                 parts.add(*single)
             else:
@@ -229,7 +229,7 @@ class GhostEngine:
 
     def _add_of_two(self, parts: Parts, name: str, weak: Seen, strong: Seen, samples: int) -> None:
         """Adds one parameter from views that ran in separate forwards."""
-        one, other = _single(name, weak), _single(name, strong)
+        one, other = (_single(name, seen, self.form) for seen in (weak, strong))
         if one is not None and other is not None and chosen(*one, self.form) == "gram":
             (rule, x, d_weak), (same, y, d_strong) = one, other
             if rule == same and _shape(x) == _shape(y):
@@ -249,15 +249,28 @@ def _exact(problem: Problem) -> list[str]:
     return [name for name, p in problem.parameters.items() if not (projection.flat or projection.shrinks(p.shape))]
 
 
-def _single(name: str, seen: Seen) -> tuple[Rule, Tensor | None, Tensor] | None:
-    """Returns rule, input and output gradient if a parameter has one use, or several that can be joined; else None."""
+def _single(name: str, seen: Seen, form: Form) -> tuple[Rule, Tensor | None, Tensor] | None:
+    """Returns rule, input and output gradient if a parameter has one use, or several that are joined; else None.
+
+    Rows of a table of embeddings become one-hot rows as long as the table, so that long texts do with less memory, and
+    fewer multiplications, in a table per sample.
+    """
     uses = seen.of(name)
     if name in seen.rows or not uses:
         return None
     if len(uses) == 1:
         return uses[0][0].rule, uses[0][0].input, uses[0][1]
     products = [(use.rule, use.input, d) for use, d in uses if isinstance(use.rule, LinearWeight | EmbeddingWeight)]
-    return (LinearWeight(), *joined(products)) if len(products) == len(uses) else None
+    if len(products) < len(uses) or (form != "gram" and _tables_are_smaller(products)):
+        return None
+    return (LinearWeight(), *joined(products))
+
+
+def _tables_are_smaller(uses: Sequence[tuple[LinearWeight | EmbeddingWeight, Tensor | None, Tensor]]) -> bool:
+    """Tells whether the weight is a table of embeddings with fewer columns than both views have positions."""
+    columns = [rule.shape[1] for rule, _, _ in uses if isinstance(rule, EmbeddingWeight)]
+    positions = sum(d[..., 0].numel() // len(x) for _, x, d in uses if x is not None)
+    return bool(columns) and 2 * positions > columns[0]
 
 
 def _total(problem: Problem, found: list[Tensor], strong_losses: Tensor) -> GradProducts:

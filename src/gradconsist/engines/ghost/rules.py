@@ -17,12 +17,7 @@ from torch import Tensor
 
 from gradconsist._inputs.precision import wide
 from gradconsist.engines.ghost.conv import Geometry, sample_gradients
-from gradconsist.engines.ghost.gram import (
-    Doubts,
-    doubt,
-    position_gram,
-    row_gram,
-)
+from gradconsist.engines.ghost.gram import Doubts, doubt, position_gram, row_gram
 from gradconsist.engines.ghost.pixel import has_patch_form, has_pixel_form, patch_gram, pixel_gram
 
 # An elementwise pass costs, per number, about as much as this many multiplications inside a matrix product.
