@@ -297,7 +297,7 @@ REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "pair_fn": (Normalised, None, {"pair_fn": lambda args, kwargs, out: out.pair}, "pair_fn"),
     "subclass": (Normalised, Own, {}, "loss of Own is not known"),
     "fairness": (Normalised, lambda m: FreeMatch(m, classes=CLASSES), {}, "fairness_weight"),
-    "one view": (Normalised, PseudoLabel, {}, "loss of PseudoLabel is not known"),
+    "one view": (Normalised, PseudoLabel, {}, "is a PseudoLabel, whose unlabeled loss the wrapper does not know"),
     "a model in front": (
         Normalised, lambda m: FixMatch(nn.Sequential(nn.Identity(), m)), {}, "another module than `method.model`",
     ),

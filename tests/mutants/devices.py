@@ -45,7 +45,7 @@ BUGS = [
         "what is on the device stays there",
         f"{ON}[training]",
         "methods/fixmatch.py",
-        "mask = (confidence >= self.threshold).to(weak.dtype)",
-        "mask = (confidence >= self.threshold).cpu().to(weak.device, weak.dtype)",
+        "(confidence >= self.threshold).to(weak.dtype)",
+        "(confidence >= self.threshold).cpu().to(weak.device, weak.dtype)",
     ),
 ]

@@ -34,13 +34,13 @@ BUGS = [
         "FreeMatch's fairness loss with the other sign",
         "L_f is sum a log b",
         "methods/test_freematch.py",
-        FREE, "loss=out.loss + self.fairness_weight * fairness", "loss=out.loss - self.fairness_weight * fairness",
+        FREE, "return self.fairness_weight * fairness,", "return -self.fairness_weight * fairness,",
     ),
     Bug(
         "FreeMatch's fairness over unmasked samples",
         "masked samples only",
         "methods/test_freematch.py",
-        FREE, "self._fairness(strong.softmax(1)[mask > 0])", "self._fairness(strong.softmax(1))",
+        FREE, "self._fairness(strong.softmax(1)[weight > 0])", "self._fairness(strong.softmax(1))",
     ),
     Bug(
         "FreeMatch's own gradient not multiplied by the processes",
@@ -52,7 +52,7 @@ BUGS = [
         "SoftMatch's label from aligned probabilities",
         "the alignment decides the weight only",
         "methods/test_softmatch.py",
-        SOFT, "target = probability.argmax(1)", "target = self._aligned(probability).argmax(1)",
+        SOFT, "return probability.argmax(1)", "return self._aligned(probability).argmax(1)",
     ),
     Bug(
         "SoftMatch's biased variance",

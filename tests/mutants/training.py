@@ -5,7 +5,7 @@ from __future__ import annotations
 from mutants.bug import Bug
 
 WRAPPER, SCHEDULES = "wrapper.py", "_inputs/schedules.py"
-FIXMATCH, METHOD = "methods/fixmatch.py", "methods/base.py"
+FIXMATCH, METHOD, FAMILY = (f"methods/{name}.py" for name in ("fixmatch", "base", "weak_to_strong"))
 RESUME = "test_wrapper.py::test_a_resumed_run_continues_bitwise test_wrapper.py"
 EVERY = "test_wrapper.py::test_the_weight_of_each_step test_wrapper.py::test_every_kth_step_times_k"
 PSEUDO_CODE = "methods/test_fixmatch.py"
@@ -131,37 +131,35 @@ BUGS = [
         "L_u over the confident images only",
         "the mean runs over all unlabeled images, masked or not",
         PSEUDO_CODE,
-        METHOD, "(weight * F.cross_entropy(strong, target, reduction=\"none\")).mean()",
+        FAMILY, "(weight * F.cross_entropy(strong, target, reduction=\"none\")).mean()",
         "(weight * F.cross_entropy(strong, target, reduction=\"none\")).sum() / weight.sum().clamp(min=1)",
     ),
     Bug(
         "pseudo-labels from the strong view",
         "p = softmax f(weak)",
         PSEUDO_CODE,
-        FIXMATCH,
-        "confidence, target = weak.softmax(1).max(1)",
-        "confidence, target = strong.detach().softmax(1).max(1)",
+        FAMILY, "self._targets(weak, batch)", "self._targets(strong.detach(), batch)",
     ),
     Bug(
         "weak and strong logits exchanged",
         "p = softmax f(weak)",
         PSEUDO_CODE,
-        METHOD, "labeled, weak, strong = self._joint_logits(batch.x, batch.weak, batch.strong)",
+        FAMILY, "labeled, weak, strong = self._joint_logits(batch.x, batch.weak, batch.strong)",
         "labeled, strong, weak = self._joint_logits(batch.x, batch.weak, batch.strong)",
     ),
     Bug(
         "the pair without its mask",
         "the pair carries the confidence mask",
         PSEUDO_CODE,
-        FIXMATCH, "ViewPair(batch.weak, batch.strong, target, mask)", "ViewPair(batch.weak, batch.strong, target)",
+        FAMILY, "ViewPair(batch.weak, batch.strong, target, weight)", "ViewPair(batch.weak, batch.strong, target)",
     ),
     Bug(
         "views of the pair exchanged",
         "the pair is (weak, strong)",
         PSEUDO_CODE,
-        FIXMATCH,
-        "ViewPair(batch.weak, batch.strong, target, mask)",
-        "ViewPair(batch.strong, batch.weak, target, mask)",
+        FAMILY,
+        "ViewPair(batch.weak, batch.strong, target, weight)",
+        "ViewPair(batch.strong, batch.weak, target, weight)",
     ),
     Bug(
         "squared error averaged over classes",

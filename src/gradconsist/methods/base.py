@@ -5,33 +5,21 @@ Index letters: n labeled and m unlabeled inputs of a step, N unlabeled inputs in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradconsist._inputs.batch import (
-    call,
-    concatenable,
-    concatenate,
-    leaves,
-)
+from gradconsist._inputs.batch import call, concatenable, concatenate, leaves
 from gradconsist._inputs.cross_entropy import described, find_logits
 from gradconsist._inputs.options import check_count, check_number
 from gradconsist._inputs.precision import wide, wide_dtype
 from gradconsist._inputs.schedules import linear_ramp
 from gradconsist._refusals.loading import check_keys
-from gradconsist.errors import (
-    ConfigError,
-    InputShapeError,
-    LossContractError,
-    StateError,
-)
+from gradconsist.errors import ConfigError, InputShapeError, LossContractError, StateError
 from gradconsist.methods.calls import check_call, step_failure
-from gradconsist.types import Inputs, SSLBatch, StepOutput, UnlabeledLoss, ViewPair
+from gradconsist.types import Inputs, StepOutput, ViewPair
 
 LogitsFunction = Callable[[Any], Tensor]
 
@@ -54,10 +42,6 @@ class Method(nn.Module):
     """
 
     _ramp: Callable[[int, int], float] = staticmethod(linear_ramp)
-    # Whether the unlabeled loss is a weighted mean of the strong views' cross-entropies (`_unlabeled_loss`). A subclass
-    # may compute something else, so each class says so itself.
-    _shares: ClassVar[bool] = False
-    _elsewhere: UnlabeledLoss | None = None  # set while the caller computes the unlabeled loss
 
     def __init__(
         self,
@@ -112,6 +96,9 @@ class Method(nn.Module):
     def ramp(self) -> float:
         """Returns the share of `unlabeled_weight` that the next step uses."""
         return self._ramp(self.step, self.unlabeled_ramp_steps)
+
+    def _mu(self) -> float:
+        return self.unlabeled_weight * self.ramp()
 
     def _joint_logits(self, *batches: Inputs, model: nn.Module | None = None) -> list[Tensor]:
         """Forwards several batches as one and returns the logits of each, in float32 or wider.
@@ -168,82 +155,9 @@ class Method(nn.Module):
             torch.clear_autocast_cache()
         return logits
 
-    def sharing_obstacle(self) -> str | None:
-        """Says why the unlabeled loss cannot be computed by somebody else; None if it can."""
-        if not vars(type(self)).get("_shares", False):
-            name = type(self).__name__
-            return f"the unlabeled loss of {name} is not known to be a mean of the strong views' cross-entropies"
-        return None if self.logits_fn is None else "the method has a `logits_fn`, which the comparison does not use"
-
-    @contextmanager
-    def unlabeled_elsewhere(self, *, together: bool) -> Iterator[UnlabeledLoss]:
-        """Leaves the unlabeled loss of the step in the block to the caller: the strong views are not forwarded.
-
-        Args:
-            together: whether a method with ``joint=True`` forwards labeled and weak inputs as one batch.
-
-        Yields:
-            The unlabeled loss; the step fills it in.
-        """
-        self._elsewhere = UnlabeledLoss(together)
-        try:
-            yield self._elsewhere
-        finally:
-            del self._elsewhere
-
-    def _view_logits(self, batch: SSLBatch, *, joint: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Computes the logits of labeled [n, C], weak (without graph) and strong inputs [m, C], in float32 or wider.
-
-        Args:
-            batch: a checked batch.
-            joint: True forwards everything at once. False first forwards the weak inputs without a graph, then labeled
-                and strong inputs together.
-
-        Returns:
-            Labeled, weak and strong logits; None for the strong ones if the unlabeled loss is computed elsewhere.
-        """
-        if self._elsewhere is not None:
-            if joint and self._elsewhere.together:
-                labeled, weak = self._joint_logits(batch.x, batch.weak)
-                return labeled, weak.detach(), None
-            return self._joint_logits(batch.x)[0], self._without_graph(batch.weak), None
-        if joint:
-            labeled, weak, strong = self._joint_logits(batch.x, batch.weak, batch.strong)
-            return labeled, weak.detach(), strong
-        weak = self._without_graph(batch.weak)
-        labeled, strong = self._joint_logits(batch.x, batch.strong)
-        return labeled, weak, strong
-
-    def _unlabeled_loss(self, strong: Tensor | None, target: Tensor, weight: Tensor) -> Tensor:
-        """Computes the mean of weight * KL(target || softmax strong): the cross-entropy, if the target is a class.
-
-        Args:
-            strong: logits [m, C]; None leaves the loss to the caller, and 0 is returned.
-            target: class indices [m] or probabilities [m, C].
-            weight: [m].
-
-        Returns:
-            Scalar.
-        """
-        if strong is None:
-            return self._leave(target, weight)
-        if target.is_floating_point():
-            return (weight * F.kl_div(strong.log_softmax(1), target, reduction="none").sum(1)).mean()
-        return (weight * F.cross_entropy(strong, target, reduction="none")).mean()
-
-    def _leave(self, target: Tensor, weight: Tensor) -> Tensor:
-        """Describes the unlabeled loss for the caller who computes it, and returns 0."""
-        if self._elsewhere is not None:
-            self._elsewhere.weight = weight
-            if target.is_floating_point():
-                self._elsewhere.constant = (weight * target.xlogy(target).sum(1)).mean()
-        return weight.new_zeros(())
-
     def _finish(self, supervised: Tensor, unsupervised: Tensor, pair: ViewPair, **logs: float | Tensor) -> StepOutput:
         """Builds the step's output and counts the step."""
-        mu = self.unlabeled_weight * self.ramp()
-        if self._elsewhere is not None:
-            self._elsewhere.factor = mu
+        mu = self._mu()
         if self.training:
             self.step += 1
         shown = {"loss_supervised": supervised.detach(), "loss_unsupervised": unsupervised.detach()}

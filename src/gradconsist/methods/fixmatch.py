@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from gradconsist._inputs.options import check_choice, check_number
-from gradconsist.methods.base import LogitsFunction, Method
-from gradconsist.methods.checks import check_batch
-from gradconsist.types import SSLBatch, StepOutput, ViewPair
+from gradconsist._inputs.options import check_number
+from gradconsist.methods.base import LogitsFunction
+from gradconsist.methods.weak_to_strong import Logs, WeakToStrong
+from gradconsist.types import SSLBatch
 
 
-class FixMatch(Method):
+class FixMatch(WeakToStrong):
     """Trains strong views on hard pseudo-labels that come from confident predictions on weak views.
 
         L = L_s + mu(t) * L_u
@@ -32,6 +32,8 @@ class FixMatch(Method):
             the reference code. False forwards labeled and strong inputs together and the weak ones separately without
             a graph, which is cheaper.
         logits_fn: function from the model's output to logits [B, C], for models that return a tuple or another object.
+
+    Logs: loss_supervised, loss_unsupervised, mask_rate (the mean weight of a pseudo-label) and unlabeled_weight.
 
     Attributes:
         step: number of calls in train mode so far; part of ``state_dict()``.
@@ -59,37 +61,21 @@ class FixMatch(Method):
             model,
             unlabeled_weight=unlabeled_weight,
             unlabeled_ramp_steps=unlabeled_ramp_steps,
+            joint=joint,
             logits_fn=logits_fn,
         )
         check_number("threshold", threshold, least=0.0, most=1.0)
         check_number("brier_weight", brier_weight, least=0.0)
-        check_choice("joint", joint, (True, False))
         self.threshold = threshold
         self.brier_weight = brier_weight
-        self.joint = joint
 
-    def forward(self, batch: SSLBatch) -> StepOutput:
-        """Computes the loss of one step.
-
-        Args:
-            batch: labeled inputs and labels, weak and strong views.
-
-        Returns:
-            The loss, the pair (weak, strong, pseudo-labels, mask), and the logs loss_supervised, loss_unsupervised,
-            mask_rate and unlabeled_weight.
-
-        Raises:
-            InputTypeError: `batch` is not an `SSLBatch`.
-            InputShapeError: parts of `batch` differ in length where they must match, or are empty.
-        """
-        check_batch(batch)
-        labeled, weak, strong = self._view_logits(batch, joint=self.joint)
+    def _targets(self, weak: Tensor, batch: SSLBatch) -> tuple[Tensor, Tensor, Logs]:
         confidence, target = weak.softmax(1).max(1)
-        mask = (confidence >= self.threshold).to(weak.dtype)
-        supervised = F.cross_entropy(labeled, batch.y)
+        return target, (confidence >= self.threshold).to(weak.dtype), {}
+
+    def _supervised(self, logits: Tensor, y: Tensor) -> tuple[Tensor, Logs]:
+        loss = F.cross_entropy(logits, y)
         if self.brier_weight > 0:
-            onehot = F.one_hot(batch.y, labeled.shape[1])
-            supervised = supervised + self.brier_weight * (labeled.softmax(1) - onehot).square().sum(1).mean()
-        unsupervised = self._unlabeled_loss(strong, target, mask)
-        pair = ViewPair(batch.weak, batch.strong, target, mask)
-        return self._finish(supervised, unsupervised, pair, mask_rate=mask.mean())
+            onehot = F.one_hot(y, logits.shape[1])
+            loss = loss + self.brier_weight * (logits.softmax(1) - onehot).square().sum(1).mean()
+        return loss, {}

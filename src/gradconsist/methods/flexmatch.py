@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradconsist._inputs.options import check_choice, check_count, check_number
-from gradconsist.methods.base import LogitsFunction, Method
-from gradconsist.methods.checks import check_batch, check_index
+from gradconsist.methods.base import LogitsFunction
+from gradconsist.methods.checks import check_index
 from gradconsist.methods.processes import gather, last_rows
-from gradconsist.types import SSLBatch, StepOutput, ViewPair
+from gradconsist.methods.weak_to_strong import Logs, WeakToStrong
+from gradconsist.types import SSLBatch
 
 
-class FlexMatch(Method):
+class FlexMatch(WeakToStrong):
     """Runs FixMatch with one threshold per class, lower for classes with few confident pseudo-labels so far.
 
         selected[i] = the label of sample i when its max p was last >= threshold; -1 before
@@ -39,12 +39,16 @@ class FlexMatch(Method):
         joint: True forwards labeled, weak and strong inputs as one batch, as in `FixMatch`.
         logits_fn: function from the model's output to logits [B, C], for models that return a tuple or another object.
 
+    Logs: those of `FixMatch` and threshold_mean.
+
     Attributes:
         step: number of calls in train mode so far.
         selected: [N] int64. Both are part of ``state_dict()``.
 
     Raises:
         ConfigError: an option is out of range.
+        InputTypeError: a batch has no index.
+        InputValueError: an index is outside range(N).
 
     Source: Zhang et al., FlexMatch (2021), algorithm 1, and the authors' code in TorchSSL.
     """
@@ -69,16 +73,15 @@ class FlexMatch(Method):
             model,
             unlabeled_weight=unlabeled_weight,
             unlabeled_ramp_steps=unlabeled_ramp_steps,
+            joint=joint,
             logits_fn=logits_fn,
         )
         check_count("samples", samples)
         check_number("threshold", threshold, least=0.0, most=1.0)
         check_choice("threshold_warmup", threshold_warmup, (True, False))
-        check_choice("joint", joint, (True, False))
         self.samples = samples
         self.threshold = threshold
         self.threshold_warmup = threshold_warmup
-        self.joint = joint
         self._remember("selected", torch.full((samples,), -1))
 
     def thresholds(self, classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -98,34 +101,16 @@ class FlexMatch(Method):
         beta = sigma / largest.clamp(min=1.0)  # largest is 0 only where sigma is
         return self.threshold * beta / (2 - beta)
 
-    def forward(self, batch: SSLBatch) -> StepOutput:
-        """Computes the loss of one step.
+    def _checked(self, batch: SSLBatch) -> SSLBatch:
+        return super()._checked(batch)._replace(index=check_index(batch, self.samples))
 
-        Args:
-            batch: labeled inputs and labels, weak and strong views, and the `index` of the unlabeled samples.
-
-        Returns:
-            The loss, the pair (weak, strong, pseudo-labels, mask), and the logs loss_supervised, loss_unsupervised,
-            mask_rate, threshold_mean and unlabeled_weight.
-
-        Raises:
-            InputTypeError: `batch` is not an `SSLBatch`, or has no index.
-            InputShapeError: parts of `batch` differ in length where they must match, or are empty.
-            InputValueError: an index is outside range(N).
-        """
-        check_batch(batch)
-        index = check_index(batch, self.samples)
-        labeled, weak, strong = self._view_logits(batch, joint=self.joint)
+    def _targets(self, weak: Tensor, batch: SSLBatch) -> tuple[Tensor, Tensor, Logs]:
         confidence, target = weak.softmax(1).max(1)
         thresholds = self.thresholds(weak.shape[1], weak.dtype)
         mask = (confidence >= thresholds[target]).to(weak.dtype)
-        supervised = F.cross_entropy(labeled, batch.y)
-        unsupervised = self._unlabeled_loss(strong, target, mask)
-        if self.training:
-            self._select(index, torch.where(confidence >= self.threshold, target, -1))
-        pair = ViewPair(batch.weak, batch.strong, target, mask)
-        logs = {"mask_rate": mask.mean(), "threshold_mean": thresholds.mean()}
-        return self._finish(supervised, unsupervised, pair, **logs)
+        if self.training and batch.index is not None:
+            self._select(batch.index, torch.where(confidence >= self.threshold, target, -1))
+        return target, mask, {"threshold_mean": thresholds.mean()}
 
     def _select(self, index: Tensor, label: Tensor) -> None:
         """Stores the labels of selected samples; a label of -1 changes nothing."""

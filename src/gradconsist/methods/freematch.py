@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradconsist._inputs.options import check_choice, check_count, check_number
+from gradconsist._inputs.options import check_count, check_number
 from gradconsist._refusals.models import process_count
 from gradconsist.errors import ConfigError
-from gradconsist.methods.base import LogitsFunction, Method
-from gradconsist.methods.checks import check_batch, check_classes
+from gradconsist.methods.base import LogitsFunction
+from gradconsist.methods.checks import check_classes
 from gradconsist.methods.processes import gather
-from gradconsist.types import SSLBatch, StepOutput, ViewPair
+from gradconsist.methods.weak_to_strong import Logs, WeakToStrong
+from gradconsist.types import SSLBatch
 
 
-class FreeMatch(Method):
+class FreeMatch(WeakToStrong):
     """Runs FixMatch with self-adaptive thresholds, and adds a self-adaptive fairness loss.
 
         p = softmax f(weak), without gradient;  target = argmax p;  q = softmax f(strong)
@@ -42,6 +42,8 @@ class FreeMatch(Method):
         joint: True forwards labeled, weak and strong inputs as one batch, as in `FixMatch`.
         logits_fn: function from the model's output to logits [B, C], for models that return a tuple or another object.
 
+    Logs: those of `FixMatch`, threshold_mean, and loss_fairness unless its weight is 0.
+
     Attributes:
         step: number of calls in train mode so far.
         confidence: tau.
@@ -49,7 +51,7 @@ class FreeMatch(Method):
         histogram: h~ [C]. All four are part of ``state_dict()``.
 
     Raises:
-        ConfigError: an option is out of range.
+        ConfigError: an option is out of range, or the model does not return `classes` logits per sample.
 
     Source: Wang et al., FreeMatch (2023), algorithm 1, and the authors' code in USB.
     """
@@ -77,19 +79,18 @@ class FreeMatch(Method):
             model,
             unlabeled_weight=unlabeled_weight,
             unlabeled_ramp_steps=unlabeled_ramp_steps,
+            joint=joint,
             logits_fn=logits_fn,
         )
         check_count("classes", classes)
         check_number("ema_decay", ema_decay, least=0.0, most=1.0)
         check_number("fairness_weight", fairness_weight, least=0.0)
-        check_choice("joint", joint, (True, False))
         if threshold_range is not None and not 0 <= threshold_range[0] <= threshold_range[1] <= 1:
             raise ConfigError(f"`threshold_range` is {threshold_range!r}: give (low, high) with 0 <= low <= high <= 1.")
         self.classes = classes
         self.ema_decay = ema_decay
         self.fairness_weight = fairness_weight
         self.threshold_range = threshold_range
-        self.joint = joint
         self._remember("confidence", torch.tensor(1 / classes, dtype=torch.float64))
         self._remember("probability", torch.full((classes,), 1 / classes, dtype=torch.float64))
         self._remember("histogram", torch.full((classes,), 1 / classes, dtype=torch.float64))
@@ -99,23 +100,7 @@ class FreeMatch(Method):
         thresholds = self.confidence * self.probability / self.probability.max()
         return thresholds if self.threshold_range is None else thresholds.clamp(*self.threshold_range)
 
-    def forward(self, batch: SSLBatch) -> StepOutput:
-        """Computes the loss of one step.
-
-        Args:
-            batch: labeled inputs and labels, weak and strong views.
-
-        Returns:
-            The loss, the pair (weak, strong, pseudo-labels, mask), and the logs loss_supervised, loss_unsupervised,
-            mask_rate, threshold_mean and unlabeled_weight, and loss_fairness unless its weight is 0.
-
-        Raises:
-            InputTypeError: `batch` is not an `SSLBatch`.
-            InputShapeError: parts of `batch` differ in length where they must match, or are empty.
-            ConfigError: the model does not return `classes` logits per sample.
-        """
-        check_batch(batch)
-        labeled, weak, strong = self._view_logits(batch, joint=self.joint)
+    def _targets(self, weak: Tensor, batch: SSLBatch) -> tuple[Tensor, Tensor, Logs]:
         check_classes(weak, self.classes)
         probability = weak.softmax(1)
         if self.training:
@@ -123,18 +108,16 @@ class FreeMatch(Method):
         confidence, target = probability.max(1)
         thresholds = self.thresholds()
         mask = (confidence >= thresholds[target]).to(weak.dtype)
-        supervised = F.cross_entropy(labeled, batch.y)
-        unsupervised = self._unlabeled_loss(strong, target, mask)
-        pair = ViewPair(batch.weak, batch.strong, target, mask)
-        logs = {"mask_rate": mask.mean(), "threshold_mean": thresholds.mean()}
+        return target, mask, {"threshold_mean": thresholds.mean()}
+
+    def _third_loss(self, strong: Tensor | None, weight: Tensor) -> tuple[Tensor, Logs] | None:
         if strong is None or self.fairness_weight == 0:
-            return self._finish(supervised, unsupervised, pair, **logs)
-        fairness = self._fairness(strong.softmax(1)[mask > 0])
-        out = self._finish(supervised, unsupervised, pair, **logs, loss_fairness=fairness.detach())
-        return out._replace(loss=out.loss + self.fairness_weight * fairness)
+            return None
+        fairness = self._fairness(strong.softmax(1)[weight > 0])
+        return self.fairness_weight * fairness, {"loss_fairness": fairness.detach()}
 
     def sharing_obstacle(self) -> str | None:
-        """See `Method.sharing_obstacle`."""
+        """See `WeakToStrong.sharing_obstacle`."""
         fair = "`fairness_weight` is not 0, and L_f needs the logits of the strong views"
         return fair if self.fairness_weight > 0 else super().sharing_obstacle()
 

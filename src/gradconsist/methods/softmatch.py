@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradconsist._inputs.options import check_choice, check_count, check_number
-from gradconsist.methods.base import LogitsFunction, Method
-from gradconsist.methods.checks import check_batch, check_classes
+from gradconsist.methods.base import LogitsFunction
+from gradconsist.methods.checks import check_classes
 from gradconsist.methods.processes import gather
-from gradconsist.types import SSLBatch, StepOutput, ViewPair
+from gradconsist.methods.weak_to_strong import Logs, WeakToStrong
+from gradconsist.types import SSLBatch
 
 
-class SoftMatch(Method):
+class SoftMatch(WeakToStrong):
     """Runs FixMatch with a soft weight per sample instead of a mask.
 
         p = softmax f(weak), without gradient;  target = argmax p
@@ -38,6 +38,8 @@ class SoftMatch(Method):
         joint: True forwards labeled, weak and strong inputs as one batch, as in `FixMatch`.
         logits_fn: function from the model's output to logits [B, C], for models that return a tuple or another object.
 
+    Logs: those of `FixMatch` and confidence_mean.
+
     Attributes:
         step: number of calls in train mode so far.
         probability: p~ [C].
@@ -45,7 +47,7 @@ class SoftMatch(Method):
         variance: variance of the confidences. All four are part of ``state_dict()``.
 
     Raises:
-        ConfigError: an option is out of range.
+        ConfigError: an option is out of range, or the model does not return `classes` logits per sample.
 
     Source: Chen et al., SoftMatch (2023), and the authors' code in USB.
     """
@@ -73,53 +75,31 @@ class SoftMatch(Method):
             model,
             unlabeled_weight=unlabeled_weight,
             unlabeled_ramp_steps=unlabeled_ramp_steps,
+            joint=joint,
             logits_fn=logits_fn,
         )
         check_count("classes", classes)
         check_number("ema_decay", ema_decay, least=0.0, most=1.0)
         check_number("width", width, least=0.0)
         check_choice("align", align, (True, False))
-        check_choice("joint", joint, (True, False))
         self.classes = classes
         self.ema_decay = ema_decay
         self.width = width
         self.align = align
-        self.joint = joint
         self._remember("probability", torch.full((classes,), 1 / classes, dtype=torch.float64))
         self._remember("mean", torch.tensor(1 / classes, dtype=torch.float64))
         self._remember("variance", torch.tensor(1.0))
 
-    def forward(self, batch: SSLBatch) -> StepOutput:
-        """Computes the loss of one step.
-
-        Args:
-            batch: labeled inputs and labels, weak and strong views.
-
-        Returns:
-            The loss, the pair (weak, strong, pseudo-labels, weights in [0, 1]), and the logs loss_supervised,
-            loss_unsupervised, mask_rate (the mean weight), confidence_mean and unlabeled_weight.
-
-        Raises:
-            InputTypeError: `batch` is not an `SSLBatch`.
-            InputShapeError: parts of `batch` differ in length where they must match, or are empty.
-            ConfigError: the model does not return `classes` logits per sample.
-        """
-        check_batch(batch)
-        labeled, weak, strong = self._view_logits(batch, joint=self.joint)
+    def _targets(self, weak: Tensor, batch: SSLBatch) -> tuple[Tensor, Tensor, Logs]:
         check_classes(weak, self.classes)
         probability = weak.softmax(1)
-        target = probability.argmax(1)
         if self.training:
             self._update(gather(probability))
         below = (self._aligned(probability).amax(1) - self.mean).clamp(max=0.0)
         # A variance of 0 makes this a mask: w is 1 at the mean and above, and 0 below.
         variance = self.variance.clamp(min=torch.finfo(self.variance.dtype).tiny)
         weight = (-(self.width * below).square() / (2 * variance)).exp().to(weak.dtype)
-        supervised = F.cross_entropy(labeled, batch.y)
-        unsupervised = self._unlabeled_loss(strong, target, weight)
-        pair = ViewPair(batch.weak, batch.strong, target, weight)
-        logs = {"mask_rate": weight.mean(), "confidence_mean": self.mean.clone()}
-        return self._finish(supervised, unsupervised, pair, **logs)
+        return probability.argmax(1), weight, {"confidence_mean": self.mean.clone()}
 
     def _update(self, probability: Tensor) -> None:
         decay = 0.0 if self.step == 0 else self.ema_decay

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from gradconsist._inputs.options import check_choice, check_count, check_number
 from gradconsist._refusals.models import process_count
 from gradconsist.errors import ConfigError
-from gradconsist.methods.base import LogitsFunction, Method
-from gradconsist.methods.checks import check_batch
+from gradconsist.methods.base import LogitsFunction
 from gradconsist.methods.processes import total
-from gradconsist.types import SSLBatch, StepOutput, ViewPair
+from gradconsist.methods.weak_to_strong import Logs, WeakToStrong
+from gradconsist.types import SSLBatch
 
 Annealing = Literal["linear", "log", "exp"]
 
 
-class UDA(Method):
+class UDA(WeakToStrong):
     """Trains strong views on soft, sharpened pseudo-labels from weak views.
 
         L = L_s + mu(t) * L_u
@@ -45,6 +45,8 @@ class UDA(Method):
         annealing_steps: T; only with `annealing`.
         joint: True forwards labeled, weak and strong inputs as one batch, as in `FixMatch`.
         logits_fn: function from the model's output to logits [B, C], for models that return a tuple or another object.
+
+    Logs: those of `FixMatch` and labeled_rate, the share of labeled samples that TSA kept.
 
     Attributes:
         step: number of calls in train mode so far; part of ``state_dict()``.
@@ -74,13 +76,13 @@ class UDA(Method):
             model,
             unlabeled_weight=unlabeled_weight,
             unlabeled_ramp_steps=unlabeled_ramp_steps,
+            joint=joint,
             logits_fn=logits_fn,
         )
         check_number("threshold", threshold, least=0.0, most=1.0)
         check_number("temperature", temperature, least=1e-3)
         check_choice("annealing", annealing, (None, "linear", "log", "exp"))
         check_count("annealing_steps", annealing_steps, least=0)
-        check_choice("joint", joint, (True, False))
         if (annealing is None) != (annealing_steps == 0):
             raise ConfigError(
                 f"`annealing` is {annealing!r} and `annealing_steps` {annealing_steps}: give both, or neither."
@@ -89,32 +91,16 @@ class UDA(Method):
         self.temperature = temperature
         self.annealing = annealing
         self.annealing_steps = annealing_steps
-        self.joint = joint
 
-    def forward(self, batch: SSLBatch) -> StepOutput:
-        """Computes the loss of one step.
-
-        Args:
-            batch: labeled inputs and labels, weak and strong views.
-
-        Returns:
-            The loss, the pair (weak, strong, sharpened target, mask), and the logs loss_supervised, loss_unsupervised,
-            mask_rate, labeled_rate (the share of labeled samples that TSA kept) and unlabeled_weight.
-
-        Raises:
-            InputTypeError: `batch` is not an `SSLBatch`.
-            InputShapeError: parts of `batch` differ in length where they must match, or are empty.
-        """
-        check_batch(batch)
-        labeled, weak, strong = self._view_logits(batch, joint=self.joint)
+    def _targets(self, weak: Tensor, batch: SSLBatch) -> tuple[Tensor, Tensor, Logs]:
         mask = (weak.softmax(1).amax(1) >= self.threshold).to(weak.dtype)
-        target = (weak / self.temperature).softmax(1)
-        supervised, kept = self._supervised(labeled, batch.y)
-        pair = ViewPair(batch.weak, batch.strong, target, mask)
-        logs = {"mask_rate": mask.mean(), "labeled_rate": kept}
-        return self._finish(supervised, self._unlabeled_loss(strong, target, mask), pair, **logs)
+        return (weak / self.temperature).softmax(1), mask, {}
 
-    def _supervised(self, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _supervised(self, logits: Tensor, y: Tensor) -> tuple[Tensor, Logs]:
+        loss, kept = self._annealed(logits, y)
+        return loss, {"labeled_rate": kept}
+
+    def _annealed(self, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Computes L_s and the share of samples that it keeps."""
         losses = F.cross_entropy(logits, y, reduction="none")
         if self.annealing is None or self.step >= self.annealing_steps:
