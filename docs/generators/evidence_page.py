@@ -19,7 +19,7 @@ _STATISTICS = {
 def evidence() -> str:
     """The page: exactness, cost, and what training runs showed."""
     exact, cost, memory = result_of("matrix"), result_of("step_cost"), result_of("memory")
-    monitoring = result_of("measure_peers")
+    monitoring, host = result_of("measure_peers"), result_of("host_work")
     models, scaling = result_of("step_cost_models"), result_of("scaling")
     network = scaling["rows"][0]["model"].rpartition("-")[0]
     methods, averaged = result_of("methods"), result_of("averaged_statistics")
@@ -65,6 +65,15 @@ Other models (ratios of the medians):
 {other_models(models)}
 
 {made(models)}
+
+### Work of the host
+
+A small model keeps a GPU waiting for its host, which launches kernels and now and then reads a number back. Both are
+counted here, in a step with one chunk; the first call, which tries the model, has more.
+
+{host_table(host)}
+
+Made by `{command(host)}`.
 
 ### Peak memory
 
@@ -126,12 +135,33 @@ def models_table(result: dict[str, Any]) -> str:
 
 def other_models(result: dict[str, Any]) -> str:
     """Step cost of the other models, a row each."""
-    ratio = {(row["model"], row["variant"]): row["ratio_median"] for row in result["rows"]}
+    variants = {
+        "default": "default", "one view constant": "default, stop_gradient='weak'", "one pass": "wrapper, one pass",
+        "vmap": "vmap, chunk 16",
+    }  # fmt: skip
+    ratio = {(row["model"], row["variant"]): f"{row['ratio_median']:.1f}x" for row in result["rows"]}
     rows = [
-        {"model": model, "default": ratio[model, "default"], "vmap": ratio[model, "vmap, chunk 16"]}
+        {"model": model} | {name: ratio.get((model, variant), "-") for name, variant in variants.items()}
         for model in dict.fromkeys(model for model, _ in ratio)
     ]
-    return table(rows, {"model": "model", "default": "default:.1fx", "vmap, chunk 16": "vmap:.1fx"})
+    return table(rows, {"model": "model", **{name: name for name in variants}})
+
+
+def host_table(result: dict[str, Any]) -> str:
+    """Kernels and host reads of a step with and without the term, a model each."""
+    rows = {(row["model"], row["variant"]): row for row in result["rows"]}
+    found = []
+    for model in dict.fromkeys(model for model, _ in rows):
+        without, term = rows[model, "without the term"], rows[model, "with the term"]
+        found.append({**term, "without": without["kernels"]})
+    columns = {
+        "model": "model",
+        "kernels without": "without",
+        "with": "kernels",
+        "times": "ratio:.1f",
+        "reads": "reads",
+    }
+    return table(found, columns)
 
 
 def memory_table(result: dict[str, Any]) -> str:

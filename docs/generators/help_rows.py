@@ -140,8 +140,9 @@ def rows(values: Ends, least: int = 1) -> list[str]:
 
 
 def digits() -> dict[str, Result]:
-    """Results of benchmarks/evidence/search_settings.py, by the names of their files."""
-    return {path.stem: result_of(path.stem) for path in sorted(RESULTS.glob("digits_*.json"))}
+    """Results of benchmarks/evidence/search_settings.py with test images, by the names of their files."""
+    found = {path.stem: result_of(path.stem) for path in sorted(RESULTS.glob("digits_*.json"))}
+    return {name: result for name, result in found.items() if "confirm" in result["runs"]}
 
 
 def digit_title(name: str) -> str:
