@@ -41,33 +41,33 @@ def cost_page(result: dict[str, Any], default: float, made: str, table: Table) -
 
 The exact term on all pairs makes the split FixMatch step of WRN-28-2 {default:.1f} times as long
 ([measured](../evidence.md#cost)): one forward of both views, a backward to the layer outputs, the inner products, and a
-second backward through all of that. Everything below spends less by giving something up:
+second backward through all of that. What can be given up to spend less:
 
-| setting | what it gives up | unbiased? |
+| setting | what it does | unbiased? |
 | --- | --- | --- |
 | `max_pairs=n` | a random subset of the pairs, rescaled | yes |
-| `GGCRWrapper(every=k)` | the term on all steps but every k-th, times k | yes, over steps |
+| `GGCRWrapper(every=k)` | the term on every k-th step only, times k | yes, over steps |
 | `stop_gradient="weak"` | that view's gradient is a constant | no: half of the derivative is gone |
 | `encoder=...` | fewer parameters are compared | no: it is another cosine |
-| `projection=RandomProjection(k)` | sketches are compared, not gradients | products yes, cosine no |
+| `projection=RandomProjection(k)` | compares sketches, not gradients | products yes, cosine no |
 
 **Take `max_pairs` first, then `every`**: they have no bias, and their noise averages out over steps. Compare fewer
-layers where the question is about those layers. A projection keeps every pair and every layer, with noise and a bias;
-look at its row before you take it.
+layers if the question is about those layers. A projection adds noise and a bias and saves little time or none;
+`stop_gradient` saves [at most a sixth](../evidence.md#cost) of a step.
 
-One setting gives nothing up: `GGCRWrapper(share="auto")`, the default, takes the unlabeled loss of FixMatch, FlexMatch,
-FreeMatch (`fairness_weight=0`), SoftMatch and UDA from the term's own pass, which computes the strong views' losses
-anyway. That spares the method's forward and backward of the strong views wherever the step stays the same to rounding:
-[what it needs](wrap-your-method.md#one-pass-for-both-losses). A loop without the wrapper calls `gc.with_losses(...)`.
+`GGCRWrapper(share="auto")`, the default, gives nothing up: FixMatch and its relatives take their unlabeled loss from
+the term's own pass, [where that is possible](wrap-your-method.md#one-pass-for-both-losses). It saves up to an eighth
+of a step (["one pass"](../evidence.md#cost)). A loop without the wrapper calls `gc.with_losses(...)`.
 
 ## Measured on {MODEL}
 
 {settings}
 
-"step", "peak memory": over the step without the term. "noise": root mean square of what a setting adds to the gradient,
-over that of the gradient; the last row is the noise that the choice of a batch makes anyway. "angle of the mean":
-degrees between the exact term's gradient and the setting's, each averaged over {used["rounds"]} batches; noise averages
-out, a bias stays. `observed` is the wrapper with `batchnorm="observed"`. {used["labeled"]} labeled inputs and
+"step", "peak memory": over the step without the term, by the {used["clock"]} clock on
+{result["environment"]["threads"]} thread, so "exact" is not the figure above. "noise": root mean square of what a
+setting adds to the gradient, over that of the gradient; the last row is the noise between batches. "angle of the
+mean": degrees between the exact term's gradient and the setting's, each averaged over {used["rounds"]} batches; noise
+averages out, a bias stays. `observed` is the wrapper with `batchnorm="observed"`. {used["labeled"]} labeled inputs and
 {used["pairs"]} pairs; random weights and inputs, so pairs may agree less in real training.
 
 ![The frontier](../assets/frontier.png)
@@ -115,16 +115,15 @@ inner products unbiased by RandomProjection(dim=8, kind='kronecker', seed=0, ...
   6.bias     Linear       10  bias, gradient form
 ```
 
-The Kronecker kind projects what a layer saw and the gradient of what it returned to k channels each, and takes the
-product of the two: the per-sample gradient never exists. Weights with no more than k rows or columns stay exact, and so
-do biases and scales of norms. Both views meet the same matrices, which follow from the seed alone, in every engine,
-chunk and process. `resample_every=1` draws new ones for every call; the count of calls is part of `gc.state_dict()`.
-`"gaussian"` multiplies the formed gradient by one dense matrix, which costs more than the exact term: it is the
-reference for studies.
+The Kronecker kind projects a layer's input and the gradient of its output to k channels each, and multiplies the two:
+the per-sample gradient is never formed. Weights with no more than k rows or columns stay exact, and so do biases and
+scales of norms. Both views get the same matrices, which follow from the seed alone, in every engine, chunk and
+process. `resample_every=1` draws new ones for every call; the count of calls is part of `gc.state_dict()`.
+`"gaussian"` multiplies the formed gradient by one dense matrix and costs more than the exact term: it is for studies.
 
-Squared norms and inner products are right on average, and their variance falls like 1/k. The cosine errs less, because
-numerator and denominator err together, and has a bias of order 1/k. On {MODEL}, the root mean square error of a squared
-norm and of a cosine is {ranks[4]["norm_error"]:.2f} and {ranks[4]["cosine_error"]:.3f} at k = 4,
+Squared norms and inner products are right on average, with a variance of order 1/k. The cosine's error is smaller,
+because numerator and denominator err together, but it has a bias of order 1/k. On {MODEL}, the root mean square error
+of a squared norm and of a cosine is {ranks[4]["norm_error"]:.2f} and {ranks[4]["cosine_error"]:.3f} at k = 4,
 {ranks[32]["norm_error"]:.2f} and {ranks[32]["cosine_error"]:.3f} at k = 32 ({used["samples"]} pairs, {used["draws"]}
 draws).
 """

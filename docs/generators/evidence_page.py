@@ -53,14 +53,14 @@ Made by `{command(exact)}` with torch
 
 ## Cost
 
-A step with the term over the split FixMatch step without it, measured in one run and in alternation, all pairs
-compared. Nothing is left out because it loses.
+A step with the term over the split FixMatch step without it, measured in alternation, all pairs compared.
 
 {models_table(cost)}
 
 {made(cost)}
 
-Other models (ratios of the medians):
+Other models. "one view constant": `stop_gradient='weak'`; "one pass":
+[the wrapper's `share`](guides/wrap-your-method.md#one-pass-for-both-losses), which BatchNorm rules out by default:
 
 {other_models(models)}
 
@@ -68,8 +68,8 @@ Other models (ratios of the medians):
 
 ### Work of the host
 
-A small model keeps a GPU waiting for its host, which launches kernels and now and then reads a number back. Both are
-counted here, in a step with one chunk; the first call, which tries the model, has more.
+With a small model, a GPU waits for its host to launch kernels and read numbers back. Both are counted here, in a step
+with one chunk; the first call, which tries the model, has more.
 
 {host_table(host)}
 
@@ -105,8 +105,8 @@ as fast, and a loop over samples takes less memory at every point.
 
 A trap in comparisons with FixMatch: BatchNorm's running statistics in the averaged (EMA) model, which is the one that
 is evaluated. The term's gradient holds the statistics constant, so it may move channel means that BatchNorm removes in
-train mode; the running statistics lag. The same averaged weights with the statistics of the last weights (copied), with
-averaged ones (the trainers' way), and with fresh ones from training images. Accuracy, means over
+train mode; the running statistics lag. Below are the same averaged weights with the statistics of the last weights
+(copied), averaged ones (the trainers' way), and fresh ones from training images. Accuracy, means over
 {averaged["setting"]["seeds"]} seeds of {averaged["setting"]["steps"]} steps on digits:
 
 {table(averaged["rows"], _STATISTICS)}

@@ -126,10 +126,10 @@ def help_page() -> str:
 {headline(table)}
 
 - As the paper specifies it (λ = 0.1, BatchNorm), the term changes FixMatch by {difference(values, "ggcr")} points: an
-  interval {holds}. With BatchNorm's statistics taken afresh at the end it is {difference(by_fresh, "ggcr")}.
-- That took {slower:.1f} times as long. FixMatch alone, trained for {longer:.0%} of that time, changes by
-  {difference(values, "fixmatch-longer")}.
-- Without BatchNorm the term does what it says: GC rises, and no loss of accuracy shows.
+  interval {holds}. With BatchNorm's statistics recomputed at the end it is {difference(by_fresh, "ggcr")}.
+- That took {slower:.1f} times as long, warm-up and masked pairs included. FixMatch alone, trained for {longer:.0%} of
+  that time, changes by {difference(values, "fixmatch-longer")}.
+- Without BatchNorm, GC rises and no loss of accuracy shows.
 {search_text(searches)}
 ![Accuracy over FixMatch, in points](assets/help_verdict.png)
 
@@ -142,36 +142,36 @@ seed, with Student's 95 % interval. Rows with fewer than {ENOUGH} paired seeds a
 
 ## Why
 
-Measured on gradients along one run each, with the batch that the run was about to take
+Gradients measured along one run each, on the run's next batch
 ([all of it](appendix/runs.md#what-the-term-sees-and-does)):
 
-- **At λ = 0.1 the term hardly moves anything.** Its gradient is {min(parts):.0f} to {max(parts):.0f} % of a step's and
+- **At λ = 0.1 the term does almost nothing.** Its gradient is {min(parts):.0f} to {max(parts):.0f} % of a step's and
   nearly orthogonal to the other losses' gradients. GC ends at {gc[1]:.2f}, without the term at {gc[0]:.2f}.
-- **At λ = 10 gradients agree on nothing.** GC rises to {gc[2]:.2f}, while the strong views' gradients are {growth:.0f}
-  times as long as without the term, and {quarters["ggcr-10.0", 4]["mask"]:.0%} of the pairs stay confident.
-- **With BatchNorm, a step does not bring what its gradient promises**: {min(gains):.0%} to {max(gains):.0%} at 0.1,
+- **At λ = 10 gradients agree, but confidence is lost.** GC rises to {gc[2]:.2f}, while the strong views' gradients are
+  {growth:.0f} times as long as without the term, and {quarters["ggcr-10.0", 4]["mask"]:.0%} of the pairs stay
+  confident.
+- **With BatchNorm, L_g falls less than its gradient predicts**: {min(gains):.0%} to {max(gains):.0%} of that at 0.1,
   {large["step_gain"]:.0%} at 10. The definition holds BatchNorm's statistics constant, so the term moves channel means
-  that BatchNorm removes, and the running statistics fall behind. Taken through the statistics
-  (`through_statistics=True`), a step brings {followed["ggcr"]["step_gain"]:.0%} and
-  {followed["ggcr-10.0"]["step_gain"]:.0%}; accuracy did not rise with it
+  that BatchNorm removes, and the running statistics fall behind. Differentiated through the statistics
+  (`through_statistics=True`), it falls by {followed["ggcr"]["step_gain"]:.0%} and
+  {followed["ggcr-10.0"]["step_gain"]:.0%} of that; accuracy did not rise with it
   ({difference(ends(found["help_through_statistics"]), "ggcr")} points at 0.1).
-- **With GroupNorm** a step brings {group["ggcr-10.0"]["step_gain"]:.0%} at λ = 10, GC ends at
+- **With GroupNorm** it falls by {group["ggcr-10.0"]["step_gain"]:.0%} of that at λ = 10, GC ends at
   {group["ggcr-10.0"]["cosine_all"]:.2f}, and {group["ggcr-10.0"]["mask"]:.0%} of the pairs are confident.
 
 ## When to use it, and when not
 
-Use it to study per-sample gradients and their agreement, which the library measures exactly. Train with it if you can
-afford paired seeds: on a network without BatchNorm, or with averaged statistics and λ of 0.1 or less. Do not use it in
-the hope of accuracy alone.
+Use it to study how per-sample gradients agree. If you train with it, compare paired seeds, on a network without
+BatchNorm, or with averaged statistics and λ of at most 0.1. Do not use it for accuracy alone.
 
 **What speaks against this verdict**: the interval at λ = 0.1 {claim} the paper's claim of +1.4 points (no run behind
-that number is known), and every run here is a thousandth as long as the paper's, of a smaller network on smaller
+that number is known), and every run here is a thousandth as long as the paper's, with a smaller network and smaller
 images. A gain that needs length, size or resolution would not be seen.
 
 ## Protocol
 
 - **Paired**: seed k has the same labeled split, initial weights, order of images and augmentation in every row.
-- **Small**: CPUs carried this. Images are photographs of CIFAR-10 (JPEG copy) at 16x16, four classes with 40 labels;
+- **Small**, for CPUs. Images are photographs of CIFAR-10 (JPEG copy) at 16x16, four classes with 40 labels;
   the network is a `wrn-10-1`; a run has a thousand steps of 8 + 24 images. Accuracies are far below the paper's; only
   differences between rows count.
 - **Chosen without the term**: classes, labels and threshold were chosen on held-out training images, by whether
