@@ -8,6 +8,7 @@ import importlib.util
 import io
 import linecache
 import re
+import runpy
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -111,6 +112,26 @@ def anchors(page: Path) -> set[str]:
 
 def _dedent(text: str, indent: str) -> str:
     return "".join(line.removeprefix(indent) for line in text.splitlines(keepends=True))
+
+
+def print_help(scripts: list[Path], output: Path) -> None:
+    """Writes what every program says to --help; for a process of its own, which ends with an error where one does.
+
+    What a folder's programs import from beside them goes again with them: other folders have modules of the same names.
+    """
+    path = list(sys.path)
+    with output.open("w") as file, contextlib.redirect_stdout(file):
+        for script in scripts:
+            sys.path[:], sys.argv, before = [str(script.parent), *path], [str(script), "--help"], set(sys.modules)
+            try:
+                runpy.run_path(str(script), run_name="__main__")
+            except SystemExit as end:
+                if end.code:
+                    raise RuntimeError(f"{script} --help ended with {end.code}") from end
+            for name in set(sys.modules) - before:
+                source = getattr(sys.modules[name], "__file__", None) or ""
+                if source.startswith(str(ROOT)) and ".venv" not in source and not name.startswith("gradconsist"):
+                    del sys.modules[name]
 
 
 def program(name: str) -> ModuleType:

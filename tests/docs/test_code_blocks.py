@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from pages import ROOT, NotInstalledError, blocks, documents, name, run
+from pages import ROOT, NotInstalledError, blocks, documents, name, print_help, run
+
+from support.processes import started
 
 # docs/notebook.md has the cells of a notebook, which test_notebook.py runs.
 PAGES = [
@@ -61,28 +61,6 @@ def test_make_targets_exist() -> None:
     assert {"demo", "test"} <= named
 
 
-# One process for all programs: starting torch for each of them takes minutes. What a folder's programs import from
-# beside them goes again with them, since other folders have modules of the same names.
-HELP = """
-import runpy, sys
-from pathlib import Path
-root, *scripts = sys.argv[1:]
-path = list(sys.path)
-for script in scripts:
-    sys.path[:] = [str(Path(script).parent), *path]
-    sys.argv[:] = [script, "--help"]
-    before = set(sys.modules)
-    try:
-        runpy.run_path(script, run_name="__main__")
-    except SystemExit as end:
-        assert not end.code, f"{script} --help ended with {end.code}"
-    for name in set(sys.modules) - before:
-        file = getattr(sys.modules[name], "__file__", None) or ""
-        if file.startswith(root) and ".venv" not in file and not name.startswith("gradconsist"):
-            del sys.modules[name]
-"""
-
-
 # Options of other programs that the documents name.
 FOREIGN = {
     "--editable", "--strict", "--upgrade",
@@ -90,13 +68,14 @@ FOREIGN = {
 }  # fmt: skip
 
 
-def test_options_exist() -> None:
+def test_options_exist(tmp_path: Path) -> None:
     """One test for all pages: the help of every program takes seconds."""
     pytest.importorskip("torchvision", reason="the examples need torchvision")
-    command = [sys.executable, "-c", HELP, str(ROOT), *map(str, PROGRAMS)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=280)
+    helping = started(print_help, PROGRAMS, tmp_path / "help")
+    helping.join(280)
+    assert helping.exitcode == 0
     option = r"(?<![\w-])--[a-z][a-z0-9-]*"
-    known = FOREIGN | set(re.findall(option, done.stdout))
+    known = FOREIGN | set(re.findall(option, (tmp_path / "help").read_text()))
     unknown = {name(page): set(re.findall(option, _code_text(page))) - known for page in documents()}
     assert not {page: options for page, options in unknown.items() if options}
 

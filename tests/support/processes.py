@@ -5,6 +5,8 @@
 
 `function` must be importable.  The processes live from call to call, because starting one costs seconds.  A rank that
 raises, dies or is silent for `timeout` seconds ends all of them, and `RankError` names it; the next call starts anew.
+
+    process = started(run_program, "examples/fixmatch_cifar.py", ["--steps", "40"])     # a program, as if from a shell
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import runpy
+import sys
 import tempfile
 import time
 import traceback
@@ -24,9 +28,54 @@ from typing import Any
 import torch
 import torch.distributed
 
+#: What takes seconds to import. DDP imports the second; the others are imported where this process has them.
+HEAVY = ("torch", "torch._dynamo", "torchvision", "sklearn.datasets", "matplotlib.pyplot")
+
 
 class RankError(Exception):
     """A rank failed; the message names it and holds its traceback."""
+
+
+def forking() -> Any:
+    """Processes forked from one that has imported torch and done nothing with it: quick, and no thread is lost."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([name for name in HEAVY if name in (*HEAVY[:2], *sys.modules)])
+    return context
+
+
+def started(function: Callable[..., None], *arguments: Any) -> Any:
+    """A process that calls an importable function."""
+    process = forking().Process(target=function, args=arguments, daemon=True)
+    process.start()
+    return process
+
+
+def under_torchrun(world: int, restarts: int, function: Callable[..., None], *arguments: Any) -> int:
+    """Exit status of torchrun's agent, whose ranks call `function(*arguments)` and are forked instead of started."""
+    process = forking().Process(target=_launch, args=(world, restarts, function, arguments))
+    process.start()
+    process.join(280)
+    process.kill()
+    process.join()
+    return int(process.exitcode)
+
+
+def _launch(world: int, restarts: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    config = LaunchConfig(
+        1, 1, world, run_id="test", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=restarts,
+        monitor_interval=0.1, start_method="fork",
+    )  # fmt: skip
+    elastic_launch(config, function)(*arguments)
+
+
+def run_program(script: str, arguments: list[str]) -> None:
+    """What the process of a program does."""
+    torch.set_num_threads(1)
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
 
 
 def _serve(rank: int, world: int, store: str, timeout: float, connection: Connection) -> None:
@@ -72,9 +121,7 @@ class Processes:
         return self._collect("done")
 
     def _start(self) -> None:
-        # Forked from a process that has imported torch and done nothing with it: quick, and no thread is lost.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch._dynamo"])  # DDP imports the second
+        context = forking()
         with tempfile.TemporaryDirectory() as folder:
             store = str(Path(folder) / "store")
             for rank in range(self.world):
