@@ -53,6 +53,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finished run draws a picture, half a second: only those that fixtures of wider scope train are drawn here."""
+    monkeypatch.setattr("trainer.training.draw_curves", lambda runs, path, **_: path.touch())
+
+
 @pytest.fixture(scope="session")
 def tiny_at() -> MakeConfig:
     """A factory of small configurations: `tiny_at(folder, option=value)`."""
@@ -70,9 +76,9 @@ def tiny(tiny_at: MakeConfig, tmp_path: Path) -> MakeConfig:
     return lambda name="run", **changes: tiny_at(tmp_path / name, **changes)
 
 
-# 16x16 photographs and a network of 0.3 million parameters: four steps, gradient consistency from the second on.
+# 16x16 photographs and the same network: four steps, gradient consistency from the second on.
 TINY_PHOTOGRAPHS: dict[str, Any] = {
-    "arch": "shufflenet_v2_x0_5", "image_size": 16, "label_fraction": 0.34, "batch_size": 4, "unlabeled_ratio": 1,
+    "arch": "wrn-10-1", "image_size": 16, "label_fraction": 0.34, "batch_size": 4, "unlabeled_ratio": 1,
     "threshold": 0.2, "unlabeled_ramp": 0, "steps": 4, "lr": 0.01, "lr_warmup": 1, "ggcr_warmup": 1, "ema": 0.9,
     "eval_every": 2, "checkpoint_every": 2, "log_every": 2, "workers": 0, "progress": "none", "device": "cpu",
 }  # fmt: skip
@@ -81,19 +87,12 @@ TINY_PHOTOGRAPHS: dict[str, Any] = {
 @pytest.fixture(scope="session")
 def photographs_at() -> MakeConfig:
     """A factory: `photographs_at(folder, name, option=value)` makes JPEGs of three classes, and options."""
-    import numpy as np
-    from PIL import Image
-
+    from support.pictures import draw_folder
     from trainer.config import IMAGENET
 
     def make(folder: Path, name: str = "run", **changes: Any) -> Config:
-        source = np.random.Generator(np.random.Philox(3))
-        for part, count in (("train", 12), ("val", 5)):
-            for label in ("ant", "bee", "cat"):
-                (folder / "photos" / part / label).mkdir(parents=True, exist_ok=True)
-                for number in range(count):
-                    pixels = source.integers(256, size=(20, 24, 3), dtype=np.uint8)
-                    Image.fromarray(pixels).save(folder / "photos" / part / label / f"{label}_{number}.JPEG")
+        parts = {part: dict.fromkeys(("ant", "bee", "cat"), count) for part, count in (("train", 12), ("val", 5))}
+        draw_folder(folder / "photos", parts, size=(24, 20), name="{label}_{number}.JPEG")
         places = {"data_dir": str(folder / "photos"), "output": str(folder / name)}
         return dataclasses.replace(IMAGENET["paper"], **{**TINY_PHOTOGRAPHS, **places, **changes})
 
@@ -120,22 +119,9 @@ def random_images() -> Images:
 @pytest.fixture
 def photo_folder(tmp_path: Path) -> Callable[..., Path]:
     """A factory of folder data sets: `photo_folder(train={"cat": 3}, test={"cat": 1}, size=(8, 8))`."""
+    from support.pictures import draw_folder
 
-    import numpy as np
-    from PIL import Image
-
-    def make(name: str = "photos", *, size: tuple[int, int] = (8, 8), **parts: dict[str, int]) -> Path:
-        source = np.random.Generator(np.random.Philox(3))
-        for part, classes in parts.items():
-            for label, count in classes.items():
-                folder = tmp_path / name / part / label
-                folder.mkdir(parents=True)
-                for number in range(count):
-                    pixels = source.integers(256, size=(size[1], size[0], 3), dtype=np.uint8)
-                    Image.fromarray(pixels).save(folder / f"{number:03d}.png")
-        return tmp_path / name
-
-    return make
+    return lambda name="photos", *, size=(8, 8), **parts: draw_folder(tmp_path / name, parts, size=size)
 
 
 @pytest.fixture(scope="session")

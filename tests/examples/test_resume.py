@@ -18,7 +18,8 @@ import pytest
 import torch
 
 import trainer.training
-from support.runs import differing, final, leaves, option
+from support.processes import run_program, started
+from support.runs import differing, final, option, unequal
 from trainer.checkpoint import load_latest, save_checkpoint
 from trainer.config import Config, resolve
 from trainer.datasets import load_images
@@ -40,6 +41,20 @@ def whole(tiny_at: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("whole") / "run"
     assert run(tiny_at(folder)) == 0
     return folder
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny_at: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of such a run that stopped after 7 of 12 steps, with a checkpoint at 5 before."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    assert run(tiny_at(folder, stop_after_steps=7)) == 0
+    return folder
+
+
+@pytest.fixture
+def cut(stopped: Path, tmp_path: Path) -> Path:
+    """A copy of it, which the test may damage or continue: the run directory of `tiny("cut")`."""
+    return Path(shutil.copytree(stopped, tmp_path / "cut"))
 
 
 def kill_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
@@ -110,21 +125,14 @@ def test_the_state_of_a_method_is_in_the_checkpoint(tiny: MakeConfig, tmp_path: 
     second.load_state_dict(load_latest(tmp_path) or {})
     for step in range(3, 6):
         second.train_step(lambda step=step: dataset[step])
-    one, two = dict(leaves(whole.state_dict())), dict(leaves(second.state_dict()))
-    assert one.keys() == two.keys()
-    assert [key for key in one if not same(one[key], two[key])] == []
-
-
-def same(a: Any, b: Any) -> bool:
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else repr(a) == repr(b)  # NaN is NaN
+    assert unequal(whole.state_dict(), second.state_dict()) == []
 
 
 @pytest.mark.parametrize("part", ["method", "average", "optimizer", "meter", "evaluations", "step"])
 def test_every_part_of_the_state_is_needed(
-    whole: Path, tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch, part: str
+    whole: Path, cut: Path, tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     # The control of the tests above: a checkpoint that forgets one part must be noticed.
-    assert run(tiny("cut", stop_after_steps=7)) == 0
     load = Trainer.load_state_dict
     monkeypatch.setattr(Trainer, "load_state_dict", lambda self, state: load(self, {**state, part: fresh(self, part)}))
     run(tiny("cut"))
@@ -136,35 +144,27 @@ def fresh(trainer: Trainer, part: str) -> Any:
     return 6 if part == "step" else trainer.state_dict()[part]
 
 
-# Four processes, twenty seconds: the one test that real SIGKILLs, at moments nobody chose, are survived on each feed.
+# That a real SIGKILL, at a moment nobody chose, is survived on each feed; tests/slow/kills.py tries hundreds.
 @pytest.mark.parametrize("feed", ["memory", "stream"])
-def test_real_sigkills_are_survived_bitwise(tiny: MakeConfig, photographs: MakeConfig, feed: str) -> None:
-    common = {"steps": 40, "log_every": 1, "checkpoint_every": 7, "eval_every": 20, "arch": "wrn-10-1"}
+def test_a_real_sigkill_is_survived_bitwise(tiny: MakeConfig, photographs: MakeConfig, feed: str) -> None:
+    common = {"steps": 24, "log_every": 1, "checkpoint_every": 5, "eval_every": 12}
     make, script = (tiny, "fixmatch_cifar.py") if feed == "memory" else (photographs, "fixmatch_imagenet.py")
     undisturbed, config = make("whole", **common), make("killed", **common)
     assert run(undisturbed) == 0
     given = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("recipe", "processes")}
     arguments = [part for name, value in given.items() for part in option(name, value)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here: bitwise means with the same number of threads
-    metrics, statuses = Path(str(config.output)) / "metrics.jsonl", []
-    for lines in (3, 20):
-        process = subprocess.Popen(
-            [sys.executable, str(SCRIPT.with_name(script)), *arguments],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            if metrics.exists() and metrics.read_bytes().count(b"\n") >= lines:
-                break
-            time.sleep(0.002)
-        time.sleep(random.SystemRandom().uniform(0, 0.1))
-        process.kill()
-        _, complaint = process.communicate()
-        statuses.append(process.returncode)
-        assert statuses[-1] in (-signal.SIGKILL, 0), complaint
-    assert -signal.SIGKILL in statuses
+    metrics = Path(str(config.output)) / "metrics.jsonl"
+    chance, deadline = random.SystemRandom(), time.monotonic() + 120
+    lines = chance.randrange(1, 17)
+    victim = started(run_program, str(SCRIPT.with_name(script)), arguments)
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= lines):
+        assert victim.is_alive(), victim.exitcode
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    time.sleep(chance.uniform(0, 0.1))
+    victim.kill()
+    victim.join()
+    assert victim.exitcode == -signal.SIGKILL
     assert run(config) == 0
     assert differing(str(undisturbed.output), str(config.output)) == []
 
@@ -227,8 +227,7 @@ def test_other_options_are_refused_and_named(whole: Path, tiny: MakeConfig) -> N
         run(tiny(output=str(whole), lr=0.1, seed=4))
 
 
-def test_harmless_options_may_change(whole: Path, tiny: MakeConfig) -> None:
-    assert run(tiny("cut", stop_after_steps=5)) == 0
+def test_harmless_options_may_change(whole: Path, cut: Path, tiny: MakeConfig) -> None:
     changed = tiny("cut", workers=0, checkpoint_every=2, device="cpu", progress="lines", tensorboard=False)
     assert run(changed) == 0
     assert differing(whole, changed.output) == []
@@ -239,49 +238,18 @@ def test_resume_never_refuses_a_used_directory(whole: Path, tiny: MakeConfig) ->
         run(tiny(output=str(whole), resume="never"))
 
 
-def test_another_split_is_refused(tiny: MakeConfig) -> None:
-    config = tiny("cut", stop_after_steps=2)
-    assert run(config) == 0
-    path = Path(str(config.output)) / "split.json"
-    write_json(path, {**read_json(path), "sha256": "0" * 64})
-    with pytest.raises(ResumeError, match="the labeled split differs"):
-        run(config)
-
-
-def test_a_run_without_its_config_is_refused(tiny: MakeConfig) -> None:
-    config = tiny("cut", stop_after_steps=5)
-    run(config)
-    (Path(str(config.output)) / "config.json").unlink()
-    with pytest.raises(ResumeError, match=r"holds a run without its config.json"):
-        run(config)
-    (Path(str(config.output)) / "config.json").write_text("{")
-    with pytest.raises(ResumeError, match=r"config.json cannot be read"):
-        run(config)
-
-
-def test_metrics_that_were_cut_are_refused(tiny: MakeConfig) -> None:
-    config = tiny("cut", stop_after_steps=6)
-    run(config)
-    (Path(str(config.output)) / "metrics.jsonl").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"metrics.jsonl has 0 bytes, but the checkpoint was taken when it had"):
-        run(config)
-
-
-def test_a_checkpoint_of_another_model_is_refused(tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(tiny("cut", stop_after_steps=2))
-    path = Path(str(tiny("cut").output)) / "config.json"
-    stored = read_json(path)
+def test_a_checkpoint_of_another_model_is_refused(cut: Path, tiny: MakeConfig) -> None:
+    stored = read_json(cut / "config.json")
     stored["options"]["arch"] = "wrn-10-2"
-    write_json(path, stored)
+    write_json(cut / "config.json", stored)
     with pytest.raises(CheckpointError, match=r"does not fit this run .*another --output"):
         run(tiny("cut", arch="wrn-10-2"))
 
 
-def test_two_processes_cannot_share_a_directory(tiny: MakeConfig) -> None:
+def test_two_processes_cannot_share_a_directory(cut: Path, tiny: MakeConfig) -> None:
     pytest.importorskip("fcntl", reason="advisory locks are a POSIX feature")
     config = tiny("cut")
-    run(dataclasses.replace(config, stop_after_steps=1))
-    hold = f"import fcntl; file = open({str(Path(str(config.output)) / '.lock')!r}, 'w'); fcntl.lockf(file, 2)"
+    hold = f"import fcntl; file = open({str(cut / '.lock')!r}, 'w'); fcntl.lockf(file, 2)"
     with subprocess.Popen(
         [sys.executable, "-c", f"{hold}; print(flush=True); input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as other:
@@ -293,10 +261,9 @@ def test_two_processes_cannot_share_a_directory(tiny: MakeConfig) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_overwrites_nothing(
-    tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    cut: Path, tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tiny("cut")
-    run(dataclasses.replace(config, stop_after_steps=6))
     before = final(config.output)
     step = Trainer.train_step
 
@@ -311,21 +278,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_overwrites_nothing(
         run(config)
     after = final(config.output)
     assert before.keys() == after.keys()
-    assert after[".step"] == 6
+    assert after[".step"] == 7
     assert main(config) == 1
     assert "error: step 8: the loss is nan" in capsys.readouterr().err
 
 
 def test_a_disk_that_fails_in_mid_run_is_one_line_and_loses_nothing(
-    tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    whole: Path, cut: Path, tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = tiny("cut", method="supervised")
-    assert run(dataclasses.replace(config, stop_after_steps=5)) == 0
+    config = tiny("cut")
     monkeypatch.setattr(MetricsFile, "write", lambda *_: (_ for _ in ()).throw(OSError("disk on fire")))
     assert main(config) == 1
     assert "error: disk on fire. Checkpoints are untouched" in capsys.readouterr().err
     monkeypatch.undo()
     assert run(config) == 0
+    assert differing(whole, cut) == []
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:

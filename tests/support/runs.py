@@ -22,6 +22,18 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
+def unequal(a: Any, b: Any) -> list[str]:
+    """Where two nested values differ by a bit; NaN is NaN."""
+    x, y = ({path: _bits(leaf) for path, leaf in leaves(value)} for value in (a, b))
+    return [path for path in sorted(x.keys() | y.keys()) if x.get(path) != y.get(path)]
+
+
+def _bits(leaf: Any) -> Any:
+    if not isinstance(leaf, torch.Tensor):
+        return repr(leaf)
+    return leaf.dtype, leaf.shape, leaf.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+
+
 def final(folder: str | Path) -> dict[str, Any]:
     """The last checkpoint, flat, without what may differ: wall clock, and options that change no number."""
     loaded = load_latest(Path(folder) / "checkpoints")
@@ -34,13 +46,7 @@ def differing(a: str | Path, b: str | Path, least: int = 100) -> list[str]:
     """Names of everything that differs between two finished runs, which must have so many entries at least."""
     x, y = final(a), final(b)
     assert len(x) > least
-    names = [
-        key
-        for key in sorted(x.keys() | y.keys())
-        if key not in x
-        or key not in y
-        or not (torch.equal(x[key], y[key]) if isinstance(x[key], torch.Tensor) else x[key] == y[key])
-    ]
+    names = unequal(x, y)
     if (Path(a) / "metrics.jsonl").read_bytes() != (Path(b) / "metrics.jsonl").read_bytes():
         names.append("metrics.jsonl")
     return names
