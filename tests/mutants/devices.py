@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from mutants.bug import Bug
 
-ON = "../gpu/test_simulated.py::test_on_the_simulated_gpu"
+ON = "../gpu/test_simulated.py::test_on_the_simulated_gpu[training]"
 
 BUGS = [
     Bug(
         "weights made on the CPU",
         "a tensor that is made is made on the device of its inputs",
-        f"{ON}[training]",
+        ON,
         "_inputs/pairs.py",
         "return torch.ones(target.shape[0], device=target.device)",
         "return torch.ones(target.shape[0])",
@@ -18,7 +18,7 @@ BUGS = [
     Bug(
         "the subset drawn with a generator of another device",
         "a draw takes place on the device of its generator",
-        f"{ON}[training]",
+        ON,
         "_inputs/chosen_pairs.py",
         "generator=generator, device=generator.device)",
         "generator=generator, device=index.device)",
@@ -26,7 +26,7 @@ BUGS = [
     Bug(
         "a read for every parameter",
         "the number of reads of a step does not grow with the model",
-        f"{ON}[training]",
+        ON,
         "_consistency/gradient_buffer.py",
         "            if part is not None:\n                self._gradients[position] = part.detach()",
         "            if part is not None and part.sum().item() is not None:\n"
@@ -35,7 +35,7 @@ BUGS = [
     Bug(
         "a collective on a CPU tensor",
         "a group of CUDA devices gets CUDA tensors",
-        f"{ON}[programs]",
+        ON,
         "methods/processes.py",
         "torch.tensor([len(rows)], device=rows.device)",
         "torch.tensor([len(rows)])",
@@ -43,7 +43,7 @@ BUGS = [
     Bug(
         "the mask moved to the host and back",
         "what is on the device stays there",
-        f"{ON}[training]",
+        ON,
         "methods/fixmatch.py",
         "(confidence >= self.threshold).to(weak.dtype)",
         "(confidence >= self.threshold).cpu().to(weak.device, weak.dtype)",

@@ -20,6 +20,7 @@ from victims import ROOT
 
 sys.path.insert(0, str(ROOT / "tests"))
 from support import forgeries
+from support.pictures import draw_folder
 
 
 def archives(work: Path, quick: bool) -> Iterator[Case]:
@@ -50,13 +51,8 @@ def archives(work: Path, quick: bool) -> Iterator[Case]:
 
 def data(work: Path, quick: bool) -> Iterator[Case]:
     whole = work / "whole"
-    source = np.random.Generator(np.random.Philox(3))
-    for part, count in (("train", 12), ("test", 2)):
-        for label in ("ant", "bee"):
-            (whole / part / label).mkdir(parents=True)
-            for number in range(count):
-                pixels = source.integers(256, size=(16, 16, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(whole / part / label / f"{number:02d}.jpg", quality=95)
+    parts = {part: dict.fromkeys(("ant", "bee"), count) for part, count in (("train", 12), ("test", 2))}
+    draw_folder(whole, parts, size=(16, 16), name="{number:02d}.jpg")
     options = {"dataset": "folder", "labels": 4}
     stopped = begun(work / "stopped", data_dir=str(whole), **options)
     root, image, third, more = work / "photos", "train/ant/01.jpg", "train/cat/new.jpg", "train/ant/new.jpg"
@@ -142,11 +138,6 @@ def _enormous(path: Path) -> None:
 def _photo(path: Path, side: int = 16) -> None:
     path.parent.mkdir(exist_ok=True)
     Image.new("RGB", (side, side), (9, 9, 9)).save(path)
-
-
-def _file(folder: Path) -> None:
-    shutil.rmtree(folder)
-    folder.touch()
 
 
 def _loop(path: Path) -> None:

@@ -38,11 +38,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks/shared"))
+sys.path[:0] = [str(Path(__file__).resolve().parents[2] / folder) for folder in ("benchmarks/shared", "tests")]
 from environment import write_result
 from kills_control import control, draws
 from victims import (
@@ -60,6 +58,8 @@ from victims import (
     tree_digest,
     two_processes,
 )
+
+from support.pictures import draw_folder
 
 RESULT = ROOT / "benchmarks" / "results" / "kills.json"
 Start = Callable[[Path], Victim]
@@ -172,13 +172,8 @@ def from_the_start(folder: Path) -> Victim:
 
 def photographs(work: Path) -> list[str]:
     """Options of the ImageNet trainer, with 36 + 15 random JPEGs of three classes to train on."""
-    source, folder = np.random.Generator(np.random.Philox(3)), work / "photographs"
-    for part, count in (("train", 12), ("val", 5)):
-        for label in ("ant", "bee", "cat"):
-            (folder / part / label).mkdir(parents=True, exist_ok=True)
-            for number in range(count):
-                pixels = source.integers(256, size=(20, 24, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / part / label / f"{label}_{number}.JPEG")
+    parts = {part: dict.fromkeys(("ant", "bee", "cat"), count) for part, count in (("train", 12), ("val", 5))}
+    folder = draw_folder(work / "photographs", parts, size=(24, 20), name="{label}_{number}.JPEG")
     return [*PHOTOGRAPHS.split(), "--data-dir", str(folder)]
 
 

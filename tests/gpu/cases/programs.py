@@ -25,26 +25,16 @@ SHORT = [
 ]  # fmt: skip
 
 
-def photographs(folder: Path) -> Path:
-    numpy, image = pytest.importorskip("numpy"), pytest.importorskip("PIL.Image")
-    source = numpy.random.Generator(numpy.random.Philox(3))
-    for part, count in (("train", 12), ("val", 4)):
-        for label in ("ant", "bee"):
-            (folder / part / label).mkdir(parents=True)
-            for number in range(count):
-                pixels = source.integers(256, size=(20, 24, 3), dtype=numpy.uint8)
-                image.fromarray(pixels).save(folder / part / label / f"{number}.JPEG")
-    return folder
-
-
 @pytest.mark.parametrize("trainer", ["CIFAR", "IMAGENET"])
 def test_a_trainer_stopped_and_resumed(trainer: str, tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
+    pytest.importorskip("torchvision")
     config, cli, training = (importlib.import_module(f"trainer.{name}") for name in ("config", "cli", "training"))
     options = ["--preset=demo", "--labels=20"]
     if trainer == "IMAGENET":
-        options = [f"--data-dir={photographs(tmp_path / 'photos')}", "--label-fraction=0.5", "--image-size=16"]
-        options += ["--lr=0.01", "--lr-warmup=1"]
+        parts = {"train": {"ant": 12, "bee": 12}, "val": {"ant": 4, "bee": 4}}
+        photos = importlib.import_module("support.pictures").draw_folder(tmp_path / "photos", parts, size=(24, 20))
+        options = [f"--data-dir={photos}", "--label-fraction=0.5", "--image-size=16", "--lr=0.01", "--lr-warmup=1"]
 
     def run(device: str, *more: str) -> None:
         given = [*options, *SHORT, f"--device={device}", f"--output={tmp_path / device}", *more]
