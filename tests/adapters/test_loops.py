@@ -99,14 +99,6 @@ def with_fabric() -> State:
     return wrapper.method.model.state_dict()
 
 
-def lightning(*, manual: bool) -> State:
-    module = Module(manual=manual)
-    torch.manual_seed(0)
-    adapter.attach(module, GradientConsistencyLoss(module.model, max_pairs=4), **OPTIONS)
-    fit(module, DATA)
-    return module.model.state_dict()
-
-
 class Holding(Module):
     """A LightningModule that calls a wrapper itself; no adapter."""
 
@@ -152,8 +144,6 @@ LOOPS: dict[str, Callable[[], State]] = {
     "Accelerate": with_accelerate,
     "Fabric": with_fabric,
     "Fabric with a LightningModule": fabric_with_a_lightning_module,
-    "Lightning, automatic": lambda: lightning(manual=False),
-    "Lightning, manual": lambda: lightning(manual=True),
     "Lightning around the wrapper, automatic": lambda: holding(manual=False),
     "Lightning around the wrapper, manual": lambda: holding(manual=True),
 }

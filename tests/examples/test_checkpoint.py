@@ -1,11 +1,7 @@
 from __future__ import annotations
 
 import errno
-import hashlib
-import io
-import json
 import os
-import pickle
 from pathlib import Path
 from typing import IO, Any
 
@@ -140,51 +136,3 @@ def test_a_damaged_record_is_a_damaged_checkpoint(tmp_path: Path, text: str) -> 
         save_checkpoint(tmp_path, step, state(step))
     (tmp_path / "step-00000010.json").write_text(text)
     assert load_latest(tmp_path)["step"] == 5
-
-
-class Payload:
-    """Unpickling this would create the file."""
-
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.canary),)
-
-
-def plant(folder: Path, content: bytes) -> None:
-    """A forged checkpoint with a record that vouches for it."""
-    (folder / "step-00000001.pt").write_bytes(content)
-    record = {"format": 1, "step": 1, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (folder / "step-00000001.json").write_text(json.dumps(record))
-
-
-@pytest.mark.parametrize("form", ["zip", "raw"])
-def test_a_pickle_payload_is_refused_and_not_executed(tmp_path: Path, form: str) -> None:
-    canary, buffer = tmp_path / "canary", io.BytesIO()
-    if form == "zip":
-        torch.save({"step": 1, "weights": Payload(canary)}, buffer)
-    else:
-        pickle.dump({"step": Payload(canary)}, buffer, protocol=2)
-    plant(tmp_path, buffer.getvalue())
-    with pytest.raises(CheckpointError, match=r"is refused: .*Nothing in it was executed"):
-        load_latest(tmp_path)
-    assert not canary.exists()
-
-
-def test_the_environment_cannot_switch_the_check_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    buffer = io.BytesIO()
-    torch.save({"step": Payload(tmp_path / "canary")}, buffer)
-    plant(tmp_path, buffer.getvalue())
-    with pytest.raises(CheckpointError, match="is refused"):
-        load_latest(tmp_path)
-    assert not (tmp_path / "canary").exists()
-
-
-def test_something_else_than_a_state_is_refused(tmp_path: Path) -> None:
-    buffer = io.BytesIO()
-    torch.save([1, 2], buffer)
-    plant(tmp_path, buffer.getvalue())
-    with pytest.raises(CheckpointError, match="holds a list, not the state of a run"):
-        load_latest(tmp_path)

@@ -95,13 +95,18 @@ def test_a_wrong_file_is_refused_by_name(
     assert message in said
 
 
-def test_a_file_that_is_absent_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--config", "none.json"], "none.json cannot be read"),
+        (["--preset", "fixmatch", "--config", "demo.json"], "--preset fixmatch, but --config "),
+    ],
+)
+def test_a_file_that_is_absent_or_contradicted_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("demo.json").write_text('{"preset": "demo"}')
     with pytest.raises(SystemExit, match="2"):
-        parse("--config", str(tmp_path / "none.json"))
-    assert "none.json cannot be read" in capsys.readouterr().err
-
-
-def test_two_presets_are_refused(file: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        parse("--preset", "fixmatch", "--config", file(preset="demo"))
-    assert "--preset fixmatch, but --config " in capsys.readouterr().err
+        parse(*words)
+    assert message in capsys.readouterr().err

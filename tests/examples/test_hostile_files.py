@@ -23,7 +23,6 @@ from trainer.checkpoint import load_latest, remove_leftovers, save_checkpoint
 from trainer.config import Config
 from trainer.datasets import load_images
 from trainer.errors import CheckpointError, DatasetError, OptionError, ResumeError
-from trainer.files import read_json, write_json
 from trainer.folder import load_folder
 from trainer.rundir import exclusive
 from trainer.training import main, run
@@ -68,6 +67,11 @@ def test_a_forged_pickle_is_refused_and_runs_nothing(tmp_path: Path, name: str) 
     with pytest.raises(CheckpointError, match=r"step-00000020\.pt (is refused: .*Nothing in it was executed|holds a)"):
         load_latest(tmp_path / "run")
     assert not canary.exists()
+
+
+def test_the_environment_cannot_switch_the_check_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    test_a_forged_pickle_is_refused_and_runs_nothing(tmp_path, "os.system as torch.save writes it")
 
 
 @pytest.mark.parametrize("name", ["os.system in a bare pickle", "runpy"])
@@ -133,6 +137,10 @@ def becomes_deep(path: Path) -> None:
     path.write_text("[" * 100_000)
 
 
+def becomes_shorter(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:60])
+
+
 def becomes_bytes(path: Path) -> None:
     path.write_bytes(b"\xff\xfe{}")
 
@@ -147,30 +155,22 @@ def test_a_checkpoint_that_is_no_file_is_skipped(two: Path, become: Callable[[Pa
     assert load_latest(two)["step"] == 5  # type: ignore[index]
 
 
-@pytest.mark.parametrize("name", ["config.json", "split.json"])
-@pytest.mark.parametrize("become", [one for one in ODD if one is not becomes_a_loop])
-def test_a_run_file_that_is_no_file_is_refused(
-    tiny: MakeConfig, become: Callable[[Path], None], name: str, begun: Path
+RUN_FILES = [
+    *((name, become, rf"{name} cannot be read .*restore it, or give another --output")
+      for name in ("config.json", "split.json") for become in ODD if become is not becomes_a_loop),
+    *((name, become, rf"({name} is missing from|a run without its {name}).*restore it, or give")
+      for name in ("config.json", "split.json") for become in (becomes_a_loop, Path.unlink)),
+    *(("metrics.jsonl", become, r"metrics.jsonl has 0 bytes, but the checkpoint was taken when it had")
+      for become in (Path.unlink, becomes_a_pipe)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "become", "message"), RUN_FILES)
+def test_a_run_file_that_is_no_file_or_lost_is_refused(
+    tiny: MakeConfig, begun: Path, name: str, become: Callable[[Path], None], message: str
 ) -> None:
     become(begun / name)
-    with pytest.raises(ResumeError, match=rf"{name} cannot be read .*restore it, or give another --output"):
-        run(tiny("begun", method="supervised"))
-
-
-@pytest.mark.parametrize("name", ["config.json", "split.json"])
-@pytest.mark.parametrize("become", [becomes_a_loop, Path.unlink])
-def test_a_run_file_that_is_lost_is_refused(
-    tiny: MakeConfig, become: Callable[[Path], None], name: str, begun: Path
-) -> None:
-    become(begun / name)
-    with pytest.raises(ResumeError, match=rf"({name} is missing from|a run without its {name}).*restore it, or give"):
-        run(tiny("begun", method="supervised"))
-
-
-@pytest.mark.parametrize("become", [Path.unlink, becomes_a_pipe])
-def test_a_log_that_is_lost_is_refused(tiny: MakeConfig, become: Callable[[Path], None], begun: Path) -> None:
-    become(begun / "metrics.jsonl")
-    with pytest.raises(CheckpointError, match=r"metrics.jsonl has 0 bytes, but the checkpoint was taken when it had"):
+    with pytest.raises((ResumeError, CheckpointError), match=message):
         run(tiny("begun", method="supervised"))
 
 
@@ -189,23 +189,18 @@ def begun(stopped: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "reason"),
     [
-        "[]",
-        "{}",
-        '{"options": [[null, 1]], "environment": {}, "format": 1}',
-        '{"options": {}, "environment": 3, "format": 1}',
+        ("[]", ""),
+        ("{}", ""),
+        ('{"options": [[null, 1]], "environment": {}, "format": 1}', ""),
+        ('{"options": {}, "environment": 3, "format": 1}', ""),
+        ('{"options": {}, "environment": {}, "format": 2}', r" \(its format is 2, this trainer reads 1\)"),
     ],
 )
-def test_a_config_of_another_form_is_refused(tiny: MakeConfig, begun: Path, text: str) -> None:
+def test_a_config_of_another_form_is_refused(tiny: MakeConfig, begun: Path, text: str, reason: str) -> None:
     (begun / "config.json").write_text(text)
-    with pytest.raises(ResumeError, match=r"config.json cannot be read"):
-        run(tiny("begun", method="supervised"))
-
-
-def test_a_run_of_another_format_is_refused(tiny: MakeConfig, begun: Path) -> None:
-    write_json(begun / "config.json", {**read_json(begun / "config.json"), "format": 2})
-    with pytest.raises(ResumeError, match=r"config.json cannot be read \(its format is 2, this trainer reads 1\)"):
+    with pytest.raises(ResumeError, match=f"config.json cannot be read{reason}"):
         run(tiny("begun", method="supervised"))
 
 
@@ -231,6 +226,13 @@ def test_a_whole_checkpoint_of_another_format_is_not_passed_over(two: Path) -> N
         load_latest(two)
 
 
+def test_a_whole_checkpoint_of_something_else_is_refused(two: Path) -> None:
+    torch.save([1, 2], two / "list.pt")
+    plant(two, (two / "list.pt").read_bytes())
+    with pytest.raises(CheckpointError, match="holds a list, not the state of a run"):
+        load_latest(two)
+
+
 def test_lost_records_are_refused(two: Path) -> None:
     for record in two.glob("*.json"):
         record.unlink()
@@ -253,25 +255,17 @@ def test_a_damaged_later_checkpoint_does_not_take_the_place_of_a_whole_one(two: 
         {"step": -1}, {"step": 10**30}, {"step": None}, {"evaluations": torch.zeros(2, 2)}, {"evaluations": ["x"]},
         {"method": 3}, {"average": []}, {"optimizer": None}, {"meter": [1]}, {"processes": {"rng": torch.zeros(3)}},
         {"metrics_bytes": -1}, {"metrics_bytes": "x"}, {"metrics_sha256": 5}, {"seconds": None},
+        "step", "method", "average", "processes", "metrics_bytes", "seconds",
     ],
     ids=str,
 )  # fmt: skip
-def test_a_state_with_a_foreign_item_is_refused(
-    tiny: MakeConfig, begun: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any]
+def test_a_state_with_a_foreign_item_or_without_one_is_refused(
+    tiny: MakeConfig, begun: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any] | str
 ) -> None:
-    loaded = load_latest(begun / "checkpoints")
-    save_checkpoint(begun / "checkpoints", 6, {**(loaded or {}), **changes})
-    assert main(tiny("begun", method="supervised")) == 1
-    assert "error: the checkpoint does not fit this run" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("missing", ["step", "method", "average", "processes", "metrics_bytes", "seconds"])
-def test_a_state_without_an_item_is_refused(
-    tiny: MakeConfig, begun: Path, capsys: pytest.CaptureFixture[str], missing: str
-) -> None:
+    """Items of the state by what stands there instead, or the name of one that is missing."""
     loaded = load_latest(begun / "checkpoints") or {}
-    del loaded[missing]
-    save_checkpoint(begun / "checkpoints", 6, loaded)
+    changed = {**loaded, **changes} if isinstance(changes, dict) else {k: v for k, v in loaded.items() if k != changes}
+    save_checkpoint(begun / "checkpoints", 6, changed)
     assert main(tiny("begun", method="supervised")) == 1
     assert "error: the checkpoint does not fit this run" in capsys.readouterr().err
 
@@ -305,17 +299,11 @@ def test_a_foreign_checkpoint_to_start_from_is_refused(tiny: MakeConfig, tmp_pat
         run(tiny(init_from=str(tmp_path / "start.pt"), method="supervised"))
 
 
-def test_an_output_that_is_a_file_is_refused(tiny: MakeConfig, tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(OptionError, match=r"--output .*file cannot be used .*give a folder that you can write to"):
-        run(tiny("file", method="supervised"))
-
-
-@pytest.mark.parametrize("become", [becomes_a_pipe, becomes_endless, becomes_a_loop])
-def test_an_image_that_is_no_file_is_named(photo_folder: MakeFolder, become: Callable[[Path], None]) -> None:
+@pytest.mark.parametrize("become", [becomes_a_pipe, becomes_endless, becomes_a_loop, becomes_bytes, becomes_shorter])
+def test_an_image_that_cannot_be_read_is_named(photo_folder: MakeFolder, become: Callable[[Path], None]) -> None:
     root = photo_folder(train={"a": 2, "b": 1}, test={"a": 1, "b": 1})
     become(root / "train" / "a" / "001.png")
-    with pytest.raises(DatasetError, match=r"001\.png cannot be read as an image .*replace or remove it"):
+    with pytest.raises(DatasetError, match=r"train.a.001\.png cannot be read as an image .*replace or remove it"):
         load_folder(root, None)
 
 

@@ -7,7 +7,6 @@ import torch
 
 from trainer.config import Config, resolve
 from trainer.datasets import Images
-from trainer.errors import OptionError
 from trainer.loader import StepDataset, StepImages, ToModel, step_batches, worker_count
 from trainer.split import draw_split
 
@@ -114,8 +113,3 @@ def test_worker_count_is_as_given_or_what_the_cores_leave() -> None:
     assert worker_count(Config(workers=0)) == 0
     assert worker_count(Config(workers=3)) == 3
     assert 0 <= worker_count(Config()) <= 4
-
-
-def test_negative_workers_are_refused(tiny: MakeConfig) -> None:
-    with pytest.raises(OptionError, match="--workers must be 0 or more; found -1"):
-        resolve(tiny(workers=-1))

@@ -378,15 +378,3 @@ def test_csv_holds_every_line_of_the_log(mine: Make) -> None:
     rows = (folder / "metrics.csv").read_text().splitlines()
     assert rows[0].startswith("kind,step,")
     assert len(rows) == 1 + len((folder / "metrics.jsonl").read_text().splitlines())
-
-
-def test_options_from_yaml(tmp_path: Path) -> None:
-    from trainer.cli import parse_config
-
-    pytest.importorskip("yaml")
-    path = tmp_path / "options.yaml"
-    path.write_text("labels: 250\nlr: 0.1\n")
-    assert parse_config(["--config", str(path)]).labels == 250
-    path.write_text("labels: 250\nlabels: 40\n")
-    with pytest.raises(SystemExit, match="2"):
-        parse_config(["--config", str(path)])
