@@ -61,6 +61,7 @@ types: setup ## mypy
 
 docs: setup ## the site, strictly, into site/
 	@$(BIN)/python -m mkdocs build --strict
+	@touch site/.strict  # tests/docs/test_site.py then looks at this one
 
 setup: $(VENV)/.ready
 setup-core: $(CORE_VENV)/.ready

@@ -35,14 +35,9 @@ def test_every_page_is_looked_at(written: dict[str, str]) -> None:
 def test_the_page_is_fresh(page: str, written: dict[str, str]) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     assert text == written[page], "run: python docs/generators/make_pages.py"
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_markers_come_in_pairs_and_once(page: str) -> None:
-    text = (ROOT / page).read_text(encoding="utf-8")
     begun, ended = (re.findall(rf"<!-- (\w+):{end} -->", text) for end in ("begin", "end"))
-    assert begun == ended
-    assert len(set(begun)) == len(begun)
+    assert begun == ended, "markers come in pairs"
+    assert len(set(begun)) == len(begun), "and once"
 
 
 def test_nothing_in_the_matrix_is_wrong(make_pages: ModuleType) -> None:
@@ -61,6 +56,25 @@ def test_the_amp_runs_are_whole(make_pages: ModuleType) -> None:
     results = make_pages.trainer_results()
     runs = results["cifar_amp"]["runs"] if "cifar_amp" in results else []
     assert all(run["summary"]["steps"] == 2000 and run["options"]["ggcr_weight"] > 0 for run in runs)
+
+
+def test_no_engine_was_wrong_and_no_name_left_out() -> None:
+    sweeps = program("docs/generators/derivatives_page").sweeps()
+    assert sweeps
+    for version, result in sweeps.items():
+        assert not result["wrong"]["library"], version
+        assert not result["uncovered"], version
+
+
+def test_no_kill_and_no_hostile_file_did_harm(make_pages: ModuleType) -> None:
+    """Every killed run is equal, every forgotten item is noticed, every damaged file answered as it should be."""
+    kills, hostile = make_pages.fault_results()
+    assert kills["parts"]
+    assert all(row["equal"] == row["runs"] for row in kills["parts"])
+    assert all(row["noticed"] == (row["item"] != "nothing") for row in kills["control"])
+    assert all(row["right"] == row["cases"] for row in hostile["rows"])
+    page = (ROOT / "docs/guides/faults.md").read_text(encoding="utf-8")
+    assert all(f"<!-- {name}:begin -->" in page for name in ("kills", "control", "hostile"))
 
 
 def test_the_tables_of_the_paper_are_all_there(make_pages: ModuleType) -> None:

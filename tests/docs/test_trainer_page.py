@@ -1,4 +1,4 @@
-"""The page on the trainer lists every option with the default that it has."""
+"""The pages on the trainers list every option with the default that it has."""
 
 from __future__ import annotations
 
@@ -70,3 +70,17 @@ def test_the_defaults_of_methods_and_presets_are_those_of_the_trainer() -> None:
         ramp, ratio, strong = rows[preset, 4]
         assert ramp == (f"{values['unlabeled_ramp']:,} steps" if values["unlabeled_ramp"] else "none")
         assert (ratio, strong) == (str(values["unlabeled_ratio"]), f"`{values['strong']}`")
+
+
+def test_the_page_on_imagenet_has_every_default_that_differs() -> None:
+    from trainer.config import IMAGENET, Config
+
+    rows = {}
+    for line in PAGE.with_name("imagenet.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        if line.startswith("| `--") and len(cells) == 3 and re.fullmatch(r"`--[a-z-]+`", cells[0]):
+            rows.setdefault(cells[0].strip("`-").replace("-", "_"), cells[1])
+    theirs = dataclasses.asdict(IMAGENET["paper"])
+    different = {name: value for name, value in theirs.items() if value != getattr(Config(), name)}
+    assert different.pop("recipe") == "imagenet"
+    assert rows == {name: f"`{value}`" for name, value in different.items()}
