@@ -116,15 +116,6 @@ def test_equal_samples_do_not_settle_independence() -> None:
         GradientConsistencyLoss(_Mixing())(weak, strong, target)
 
 
-def test_a_loss_that_mixes_the_batch_is_refused() -> None:
-    def mixing(output: Tensor, target: Tensor) -> Tensor:
-        loss = F.cross_entropy(output, target, reduction="none")
-        return loss - loss.mean().detach() * output[:, 0]
-
-    with pytest.raises(UnsupportedModuleError, match="loss_fn"):
-        GradientConsistencyLoss(_mlp(), loss_fn=mixing)(*_views())
-
-
 def test_chance_inside_the_model_is_named() -> None:
     class Noisy(nn.Module):
         def __init__(self) -> None:

@@ -204,7 +204,7 @@ BUGS = [
     Bug(
         "a loss that mixes the batch not noticed",
         "a sample's loss that depends on its neighbours is refused",
-        "test_trust.py::test_a_loss_that_mixes_the_batch_is_refused",
+        "refusals/test_errors.py::test_a_model_that_mixes_samples_is_refused",
         PROBES, "return [losses] if logits is None or not logits.is_floating_point() else [logits, losses]",
         "return [losses] if logits is None or not logits.is_floating_point() else [logits]",
     ),

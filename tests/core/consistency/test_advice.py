@@ -69,18 +69,11 @@ def equal(model: nn.Module) -> Callable[[], Any]:
 WARNINGS = {
     "own softmax as soft target": (lambda: own_prediction(network()), 1, "own prediction of the weak view.*argmax"),
     "every pair degenerate": (lambda: flat(network()), 3, r"last 3 call\(s\) was degenerate.*at most 1e\+06.*min_norm"),
-    "softmax in the model": (
-        lambda: plain(network(nn.Softmax(1))),
-        1,
-        "looks like probabilities.*take the softmax",
-    ),
-    "a part of the encoder cut off": (
-        lambda: plain((model := Cut("stem")), encoder=[model.stem, model.body]),
-        1,
-        r"does not depend on 2 of 4 compared parameters.*stem.weight, stem.bias.*detach",
-    ),
+    "softmax in the model": (lambda: plain(network(nn.Softmax(1))), 1, "looks like probabilities.*take the softmax"),
+    "a part of the encoder cut off": (lambda: plain((model := Cut("stem")), encoder=[model.stem, model.body]), 1,
+        r"does not depend on 2 of 4 compared parameters.*stem.weight, stem.bias.*detach"),
     "one view twice": (lambda: equal(network()), 1, "`weak` and `strong` hold the same numbers.*two augmentations"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WARNINGS)

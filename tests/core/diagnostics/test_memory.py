@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -173,23 +172,6 @@ def test_a_refused_engine_is_a_row_with_its_reason() -> None:
     report = memory_report(gc, pair, engines=("vmap", "loop"), chunk_sizes=(None,), stop_gradient=(None,))
     assert "engine='loop'" in str(report.rows[0].reason)
     assert report.recommended is report.rows[1]
-
-
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"every": (0,)}, "`every` is 0"),
-        ({"chunk_sizes": (0,)}, "`chunk_size` is 0"),
-        ({"engines": ("gost",)}, "`engine` is 'gost'"),
-        ({"max_bytes": -1}, "`max_bytes` is -1"),
-        ({"max_seconds": -1}, "`max_seconds` is -1"),
-        ({"stop_gradient": ("both",)}, "`stop_gradient` is 'both'"),
-    ],
-)
-def test_bad_options(options: dict[str, Any], match: str) -> None:
-    model, pair = small(6)
-    with pytest.raises(ConfigError, match=match):
-        memory_report(GradientConsistencyLoss(model), pair, **options)
 
 
 def test_bad_batches() -> None:

@@ -137,34 +137,6 @@ def test_which_weights_the_kronecker_kind_projects() -> None:
     assert torch.allclose((matrix @ g.flatten()).view(3, 3), by_hand)
 
 
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"dim": 0}, "`dim` is 0: give an int of at least 1"),
-        ({"dim": 2.0}, "`dim` is 2.0: give an int"),
-        ({"dim": True}, "`dim` is True: give an int"),
-        ({"dim": 2, "kind": "gausian"}, "`kind` is 'gausian': choose one of .*Did you mean 'gaussian'"),
-        ({"dim": 2, "kind": None}, "`kind` is None: choose one of 'kronecker', 'gaussian'"),
-        ({"dim": 2, "kind": "rademacher"}, "'rademacher', which was removed: .* cost more .*'kronecker'.*'gaussian'"),
-        ({"dim": 2, "kind": "sparse"}, "'sparse', which was removed: .* cost more .*'kronecker'.*'gaussian'"),
-        ({"dim": 2, "seed": -1}, "`seed` is -1: give an int of at least 0 and at most 9223372036854775807"),
-        ({"dim": 2, "seed": 2**63}, "`seed` is 9223372036854775808: give an int"),
-        ({"dim": 2, "seed": None}, "`seed` is None: give an int"),
-        ({"dim": 2, "resample_every": -1}, "`resample_every` is -1: give an int of at least 0"),
-        ({"dim": 2, "resample_every": 1.5}, "`resample_every` is 1.5: give an int"),
-    ],
-)
-def test_bad_options(options: dict[str, Any], match: str) -> None:
-    with pytest.raises(ConfigError, match=match):
-        RandomProjection(**options)
-
-
-@pytest.mark.parametrize("projection", [64, "kronecker", RandomProjection, RandomProjection(2).projector()])
-def test_what_is_no_projection_is_refused(projection: Any) -> None:
-    with pytest.raises(ConfigError, match=r"`projection` is .*: pass RandomProjection\(dim, kind, seed=\.\.\.\), or"):
-        GradientConsistencyLoss(nn.Linear(5, 3), projection=projection)
-
-
 class _Ignorant:
     """An engine of the user's that knows nothing of projections."""
 

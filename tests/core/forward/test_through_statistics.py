@@ -242,24 +242,6 @@ def test_in_the_wrapper() -> None:
     assert compare.relative(flat[1], flat[2]) > 1e-6
 
 
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"batchnorm": "running"}, "does not go with `batchnorm='running'`"),
-        ({"batchnorm": "observed"}, "does not go with `batchnorm='observed'`"),
-        ({"dropout": "on"}, "does not go with `dropout='on'`: only joint statistics"),
-    ],
-)
-def test_options_without_statistics_of_the_call(options: dict[str, Any], match: str) -> None:
-    with pytest.raises(ConfigError, match=match):
-        GradientConsistencyLoss(network(), through_statistics=True, **options)
-
-
-def test_other_values_are_refused() -> None:
-    with pytest.raises(ConfigError, match="`through_statistics` is 'yes'"):
-        GradientConsistencyLoss(network(), through_statistics="yes")
-
-
 def test_given_statistics_are_refused() -> None:
     model, pairs = network(), views()
     calls = [module for module in model if isinstance(module, nn.BatchNorm2d)]

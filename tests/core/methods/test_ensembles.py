@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradconsist import GradientConsistencyLoss, SSLBatch
-from gradconsist.errors import ConfigError
 from gradconsist.methods import MeanTeacher, PiModel, TemporalEnsembling
 from support import compare
 from support import methods as m
@@ -230,21 +229,3 @@ def test_the_ensemble_is_a_constant() -> None:
     assert 0 < float(out.pair.weight.sum()) < 9
     loss = F.cross_entropy(x, second.y) + 7 * difference.mean()
     assert compare.relative(found, compare.gradient_of(loss, twin)) <= 1e-10
-
-
-@pytest.mark.parametrize(
-    ("make", "match"),
-    [
-        (lambda net: MeanTeacher(net, ema_decay=1.1), "`ema_decay` is 1.1"),
-        (lambda net: MeanTeacher(net, unlabeled_weight=float("nan")), "`unlabeled_weight` is nan"),
-        (lambda net: PiModel(net, joint="no"), "`joint` is 'no'"),
-        (lambda net: PiModel(net, unlabeled_ramp_steps=-1), "`unlabeled_ramp_steps` is -1"),
-        (lambda net: TemporalEnsembling(net, samples=0, classes=3), "`samples` is 0"),
-        (lambda net: TemporalEnsembling(net, samples=3, classes=0), "`classes` is 0"),
-        (lambda net: TemporalEnsembling(net, samples=3, classes=3, ema_decay=1.0), "`ema_decay` is 1.0"),
-        (lambda net: TemporalEnsembling(net, samples=99, classes=4)(DATA[0]), "`classes` is 4, but the model gives 3"),
-    ],
-)
-def test_bad_options(make, match: str) -> None:
-    with pytest.raises(ConfigError, match=match):
-        make(m.network())

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from gradconsist import SSLBatch
-from gradconsist.errors import ConfigError
 from gradconsist.methods import FlexMatch
 from support import methods as m
 
@@ -89,18 +88,3 @@ def test_a_repeated_sample_keeps_its_last_label() -> None:
     method = FlexMatch(model, samples=4, threshold=0.9)
     method(SSLBatch(logits[:1], torch.tensor([0]), logits, logits, torch.tensor([2, 2, 1, 1])))
     assert method.selected.tolist() == [-1, 0, 1, -1]  # the unsure second view of sample 1 changes nothing
-
-
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"samples": 0}, "`samples` is 0"),
-        ({"samples": 5, "threshold": 1.5}, "`threshold` is 1.5"),
-        ({"samples": 5, "threshold_warmup": 1}, "`threshold_warmup` is 1"),
-        ({"samples": 5, "joint": "yes"}, "`joint` is 'yes'"),
-        ({"samples": 5, "unlabeled_weight": -1}, "`unlabeled_weight` is -1"),
-    ],
-)
-def test_bad_options(options: dict, match: str) -> None:
-    with pytest.raises(ConfigError, match=match):
-        FlexMatch(m.network(), **options)

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from gradconsist import SSLBatch
-from gradconsist.errors import ConfigError
 from gradconsist.methods import FreeMatch
 from support import compare
 from support import methods as m
@@ -112,23 +111,3 @@ def test_the_mask_counts_the_threshold_itself() -> None:
     one = torch.ones(3, 2).double()
     out = FreeMatch(model, classes=2, fairness_weight=0.0)(SSLBatch(one, torch.tensor([0, 1, 0]), one, one))
     assert out.pair.weight.tolist() == [1.0] * 3
-
-
-def test_another_number_of_classes_is_refused() -> None:
-    with pytest.raises(ConfigError, match="`classes` is 4, but the model gives 3 logits"):
-        FreeMatch(m.network(), classes=4)(DATA[0])
-
-
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"classes": 0}, "`classes` is 0"),
-        ({"classes": 3, "ema_decay": 1.5}, "`ema_decay` is 1.5"),
-        ({"classes": 3, "fairness_weight": -1}, "`fairness_weight` is -1"),
-        ({"classes": 3, "threshold_range": (0.9, 0.8)}, r"`threshold_range` is \(0.9, 0.8\)"),
-        ({"classes": 3, "joint": None}, "`joint` is None"),
-    ],
-)
-def test_bad_options(options: dict, match: str) -> None:
-    with pytest.raises(ConfigError, match=match):
-        FreeMatch(m.network(), **options)

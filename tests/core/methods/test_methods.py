@@ -452,6 +452,13 @@ def test_bad_indices(name: str) -> None:
     assert m.same_state(before, method.state_dict())
 
 
+@pytest.mark.parametrize("name", ["freematch", "softmatch", "temporalensembling"])
+def test_another_number_of_classes_is_refused(name: str) -> None:
+    options = {"samples": 99} if name in INDEXED else {}
+    with pytest.raises(ConfigError, match="`classes` is 4, but the model gives 3 logits"):
+        type(build(name))(m.network(), classes=4, **options)(DATA[0])
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_foreign_state_is_refused(name: str) -> None:
     for state in ({"steps": 3}, {"step": -1}, {"step": True}, 3):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradconsist import GradientConsistencyLoss, SSLBatch
-from gradconsist.errors import ConfigError, InputTypeError, StateError
+from gradconsist.errors import InputTypeError, StateError
 from gradconsist.methods import MixMatch
 from support import methods as m
 from support import training
@@ -175,17 +175,3 @@ def test_inputs_of_several_tensors_are_refused() -> None:
 def test_a_state_without_generator_is_refused() -> None:
     with pytest.raises(StateError, match="no generator"):
         MixMatch(m.network()).set_extra_state({"step": 3})
-
-
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"temperature": 0.0}, "`temperature` is 0.0"),
-        ({"alpha": -1.0}, "`alpha` is -1.0"),
-        ({"joint": None}, "`joint` is None"),
-        ({"unlabeled_ramp_steps": 1.5}, "`unlabeled_ramp_steps` is 1.5"),
-    ],
-)
-def test_bad_options(options: dict, match: str) -> None:
-    with pytest.raises(ConfigError, match=match):
-        MixMatch(m.network(), **options)

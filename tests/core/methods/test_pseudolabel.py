@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gradconsist.errors import ConfigError
 from gradconsist.methods import PseudoLabel
 from support import compare
 from support import methods as m
@@ -45,12 +44,3 @@ def test_the_gradient_goes_through_the_same_logits() -> None:
     )
     assert 0 < float(out.pair.weight.sum()) < 9
     assert compare.relative(found, compare.gradient_of(loss, twin)) <= 1e-10
-
-
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [({"threshold": 2}, "`threshold` is 2"), ({"unlabeled_ramp_steps": True}, "`unlabeled_ramp_steps` is True")],
-)
-def test_bad_options(options: dict, match: str) -> None:
-    with pytest.raises(ConfigError, match=match):
-        PseudoLabel(m.network(), **options)

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from gradconsist import SSLBatch
-from gradconsist.errors import ConfigError
 from gradconsist.methods import SoftMatch
 from support import methods as m
 
@@ -80,23 +79,3 @@ def test_one_sample_leaves_the_variance_and_zero_variance_makes_a_mask() -> None
     method.variance.zero_()
     method.mean.fill_(float(logits.softmax(1)[0, 0]))
     assert method.eval()(SSLBatch(logits[:1], torch.tensor([0]), logits, logits)).pair.weight.tolist() == [1.0, 0.0]
-
-
-def test_another_number_of_classes_is_refused() -> None:
-    with pytest.raises(ConfigError, match="`classes` is 4, but the model gives 3 logits"):
-        SoftMatch(m.network(), classes=4)(DATA[0])
-
-
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"classes": True}, "`classes` is True"),
-        ({"classes": 3, "ema_decay": -0.1}, "`ema_decay` is -0.1"),
-        ({"classes": 3, "width": -1}, "`width` is -1"),
-        ({"classes": 3, "align": 0}, "`align` is 0"),
-        ({"classes": 3, "joint": None}, "`joint` is None"),
-    ],
-)
-def test_bad_options(options: dict, match: str) -> None:
-    with pytest.raises(ConfigError, match=match):
-        SoftMatch(m.network(), **options)

@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 
-from gradconsist.errors import ConfigError
 from gradconsist.methods import UDA
 from support import compare
 from support import methods as m
@@ -79,19 +78,3 @@ def test_the_target_is_a_constant() -> None:
     loss = torch.nn.functional.cross_entropy(x, batch.y) + (torch.tensor(mask) * divergence).mean()
     found = compare.gradient_of(UDA(model, threshold=0.45)(batch).loss, model)
     assert compare.relative(found, compare.gradient_of(loss, twin)) <= 1e-10
-
-
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"threshold": -0.1}, "`threshold` is -0.1"),
-        ({"temperature": 0.0}, "`temperature` is 0.0"),
-        ({"annealing": "cubic", "annealing_steps": 3}, "`annealing` is 'cubic'"),
-        ({"annealing": "log"}, "`annealing` is 'log' and `annealing_steps` 0: give both"),
-        ({"annealing_steps": 5}, "`annealing` is None and `annealing_steps` 5: give both"),
-        ({"joint": 2}, "`joint` is 2"),
-    ],
-)
-def test_bad_options(options: dict, match: str) -> None:
-    with pytest.raises(ConfigError, match=match):
-        UDA(m.network(), **options)

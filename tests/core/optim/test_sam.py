@@ -223,19 +223,12 @@ def test_kept_running_statistics_leaves_the_forward_and_the_gradient_alone() -> 
 # -- mistakes ----------------------------------------------------------------------------------------------------------
 
 
-def test_bad_arguments() -> None:
+def test_what_is_no_base_optimizer() -> None:
     model = network()
     with pytest.raises(ConfigError, match=r"`base` is .*pass an optimizer"):
         SAM(model.parameters())
     with pytest.raises(ConfigError, match=r"`base` is .*LBFGS"):
         SAM(torch.optim.LBFGS(model.parameters()))
-    base = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ConfigError, match="`rho` is -1"):
-        SAM(base, rho=-1)
-    with pytest.raises(ConfigError, match="`adaptive` is 'yes'"):
-        SAM(base, adaptive="yes")
-    with pytest.raises(ConfigError, match="`model` is a str"):
-        SAM(base, model="net")
 
 
 def test_steps_in_the_wrong_order() -> None:

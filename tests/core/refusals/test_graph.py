@@ -52,7 +52,7 @@ def _views() -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("engine", ["loop", "auto"])
+@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost", "auto"])
 def test_a_function_without_a_second_derivative_is_refused(engine: str, fused: bool) -> None:
     # torch.autograd.grad for named parameters does not run the node that would raise: it just misses a part.
     gc = GradientConsistencyLoss(_OnceDifferentiable().double(), engine=engine, fused=fused)

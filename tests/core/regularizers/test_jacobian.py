@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradconsist.errors import (
-    ConfigError,
     GradModeError,
     InputShapeError,
     InputTypeError,
@@ -167,21 +166,6 @@ class Mixing(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(torch.tanh(x - x.mean(0)))
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "match"),
-    [
-        ({"projections": 0}, ConfigError, "`projections` is 0"),
-        ({"projections": 1.5}, ConfigError, "`projections` is 1.5"),
-        ({"output_fn": 3}, ConfigError, "`output_fn` is 3"),
-        ({"batchnorm": "observed"}, ConfigError, "`batchnorm` is 'observed'"),
-        ({"seed": -1}, ConfigError, "`seed` is -1"),
-    ],
-)
-def test_bad_options(options: dict[str, Any], error: type[Exception], match: str) -> None:
-    with pytest.raises(error, match=match):
-        JacobianPenalty(mlp(), **options)
 
 
 def test_bad_calls() -> None:
