@@ -9,7 +9,7 @@ import pytest
 from pages import ROOT
 
 pytest.importorskip("tyro", reason="the trainers need the examples extra")
-PAGE = ROOT / "docs" / "guides" / "trainer.md"
+PAGE = ROOT / "docs" / "guides" / "trainer-options.md"
 
 
 def _rows() -> dict[str, str]:
