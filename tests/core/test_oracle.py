@@ -58,8 +58,7 @@ _HELD = {"spectral_norm_train", "moving_codebook", "write_through_data", "unregi
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in _HELD])
 def test_finite_differences_of_the_whole_loss(name: str) -> None:
-    oracle = CASES[name].problem().judge()
-    verdict = oracle.verdict()
+    oracle, verdict = CASES[name].problem().judge(), CASES[name].verdict()
     for seed in range(2):
         direction = _direction(oracle, seed)
         analytic = sum(float((verdict.gradient[n] * v).sum()) for n, v in direction.items())
@@ -70,7 +69,7 @@ def test_finite_differences_of_the_whole_loss(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_a_zoo_model_is_a_fair_test(name: str) -> None:
     """Gradients well above the floor, cosines that differ, a gradient worth comparing, statistics that matter."""
-    verdict = CASES[name].problem().judge().verdict()
+    verdict = CASES[name].verdict()
     assert not verdict.degenerate.any()
     assert float(torch.minimum(verdict.norm_weak, verdict.norm_strong).min()) > 1e-3
     assert float(verdict.cosine.max() - verdict.cosine.min()) > 1e-4

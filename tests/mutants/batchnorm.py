@@ -94,7 +94,7 @@ BUGS = [
     Bug(
         "unbiased variance",
         "a forward in train mode normalises by the biased variance",
-        "test_wrapper.py::test_observed_statistics_of_the_joint_views_equal_the_batch_ones",
+        "test_wrapper.py::test_observed_statistics_are_those_of_each_views_own_forward",
         NORM, "squares / (x.numel() // x.shape[1])", "squares / (x.numel() // x.shape[1] - 1)",
     ),
     Bug(
@@ -107,7 +107,7 @@ BUGS = [
     Bug(
         "batchnorm='running' ignored",
         "'running' forces the running statistics",
-        "forward/test_normalization.py::test_batchnorm_options[cnn_batchnorm_train-running-fused-loop]",
+        "forward/test_normalization.py::test_batchnorm_options[cnn_batchnorm_train-running-loop]",
         NORM, '(self.policy != "running" and training)', "training",
     ),
     Bug(
@@ -141,7 +141,7 @@ BUGS = [
     Bug(
         "observed statistics of whichever forward came last",
         "'observed' takes the constants of each view's own forward",
-        "test_wrapper.py::test_observed_statistics_of_two_forwards_are_each_views_own[None-loop-None]",
+        "test_wrapper.py::test_observed_statistics_are_those_of_each_views_own_forward[fixmatch_split-loop]",
         OBSERVER,
         "    if not own or not all(_same_statistics",
         "    own = [found[-1].statistics]\n    if not own or not all(_same_statistics",
@@ -149,19 +149,19 @@ BUGS = [
     Bug(
         "observed statistics of the first of several forwards that hold a view",
         "'observed' refuses where it is not clear which forward was a view's",
-        "test_wrapper.py::test_observing_needs_one_forward[2]",
+        "test_wrapper.py::test_observing_needs_one_forward_of_each_view[twice]",
         OBSERVER, "if not own or not all(", "if not own or False and not all(",
     ),
     Bug(
         "the views' observed statistics exchanged",
         "'observed' takes the constants of each view's own forward",
-        "test_wrapper.py::test_observed_statistics_of_two_forwards_are_each_views_own[None-loop-None]",
+        "test_wrapper.py::test_observed_statistics_are_those_of_each_views_own_forward[fixmatch_split-loop]",
         OBSERVER, "else (weak, strong)", "else (strong, weak)",
     ),
     Bug(
         "a single observed forward taken for both views",
         "'observed' takes the constants of each view's own forward",
-        "test_wrapper.py::test_a_view_that_was_never_forwarded_has_no_observed_statistics[weak]",
+        "test_wrapper.py::test_observing_needs_one_forward_of_each_view[weak]",
         OBSERVER,
         "for forward in found if forward.holds(view)]",
         "for forward in found if len(found) == 1 or forward.holds(view)]",
@@ -175,13 +175,13 @@ BUGS = [
     Bug(
         "ghost: weak constants for both views",
         "where the views have constants of their own, each sample has those of its view",
-        "test_wrapper.py::test_observed_statistics_of_two_forwards_are_each_views_own[None-ghost-None]",
+        "test_wrapper.py::test_observed_statistics_are_those_of_each_views_own_forward[fixmatch_split-ghost]",
         "engines/ghost/engine.py", "torch.tensor([WEAK, STRONG]", "torch.tensor([WEAK, WEAK]",
     ),
     Bug(
         "BatchNorms outside the model observed",
         "'observed' takes the calls of the compared model, not those of another module",
-        "test_wrapper.py::test_only_the_compared_model_is_observed",
+        "test_wrapper.py::test_observed_statistics_are_those_of_each_views_own_forward[own_batchnorm-loop]",
         OBSERVER,
         "if self._inside and func",
         "if self._forwards and func",

@@ -91,14 +91,14 @@ BUGS = [
     Bug(
         "constant view with a graph in its rule",
         "a constant view contributes no derivative",
-        "test_loss.py::test_stop_gradient[mlp-weak-fused-ghost]"
+        "test_loss.py::test_stop_gradient[mlp-weak-ghost]"
         " engines/test_ghost.py::test_views_of_different_lengths",
         SEEN, "inputs=tuple(x.detach() for x in use.inputs)", "inputs=use.inputs",
     ),
     Bug(
         "inputs of one view for both",
         "each view's gradients belong to its own inputs",
-        "test_loss.py::test_stop_gradient[mlp-weak-fused-ghost]",
+        "test_loss.py::test_stop_gradient[mlp-weak-ghost]",
         ENGINE, "else interleaved(x, y)", "else interleaved(x, x)",
     ),
     Bug(
@@ -215,7 +215,7 @@ BUGS = [
     Bug(
         "the first sample answers for all",
         "every sample gets the answer that it would have got alone",
-        "engines/test_conditions.py::test_every_answer_is_that_of_the_sample_alone[ghost-two_ways-differ]",
+        "engines/test_conditions.py::test_every_answer_is_that_of_the_sample_alone[ghost-two_ways]",
         "engines/conditions.py", "if any(answer != found[0] for answer in found):", "if not found:",
     ),
     Bug(

@@ -26,7 +26,7 @@ BUGS = [
     Bug(
         "warm-up one step longer",
         "lambda is 0 while t < warmup_steps",
-        "test_wrapper.py::test_the_last_warm_up_step_is_still_plain_and_the_next_is_not",
+        "test_wrapper.py::test_the_weight_of_each_step",
         SCHEDULES, "if step < warmup_steps:", "if step <= warmup_steps:",
     ),
     Bug(

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +29,10 @@ from torch.nn.modules.dropout import _DropoutNd
 
 Tree = Any  # a tensor, or a dict, tuple or list of trees
 LossFn = Callable[[Any, Tensor], Tensor]
+_DROPOUTS = {
+    name: getattr(F, name)
+    for name in ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
+}
 
 
 @dataclass(frozen=True)
@@ -132,12 +135,14 @@ def cross_entropy(output: Any, target: Tensor) -> Tensor:
 @contextlib.contextmanager
 def _plain_kernels() -> Iterator[None]:
     """Attention by its formula (the fused kernels have no second derivative), and no functional dropout."""
-    identity = lambda x, *args, **kwargs: x  # noqa: E731
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        for name in ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"):
-            stack.enter_context(mock.patch.object(F, name, identity))
-        yield
+    try:
+        for name in _DROPOUTS:
+            setattr(F, name, lambda x, *args, **kwargs: x)
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        for name, function in _DROPOUTS.items():
+            setattr(F, name, function)
 
 
 class Judge:
@@ -231,26 +236,26 @@ class Judge:
         with _plain_kernels(), half:
             yield
 
-    def _sample_gradient(self, view: int, i: int) -> Tensor:
-        """d l(f(x_i), t_i) / dE of a weak (0) or strong (1) view as one vector [P], differentiable."""
+    def _sample_gradient(self, view: int, i: int, graph: bool = True) -> Tensor:
+        """d l(f(x_i), t_i) / dE of a weak (0) or strong (1) view as one vector [P], differentiable with `graph`."""
         inputs, self.tape.entries = (self.weak, self.strong)[view], self.constants[view]
         with self._context():
             output = call(self.model, tree_map(lambda x: x[i : i + 1], inputs))
             loss = self.loss_fn(output, self.target[i : i + 1])
         assert loss.shape == (1,), "a zoo model's loss_fn must return one number per sample"
         parts = torch.autograd.grad(
-            loss.sum() * self.scale, self.compared, create_graph=True, allow_unused=True, materialize_grads=True
+            loss.sum() * self.scale, self.compared, create_graph=graph, allow_unused=True, materialize_grads=True
         )
         wide = torch.float64 if loss.dtype == torch.float64 else torch.float32
         gradient = torch.cat([g.reshape(-1).to(wide) for g in parts]) / self.scale
         return gradient if self.sketch is None else self.sketch(gradient)
 
-    def pairs(self) -> tuple[list[Tensor | None], Tensor, Tensor, Tensor]:
+    def pairs(self, graph: bool = True) -> tuple[list[Tensor | None], Tensor, Tensor, Tensor]:
         """Cosine of every pair (None where degenerate), both norms, and the degenerate pairs."""
         cosines: list[Tensor | None] = []
         norms = torch.zeros(2, self.size, dtype=torch.float64)
         for i in range(self.size):
-            g_w, g_s = self._sample_gradient(0, i), self._sample_gradient(1, i)
+            g_w, g_s = self._sample_gradient(0, i, graph), self._sample_gradient(1, i, graph)
             if self.stop_gradient == "weak":
                 g_w = g_w.detach()
             if self.stop_gradient == "strong":
@@ -272,7 +277,7 @@ class Judge:
 
     def value(self) -> float:
         """L_g at the present parameters, the statistics being those of the start."""
-        return float(self.reduce(self.terms(self.pairs()[0])).sum().detach())
+        return float(self.reduce(self.terms(self.pairs(graph=False)[0])).sum())
 
     def verdict(self, cotangent: Tensor | None = None) -> Verdict:
         """Everything at once; with a cotangent [B] the gradient is that of <cotangent, loss>."""

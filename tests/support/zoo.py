@@ -6,6 +6,7 @@ is left alone.  A new layer rule or engine is tested by adding a row here.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from . import models
-from .oracle import Judge, Tape, Tree, tree_map
+from .oracle import Judge, Tape, Tree, Verdict, tree_map
 
 PAIRS = 5
 
@@ -65,6 +66,13 @@ class Case:
     vmap: str = "exact"
     ghost: str = "exact"
 
+    def verdict(
+        self, weight: Tensor | None = None, cotangent: Tensor | None = None, *, pairs: int = PAIRS, **options: Any
+    ) -> Verdict:
+        """The oracle on this model's problem, once a process: many tests and engines are held against it."""
+        given = (None if each is None else tuple(each.tolist()) for each in (weight, cotangent))
+        return _verdict(self, pairs, *given, tuple(sorted(options.items())))
+
     def problem(self, *, dtype: torch.dtype = torch.float64, seed: int = 0, pairs: int = PAIRS) -> Problem:
         generator = torch.Generator().manual_seed(1000 + seed)
         with torch.random.fork_rng(devices=[]):
@@ -85,6 +93,14 @@ class Case:
         else:
             target = torch.randint(self.classes, (pairs,), generator=generator)
         return Problem(self, model.to(dtype), tree_map(cast, weak), tree_map(cast, strong), cast(target))
+
+
+@functools.cache
+def _verdict(case: Case, pairs: int, weight: Any, cotangent: Any, options: tuple[tuple[str, Any], ...]) -> Verdict:
+    weight, cotangent = (None if each is None else torch.tensor(each).double() for each in (weight, cotangent))
+    named = dict(options)
+    problem = case.problem(dtype=named.pop("dtype", torch.float64), pairs=pairs)
+    return problem.judge(weight, **named).verdict(cotangent)
 
 
 def _repeat(x: Tensor, pairs: int) -> Tensor:
@@ -260,12 +276,8 @@ _TABLE = [
     Case("cnn_batchnorm_eval", lambda: cnn(nn.BatchNorm2d), IMAGE, training=False),
     Case("cnn_batchnorm_mixed", lambda: cnn(nn.BatchNorm2d), IMAGE, prepare=_mixed_modes),
     Case("cnn_batchnorm_no_running", lambda: cnn(lambda c: nn.BatchNorm2d(c, track_running_stats=False)), IMAGE),
-    Case(
-        "cnn_batchnorm_no_running_eval",
-        lambda: cnn(lambda c: nn.BatchNorm2d(c, track_running_stats=False)),
-        IMAGE,
-        training=False,
-    ),
+    Case("cnn_batchnorm_no_running_eval", lambda: cnn(lambda c: nn.BatchNorm2d(c, track_running_stats=False)), IMAGE,
+        training=False),
     Case("cnn_batchnorm_cumulative", lambda: cnn(lambda c: nn.BatchNorm2d(c, momentum=None)), IMAGE),
     Case("cnn_batchnorm_no_affine", lambda: cnn(lambda c: nn.BatchNorm2d(c, affine=False)), IMAGE),
     Case("cnn_batchnorm_fused_activation", lambda: cnn(models.FusedNormAct), IMAGE, reference=_fused_norm_by_hand),
@@ -276,36 +288,18 @@ _TABLE = [
     Case("cnn_channels_last", lambda: cnn(nn.BatchNorm2d), IMAGE, prepare=_channels_last),
     Case("cnn_groupnorm", lambda: cnn(lambda c: nn.GroupNorm(2, c)), IMAGE),
     Case("cnn_instancenorm", lambda: cnn(lambda c: nn.InstanceNorm2d(c, affine=True)), IMAGE),
-    Case(
-        "cnn_instancenorm_tracking",
-        lambda: cnn(lambda c: nn.InstanceNorm2d(c, affine=True, track_running_stats=True)),
-        IMAGE,
-    ),
-    Case(
-        "cnn_instancenorm_tracking_eval",
-        lambda: cnn(lambda c: nn.InstanceNorm2d(c, affine=True, track_running_stats=True)),
-        IMAGE,
-        training=False,
-    ),
+    Case("cnn_instancenorm_tracking",
+        lambda: cnn(lambda c: nn.InstanceNorm2d(c, affine=True, track_running_stats=True)), IMAGE),
+    Case("cnn_instancenorm_tracking_eval",
+        lambda: cnn(lambda c: nn.InstanceNorm2d(c, affine=True, track_running_stats=True)), IMAGE, training=False),
     Case("wrn_slice", wrn_slice, IMAGE),
     Case("vit", models.VisionTransformer, IMAGE),
     Case("vit_dropout", lambda: models.VisionTransformer(dropout=0.3), IMAGE),
     Case("attention_functional", models.ScaledDotProduct, normal(4, 4)),
-    Case(
-        "transformer_layer",
-        lambda: nn.Sequential(
-            nn.TransformerEncoderLayer(4, 2, 8, dropout=0.2, batch_first=True), nn.Flatten(), nn.Linear(12, 3)
-        ),
-        normal(3, 4),
-    ),
-    Case(
-        "transformer_layer_eval",
-        lambda: nn.Sequential(
-            nn.TransformerEncoderLayer(4, 2, 8, dropout=0.2, batch_first=True), nn.Flatten(), nn.Linear(12, 3)
-        ),
-        normal(3, 4),
-        training=False,
-    ),
+    Case("transformer_layer", lambda: nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, dropout=0.2, batch_first=True),
+        nn.Flatten(), nn.Linear(12, 3)), normal(3, 4)),
+    Case("transformer_layer_eval", lambda: nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, dropout=0.2,
+        batch_first=True), nn.Flatten(), nn.Linear(12, 3)), normal(3, 4), training=False),
     Case("tied_embedding", models.TiedLanguageModel, tokens(7, 4), classes=7),
     Case("reused_linear", models.Reused, VECTOR),
     Case("module_with_two_names", _two_names, VECTOR),
@@ -313,18 +307,11 @@ _TABLE = [
     Case("conv_dilated", lambda: conv_stack(nn.Conv2d(4, 4, 3, dilation=2, padding=2, padding_mode="circular")), IMAGE),
     Case("conv_depthwise", lambda: conv_stack(nn.Conv2d(4, 8, 3, groups=4), nn.Tanh(), nn.Conv2d(8, 4, 1)), IMAGE),
     Case("conv_transposed", lambda: conv_stack(nn.ConvTranspose2d(4, 4, 3, stride=2, groups=2)), IMAGE),
-    Case(
-        "conv1d",
-        lambda: nn.Sequential(
-            nn.Conv1d(3, 4, 3, padding="same"), nn.Tanh(), nn.Conv1d(4, 4, 2), Mean(), nn.Linear(4, 3)
-        ),
-        normal(3, 7),
-    ),
-    Case(
-        "conv3d",
+    Case("conv1d", lambda: nn.Sequential(nn.Conv1d(3, 4, 3, padding="same"), nn.Tanh(), nn.Conv1d(4, 4, 2), Mean(),
+        nn.Linear(4, 3)), normal(3, 7)),
+    Case("conv3d",
         lambda: nn.Sequential(nn.Conv3d(2, 3, 2), nn.Tanh(), nn.Conv3d(3, 4, 2, stride=2), Mean(), nn.Linear(4, 3)),
-        normal(2, 4, 4, 4),
-    ),
+        normal(2, 4, 4, 4)),
     Case("pooling", lambda: conv_stack(nn.MaxPool2d(2), nn.AvgPool2d(2, 1), nn.AdaptiveAvgPool2d(1)), IMAGE),
     Case("text_dict", models.TextClassifier, _text),
     Case("two_inputs", models.TwoInputs, _two),
@@ -349,6 +336,6 @@ _TABLE = [
     Case("lstm", lambda: models.Recurrent(nn.LSTM), normal(3, 4), vmap="refused"),
     Case("checkpointed", models.Checkpointed, VECTOR),
     Case("data_dependent", models.DataDependent, VECTOR, vmap="refused", ghost="refused"),
-]
+]  # fmt: skip
 
 CASES: dict[str, Case] = {case.name: case for case in _TABLE}

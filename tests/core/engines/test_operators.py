@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:User
 def _check(case: Case, engine: str, *, pairs: int = PAIRS) -> None:
     """All five quantities of one call whose inputs require grad."""
     problem = case.problem(pairs=pairs)
-    verdict = problem.judge(inputs=True).verdict()
+    verdict = case.verdict(pairs=pairs, inputs=True)
     inputs = [x for view in problem.views[:2] for x in tree_leaves(view) if x.is_floating_point()]
     for x in inputs:
         x.requires_grad_()
