@@ -21,7 +21,7 @@ def digest(tensor: Tensor | None) -> str:
     """Bits, shape and dtype of a tensor."""
     if tensor is None:
         return "none"
-    raw = bytes(tensor.detach().contiguous().reshape(-1).view(torch.uint8).tolist()) if tensor.numel() else b""
+    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
     return f"{tuple(tensor.shape)} {tensor.dtype} {hashlib.sha256(raw).hexdigest()[:16]}"
 
 

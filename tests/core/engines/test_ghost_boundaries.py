@@ -95,31 +95,6 @@ def test_an_engine_that_serves_two_models_keeps_them_apart(monkeypatch: pytest.M
     assert engine.looped(plain) == {}
 
 
-class Guarded(nn.Module):
-    """A gradient hook behind a question that a batched tensor answers with no."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(5, 6), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.first(x)
-        if h.requires_grad:
-            h.register_hook(lambda g: -2.0 * g)
-        return self.last(torch.tanh(h))
-
-
-def test_a_gradient_hook_is_neither_lost_nor_run_once() -> None:
-    model = _double(Guarded())
-    for engine in ("ghost", "vmap"):
-        with pytest.raises(UnsupportedModuleError, match="loop"):
-            GradientConsistencyLoss(model, engine=engine)(*_views())
-    by_loop = GradientConsistencyLoss(model, engine="loop")(*_views())
-    expected = compare.gradient_of(by_loop, model)
-    by_auto = GradientConsistencyLoss(model, engine="auto")(*_views())
-    assert compare.relative(compare.gradient_of(by_auto, model), expected) <= 1e-12
-
-
 class Gated(nn.Module):
     """A branch under no_grad is a constant, and no reason to loop."""
 

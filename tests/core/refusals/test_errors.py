@@ -111,6 +111,7 @@ def test_inputs(bad: Bad) -> None:
         with pytest.raises(bad.error, match=bad.match) as caught:
             call(**arguments)
         assert isinstance(caught.value, GradConsistError)
+    assert gc.last is None
     assert state.differences(before, {**state.of_process(), **state.of_model(p.model)}) == []
 
 
