@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradconsist import GGCRWrapper, GradientConsistencyLoss, StepOutput, ViewPair
-from gradconsist.errors import GradConsistError, InputTypeError, ParameterSelectionError, UnsupportedModuleError
+from gradconsist.errors import InputTypeError, ParameterSelectionError, UnsupportedModuleError
 from support import compare, state
+from support.nets import Net, assert_exact, net, views
 from support.oracle import judge
 
 DOUBLE = torch.float64
@@ -21,44 +22,6 @@ ENGINES = pytest.mark.parametrize("engine", ["auto", "loop", "vmap", "ghost"])
 FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "graph"])
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*", "ignore:There is a performance drop")
-
-
-def views(pairs: int = 4) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    weak = torch.randn(pairs, 5, generator=generator, dtype=DOUBLE)
-    return weak, weak + torch.randn(pairs, 5, generator=generator, dtype=DOUBLE), torch.arange(pairs) % 3
-
-
-class Net(nn.Module):
-    """A function of a stem, two vectors and a head."""
-
-    def __init__(self, function: Callable[[Any, Tensor], Tensor] | None = None, **layers: nn.Module) -> None:
-        super().__init__()
-        self.function = function or (lambda net, x: torch.tanh(net.stem(x)))
-        self.stem, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
-        self.gain, self.shift = nn.Parameter(0.5 + torch.rand(6)), nn.Parameter(torch.randn(6))
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.function(self, x))
-
-
-def net(function: Callable[[Any, Tensor], Tensor] | None = None, **layers: nn.Module) -> Net:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return Net(function, **layers).double()
-
-
-def assert_exact(model: nn.Module, engine: str, reference: nn.Module | None = None, **options: Any) -> None:
-    """Against the oracle on `reference`, a model of the same function and parameters; nothing is left behind."""
-    before = {**state.of_process(), **state.of_model(model)}
-    verdict = judge(model if reference is None else reference, *views())
-    gc = GradientConsistencyLoss(model, engine=engine, **options)
-    loss = gc(*views())
-    compare.assert_agrees(gc.last, loss, compare.gradient_of(loss, model), verdict, dtype=DOUBLE)
-    assert compare.cosine_error(gc.measure(*views()).cosine, verdict.cosine) <= 1e-10
-    assert state.differences(before, {**state.of_process(), **state.of_model(model)}) == []
 
 
 def assert_refused(build: Callable[[], nn.Module], engine: str, match: str) -> None:
@@ -629,7 +592,3 @@ def test_the_loss_in_a_wrapper_in_a_wrapper() -> None:
     flats.append(judge(model, weak, strong, target, compared=lambda name: name.startswith("stem")).flat)
     base = compare.gradient_of(method().loss, model)
     assert compare.relative(found, base + 0.1 * flats[0] + 0.3 * flats[1]) <= 1e-8
-
-
-def test_every_refusal_here_is_of_the_family() -> None:
-    assert issubclass(UnsupportedModuleError, GradConsistError)

@@ -87,14 +87,15 @@ def check(
 
     moves = directions(model, 3)
     truths = [slope(model, value, direction) for direction in moves]
+    constant = compare.gradient_of(kind(model, **plain)(*pairs, weight), model)
+    for direction, truth in zip(moves, truths, strict=True):
+        assert abs(along(constant, direction) - truth) > 1e-3 * abs(truth)  # so that this test can tell them apart
     for engine, fused, chunk_size in ways:
         options = {"engine": engine, "fused": fused, "chunk_size": chunk_size, **plain}
         term = kind(model, **options, through_statistics=True)
         gradient = compare.gradient_of(term(*pairs, weight), model)
-        constant = compare.gradient_of(kind(model, **options)(*pairs, weight), model)
         for direction, truth in zip(moves, truths, strict=True):
             assert along(gradient, direction) == pytest.approx(truth, rel=1e-7, abs=1e-9), options
-            assert abs(along(constant, direction) - truth) > 1e-3 * abs(truth)  # so that this test can tell them apart
 
 
 def test_it_is_the_gradient_of_the_value() -> None:
@@ -118,7 +119,7 @@ def test_statistics_that_depend_on_no_parameter() -> None:
     torch.manual_seed(6)
     model = nn.Sequential(nn.BatchNorm2d(2), *network()).double()
     model[1].requires_grad_(False)
-    check(WAYS, model=model)
+    check(WAYS[1::2], model=model)
 
 
 @ENGINES

@@ -233,31 +233,29 @@ KINDS = {"mapping": dict, "userdict": UserDict, "sequence": lambda given: [given
 ORDER = ("pixels", "on", "mode", "return_dict")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def with_the_term(method: Any, batches: list[SSLBatch], loss_fn: Any = None) -> list[str]:
+    gc = GradientConsistencyLoss(method.model, loss_fn=loss_fn)
+    losses = run(GGCRWrapper(method, gc, weight=0.5, warmup_steps=1), batches, sgd(method.model))
+    assert gc.last.compared.any()
+    return losses
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_inputs_of_several_members(name: str, kind: str) -> None:
+def test_inputs_of_several_members(name: str) -> None:
     """The same numbers, the same bits, whether a model takes one tensor or several, with constants; the term on top."""
-    constants: dict[str, Any] = {"return_dict": kind != "tuple"}
-    if name == "mixmatch":
-        constants["on"] = None  # it mixes one tensor
-    results = []
-    for method in (build(name), build(name, around=Named)):
-        batches, loss_fn = DATA[:3], None
-        if isinstance(method.model, Named):
-            batches = [
-                batch._replace(
-                    **{k: KINDS[kind](named(getattr(batch, k), **constants)) for k in ("x", "weak", "strong")}
-                )
-                for batch in batches
-            ]
-            if kind == "tuple":
-                method.logits_fn = lambda output: output[1]
-                loss_fn = lambda output, target: cross_entropy(output[1], target)  # noqa: E731
-        gc = GradientConsistencyLoss(method.model, loss_fn=loss_fn)
-        wrapper = GGCRWrapper(method, gc, weight=0.5, warmup_steps=1)
-        results.append(run(wrapper, batches, sgd(method.model)))
-        assert gc.last.compared.any()
-    assert results[0] == results[1]
+    expected = with_the_term(build(name), DATA[:3])
+    for kind, make in KINDS.items():
+        constants: dict[str, Any] = {"return_dict": kind != "tuple"}
+        if name == "mixmatch":
+            constants["on"] = None  # it mixes one tensor
+        method, loss_fn, batches = build(name, around=Named), None, []
+        for batch in DATA[:3]:
+            views = {k: make(named(getattr(batch, k), **constants)) for k in ("x", "weak", "strong")}
+            batches.append(batch._replace(**views))
+        if kind == "tuple":
+            method.logits_fn = lambda output: output[1]
+            loss_fn = lambda output, target: cross_entropy(output[1], target)  # noqa: E731
+        assert with_the_term(method, batches, loss_fn) == expected, kind
 
 
 @pytest.mark.parametrize("name", NAMES)

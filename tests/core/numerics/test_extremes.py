@@ -207,8 +207,10 @@ def test_n04_the_smallest_floor_still_catches_zero(dtype: torch.dtype, engine: s
 
 
 @ENGINES
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
-def test_n05_saturation_is_monotone(autocast: torch.dtype | None, engine: str) -> None:
+@pytest.mark.parametrize(
+    ("autocast", "fused"), [(None, True), (None, False), (torch.bfloat16, True), (torch.float16, True)]
+)
+def test_n05_saturation_is_monotone(autocast: torch.dtype | None, fused: bool, engine: str) -> None:
     """Margins from 5 to 120: the degenerate pairs only become more, up to all, and nothing is ever NaN."""
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(12, 6, generator=generator)
@@ -217,7 +219,7 @@ def test_n05_saturation_is_monotone(autocast: torch.dtype | None, engine: str) -
     target = (x @ direction.T).argmax(1)
     top = (x @ direction.T).topk(2, dim=1).values
     sharpest = float((top[:, 0] - top[:, 1]).median())
-    gc = GradientConsistencyLoss(model, engine=engine)
+    gc = GradientConsistencyLoss(model, engine=engine, fused=fused)
     counts = []
     for margin in (5, 10, 15, 20, 30, 60, 120, 1e3, 1e5):
         with torch.no_grad():

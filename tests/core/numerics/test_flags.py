@@ -1,4 +1,4 @@
-"""N8 and N10 of the test plan: casts that autocast keeps, and precision flags of torch.  N7 is in test_precision.py."""
+"""N7, N8 and N10 of the test plan: casts that autocast keeps, and precision flags of torch."""
 
 from __future__ import annotations
 

@@ -1,0 +1,55 @@
+"""A small network of any function between its layers, and the oracle on it: for what models do, not what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradconsist import GradientConsistencyLoss
+
+from . import compare, state
+from .oracle import judge
+
+
+def views(pairs: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    weak = torch.randn(pairs, 5, generator=generator, dtype=torch.float64)
+    strong = weak + torch.randn(pairs, 5, generator=generator, dtype=torch.float64)
+    return weak, strong, torch.arange(pairs) % 3
+
+
+class Net(nn.Module):
+    """A function of a stem, two vectors, a head, and layers of one's own."""
+
+    def __init__(self, function: Callable[[Any, Tensor], Tensor] | None = None, **layers: nn.Module) -> None:
+        super().__init__()
+        self.function = function or (lambda net, x: torch.tanh(net.stem(x)))
+        self.stem, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+        self.gain, self.shift = nn.Parameter(0.5 + torch.rand(6)), nn.Parameter(torch.randn(6))
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.function(self, x))
+
+
+def net(function: Callable[[Any, Tensor], Tensor] | None = None, *, seed: int = 0, **layers: nn.Module) -> Net:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Net(function, **layers).double()
+
+
+def assert_exact(model: nn.Module, engine: str, reference: nn.Module | None = None, **options: Any) -> None:
+    """Against the oracle on `reference`, a model of the same function and parameters; nothing is left behind."""
+    if reference is not None:
+        reference.load_state_dict(model.state_dict())
+    before = {**state.of_process(), **state.of_model(model)}
+    verdict = judge(model if reference is None else reference, *views())
+    gc = GradientConsistencyLoss(model, engine=engine, **options)
+    loss = gc(*views())
+    compare.assert_agrees(gc.last, loss, compare.gradient_of(loss, model), verdict, dtype=torch.float64)
+    assert compare.cosine_error(gc.measure(*views()).cosine, verdict.cosine) <= 1e-10
+    assert state.differences(before, {**state.of_process(), **state.of_model(model)}) == []
