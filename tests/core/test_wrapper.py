@@ -401,33 +401,35 @@ def test_parameters_are_the_methods_parameters() -> None:
     assert len(list(wrapper.parameters())) == len(list(method.parameters()))
 
 
-@pytest.mark.parametrize("at", [1, 4, 7, 13])
 @pytest.mark.parametrize(
     "loss", [{}, {"max_pairs": 2}, {"dropout": "on", "engine": "loop"}], ids=["plain", "max_pairs", "dropout"]
 )
-def test_a_resumed_run_continues_bitwise(loss: dict[str, Any], at: int, tmp_path: Path) -> None:
+def test_a_resumed_run_continues_bitwise(loss: dict[str, Any], tmp_path: Path) -> None:
     """Through a file read with weights_only=True, in every phase: warm-up, ramp, after it."""
-    options = {"loss": loss, "weight": 0.4, "warmup_steps": 3, "ramp_steps": 5, "every": 2}
 
-    def run(start: int, stop: int, saved: dict[str, Any] | None) -> tuple[list[Any], dict[str, Any]]:
-        _, wrapper = make(seed=0 if saved is None else 99, **options)
-        optimizer = sgd(wrapper)
-        if saved is not None:
-            wrapper.load_state_dict(saved["wrapper"])
-            optimizer.load_state_dict(saved["optimizer"])
-            torch.random.set_rng_state(saved["random"])
-        log = training.train(lambda b: wrapper(b).loss, wrapper.method, DATA[start:stop], optimizer)
-        state_dicts = {"wrapper": wrapper.state_dict(), "optimizer": optimizer.state_dict()}
-        return log, {**state_dicts, "random": torch.random.get_rng_state()}
+    def build(seed: int) -> tuple[GGCRWrapper, torch.optim.Optimizer]:
+        _, wrapper = make(seed=seed, loss=loss, weight=0.4, warmup_steps=3, ramp_steps=5, every=2)
+        return wrapper, sgd(wrapper)
+
+    def train(wrapper: GGCRWrapper, optimizer: torch.optim.Optimizer, data: list[SSLBatch]) -> list[Any]:
+        return training.train(lambda b: wrapper(b).loss, wrapper.method, data, optimizer)
 
     torch.manual_seed(3)
-    whole, _ = run(0, 16, None)
-    torch.manual_seed(3)
-    first, saved = run(0, at, None)
-    torch.save(saved, tmp_path / "checkpoint.pt")
-    torch.manual_seed(1234)
-    second, _ = run(at, 16, torch.load(tmp_path / "checkpoint.pt", weights_only=True))
-    assert first + second == whole
+    wrapper, optimizer = build(0)
+    whole, stops = [], (1, 4, 7, 13)
+    for at, batch in enumerate(DATA[:16]):
+        if at in stops:
+            saved = {"wrapper": wrapper.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save({**saved, "random": torch.random.get_rng_state()}, tmp_path / f"{at}.pt")
+        whole += train(wrapper, optimizer, [batch])
+    for at in stops:
+        torch.manual_seed(1234)
+        fresh, again = build(99)
+        saved = torch.load(tmp_path / f"{at}.pt", weights_only=True)
+        fresh.load_state_dict(saved["wrapper"])
+        again.load_state_dict(saved["optimizer"])
+        torch.random.set_rng_state(saved["random"])
+        assert train(fresh, again, DATA[at:16]) == whole[at:], at
 
 
 def test_the_state_of_a_method_that_is_no_module_comes_back() -> None:

@@ -75,7 +75,7 @@ BUGS = [
     Bug(
         "the pair of the step before",
         "the term compares this step's views",
-        "test_wrapper.py::test_a_resumed_run_continues_bitwise[4-plain]"
+        "test_wrapper.py::test_a_resumed_run_continues_bitwise[plain]"
         " test_wrapper.py",
         WRAPPER,
         "        pair = self._pair(args, kwargs, output, base) if weight > 0 else None\n",

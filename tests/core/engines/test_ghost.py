@@ -26,8 +26,8 @@ FORMS = pytest.mark.parametrize("form", ["auto", "gradient", "gram"])
 DOUBLE, SINGLE = torch.float64, torch.float32
 
 # (dtype, fused, chunk_size, stop_gradient): a model meets one row in each form, the next model the next ones, so that
-# every row meets every form; three rows in a row have two constant views, so that the oracle is asked twice a model.
-# Every third model is also called in float32, in one of the forms.
+# every row meets every form. Neighbours share constant views, so that the oracle is asked twice a model. Every third
+# model is also called in the form "auto", every third one in float32.
 SETTINGS: list[tuple[torch.dtype, bool, int | None, str | None]] = [
     (DOUBLE, True, 1, None),
     (DOUBLE, False, None, None),
@@ -51,10 +51,12 @@ def _loss(problem: Problem, **options: Any) -> GradientConsistencyLoss:
 
 
 def _rows(name: str) -> Iterator[tuple[Any, torch.dtype, bool, int | None, str | None]]:
-    """The calls that one model gets: each with a form of the engine."""
-    place, forms = list(ALL).index(name), ("auto", "gradient", "gram")
-    for turn, form in enumerate(forms):
+    """The calls that one model gets: each with a form of the engine. "auto" is every model's default, tested below."""
+    place, forms = list(ALL).index(name), ("gradient", "gram", "auto")
+    for turn, form in enumerate(forms[:2]):
         yield form, *SETTINGS[(place + turn) % len(SETTINGS)]
+    if place % 3 == 1:
+        yield "auto", *SETTINGS[place // 3 % len(SETTINGS)]
     if place % 3 == 0:
         yield forms[place // 3 % 3], *SINGLE_SETTINGS[place // 3 % 2]
 
