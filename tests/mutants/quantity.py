@@ -17,6 +17,12 @@ TERMS = "return weight * self.options.criterion.terms(products, similarity, dege
 
 BUGS = [
     Bug(
+        "chunks added into memory that parameters share",
+        "the gradient is the sum over chunks, for each parameter",
+        "consistency/test_gradient_buffer.py",
+        FUSED, "elif position in self._sums:", "elif total is not None:",
+    ),
+    Bug(
         "eps on the product of the norms",
         "GC = <g_w, g_s> / (|g_w| |g_s|), at any scale of the loss",
         "test_loss.py::test_the_degenerate_do_not_spread_through_extreme_scales",

@@ -29,6 +29,7 @@ class GradientBuffer:
         self._own = len(aliases)
         self._sources = [*aliases, *through]
         self._gradients: list[Tensor | None] = [None] * len(self._sources)
+        self._sums: set[int] = set()  # places in `_gradients` of tensors that nobody else holds
         self._value: Tensor | None = None
 
     def add(self, loss: Tensor, amplification: float = 1.0) -> None:
@@ -62,8 +63,15 @@ class GradientBuffer:
     def _accumulate(self, parts: Sequence[Tensor | None]) -> None:
         for position, part in enumerate(parts):
             total = self._gradients[position]
-            if part is not None:
-                self._gradients[position] = part.detach() if total is None else total.add_(part)
+            if part is None:
+                continue
+            if total is None:
+                self._gradients[position] = part.detach()
+            elif position in self._sums:
+                total.add_(part)
+            else:  # autograd may give several parameters the same memory: those of a + b, or of cat([a, x]) + b
+                self._gradients[position] = total + part
+                self._sums.add(position)
 
     def _differentiate(self, loss: Tensor, amplification: float) -> Sequence[Tensor | None]:
         if amplification == 1.0:
