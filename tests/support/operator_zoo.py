@@ -120,14 +120,27 @@ class Products(nn.Module):
         super().__init__()
         self.square, self.wide, self.head = (nn.Parameter(torch.randn(4, size) / 2) for size in (4, 6, 3))
         self.shift = nn.Parameter(torch.randn(6))
-        self.back = nn.Parameter(torch.randn(6, 4) / 2)
+        self.back, self.named = nn.Parameter(torch.randn(6, 4) / 2), nn.Parameter(torch.randn(4, 4) / 2)
         self.level, self.base = (nn.Parameter(torch.randn(1)) for _ in range(2))  # one number for all outputs
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.tanh(x @ self.square)
         h = torch.tanh(F.linear(h, self.square, self.level) + torch.matmul(h, self.square))
         h = torch.tanh(torch.addmm(self.shift, h.flatten(0, 1), self.wide)).view(*h.shape[:2], -1)
-        return torch.mm(torch.tanh(torch.addmm(self.base, h.mean(1), self.back)), self.head)
+        h = torch.tanh(torch.addmm(self.base, h.mean(1), self.back))
+        return torch.mm(torch.tanh(torch.mm(h, mat2=self.named)), self.head)
+
+
+class Force(nn.Module):
+    """The gradient of a function for the input, as in a force field, by transforms inside the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.energy, self.head = nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        force = torch.func.vmap(torch.func.grad(lambda z: torch.sin(z).prod()))(x)
+        return self.head(torch.tanh(self.energy(x)) + force)
 
 
 def _sequences(g: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -184,6 +197,7 @@ _TABLE = [
          reference=_standardised_by_hand),
     Case("standardised_columns", _columns, VECTOR, reference=_standardised_by_hand),
     Case("matrix_products", Products, normal(3, 4)),
+    Case("gradient_inside", Force, VECTOR),
     Case("transformer_decoder", Decoder, _sequences),
     Case("embedding_bag", Bag, tokens(7, 4), vmap="refused", ghost="refused"),
     Case("embedding_max_norm", lambda: Bag(max_norm=1.0), tokens(7, 4), vmap="refused", ghost="refused"),

@@ -316,7 +316,7 @@ def test_a_tied_table_takes_one_hot_rows_for_short_texts_only(
     monkeypatch.setattr(F, "one_hot", lambda ids, n: made.append(ids.dim()) or one_hot(ids, n))  # type: ignore[func-returns-value]
     torch.manual_seed(0)
     model = TiedLanguageModel(vocabulary=7, width=24).double()
-    weak, strong, target = *torch.randint(0, 7, (2, 5, length)), torch.randint(0, 7, (5,))
+    weak, strong, target = *torch.randint(0, 7, (2, 5, length), dtype=torch.int32), torch.randint(0, 7, (5,))
     gc = GradientConsistencyLoss(model, engine="ghost")
     rows = diagnostics.check(gc, weak, strong, target).rows
     assert next(row.route for row in rows if row.parameter == "embedding.weight").endswith(

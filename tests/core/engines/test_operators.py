@@ -60,7 +60,7 @@ def test_matrix_products_are_compared_as_linear_layers() -> None:
     routes = {row.parameter: row.route.replace("gram", "gradient") for row in rows}
     one = "linear, gradient form"
     assert routes.pop("shift") == "bias, gradient form"
-    assert {routes.pop(name) for name in ("level", "base")} == {"per-sample gradient"}
+    assert {routes.pop(name) for name in ("level", "base", "named")} == {"per-sample gradient"}
     assert routes == {"square": f"{one} (3 uses as one)", "wide": one, "back": one, "head": one}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from gradconsist.engines.ghost.conv import Convolution, Geometry, Stage, normal_
 from gradconsist.engines.ghost.pointwise import ChannelAffine, LeakyRelu, Standardize
 from gradconsist.engines.ghost.record import Record, rows
 from gradconsist.engines.ghost.rules import Bias, ConvolutionWeight, EmbeddingWeight, LinearWeight
+
+_MATMUL = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 
 
 class Operators(Record):
@@ -33,8 +36,8 @@ class Operators(Record):
         self._stage = stage
         self.replacements: dict[Any, Callable[..., Any]] = {
             F.linear: self._linear,
-            **dict.fromkeys((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__), self._matmul),
-            **dict.fromkeys((torch.addmm, Tensor.addmm), self._addmm),
+            **{f: partial(self._matmul, f) for f in _MATMUL},
+            **{f: partial(self._addmm, f) for f in (torch.addmm, Tensor.addmm)},
             F.embedding: self._embedding,
             F.cross_entropy: self._cross_entropy,
             scaled: self._scaled,
@@ -53,17 +56,17 @@ class Operators(Record):
             return F.linear(input, weight, bias)
         return self._multiply(input, name, w, LinearWeight(), bias)
 
-    def _matmul(self, input: Tensor, other: Tensor, **options: Any) -> Tensor:
-        name, w = self._own(other)
-        if w is None or w.dim() != 2 or options:
-            return torch.matmul(input, other, **options)
-        return self._multiply(input, name, w, LinearWeight(transposed=True))
+    def _matmul(self, function: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
+        name, w = self._own(args[-1])
+        if w is None or w.dim() != 2 or len(args) != 2 or options:
+            return function(*args, **options)
+        return self._multiply(args[0], name, w, LinearWeight(transposed=True))
 
-    def _addmm(self, input: Tensor, mat1: Tensor, mat2: Tensor, **options: Any) -> Tensor:
-        name, w = self._own(mat2)
-        if w is None or input.dim() != 1 or options:
-            return torch.addmm(input, mat1, mat2, **options)
-        return self._multiply(mat1, name, w, LinearWeight(transposed=True), input)
+    def _addmm(self, function: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
+        name, w = self._own(args[-1])
+        if w is None or len(args) != 3 or args[0].dim() != 1 or options:
+            return function(*args, **options)
+        return self._multiply(args[1], name, w, LinearWeight(transposed=True), args[0])
 
     def _multiply(
         self, input: Tensor, name: str | None, w: Tensor, rule: LinearWeight, bias: Tensor | None = None
@@ -195,7 +198,12 @@ class Operators(Record):
         return self._below(compute, input)
 
     def _requires_grad(self, tensor: Tensor) -> bool:
-        """Returns the true ``requires_grad``. Under vmap it is False, so ``if h.requires_grad`` would skip a hook."""
+        """Returns the true ``requires_grad``. Under vmap it is False, so ``if h.requires_grad`` would skip a hook.
+
+        Below another transform inside the model, such as ``torch.func.grad``, its own answer counts first.
+        """
+        if tensor.requires_grad:
+            return True
         answer: list[bool] = []
 
         def compute(n: int, per_sample: list[bool], x: Tensor) -> Tensor:

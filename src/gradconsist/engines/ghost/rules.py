@@ -239,4 +239,4 @@ class EmbeddingWeight:
     def rows(self, x: Tensor | None, d: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the use as one of a linear layer: W[id_t] takes d_t where y = x W^T takes x_t, with 1 at id_t."""
         ids, d = self.positions(x, d)
-        return d, F.one_hot(ids, self.shape[0]).to(d.dtype)
+        return d, F.one_hot(ids.long(), self.shape[0]).to(d.dtype)
