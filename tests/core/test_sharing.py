@@ -263,6 +263,34 @@ class Remembers(nn.Module):
         return x
 
 
+class Counts(nn.Module):
+    """Its scale grows with every forward in train mode."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += self.training
+        return x * (1 + 0.1 * self.calls)
+
+
+class Sized(nn.Module):
+    """Computes something else for batches of more than four."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1.5 if len(x) > 4 else 1.0)
+
+
+class Switched(nn.Module):
+    """A dropout that an attribute switches on, of whatever kind `off` is."""
+
+    def __init__(self, off: Any) -> None:
+        super().__init__()
+        self.rates = off
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, 0.5, self.training) if self.rates else x
+
+
 class Silent:
     """An engine of a user's, which knows no losses."""
 
@@ -289,6 +317,8 @@ REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "dropout": (layer(lambda: nn.Dropout(0.5)), None, {}, "draws random numbers"),
     "another mode": (layer(Doubles), None, {}, "other logits in the comparison"),
     "a buffer": (layer(Remembers), None, {}, "changes its buffers"),
+    "a counter": (layer(Counts), None, {}, "changes its attributes"),
+    "batch size": (layer(Sized), None, {}, "other logits in the comparison"),
     "hooks": (hooked, None, {}, r"`method.model.hidden` has hooks"),
     "half": (Normalised, None, {"half": True}, "float16"),
     "max_pairs": (Normalised, None, {"loss": {"max_pairs": 3}}, "max_pairs=3"),
@@ -325,6 +355,18 @@ def test_what_would_change_the_step_is_not_shared(name: str) -> None:
         run(model, method, batches, share=True, **options)
     with pytest.raises(ConfigError, match=f"`share=True` is impossible: .*{reason}"):  # not after the warm-up only
         run(model, method, batches, share=True, **{**options, "warmup_steps": 100})
+
+
+@pytest.mark.parametrize(("off", "on"), [(False, True), ([], [0.5]), ({}, {"hidden": 0.5}), (0, 1)])
+def test_a_switch_that_is_turned_later_is_noticed(off: Any, on: Any) -> None:
+    model = build(layer(lambda: Switched(off)))
+    wrapper = GGCRWrapper(FixMatch(model, threshold=0.4), GradientConsistencyLoss(model), warmup_steps=0)
+    batches = methods.data(2)
+    wrapper(batches[0])
+    assert wrapper.unshared is None
+    next(module for module in model.modules() if isinstance(module, Switched)).rates = on
+    wrapper(batches[1])
+    assert "draws random numbers" in wrapper.unshared
 
 
 def test_a_layer_that_draws_although_it_has_parameters_is_not_shared() -> None:

@@ -12,6 +12,18 @@ GIVEN = "test_sharing.py::test_with_losses_is_l_g_and_the_strong_losses[False-gh
 
 BUGS = [
     Bug(
+        "attributes that switch a layer are not looked at",
+        "the step is shared only while the model computes the same in both",
+        "test_sharing.py::test_a_switch_that_is_turned_later_is_noticed",
+        SHARING, "switches = Memory(settings.model).plain()", "switches = None",
+    ),
+    Bug(
+        "attributes that a forward changes are not looked at",
+        "a model with a memory takes other steps when it has other forwards",
+        f"{REFUSED}[a counter]",
+        SHARING, "remembers = memory.changed(kept)", "remembers = False",
+    ),
+    Bug(
         "the weak view's losses",
         "the unlabeled loss is the strong views'",
         f"{STEPS} {GIVEN}",

@@ -21,14 +21,14 @@ from gradconsist._forward.functional_call import call_with, copied
 from gradconsist._forward.isolation import one_comparison
 from gradconsist._forward.per_sample import PerSampleForward
 from gradconsist._forward.randomness import preserved_randomness
-from gradconsist._forward.remembered import nothing_kept
+from gradconsist._forward.remembered import Memory, nothing_kept
 from gradconsist._forward.sandbox import autocast_region, comparison_scope
 from gradconsist._inputs.batch import check_inputs, leaves, take
 from gradconsist._inputs.cross_entropy import find_logits
 from gradconsist.errors import UnsupportedModuleError
 from gradconsist.types import Inputs, UnlabeledLoss
 
-_SAMPLES = 2  # that the trial forwards
+_FEW = 2  # samples of the comparison's forward; the method's own has the whole batch, whose size may matter
 
 
 def losses_obstacle(settings: Settings) -> str | None:
@@ -110,11 +110,11 @@ def difference(settings: Settings, probed: Probed, inputs: Inputs, *, demanded: 
     Returns:
         The reason; None if both agree to rounding.
     """
-    inputs = take(check_inputs("strong", inputs), slice(0, _SAMPLES))
+    inputs = check_inputs("strong", inputs)
     region = autocast_region(leaves(inputs)[0].device)
-    # Probabilities of dropout are floats, and may change from step to step.
-    floats = [value for module in settings.model.modules() for value in vars(module).values() if type(value) is float]
-    check = f"same in the method: {settings.batchnorm}, {settings.dropout}, {region}, {demanded}, {floats}"
+    # What a model computes may depend on attributes: a dropout's probability, a switch, a list of layers to skip.
+    switches = Memory(settings.model).plain()
+    check = f"same in the method: {settings.batchnorm}, {settings.dropout}, {region}, {demanded}, {switches}"
     fact = Probed.fact(check, settings.model, inputs)
     if fact not in probed.differences:
         with one_comparison():
@@ -137,21 +137,26 @@ def _difference(
             # No cached casts, see `PerSampleForward`.
             cast = torch.autocast(*region, cache_enabled=False) if region else nullcontext()
             with preserved_randomness(device, None), nothing_kept(model), cast:
+                memory = Memory(model)
+                kept = memory.read()
                 own = find_logits(call_with(model, copied(before), args, named, left=after))
+                remembers = memory.changed(kept)
         except UnsupportedModuleError:
             if demanded and dropout:
                 return None
             return "the model draws random numbers in train mode (dropout, say), with which the comparison does without"
         if demanded and normalises_batch(settings):
             return None  # statistics of the batch make both forwards differ, and the running ones move
-        if any(not torch.equal(tensor, after[name]) for name, tensor in before.items()):
-            return "a forward of the model changes its buffers, and a shared step has other forwards"
+        if remembers or any(not torch.equal(tensor, after[name]) for name, tensor in before.items()):
+            kind = "attributes" if remembers else "buffers"
+            return f"a forward of the model changes its {kind}, and a shared step has other forwards"
         try:
             with preserved_randomness(device, seed=0), comparison_scope(model, dropout=dropout):
-                ours = find_logits(forward.output(inputs, STRONG))
+                ours = find_logits(forward.output(take(inputs, slice(0, _FEW)), STRONG))
         except StatisticsMissingError:
             return None if demanded else "the model normalises over the batch, which the comparison does with constants"
     if own is None or ours is None:
         return "the model returns no logits that the default loss finds"
+    own = own[:_FEW]
     other = differ([own], [ours], rounding(forward, [own]))
     return "the model returns other logits in the comparison than in the method" if other else None

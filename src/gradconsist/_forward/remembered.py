@@ -49,6 +49,15 @@ class Memory:
                     content[number, name] = value
         return content
 
+    def plain(self) -> list[tuple[tuple[int, str], Any]]:
+        """Returns the present numbers, strings, flags, and containers of them."""
+        return [(place, value) for place, value in self.read().items() if _is_plain(value)]
+
+    def changed(self, before: Content) -> bool:
+        """Tells whether something else is there than in `before`."""
+        now = self.read()
+        return now.keys() != before.keys() or not all(_unchanged(now[key], old, old) for key, old in before.items())
+
     def restore(self, content: Content) -> None:
         """Makes the memory equal to `content`; deletes all other attributes."""
         for number, owner in enumerate(self._owners):
@@ -89,6 +98,14 @@ def nothing_kept(module: nn.Module) -> Iterator[None]:
         for registry, names in registered:
             for name in set(registry).difference(names):  # a forward that registers something
                 del registry[name]
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, list | tuple | set | deque):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _holds_tensors(value: Any) -> bool:
