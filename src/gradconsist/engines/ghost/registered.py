@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from gradconsist._forward.functional_call import call_with
 from gradconsist._inputs.precision import wide_dtype
 from gradconsist._refusals.failures import innermost
-from gradconsist.engines.ghost.gram import Doubts
+from gradconsist.engines.ghost.rules import Rule
 from gradconsist.errors import ConfigError, LossContractError
 
 LayerGradients = Callable[[Any, Any, Tensor], Mapping[str, Tensor]]
@@ -183,7 +182,7 @@ class LayerCall:
 
 
 @dataclass(frozen=True, eq=False)
-class LayerParameter:
+class LayerParameter(Rule):
     """The rule of one parameter of a registered layer."""
 
     call: LayerCall
@@ -212,11 +211,3 @@ class LayerParameter:
         state = {name: tensor.detach() for name, tensor in self.call.state.items()}
         inputs = tuple(x.detach() for x in self.call.inputs)
         return LayerParameter(LayerCall(self.call.layer, self.call.rule, state, inputs, self.call.maps), self.parameter)
-
-    def gram(self, x: Tensor | None, d: Tensor, doubts: Doubts | None = None) -> Tensor | None:
-        """See `Rule`."""
-        return None
-
-    def costs(self, x: Tensor | None, d: Tensor) -> tuple[float, float]:
-        """See `Rule`."""
-        return 0.0, torch.inf

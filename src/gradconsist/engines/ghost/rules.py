@@ -55,15 +55,15 @@ class Rule(Protocol):
         Returns:
             M, or None.
         """
-        ...
+        return None
 
     def constant(self) -> Rule:
         """Returns the same rule with all its tensors detached."""
-        ...
+        return self
 
     def costs(self, x: Tensor | None, d: Tensor) -> tuple[float, float]:
         """Estimates multiplications per pair, derivative included, of `gradients` and of `gram`, to choose by."""
-        ...
+        return 1.0, math.inf
 
 
 def _given(x: Tensor | None) -> Tensor:
@@ -74,7 +74,7 @@ def _given(x: Tensor | None) -> Tensor:
 
 
 @dataclass(frozen=True)
-class LinearWeight:
+class LinearWeight(Rule):
     """Rule for y = x W^T with any number of leading dimensions: G = sum over positions of d_t x_t^T.
 
     Attributes:
@@ -93,10 +93,6 @@ class LinearWeight:
         """See `Rule`."""
         return position_gram(*self.rows(x, d), doubts)
 
-    def constant(self) -> Rule:
-        """See `Rule`."""
-        return self
-
     def costs(self, x: Tensor | None, d: Tensor) -> tuple[float, float]:
         """See `Rule`."""
         a, d = self.rows(x, d)
@@ -112,7 +108,7 @@ class LinearWeight:
 
 
 @dataclass(frozen=True)
-class ConvolutionWeight:
+class ConvolutionWeight(Rule):
     """Rule for y = conv(x, W), transposed or not: G by one grouped convolution, or inner products of positions."""
 
     shape: tuple[int, ...]
@@ -131,10 +127,6 @@ class ConvolutionWeight:
             return None
         gram = pixel_gram if has_pixel_form(self.geometry) else patch_gram
         return gram(x.squeeze(1), d, self.shape[2:], self.geometry, doubts)
-
-    def constant(self) -> Rule:
-        """See `Rule`."""
-        return self
 
     def costs(self, x: Tensor | None, d: Tensor) -> tuple[float, float]:
         """See `Rule`."""
@@ -158,7 +150,7 @@ class ConvolutionWeight:
 
 
 @dataclass(frozen=True)
-class Bias:
+class Bias(Rule):
     """Rule for y = ... + b: sums d over everything but the channels.
 
     Attributes:
@@ -175,21 +167,9 @@ class Bias:
         d = d.unflatten(0, (-1, self.maps)).movedim(self.channel, -1)
         return wide(d).flatten(1, -2).sum(1)
 
-    def gram(self, x: Tensor | None, d: Tensor, doubts: Doubts | None = None) -> Tensor | None:
-        """See `Rule`."""
-        return None
-
-    def constant(self) -> Rule:
-        """See `Rule`."""
-        return self
-
-    def costs(self, x: Tensor | None, d: Tensor) -> tuple[float, float]:
-        """See `Rule`."""
-        return 1.0, math.inf
-
 
 @dataclass(frozen=True)
-class EmbeddingWeight:
+class EmbeddingWeight(Rule):
     """Rule for y_t = W[id_t], with no gradient for the row of the padding index."""
 
     shape: tuple[int, ...]
@@ -215,10 +195,6 @@ class EmbeddingWeight:
         gram = products.view(-1, 2, positions, 2, positions).sum((2, 4))
         doubt(doubts, gram, products.detach().diagonal(dim1=1, dim2=2).reshape(-1, 2, positions).sum(2))
         return gram
-
-    def constant(self) -> Rule:
-        """See `Rule`."""
-        return self
 
     def costs(self, x: Tensor | None, d: Tensor) -> tuple[float, float]:
         """See `Rule`."""
