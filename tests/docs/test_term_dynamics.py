@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from pages import program
 from torch import Tensor
 
-from trainer.datasets import load_images
+from support.runs import stepped
 from trainer.grid import build_grid
-from trainer.loader import StepDataset, StepImages, ToModel
-from trainer.split import draw_split
+from trainer.loader import StepImages
 from trainer.step import Trainer
 
 
@@ -31,12 +30,7 @@ def run() -> tuple[Trainer, StepImages]:
     """A run of the smallest budget after two steps, and its third batch."""
     grid = build_grid(Path("unused"), "smoke", ["lambda"], 1, ["--joint-forward", "False", "--unlabeled-ramp", "0"])
     config = next(cell.config for cell in grid.cells if cell.variant == "ggcr")
-    images = load_images(config)
-    to_model = ToModel(*images.channel_statistics(), torch.device("cpu"), channels_last=False)
-    trainer = Trainer.fresh(config, len(images.classes), to_model, len(images.train_y), None)
-    dataset = StepDataset(images, draw_split(images, config.labels, config.seed), config)
-    for step in range(2):
-        trainer.train_step(lambda step=step: dataset[step])
+    trainer, dataset = stepped(config, 2)
     return trainer, dataset[2]
 
 

@@ -9,12 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from support.runs import differing, final
-from trainer.config import Config, resolve
-from trainer.datasets import load_images
+from support.runs import differing, final, stepped, take
+from trainer.config import Config
 from trainer.errors import NonFiniteLossError
-from trainer.loader import StepDataset, ToModel
-from trainer.split import draw_split
 from trainer.step import Trainer
 from trainer.training import run
 
@@ -22,16 +19,7 @@ MakeConfig = Callable[..., Config]
 
 
 def trained(config: Config, steps: int) -> Trainer:
-    """A trainer after some steps."""
-    config = resolve(config)
-    images = load_images(config)
-    dataset = StepDataset(images, draw_split(images, config.labels, config.seed), config)
-    statistics = images.channel_statistics()
-    to_model = ToModel(*statistics, torch.device("cpu"), channels_last=config.channels_last)
-    trainer = Trainer.fresh(config, 10, to_model, len(images.train_y))
-    for step in range(steps):
-        trainer.train_step(lambda step=step: dataset[step])
-    return trainer
+    return stepped(config, steps)[0]
 
 
 def flat(trainer: Trainer) -> torch.Tensor:
@@ -40,7 +28,7 @@ def flat(trainer: Trainer) -> torch.Tensor:
 
 def moved(trainer: Trainer) -> torch.Tensor:
     """How far training went, as one vector."""
-    return flat(trainer) - flat(trained(dataclasses.replace(trainer.config), 0))
+    return flat(trainer) - flat(trained(trainer.config, 0))
 
 
 def apart(a: Trainer, b: Trainer) -> float:
@@ -78,13 +66,11 @@ def test_half_precision_resumes_bitwise(tiny: MakeConfig, amp: str) -> None:
 
 
 def test_the_loss_scale_halves_at_an_overflow_and_is_in_the_checkpoint(tiny: MakeConfig) -> None:
-    trainer = trained(tiny(amp="fp16"), 1)
+    trainer, dataset = stepped(tiny(amp="fp16"), 1)
     trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 2.0**40})  # overflows in float16
     before, steps = flat(trainer), trainer.step
-    images = load_images(trainer.config)
-    dataset = StepDataset(images, draw_split(images, trainer.config.labels, 0), trainer.config)
     trainer.meter.flush()
-    trainer.train_step(lambda: dataset[1])
+    take(trainer, dataset, [1])
     assert torch.equal(flat(trainer), before)  # skipped
     assert trainer.step == steps + 1
     numbers = trainer.meter.flush()
@@ -97,14 +83,11 @@ def test_the_loss_scale_halves_at_an_overflow_and_is_in_the_checkpoint(tiny: Mak
 
 def test_a_gradient_that_overflows_at_every_scale_stops_the_run(tiny: MakeConfig) -> None:
     """A scaler that halves for ever would train nothing, in silence."""
-    trainer = trained(tiny(amp="fp16", ggcr_weight=0.0), 0)
+    trainer, dataset = stepped(tiny(amp="fp16", ggcr_weight=0.0), 0)
     trainer.model.head.weight.register_hook(lambda gradient: gradient * float("inf"))
-    images = load_images(trainer.config)
-    dataset = StepDataset(images, draw_split(images, trainer.config.labels, 0), trainer.config)
-    for step in range(17):  # 2^16, 2^15, ..., 1
-        trainer.train_step(lambda step=step: dataset[step])
+    take(trainer, dataset, range(17))  # 2^16, 2^15, ..., 1
     with pytest.raises(NonFiniteLossError, match=r"step 17: the gradient is not finite at a loss scale of 0.5"):
-        trainer.train_step(lambda: dataset[17])
+        take(trainer, dataset, [17])
 
 
 def test_channels_last_is_the_same_training(tiny: MakeConfig) -> None:

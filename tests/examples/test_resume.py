@@ -19,15 +19,12 @@ import torch
 
 import trainer.training
 from support.processes import run_program, started
-from support.runs import differing, final, option, unequal
+from support.runs import differing, final, option, stepped, take, unequal
 from trainer.checkpoint import load_latest, save_checkpoint
-from trainer.config import Config, resolve
-from trainer.datasets import load_images
+from trainer.config import Config
 from trainer.errors import CheckpointError, NonFiniteLossError, ResumeError
 from trainer.files import read_json, write_json
-from trainer.loader import StepDataset, ToModel
 from trainer.runlog import MetricsFile
-from trainer.split import draw_split
 from trainer.step import Trainer
 from trainer.training import main, run
 
@@ -106,25 +103,13 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(
 
 @pytest.mark.parametrize("method", ["flexmatch", "mixmatch", "meanteacher", "temporalensembling", "softmatch"])
 def test_the_state_of_a_method_is_in_the_checkpoint(tiny: MakeConfig, tmp_path: Path, method: str) -> None:
-    config = resolve(tiny(method=method, threshold=None, steps=6, unlabeled_ramp=3, ggcr_warmup=4))
-    images = load_images(config)
-    dataset = StepDataset(images, draw_split(images, config.labels, config.seed), config)
-
-    def trainer() -> Trainer:
-        to_model = ToModel(*images.channel_statistics(), torch.device("cpu"), channels_last=False)
-        return Trainer.fresh(config, 10, to_model, len(images.train_y))
-
-    whole = trainer()
-    for step in range(6):
-        whole.train_step(lambda step=step: dataset[step])
-    first = trainer()
-    for step in range(3):
-        first.train_step(lambda step=step: dataset[step])
+    config = tiny(method=method, threshold=None, steps=6, unlabeled_ramp=3, ggcr_warmup=4)
+    whole, _ = stepped(config, 6)
+    first, dataset = stepped(config, 3)
     save_checkpoint(tmp_path, 3, first.state_dict())
-    second = trainer()
+    second, _ = stepped(config, 0)
     second.load_state_dict(load_latest(tmp_path) or {})
-    for step in range(3, 6):
-        second.train_step(lambda step=step: dataset[step])
+    take(second, dataset, range(3, 6))
     assert unequal(whole.state_dict(), second.state_dict()) == []
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import trainer.training
 from gradconsist import RandomProjection, SSLBatch
 from gradconsist.methods import FixMatch
+from support.runs import stepped
 from trainer.checkpoint import load_latest
 from trainer.config import Config, resolve
 from trainer.datasets import load_images
@@ -24,7 +25,6 @@ from trainer.methods import METHODS, build_method
 from trainer.models import build_model
 from trainer.schedule import build_optimizer, set_learning_rate
 from trainer.split import draw_split
-from trainer.step import Trainer
 from trainer.training import run
 
 MakeConfig = Callable[..., Config]
@@ -128,17 +128,11 @@ def test_supervised_uses_no_unlabeled_image_and_no_term(tiny: MakeConfig) -> Non
 
 def test_every_method_trains(tiny: MakeConfig) -> None:
     """Two steps, the second with the term: finite, and another model than without the term."""
-    images = load_images(resolve(tiny()))
-    to_model = ToModel(*images.channel_statistics(), torch.device("cpu"), channels_last=False)
     for method in METHODS:
         parameters = []
         for weight in (0.0, 0.5):
             changes = {"ggcr_weight": weight, "ggcr_warmup": 1, "ggcr_every": 1, "ggcr_gate": "all"}
-            config = resolve(tiny(method=method, threshold=None, unlabeled_ramp=1, **changes))
-            dataset = StepDataset(images, draw_split(images, config.labels, config.seed), config)
-            trainer = Trainer.fresh(config, 10, to_model, len(images.train_y))
-            for step in range(2):
-                trainer.train_step(lambda step=step, dataset=dataset: dataset[step])
+            trainer, _ = stepped(tiny(method=method, threshold=None, unlabeled_ramp=1, **changes), 2)
             parameters.append(dict(trainer.model.named_parameters()))
             assert all(torch.isfinite(value).all() for value in parameters[-1].values())
         assert same_tensors(*parameters) == (method == "supervised")

@@ -31,7 +31,7 @@ def test_on_the_simulated_gpu(part: str) -> None:
     reason = simulated_gpu.missing()
     if reason:
         pytest.skip(reason)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "-p", "no:xdist"]
     command += [str(CASES / file) for file in PARTS[part]]
     environment = {**os.environ, **simulated_gpu.environment(), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=290)

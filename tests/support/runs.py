@@ -1,14 +1,36 @@
-"""What a finished or stopped run of a trainer left, to compare with another one."""
+"""Runs of a trainer, and what finished or stopped ones left, to compare with others."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from trainer.checkpoint import load_latest
+from trainer.config import Config, resolve
+from trainer.datasets import load_images
+from trainer.loader import StepDataset, ToModel
+from trainer.split import draw_split
+from trainer.step import Trainer
+
+
+def stepped(config: Config, steps: int) -> tuple[Trainer, StepDataset]:
+    """A trainer after some steps, without a directory, and the images of every step."""
+    config = resolve(config)
+    images = load_images(config)
+    dataset = StepDataset(images, draw_split(images, config.labels, config.seed), config)
+    to_model = ToModel(*images.channel_statistics(), torch.device("cpu"), channels_last=config.channels_last)
+    trainer = Trainer.fresh(config, len(images.classes), to_model, len(images.train_y))
+    take(trainer, dataset, range(steps))
+    return trainer, dataset
+
+
+def take(trainer: Trainer, dataset: StepDataset, steps: Iterable[int]) -> None:
+    """These steps."""
+    for step in steps:
+        trainer.train_step(lambda step=step: dataset[step])  # type: ignore[misc]
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from support import methods
+from support.processes import run_program, started
 
+from . import rank_program
 from .conftest import SIMULATED
 from .devices import computing_on
 from .rank_program import SIZES, STEPS, term
 
-ROOT = Path(__file__).parents[3]
 #: Eight steps with pinned memory and a worker, the term in two of them, a stop and a checkpoint after five.
 SHORT = [
     "--steps=8", "--batch-size=4", "--unlabeled-ratio=2", "--threshold=0.12", "--unlabeled-ramp=6",
@@ -26,10 +25,11 @@ SHORT = [
 
 
 @pytest.mark.parametrize("trainer", ["CIFAR", "IMAGENET"])
-def test_a_trainer_stopped_and_resumed(trainer: str, tmp_path: Path) -> None:
+def test_a_trainer_stopped_and_resumed(trainer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("torchvision")
     config, cli, training = (importlib.import_module(f"trainer.{name}") for name in ("config", "cli", "training"))
+    monkeypatch.setattr(training, "draw_curves", lambda runs, path, **_: path.touch())
     options = ["--preset=demo", "--labels=20"]
     if trainer == "IMAGENET":
         parts = {"train": {"ant": 12, "bee": 12}, "val": {"ant": 4, "bee": 4}}
@@ -55,13 +55,10 @@ def test_a_trainer_stopped_and_resumed(trainer: str, tmp_path: Path) -> None:
 
 def test_two_processes(tmp_path: Path) -> None:
     """DDP over gloo with CUDA tensors, in a group for both devices and in one for CUDA alone."""
-    ranks = []
-    for rank in range(2):
-        command = [sys.executable, "-m", "gpu.cases.rank_program", str(rank), str(tmp_path)]
-        ranks.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT))
+    ranks = [started(run_program, rank_program.__file__, [str(rank), str(tmp_path)]) for rank in range(2)]
     for process in ranks:
-        said, _ = process.communicate(timeout=200)
-        assert process.returncode == 0, said[-4000:]
+        process.join(200)
+        assert process.exitcode == 0
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     with computing_on("cpu"):
         gradients = {n: methods.distributed_run(n, None, SIZES, STEPS)["gradients"] for n in methods.SHARED}

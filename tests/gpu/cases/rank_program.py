@@ -1,4 +1,4 @@
-"""One of two processes with a CUDA device each: `python -m gpu.cases.rank_program RANK FOLDER`."""
+"""One of two processes with a CUDA device each: `rank_program.py RANK FOLDER`."""
 
 from __future__ import annotations
 

@@ -153,9 +153,9 @@ def test_diagnostics() -> None:
         report = diagnostics.check(loss, *views)
         bound = diagnostics.consistency_bound(loss, *views)
         sharp = diagnostics.sharpness(model, views[0], views[2])
-        top = diagnostics.top_eigenvalue(model, views[0], views[2], max_steps=6)
+        top = diagnostics.top_eigenvalue(model, views[0], views[2], max_steps=3)
         rule = diagnostics.check_rule(nn.Linear(5, 3).to(device), move(torch.randn(4, 5), device))
-        cost = diagnostics.memory_report(loss, ViewPair(*views), chunk_sizes=(3, None), stop_gradient=(None,))
+        cost = diagnostics.memory_report(loss, ViewPair(*views), chunk_sizes=(3,), stop_gradient=(None,))
         assert verified.ok
         assert rule.ok
         assert all(row.bytes > 0 and row.seconds > 0 for row in cost.rows)

@@ -71,9 +71,7 @@ class SimulatedGPU(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        leaves: list[Any] = []
-        _map(leaves.append, args)
-        _map(leaves.append, kwargs)
+        leaves = _leaves(kwargs.values(), _leaves(args, []))
         here = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_cuda]
         generator, wanted = kwargs.get("generator"), kwargs.get("device")
         if not here and (wanted is None or torch.device(wanted).type != "cuda"):
@@ -208,6 +206,16 @@ def _is_native(func: Any) -> bool:
     changes = any(each.alias_info is not None and each.alias_info.is_write for each in schema.arguments)
     view = not changes and any(each.alias_info is not None for each in schema.returns)
     return view or func.overloadpacket in NATIVE or torch.Tag.inplace_view in func.tags or func.namespace == "c10d"
+
+
+def _leaves(values: Any, found: list[Any]) -> list[Any]:
+    """Everything in the tuples, lists and dicts of an operator's arguments, behind what was found before."""
+    for each in values:
+        if type(each) in NESTED:
+            _leaves(each.values() if type(each) is dict else each, found)
+        else:
+            found.append(each)
+    return found
 
 
 def _map(change: Callable[[Any], Any], value: Any) -> Any:
