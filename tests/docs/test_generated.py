@@ -8,13 +8,6 @@ from types import ModuleType
 import pytest
 from pages import ROOT, program
 
-PAGES = [
-    "README.md", "docs/appendix/derivative-sweep.md", "docs/appendix/matrix.md", "docs/appendix/runs.md",
-    "docs/appendix/scorecard.md", "docs/does-it-help.md", "docs/evidence.md", "docs/guides/cost.md",
-    "docs/guides/faults.md", "docs/guides/imagenet.md", "docs/guides/reproduce-the-paper.md", "docs/guides/trainer.md",
-    "docs/guides/usb.md", "docs/installation.md", "docs/torch-derivatives.md",
-]  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def make_pages() -> ModuleType:
@@ -22,22 +15,15 @@ def make_pages() -> ModuleType:
     return program("docs/generators/make_pages")
 
 
-@pytest.fixture(scope="module")
-def written(make_pages: ModuleType) -> dict[str, str]:
-    return make_pages.written()
-
-
-def test_every_page_is_looked_at(written: dict[str, str]) -> None:
-    assert sorted(written) == sorted(PAGES)
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_the_page_is_fresh(page: str, written: dict[str, str]) -> None:
-    text = (ROOT / page).read_text(encoding="utf-8")
-    assert text == written[page], "run: python docs/generators/make_pages.py"
-    begun, ended = (re.findall(rf"<!-- (\w+):{end} -->", text) for end in ("begin", "end"))
-    assert begun == ended, "markers come in pairs"
-    assert len(set(begun)) == len(begun), "and once"
+def test_the_pages_are_fresh(make_pages: ModuleType) -> None:
+    written = make_pages.written()
+    assert len(written) >= 15
+    for page, expected in written.items():
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert text == expected, f"{page}: run python docs/generators/make_pages.py"
+        begun, ended = (re.findall(rf"<!-- (\w+):{end} -->", text) for end in ("begin", "end"))
+        assert begun == ended, f"{page}: markers come in pairs"
+        assert len(set(begun)) == len(begun), f"{page}: and once"
 
 
 def test_nothing_in_the_matrix_is_wrong(make_pages: ModuleType) -> None:

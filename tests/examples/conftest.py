@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
-import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,6 @@ except (ImportError, RuntimeError) as error:  # torchvision beside another torch
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / ".." / "shared" / "data"
-ARCHIVE = "cifar10-jpeg.tar.xz"
 
 # Seconds, not minutes: 8x8 digits, 4 labeled and 8 unlabeled images a step, everything switched on from step 2.
 TINY: dict[str, Any] = {
@@ -122,25 +120,6 @@ def photo_folder(tmp_path: Path) -> Callable[..., Path]:
     from support.pictures import draw_folder
 
     return lambda name="photos", *, size=(8, 8), **parts: draw_folder(tmp_path / name, parts, size=size)
-
-
-@pytest.fixture(scope="session")
-def real_photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve training and four test photographs of two CIFAR-10 classes, as a folder data set."""
-    folder = Path(os.environ.get("GRADCONSIST_DATA", DATA))
-    if not (folder / ARCHIVE).is_file():
-        pytest.skip(f"no {ARCHIVE} in {folder}: set GRADCONSIST_DATA to the folder that holds it")
-    target = tmp_path_factory.mktemp("photographs")
-    missing = {(part, label): n for part, n in (("train", 12), ("test", 4)) for label in ("airplane", "automobile")}
-    with tarfile.open(folder / ARCHIVE) as archive:
-        for member in archive:
-            key = Path(member.name).parts[-3:-1]
-            if member.isfile() and missing.get(key, 0):  # type: ignore[call-overload]
-                archive.extract(member, target, filter="data")
-                missing[key] -= 1  # type: ignore[index]
-            if not any(missing.values()):
-                break
-    return target / "cifar10-jpeg"
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torchvision.datasets
 
+from support.runs import MakeConfig
 from trainer.config import Config, resolve
 from trainer.datasets import load_images
 from trainer.loader import StepDataset
@@ -18,7 +19,6 @@ from trainer.split import draw_split
 from trainer.training import run
 from trainer.weights import load_model
 
-MakeConfig = Callable[..., Config]
 SIDE = 4  # of the stand-ins; the counts and the classes are CIFAR's
 
 

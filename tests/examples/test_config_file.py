@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 
+from support.runs import MakeConfig
 from trainer.cli import parse_config
 from trainer.config import Config, preset_config
 from trainer.files import read_json
 from trainer.training import run
-
-MakeConfig = Callable[..., Config]
 
 
 def parse(*arguments: str) -> Config:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,15 +9,14 @@ import torch
 from torch import nn
 
 import trainer.runlog
-from trainer.config import Config, resolve
+from support.runs import MakeConfig
+from trainer.config import resolve
 from trainer.datasets import load_images
 from trainer.evaluation import Evaluated, Scores, evaluate, with_fresh_statistics
 from trainer.loader import ToModel
 from trainer.runlog import Progress
 from trainer.training import run
 from trainer.weights import load_model
-
-MakeConfig = Callable[..., Config]
 
 
 class Reader(nn.Module):

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from support.pictures import MakeFolder
 from trainer.errors import DatasetError
 from trainer.folder import load_folder
-
-MakeFolder = Callable[..., Path]
 
 
 @pytest.mark.parametrize("held_out", ["test", "val"])

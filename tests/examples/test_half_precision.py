@@ -2,20 +2,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from support.runs import differing, final, stepped, take
+from support.runs import MakeConfig, differing, final, stepped, take
 from trainer.config import Config
 from trainer.errors import NonFiniteLossError
 from trainer.step import Trainer
 from trainer.training import run
-
-MakeConfig = Callable[..., Config]
 
 
 def trained(config: Config, steps: int) -> Trainer:

@@ -19,16 +19,14 @@ import pytest
 import torch
 
 from support.forgeries import ARCHIVES, PICKLES
+from support.pictures import MakeFolder
+from support.runs import MakeConfig
 from trainer.checkpoint import load_latest, remove_leftovers, save_checkpoint
-from trainer.config import Config
 from trainer.datasets import load_images
 from trainer.errors import CheckpointError, DatasetError, OptionError, ResumeError
 from trainer.folder import load_folder
 from trainer.rundir import exclusive
 from trainer.training import main, run
-
-MakeConfig = Callable[..., Config]
-MakeFolder = Callable[..., Path]
 
 
 def state(step: int) -> dict[str, Any]:
@@ -113,63 +111,42 @@ def test_forged_batches_of_cifar_are_never_unpickled(
     assert not (tmp_path / "canary").exists()
 
 
-def becomes_a_pipe(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
-def becomes_endless(path: Path) -> None:
-    path.unlink()
-    path.symlink_to("/dev/zero")
-
-
-def becomes_a_loop(path: Path) -> None:
-    path.unlink()
-    path.symlink_to(path)
-
-
-def becomes_a_folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def becomes_deep(path: Path) -> None:
-    path.write_text("[" * 100_000)
-
-
-def becomes_shorter(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:60])
-
-
-def becomes_bytes(path: Path) -> None:
-    path.write_bytes(b"\xff\xfe{}")
-
-
-ODD = [becomes_a_pipe, becomes_endless, becomes_a_loop, becomes_a_folder, becomes_deep, becomes_bytes]
+#: What a file can become, which then is at this path.
+BECOME: dict[str, Callable[[Path], object]] = {
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "endless": lambda path: (path.unlink(), path.symlink_to("/dev/zero")),
+    "a loop": lambda path: (path.unlink(), path.symlink_to(path)),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "deep": lambda path: path.write_text("[" * 100_000),
+    "bytes": lambda path: path.write_bytes(b"\xff\xfe{}"),
+    "shorter": lambda path: path.write_bytes(path.read_bytes()[:60]),
+    "lost": Path.unlink,
+}
+ODD = ("a pipe", "endless", "a loop", "a folder", "deep", "bytes")
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".json"])
 @pytest.mark.parametrize("become", ODD)
-def test_a_checkpoint_that_is_no_file_is_skipped(two: Path, become: Callable[[Path], None], suffix: str) -> None:
-    become(two / f"step-00000010{suffix}")
+def test_a_checkpoint_that_is_no_file_is_skipped(two: Path, become: str, suffix: str) -> None:
+    BECOME[become](two / f"step-00000010{suffix}")
     assert load_latest(two)["step"] == 5  # type: ignore[index]
 
 
 RUN_FILES = [
     *((name, become, rf"{name} cannot be read .*restore it, or give another --output")
-      for name in ("config.json", "split.json") for become in ODD if become is not becomes_a_loop),
+      for name in ("config.json", "split.json") for become in ODD if become != "a loop"),
     *((name, become, rf"({name} is missing from|a run without its {name}).*restore it, or give")
-      for name in ("config.json", "split.json") for become in (becomes_a_loop, Path.unlink)),
+      for name in ("config.json", "split.json") for become in ("a loop", "lost")),
     *(("metrics.jsonl", become, r"metrics.jsonl has 0 bytes, but the checkpoint was taken when it had")
-      for become in (Path.unlink, becomes_a_pipe)),
+      for become in ("lost", "a pipe")),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "become", "message"), RUN_FILES)
 def test_a_run_file_that_is_no_file_or_lost_is_refused(
-    tiny: MakeConfig, begun: Path, name: str, become: Callable[[Path], None], message: str
+    tiny: MakeConfig, begun: Path, name: str, become: str, message: str
 ) -> None:
-    become(begun / name)
+    BECOME[become](begun / name)
     with pytest.raises((ResumeError, CheckpointError), match=message):
         run(tiny("begun", method="supervised"))
 
@@ -280,14 +257,14 @@ def test_workers_that_outlive_a_killed_trainer_do_not_hold_its_directory(tmp_pat
     worker.join()
 
 
-@pytest.mark.parametrize("become", [becomes_a_pipe, becomes_a_folder, becomes_bytes, becomes_endless])
+@pytest.mark.parametrize("become", ["a pipe", "a folder", "bytes", "endless"])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_weights_to_start_from_that_are_no_weights_are_refused(
-    tiny: MakeConfig, tmp_path: Path, become: Callable[[Path], None], suffix: str
+    tiny: MakeConfig, tmp_path: Path, become: str, suffix: str
 ) -> None:
     path = tmp_path / f"start{suffix}"
     path.touch()
-    become(path)
+    BECOME[become](path)
     with pytest.raises((OptionError, CheckpointError), match=rf"start{suffix} (cannot be read|is neither|is refused)"):
         run(tiny(init_from=str(path), method="supervised"))
 
@@ -299,10 +276,10 @@ def test_a_foreign_checkpoint_to_start_from_is_refused(tiny: MakeConfig, tmp_pat
         run(tiny(init_from=str(tmp_path / "start.pt"), method="supervised"))
 
 
-@pytest.mark.parametrize("become", [becomes_a_pipe, becomes_endless, becomes_a_loop, becomes_bytes, becomes_shorter])
-def test_an_image_that_cannot_be_read_is_named(photo_folder: MakeFolder, become: Callable[[Path], None]) -> None:
+@pytest.mark.parametrize("become", ["a pipe", "endless", "a loop", "bytes", "shorter"])
+def test_an_image_that_cannot_be_read_is_named(photo_folder: MakeFolder, become: str) -> None:
     root = photo_folder(train={"a": 2, "b": 1}, test={"a": 1, "b": 1})
-    become(root / "train" / "a" / "001.png")
+    BECOME[become](root / "train" / "a" / "001.png")
     with pytest.raises(DatasetError, match=r"train.a.001\.png cannot be read as an image .*replace or remove it"):
         load_folder(root, None)
 

@@ -14,7 +14,7 @@ import torch
 import torchvision
 from torch import nn
 
-from support.runs import differing, final
+from support.runs import MakeConfig, differing, final
 from trainer.cli import parse_config
 from trainer.config import IMAGENET, Config, resolve
 from trainer.datasets import PhotographFolder, load_images
@@ -26,8 +26,6 @@ from trainer.processes import Processes, join
 from trainer.schedule import cosine_factor, set_learning_rate
 from trainer.split import choose_labeled
 from trainer.training import main, run
-
-Make = Callable[..., Config]
 
 
 def part(rank: int, world: int) -> Processes:
@@ -80,7 +78,7 @@ def test_defaults_of_the_presets() -> None:
     ],
 )
 def test_bad_options_are_refused_by_name(
-    photographs: Make, changes: dict[str, Any], processes: int, message: str
+    photographs: MakeConfig, changes: dict[str, Any], processes: int, message: str
 ) -> None:
     with pytest.raises(OptionError, match=message):
         resolve(photographs(**changes), processes)
@@ -116,7 +114,7 @@ def test_workers_share_the_cores_of_a_machine(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize(("amp", "remedy"), [("bf16", "give --amp off"), ("fp16", "bf16 or --amp off")])
 def test_a_device_without_the_half_type_is_refused(
-    photographs: Make, monkeypatch: pytest.MonkeyPatch, amp: str, remedy: str
+    photographs: MakeConfig, monkeypatch: pytest.MonkeyPatch, amp: str, remedy: str
 ) -> None:
     def unsupported(*_: object, **__: object) -> None:
         raise RuntimeError("autocast to this type is not supported")
@@ -137,7 +135,7 @@ def test_the_digest_sees_names_and_sizes(photo_folder: Callable[..., Path]) -> N
     assert len({before, longer, listed(root).digest()}) == 3
 
 
-def test_a_fraction_of_each_class_is_labeled(photographs: Make) -> None:
+def test_a_fraction_of_each_class_is_labeled(photographs: MakeConfig) -> None:
     config = resolve(photographs(label_fraction=0.34))
     folder = listed(Path(config.data_dir))
     split = choose_labeled(folder, config)
@@ -154,7 +152,7 @@ def test_a_fraction_of_each_class_is_labeled(photographs: Make) -> None:
         choose_labeled(folder, dataclasses.replace(config, label_fraction=None, labels=2))
 
 
-def test_a_list_names_the_labeled_images(photographs: Make, tmp_path: Path) -> None:
+def test_a_list_names_the_labeled_images(photographs: MakeConfig, tmp_path: Path) -> None:
     path = tmp_path / "list.txt"
     path.write_text("ant_3.JPEG\nbee/bee_0.JPEG\n\ntrain/cat/cat_11.JPEG\n")
     config = resolve(photographs(label_file=str(path), label_fraction=None))
@@ -195,7 +193,7 @@ def batches(config: Config, processes: Processes) -> StepPhotographs:
     return StepPhotographs(folder, choose_labeled(folder, config), config, processes)
 
 
-def test_the_parts_of_all_processes_are_the_whole_batch(photographs: Make) -> None:
+def test_the_parts_of_all_processes_are_the_whole_batch(photographs: MakeConfig) -> None:
     config = resolve(photographs(unlabeled_ratio=3))
     whole = batches(config, ALONE)[5]
     assert [len(field) for field in whole] == [4, 4, 12, 12, 12, 12]
@@ -205,7 +203,7 @@ def test_the_parts_of_all_processes_are_the_whole_batch(photographs: Make) -> No
         assert all(torch.equal(a, b) for a, b in zip(joined, whole, strict=True))
 
 
-def test_a_batch_is_a_function_of_seed_and_step(photographs: Make) -> None:
+def test_a_batch_is_a_function_of_seed_and_step(photographs: MakeConfig) -> None:
     config = resolve(photographs(unlabeled_ratio=3))
     state = torch.get_rng_state()
     dataset = batches(config, ALONE)
@@ -223,7 +221,7 @@ def test_a_batch_is_a_function_of_seed_and_step(photographs: Make) -> None:
     assert not torch.equal(first.weak[0], later.weak[place])
 
 
-def test_views_are_torchvisions_and_of_the_size_asked_for(photographs: Make) -> None:
+def test_views_are_torchvisions_and_of_the_size_asked_for(photographs: MakeConfig) -> None:
     config = resolve(photographs(image_size=20))
     images: StepImages = batches(config, ALONE)[0]
     assert images.x.shape == (4, 20, 20, 3)
@@ -232,7 +230,7 @@ def test_views_are_torchvisions_and_of_the_size_asked_for(photographs: Make) -> 
     assert supervised.weak.shape == (0, 16, 16, 3)
 
 
-def test_an_image_that_cannot_be_read_is_named(photographs: Make, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_image_that_cannot_be_read_is_named(photographs: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
     config = photographs()
     for path in Path(config.data_dir).glob("train/bee/*"):
         path.write_bytes(path.read_bytes()[:40])
@@ -243,7 +241,7 @@ def test_an_image_that_cannot_be_read_is_named(photographs: Make, capsys: pytest
 # -- networks ----------------------------------------------------------------------------------------------------------
 
 
-def test_group_norm_takes_the_place_of_every_batch_norm(photographs: Make) -> None:
+def test_group_norm_takes_the_place_of_every_batch_norm(photographs: MakeConfig) -> None:
     torch.manual_seed(0)
     network = build_network(photographs(arch="shufflenet_v2_x0_5", norm="group"), 7, ALONE)
     kinds = [type(module) for module in network.modules()]
@@ -266,7 +264,7 @@ def test_group_norm_takes_the_place_of_every_batch_norm(photographs: Make) -> No
         ({"norm": "sync"}, r"--norm sync is for several processes, and there is one"),
     ],
 )
-def test_networks_that_cannot_be_are_refused(photographs: Make, changes: dict[str, Any], message: str) -> None:
+def test_networks_that_cannot_be_are_refused(photographs: MakeConfig, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         build_network(photographs(**changes), 3, ALONE)
 
@@ -274,7 +272,7 @@ def test_networks_that_cannot_be_are_refused(photographs: Make, changes: dict[st
 # -- a run -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_leaves_what_the_cifar_trainers_leaves_and_continues_bitwise(photographs: Make) -> None:
+def test_a_run_leaves_what_the_cifar_trainers_leaves_and_continues_bitwise(photographs: MakeConfig) -> None:
     whole, cut = photographs("whole"), photographs("cut")
     assert run(whole) == 0
     assert run(dataclasses.replace(cut, stop_after_steps=3)) == 0
@@ -295,7 +293,7 @@ def test_a_run_leaves_what_the_cifar_trainers_leaves_and_continues_bitwise(photo
         run(dataclasses.replace(whole, image_size=20))
 
 
-def test_weights_are_exported_under_torchvisions_names(photographs: Make) -> None:
+def test_weights_are_exported_under_torchvisions_names(photographs: MakeConfig) -> None:
     config = photographs(arch="shufflenet_v2_x0_5", method="supervised", steps=1, lr_warmup=0)
     assert run(config) == 0
     folder = Path(str(config.output))
@@ -317,13 +315,13 @@ def test_weights_are_exported_under_torchvisions_names(photographs: Make) -> Non
     ],
     ids=["amp", "supervised", "flexmatch", "meanteacher", "temporalensembling", "encoder"],
 )  # fmt: skip
-def test_methods_and_precisions_take_a_step(photographs: Make, changes: dict[str, Any]) -> None:
+def test_methods_and_precisions_take_a_step(photographs: MakeConfig, changes: dict[str, Any]) -> None:
     config = photographs(stop_after_steps=1, **changes)
     assert run(config) == 0
     assert final(str(config.output))[".step"] == 1
 
 
-def test_another_split_is_refused(photographs: Make) -> None:
+def test_another_split_is_refused(photographs: MakeConfig) -> None:
     config = photographs()
     assert run(dataclasses.replace(config, stop_after_steps=1)) == 0
     (Path(config.data_dir) / "train" / "ant" / "ant_0.JPEG").unlink()

@@ -13,13 +13,11 @@ import torch
 
 from support import imagenet_workers as workers
 from support.processes import Processes, under_torchrun
-from support.runs import differing, final
+from support.runs import MakeConfig, differing, final
 from trainer.config import Config
 from trainer.errors import ResumeError
 from trainer.training import run
 from trainer.weights import load_model
-
-Make = Callable[..., Config]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +58,7 @@ def test_what_processes_tell_each_other(two: Processes) -> None:
     ],
 )  # fmt: skip
 def test_processes_train_as_one_with_the_joined_batch(
-    two: Processes, three: Processes, photographs: Make, world: int, feed: str, norm: str
+    two: Processes, three: Processes, photographs: MakeConfig, world: int, feed: str, norm: str
 ) -> None:
     """All but BatchNorm's statistics where each process has its own: the control of the comparison."""
     changes: dict[str, Any] = {"batch_size": 2 * world, "feed": feed, "norm": norm}
@@ -86,7 +84,7 @@ def test_processes_train_as_one_with_the_joined_batch(
             assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
-def test_a_stopped_run_of_two_processes_continues_bitwise(two: Processes, photographs: Make, whole: Path) -> None:
+def test_a_stopped_run_of_two_processes_continues_bitwise(two: Processes, photographs: MakeConfig, whole: Path) -> None:
     config = photographs("cut", ggcr_max_pairs=2)
     assert two.run(workers.stop_one, config) == [0, 0]  # one is told to, and both stop
     assert final(str(config.output))[".step"] == 2
@@ -96,21 +94,23 @@ def test_a_stopped_run_of_two_processes_continues_bitwise(two: Processes, photog
     assert differing(whole, str(config.output)) == []
 
 
-def test_random_states_of_each_process_are_in_the_checkpoint(two: Processes, photographs: Make, whole: Path) -> None:
+def test_random_states_of_each_process_are_in_the_checkpoint(
+    two: Processes, photographs: MakeConfig, whole: Path
+) -> None:
     config = photographs("cut", ggcr_max_pairs=2)
     assert two.run(workers.train, dataclasses.replace(config, stop_after_steps=2)) == [0, 0]
     assert two.run(workers.train_forgetting, config) == [0, 0]
     assert differing(whole, str(config.output)) != []
 
 
-def test_an_elastic_run_goes_on_with_another_number(two: Processes, photographs: Make) -> None:
+def test_an_elastic_run_goes_on_with_another_number(two: Processes, photographs: MakeConfig) -> None:
     config = photographs(stop_after_steps=2)
     assert run(config) == 0
     assert two.run(workers.train, dataclasses.replace(config, elastic=True, stop_after_steps=None)) == [0, 0]
     assert final(str(config.output))[".step"] == 4
 
 
-def test_a_step_that_is_not_finite_on_one_process_stops_both(two: Processes, photographs: Make) -> None:
+def test_a_step_that_is_not_finite_on_one_process_stops_both(two: Processes, photographs: MakeConfig) -> None:
     config = photographs()
     first, second = two.run(workers.train_with_nan, config)
     assert first == ("OtherProcessError", "process 1 failed")
@@ -120,7 +120,7 @@ def test_a_step_that_is_not_finite_on_one_process_stops_both(two: Processes, pho
 
 
 def test_machines_must_have_the_same_files(
-    two: Processes, photographs: Make, photo_folder: Callable[..., Path]
+    two: Processes, photographs: MakeConfig, photo_folder: Callable[..., Path]
 ) -> None:
     config = photographs()
     other = photo_folder("others", train={"ant": 12, "bee": 12, "cat": 12}, val={"ant": 1, "bee": 1, "cat": 1})
@@ -133,7 +133,7 @@ def test_machines_must_have_the_same_files(
     assert not Path(str(config.output)).exists()
 
 
-def test_torchrun_restarts_killed_processes_from_the_checkpoint(photographs: Make, whole: Path) -> None:
+def test_torchrun_restarts_killed_processes_from_the_checkpoint(photographs: MakeConfig, whole: Path) -> None:
     config = photographs("killed", ggcr_max_pairs=2)
     assert under_torchrun(2, 1, workers.train_killed, config) == 0
     assert Path(str(config.output), "killed").exists()

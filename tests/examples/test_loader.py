@@ -1,16 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
+from support.runs import MakeConfig
 from trainer.config import Config, resolve
 from trainer.datasets import Images
 from trainer.loader import StepDataset, StepImages, ToModel, step_batches, worker_count
 from trainer.split import draw_split
-
-MakeConfig = Callable[..., Config]
 
 
 def dataset_of(images: Images, config: Config) -> StepDataset:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -15,6 +14,7 @@ import trainer.defaults
 import trainer.methods
 from gradconsist import SSLBatch
 from gradconsist.errors import GradConsistError
+from support.runs import MakeConfig
 from trainer.cli import parse_config
 from trainer.config import PRESETS, Config, preset_config, resolve
 from trainer.datasets import load_images
@@ -22,8 +22,6 @@ from trainer.errors import DatasetError, OptionError
 from trainer.methods import build_method
 from trainer.models import build_model
 from trainer.training import main, run
-
-MakeConfig = Callable[..., Config]
 
 
 def parse(*arguments: str) -> Config:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,16 +14,13 @@ from torch import Tensor, nn
 from gradconsist import StepOutput
 from gradconsist.optim import SAM
 from gradconsist.regularizers import GradientNormPenalty
-from support.runs import differing, final, unequal
-from trainer.config import Config, method_label, resolve
+from support.runs import MakeConfig, differing, final, unequal
+from trainer.config import method_label, resolve
 from trainer.errors import OptionError
 from trainer.methods import build_method
 from trainer.models import build_model
 from trainer.sam import same_step_twice
 from trainer.training import run
-
-MakeConfig = Callable[..., Config]
-
 
 ALL = {"optimizer": "sam", "sam_rho": 0.1, "jacobian_weight": 0.1, "ggcr_criterion": "gradient-norm"}
 

@@ -7,7 +7,6 @@ import io
 import json
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,19 @@ import predict
 import report
 import reproduce
 from support.pictures import draw_folder
+from support.runs import MakeConfig
 from trainer.cli import parse_config
-from trainer.config import Config
 from trainer.errors import refuse
 from trainer.launch import TRACEBACK, guarded
 from trainer.training import main, run
 from trainer.weights import export_weights, load_model
 
-Make = Callable[..., Config]
 PROGRAMS = {"predict": predict.main, "evaluate": evaluate.main, "report": report.main, "reproduce": reproduce.main}
 PROGRAMS |= {"demo": demo.main, "fixmatch_cifar": lambda words: main(parse_config(words))}
 
 
 @pytest.fixture(scope="module")
-def room(tiny_at: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def room(tiny_at: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished run, images in class folders, networks of a user's own, and files that are none."""
     room = tmp_path_factory.mktemp("room")
     parts = {part: dict.fromkeys(("ant", "bee"), count) for part, count in (("train", 4), ("test", 2))}
@@ -142,7 +140,7 @@ def tied(classes):
     ],
 )
 def test_a_network_of_ones_own_that_fails(
-    here: Path, tiny: Make, capsys: pytest.CaptureFixture[str], arch: str, message: str
+    here: Path, tiny: MakeConfig, capsys: pytest.CaptureFixture[str], arch: str, message: str
 ) -> None:
     config = tiny(arch=f"user_nets:{arch}", dataset="folder", data_dir="photos", labels=8, checkpoint_every=2)
     assert main(config) in (1, 2)
@@ -152,7 +150,7 @@ def test_a_network_of_ones_own_that_fails(
     assert arch != "Late" or "user_nets.py, line 13). Nothing was updated" in line
 
 
-def test_tied_weights_are_exported(here: Path, tiny: Make) -> None:
+def test_tied_weights_are_exported(here: Path, tiny: MakeConfig) -> None:
     config = tiny(arch="user_nets:tied", dataset="folder", data_dir="photos", labels=8)
     assert run(config) == 0
     model, _ = load_model(str(config.output))
@@ -171,7 +169,12 @@ def test_tied_weights_are_exported(here: Path, tiny: Make) -> None:
     ],
 )
 def test_variables_of_torchrun_that_are_no_numbers(
-    tiny: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, value: str, message: str
+    tiny: MakeConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    value: str,
+    message: str,
 ) -> None:
     whole = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     for key, text in (whole | {name: value}).items():

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 
 import report
 from support.run_folders import write_run
-from trainer.config import Config
+from support.runs import MakeConfig
 from trainer.errors import DatasetError
 from trainer.page import page
 from trainer.panels import Panel, Series, panels, thinned
@@ -21,7 +20,6 @@ from trainer.runs import group_runs, read_run
 from trainer.svg import number, svg, ticks
 from trainer.training import run
 
-MakeConfig = Callable[..., Config]
 BROWSER = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 
 import trainer.training
 from support.processes import run_program, started
-from support.runs import differing, final, option, stepped, take, unequal
+from support.runs import MakeConfig, differing, final, option, stepped, take, unequal
 from trainer.checkpoint import load_latest, save_checkpoint
 from trainer.config import Config
 from trainer.errors import CheckpointError, NonFiniteLossError, ResumeError
@@ -28,7 +27,6 @@ from trainer.runlog import MetricsFile
 from trainer.step import Trainer
 from trainer.training import main, run
 
-MakeConfig = Callable[..., Config]
 SCRIPT = Path(trainer.training.__file__).parents[1] / "fixmatch_cifar.py"
 
 

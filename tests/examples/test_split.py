@@ -2,21 +2,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from trainer.config import Config, resolve
+from support.runs import MakeConfig
+from trainer.config import resolve
 from trainer.datasets import Images
 from trainer.errors import DatasetError, OptionError, ResumeError
 from trainer.files import read_json
 from trainer.loader import StepDataset
 from trainer.split import draw_split, read_list, store_or_check
-
-MakeConfig = Callable[..., Config]
 
 
 @pytest.mark.parametrize("labels", [3, 12, 60])

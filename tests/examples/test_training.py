@@ -1,21 +1,19 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import re
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-import trainer.training
+import demo
+import report
 from gradconsist import RandomProjection, SSLBatch
 from gradconsist.methods import FixMatch
-from support.runs import stepped
+from support.runs import MakeConfig, stepped
 from trainer.checkpoint import load_latest
 from trainer.config import Config, resolve
 from trainer.datasets import load_images
@@ -26,19 +24,6 @@ from trainer.models import build_model
 from trainer.schedule import build_optimizer, set_learning_rate
 from trainer.split import draw_split
 from trainer.training import run
-
-MakeConfig = Callable[..., Config]
-EXAMPLES = Path(trainer.training.__file__).parents[1]
-
-
-def script(name: str) -> ModuleType:
-    """Import one of the thin programs."""
-    specification = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
 
 
 def checkpoint(config: Config) -> dict[str, Any]:
@@ -185,21 +170,12 @@ def test_a_bar_where_one_is_wanted(tiny: MakeConfig, capsys: pytest.CaptureFixtu
     assert "4/4" in capsys.readouterr().err
 
 
-def test_folder_of_real_photographs(real_photographs: Path, tiny: MakeConfig) -> None:
-    config = tiny(dataset="folder", data_dir=str(real_photographs), steps=3, eval_every=3, ggcr_warmup=1)
-    assert run(config) == 0
-    saved = checkpoint(config)
-    assert saved["step"] == 3
-    assert len(saved["evaluations"]) == 1
-
-
 def _rows(table: str) -> list[list[str]]:
     """The columns of a table's finished runs."""
     return [re.split(r"\s{2,}", line.strip()) for line in table.splitlines() if " 3/3 " in line]
 
 
 def test_demo_prints_a_table_and_draws_all_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    demo = script("demo")
     arguments = ["--output", str(tmp_path / "demo"), "--steps", "3"]
     assert demo.main(arguments) == 0
     said = capsys.readouterr().out
@@ -212,7 +188,7 @@ def test_demo_prints_a_table_and_draws_all_methods(tmp_path: Path, capsys: pytes
     assert demo.main(arguments) == 0  # again: everything is there already
     assert capsys.readouterr().out.count("is finished") == 3
 
-    report, picture = script("report"), tmp_path / "pictures" / "all.png"
+    picture = tmp_path / "pictures" / "all.png"
     folders = [str(tmp_path / "demo" / f"{name}-seed0") for name in ("supervised", "fixmatch")]
     assert report.main([*folders, "--output", str(picture)]) == 0
     assert [row[1:5] for row in _rows(capsys.readouterr().out)] == [[name, "digits", "0", "3/3"] for name in names[:2]]

@@ -2,19 +2,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import trainer.waiting
-from trainer.config import Config
+from support.runs import MakeConfig
 from trainer.loader import StepDataset
 from trainer.training import run
 from trainer.waiting import JUDGED_STEPS, WARMUP_STEPS, LoaderWatch
-
-MakeConfig = Callable[..., Config]
 
 
 def advice(watch: LoaderWatch, waited: float, stepped: float) -> list[tuple[int, str]]:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 import trainer.files
+from support.runs import MakeConfig
 from trainer.checkpoint import load_latest
 from trainer.config import Config, resolve
 from trainer.datasets import load_images
@@ -19,8 +19,6 @@ from trainer.models import build_model
 from trainer.step import Trainer
 from trainer.training import run
 from trainer.weights import export_weights, load_model, read_start
-
-MakeConfig = Callable[..., Config]
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,7 @@ def archives(work: Path, quick: bool) -> Iterator[Case]:
 def data(work: Path, quick: bool) -> Iterator[Case]:
     whole = work / "whole"
     parts = {part: dict.fromkeys(("ant", "bee"), count) for part, count in (("train", 12), ("test", 2))}
-    draw_folder(whole, parts, size=(16, 16), name="{number:02d}.jpg")
+    draw_folder(whole, parts, size=(16, 16), name="{number:02d}.jpg", quality=95)
     options = {"dataset": "folder", "labels": 4}
     stopped = begun(work / "stopped", data_dir=str(whole), **options)
     root, image, third, more = work / "photos", "train/ant/01.jpg", "train/cat/new.jpg", "train/ant/new.jpg"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ from trainer.datasets import load_images
 from trainer.loader import StepDataset, ToModel
 from trainer.split import draw_split
 from trainer.step import Trainer
+
+#: What the fixtures `tiny` and `photographs` give: `make("name", option=value)`.
+MakeConfig = Callable[..., Config]
 
 
 def stepped(config: Config, steps: int) -> tuple[Trainer, StepDataset]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -24,3 +25,10 @@ def to_cpu(tree: Any) -> Any:
 def computing_on(device: str) -> contextlib.AbstractContextManager[Any]:
     """Takes the simulated device away for what runs on the CPU, which is then as fast as ever."""
     return contextlib.nullcontext() if device == "cuda" else _disable_current_modes()
+
+
+def on_both(call: Callable[[str], Any]) -> tuple[Any, Any]:
+    """What the call returns for the CPU and for CUDA, both on the CPU."""
+    with computing_on("cpu"):
+        expected = call("cpu")
+    return to_cpu(expected), to_cpu(call("cuda"))

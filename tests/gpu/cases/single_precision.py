@@ -17,7 +17,7 @@ from support import compare, methods
 from support.simulated_gpu import SimulatedGPU
 from support.zoo import CASES
 
-from .devices import computing_on, move, to_cpu
+from .devices import move, on_both
 
 
 @pytest.fixture(autouse=True)
@@ -55,11 +55,10 @@ def test_the_loss(name: str, engine: str) -> None:
         value = loss(*(move(view, device) for view in problem.views))
         value.backward()
         parts = [p.grad.flatten() for p in compare.trainable(problem.model) if p.grad is not None]
-        return to_cpu([value, loss.last.cosine, torch.cat(parts)])
+        return [value, loss.last.cosine, torch.cat(parts)]
 
-    with computing_on("cpu"):
-        expected = run("cpu")
-    torch.testing.assert_close(run("cuda"), expected, rtol=1e-4, atol=1e-6)
+    expected, found = on_both(run)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", sorted(methods.METHODS))
@@ -73,11 +72,10 @@ def test_the_methods(name: str) -> None:
         for batch in methods.data(1):
             parts = (part.float() if part.is_floating_point() else part for part in batch)
             losses.append(wrapper(SSLBatch(*(part.to(device) for part in parts))).loss)
-        return to_cpu(losses)
+        return losses
 
-    with computing_on("cpu"):
-        expected = run("cpu")
-    torch.testing.assert_close(run("cuda"), expected, rtol=1e-4, atol=1e-6)
+    expected, found = on_both(run)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 class Detached(torch.autograd.Function):

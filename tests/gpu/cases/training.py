@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ from gradconsist.optim import SAM
 from gradconsist.regularizers import GradientNormPenalty, JacobianPenalty
 from support import methods
 
-from .devices import computing_on, move, to_cpu
+from .devices import computing_on, move, on_both, to_cpu
 
 BATCHES = methods.data(4)
 VIEWS = (BATCHES[0].weak[:5], BATCHES[0].strong[:5], torch.arange(5) % 3)
@@ -28,13 +27,6 @@ VIEWS = (BATCHES[0].weak[:5], BATCHES[0].strong[:5], torch.arange(5) % 3)
 
 def network(device: str, *, dropout: float = 0.0) -> nn.Module:
     return methods.network(dropout=dropout).to(device)
-
-
-def on_both(call: Callable[[str], Any]) -> tuple[Any, Any]:
-    """What the call returns for the CPU and for CUDA, both on the CPU."""
-    with computing_on("cpu"):
-        expected = call("cpu")
-    return to_cpu(expected), to_cpu(call("cuda"))
 
 
 def same(found: Any, expected: Any, *, rtol: float = 1e-9, atol: float = 1e-11) -> None:
