@@ -10,6 +10,7 @@ import pytest
 import trainer.waiting
 from support.runs import MakeConfig
 from trainer.loader import StepDataset
+from trainer.step import Trainer
 from trainer.training import run
 from trainer.waiting import JUDGED_STEPS, WARMUP_STEPS, LoaderWatch
 
@@ -74,8 +75,10 @@ def test_a_slow_data_set_is_noticed_in_a_run(
 
     monkeypatch.setattr(StepDataset, "__getitem__", delayed)
     # The fast one waits for nothing: its step is made long instead, however busy the machine.
-    if not slow:
-        monkeypatch.setattr(trainer.waiting, "LIMIT", 0.9)
+    step = Trainer._gradient
+    monkeypatch.setattr(
+        Trainer, "_gradient", lambda self, *given: (time.sleep(0.3 * (not slow)), step(self, *given))[1]
+    )
     config = tiny(method="supervised", steps=8, eval_every=8, log_every=4, progress="lines")
     assert run(config) == 0
     assert capsys.readouterr().err.count("the data loader is the bottleneck: steps 3 to 6 waited") == slow
