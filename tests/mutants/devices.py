@@ -28,9 +28,8 @@ BUGS = [
         "the number of reads of a step does not grow with the model",
         ON,
         "_consistency/gradient_buffer.py",
-        "            if part is not None:\n                self._gradients[position] = part.detach()",
-        "            if part is not None and part.sum().item() is not None:\n"
-        "                self._gradients[position] = part.detach()",
+        "if part is None:",
+        "if part is None or part.sum().item() is None:",
     ),
     Bug(
         "a collective on a CPU tensor",

@@ -20,7 +20,7 @@ BUGS = [
     Bug(
         "attributes that a forward changes are not looked at",
         "a model with a memory takes other steps when it has other forwards",
-        f"{REFUSED}[a counter]",
+        f"{REFUSED}[counter]",
         SHARING, "remembers = memory.changed(kept)", "remembers = False",
     ),
     Bug(
