@@ -351,7 +351,7 @@ def test_predict_and_evaluate_read_a_run_and_its_checkpoints(
         ("torch", ["--epochs", "3"], 2, "error: --epochs is no option; this trainer counts steps"),
         ("torch", ["--labelz", "3"], 2, "error: --labelz is no option; did you mean --labels?"),
         ("torch", ["--steps", "many"], 2, "error: .*--steps"),
-        ("tyro", [], 2, "error: tyro is not installed: .*pip install '.[examples]'"),
+        ("tyro", [], 2, "error: tyro is not installed.*pip install '.[examples]'"),
     ],
 )
 def test_help_and_mistakes_need_no_torch_and_what_is_absent_is_named(

@@ -57,7 +57,9 @@ BUGS = [
         "a word's place in a tied table is another's",
         "W[id_t] adds d_t to row id_t",
         "engines/test_ghost_rules.py::test_several_products_with_one_weight_are_one_with_more_positions",
-        "engines/ghost/rules.py", "F.one_hot(ids.long(), self.shape[0])", "F.one_hot(ids.long().flip(1), self.shape[0])",
+        "engines/ghost/rules.py",
+        "F.one_hot(ids.long(), self.shape[0])",
+        "F.one_hot(ids.long().flip(1), self.shape[0])",
     ),
     Bug(
         "any layer that is used again counts once",
