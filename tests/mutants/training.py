@@ -176,7 +176,7 @@ BUGS = [
     Bug(
         "FixMatch's ramp starts anew after a resume",
         "a resumed run continues bitwise",
-        PSEUDO_CODE,
+        "methods/test_methods.py",
         METHOD, "self.step = step", "self.step = 0",
     ),
 ]  # fmt: skip

@@ -36,7 +36,8 @@ def layers(draw: Any, *, plain: bool = False) -> tuple[tuple[int, ...], tuple[in
     dims = draw(st.integers(1, 2 if plain else 3))
     small = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(dims))  # noqa: E731
     kernel, dilation = small(1, 3), small(1, 2)
-    stride, padding = small(1, 3), small(0, 3)
+    unit = plain and draw(st.booleans())  # half of them in the form that needs it
+    stride, padding = (1,) * dims if unit else small(1, 3), small(0, 3)
     groups = 1 if plain and max(stride) > 1 else draw(st.integers(1, 2))
     transposed = not plain and draw(st.booleans())
     reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]

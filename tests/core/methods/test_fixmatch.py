@@ -67,6 +67,7 @@ def test_joint_against_the_pseudo_code(threshold: float, brier: float) -> None:
         out = method(batch)
         assert isinstance(out, StepOutput)
         assert float(out.loss.detach()) == pytest.approx(supervised + unsupervised, abs=1e-10)
+        assert (out.pair.weak is batch.weak, out.pair.strong is batch.strong) == (True, True)
         assert out.pair.target.tolist() == labels
         assert out.pair.target.dtype == torch.int64
         assert out.pair.weight.tolist() == mask
