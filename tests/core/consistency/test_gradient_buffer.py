@@ -12,6 +12,12 @@ from torch import Tensor, nn
 from gradconsist import GradientConsistencyLoss
 from support import compare
 from support.oracle import judge
+from support.whole_models import WHOLE_CASES, installed, needs
+
+WHOLE = [
+    name for name in ("torchvision/vit", "timm/vit_gap_qknorm", "language_model")
+    if not (needs(name) and installed(needs(name)))
+]  # fmt: skip
 
 
 class Shared(nn.Module):
@@ -48,3 +54,18 @@ def test_chunks_add_up(kind: str, engine: str, stop: Any) -> None:
     loss = gc(weak, strong, target)
     verdict = judge(model, weak, strong, target, compared=lambda name: name.startswith("encoder"), stop_gradient=stop)
     compare.assert_agrees(gc.last, loss, compare.gradient_of(loss, model), verdict, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_models_get_the_gradient_of_the_graph(name: str) -> None:
+    """The later half of the parameters is compared, a sample at a time, and one view is constant."""
+    problem = WHOLE_CASES[name].problem(pairs=3)
+    names = [each for each, p in problem.model.named_parameters() if p.requires_grad]
+    found = []
+    for fused in (True, False):
+        gc = GradientConsistencyLoss(
+            problem.model, encoder=lambda each: each in names[len(names) // 2 :], engine="loop", stop_gradient="weak",
+            chunk_size=1, fused=fused,
+        )  # fmt: skip
+        found.append(compare.gradient_of(gc(*problem.views), problem.model))
+    assert compare.relative(*found) <= 1e-10
