@@ -19,7 +19,7 @@ _STATISTICS = {
 def evidence() -> str:
     """The page: exactness, cost, and what training runs showed."""
     exact, cost, memory = result_of("matrix"), result_of("step_cost"), result_of("memory")
-    monitoring, host = result_of("measure_peers"), result_of("host_work")
+    monitoring, host, small = (result_of(name) for name in ("measure_peers", "host_work", "step_cost_host"))
     models, scaling = result_of("step_cost_models"), result_of("scaling")
     network = scaling["rows"][0]["model"].rpartition("-")[0]
     methods, averaged = result_of("methods"), result_of("averaged_statistics")
@@ -73,7 +73,8 @@ with one chunk; the first call, which tries the model, has more.
 
 {host_table(host)}
 
-Made by `{command(host)}`.
+By the clock, with images of {side(small)}, on which kernels take hardly any time: {times(small)}.
+Made by `{command(host)}` and `{command(small)}`.
 
 ### Peak memory
 
@@ -145,6 +146,17 @@ def other_models(result: dict[str, Any]) -> str:
         for model in dict.fromkeys(model for model, _ in ratio)
     ]
     return table(rows, {"model": "model", **{name: name for name in variants}})
+
+
+def side(result: dict[str, Any]) -> str:
+    """The images' size."""
+    return "x".join([str(result["setting"]["image_size"])] * 2)
+
+
+def times(result: dict[str, Any]) -> str:
+    """By how much a step with the term takes longer, for each model."""
+    rows = [row for row in result["rows"] if row["variant"] == "default"]
+    return ", ".join(f"{row['model']} {row['ratio_median']:.1f}x" for row in rows)
 
 
 def host_table(result: dict[str, Any]) -> str:
