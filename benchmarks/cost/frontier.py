@@ -231,7 +231,7 @@ def add_peaks(rows: list[Row], model_name: str, options: Any) -> None:
 
 @dataclass
 class Gradients:
-    """An engine that keeps every sample's gradients and compares them as they are."""
+    """An engine that keeps the gradients of every sample of the last call, and compares them as they are."""
 
     weak: list[list[Tensor]] = field(default_factory=list)
     strong: list[list[Tensor]] = field(default_factory=list)
@@ -239,6 +239,7 @@ class Gradients:
     def products(self, problem: Problem) -> GradProducts:
         """See `gradconsist.engines.Engine`."""
         parameters = list(problem.parameters.values())
+        self.weak, self.strong = [], []  # the first call is the trial of one pair
         for kept, view in ((self.weak, problem.weak), (self.strong, problem.strong)):
             for i in range(len(problem.target)):
                 with torch.enable_grad():

@@ -122,7 +122,7 @@ def _steps(images: Images, base: Config, to_model: ToModel) -> dict[str, Callabl
         config = resolve(dataclasses.replace(base, **changes))  # type: ignore[arg-type]
         batch = StepDataset(images, draw_split(images, config.labels, config.seed), config)[0]
         trainer = Trainer.fresh(config, len(images.classes), to_model, len(images.train_y))
-        calls[name] = lambda trainer=trainer, batch=batch: trainer.train_step(batch)  # type: ignore[misc]
+        calls[name] = lambda trainer=trainer, batch=batch: trainer.train_step(lambda: batch)  # type: ignore[misc]
     return calls
 
 
