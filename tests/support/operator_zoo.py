@@ -128,7 +128,8 @@ class Products(nn.Module):
         h = torch.tanh(F.linear(h, self.square, self.level) + torch.matmul(h, self.square))
         h = torch.tanh(torch.addmm(self.shift, h.flatten(0, 1), self.wide)).view(*h.shape[:2], -1)
         h = torch.tanh(torch.addmm(self.base, h.mean(1), self.back))
-        return torch.mm(torch.tanh(torch.mm(h, mat2=self.named)), self.head)
+        h = torch.tanh(torch.mm(h, mat2=self.named)) + torch.matmul(input=h, other=self.named)
+        return torch.mm(torch.tanh(h), self.head)
 
 
 class Force(nn.Module):

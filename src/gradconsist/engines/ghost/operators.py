@@ -57,14 +57,14 @@ class Operators(Record):
         return self._multiply(input, name, w, LinearWeight(), bias)
 
     def _matmul(self, function: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
-        name, w = self._own(args[-1])
-        if w is None or w.dim() != 2 or len(args) != 2 or options:
+        name, w = (None, None) if len(args) != 2 or options else self._own(args[1])
+        if w is None or w.dim() != 2:
             return function(*args, **options)
         return self._multiply(args[0], name, w, LinearWeight(transposed=True))
 
     def _addmm(self, function: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
-        name, w = self._own(args[-1])
-        if w is None or len(args) != 3 or args[0].dim() != 1 or options:
+        name, w = (None, None) if len(args) != 3 or options else self._own(args[2])
+        if w is None or args[0].dim() != 1:
             return function(*args, **options)
         return self._multiply(args[1], name, w, LinearWeight(transposed=True), args[0])
 
