@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import statistics
 import sys
+import textwrap
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +18,28 @@ OURS, THEIRS, PLAIN = "#1b6ca8", "#c8803c", "#8a8a8a"
 
 
 def verdict(plt: Any) -> Any:
-    """Paired differences to FixMatch with their intervals, a line per row of the verdict's table."""
-    shown = [row for row in verdict_rows(grids(), digits()) if row.gap]
-    figure, ax = plt.subplots(figsize=(7.5, 0.36 * len(shown) + 1.1), layout="constrained")
+    """Paired differences to FixMatch with their intervals, a line per row of the verdict's table, below its heading."""
+    rows = [row for row in verdict_rows(grids(), digits()) if row.gap]
+    shown: list[Any] = []
+    for _, group in groupby(rows, lambda row: row.of):
+        shown += [None, *group]
+    figure, ax = plt.subplots(figsize=(8, 0.34 * len(shown) + 1.1), layout="constrained")
+    labels = []
     for y, row in enumerate(shown):
+        if row is None:
+            labels.append(shown[y + 1].of)
+            continue
+        labels.append(textwrap.fill(f"{row.name} ({row.gap.n})", 44))
         tint = OURS if row.term else PLAIN
         ax.plot(row.each, [y] * len(row.each), ".", color=tint, alpha=0.3, markersize=4)
         ax.plot(row.gap.mean, y, "o", color=tint, markersize=6)
         ax.plot([row.gap.low, row.gap.high], [y, y], "-", color=tint, linewidth=1.5)
     ax.axvline(0, color="#333333", linewidth=0.8)
-    labels = [f"{row.of}: {row.name} ({row.gap.n})" for row in shown]
     ax.set_yticks(range(len(shown)), labels, fontsize=8)
+    for label, row in zip(ax.get_yticklabels(), shown, strict=True):
+        label.set_fontweight("bold" if row is None else "normal")
     ax.set_ylim(len(shown) - 0.4, -0.6)
-    ax.set_xlabel("points over FixMatch, paired by seed (number of seeds); line: 95 % interval", fontsize=8)
+    ax.set_xlabel("points over FixMatch, paired by seed (seeds); line: 95 % interval", fontsize=8)
     _plain(ax)
     return figure
 
