@@ -288,7 +288,8 @@ class Switched(nn.Module):
         self.rates = off
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(x, 0.5, self.training) if self.rates else x
+        on = self.rates["on"] if isinstance(self.rates, dict) else self.rates
+        return F.dropout(x, 0.5, self.training) if on else x
 
 
 class Silent:
@@ -357,7 +358,9 @@ def test_what_would_change_the_step_is_not_shared(name: str) -> None:
         run(model, method, batches, share=True, **{**options, "warmup_steps": 100})
 
 
-@pytest.mark.parametrize(("off", "on"), [(False, True), ([], [0.5]), ({}, {"hidden": 0.5}), (0, 1)])
+@pytest.mark.parametrize(
+    ("off", "on"), [(False, True), ([], [0.5]), ({"on": 0, "kind": nn.Dropout}, {"on": 1, "kind": nn.Dropout}), (0, 1)]
+)
 def test_a_switch_that_is_turned_later_is_noticed(off: Any, on: Any) -> None:
     model = build(layer(lambda: Switched(off)))
     wrapper = GGCRWrapper(FixMatch(model, threshold=0.4), GradientConsistencyLoss(model), warmup_steps=0)

@@ -1,8 +1,8 @@
 """Decides whether the unlabeled loss of a method may come out of the term's own pass.
 
-The strong views' per-sample losses are there anyway. A method whose unlabeled loss is a weighted mean of them need
-not run the strong views itself. The step is the same to rounding if the model computes in the
-comparison what it computes in the method: this is tried, not assumed.
+The comparison computes the strong views' per-sample losses anyway. A method whose unlabeled loss is a weighted mean of
+them need not run the strong views itself. The step is the same to rounding if the model computes in the comparison what
+it computes in the method: this is tried, not assumed.
 """
 
 from __future__ import annotations

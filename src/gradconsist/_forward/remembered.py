@@ -50,8 +50,8 @@ class Memory:
         return content
 
     def plain(self) -> list[tuple[tuple[int, str], Any]]:
-        """Returns the present numbers, strings, flags, and containers of them."""
-        return [(place, value) for place, value in self.read().items() if _is_plain(value)]
+        """Returns the present numbers, strings and flags, also in containers; of everything else, its type."""
+        return [(place, _plain(value)) for place, value in self.read().items()]
 
     def changed(self, before: Content) -> bool:
         """Tells whether something else is there than in `before`."""
@@ -100,12 +100,12 @@ def nothing_kept(module: nn.Module) -> Iterator[None]:
                 del registry[name]
 
 
-def _is_plain(value: Any) -> bool:
+def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        value = [*value, *value.values()]
+        return [(_plain(key), _plain(each)) for key, each in value.items()]
     if isinstance(value, list | tuple | set | deque):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float | str)
+        return [_plain(each) for each in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else type(value)
 
 
 def _holds_tensors(value: Any) -> bool:
