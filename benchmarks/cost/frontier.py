@@ -231,7 +231,7 @@ def add_peaks(rows: list[Row], model_name: str, options: Any) -> None:
 
 @dataclass
 class Gradients:
-    """An engine that keeps the gradients of every sample of the last call, and compares them as they are."""
+    """An engine that keeps the gradients of every sample of the last call, and compares them without projection."""
 
     weak: list[list[Tensor]] = field(default_factory=list)
     strong: list[list[Tensor]] = field(default_factory=list)

@@ -99,7 +99,7 @@ them.
 Variants of one layer are counted: {_counted(right)}.
 
 {_directional()}
-{_gradcheck()}"""
+"""
 
 
 def _counted(names: list[str]) -> str:
@@ -150,19 +150,6 @@ def _directional() -> str:
 The gradient of L_g along random directions against differences of the oracle's value, on {len(rows)} models: off by
 {worst:.0e} at most (bound {result["bound"]:.0e}). {len(result["kinked"])} of them have kinks; directions that cross one
 are left out.
-
-Made by `{command(result)}` with torch {result["environment"]["torch"]}.
-"""
-
-
-def _gradcheck() -> str:
-    path = RESULTS / "gradcheck.json"
-    if not path.exists():
-        return ""
-    result = json.loads(path.read_text(encoding="utf-8"))
-    passed = sum(what == "passed" for what in result["gradcheck"].values())
-    return f"""
-gradcheck of L_g entry by entry (eps 1e-6, atol 1e-7, rtol 1e-5): {passed} of {len(result["gradcheck"])} passed.
 
 Made by `{command(result)}` with torch {result["environment"]["torch"]}.
 """

@@ -84,7 +84,7 @@ def collectives(rank: int, world: int) -> list[Any]:
 
 
 def train_killed(config: Config) -> None:
-    """Torchrun's rank 1 is killed before its fourth step, unless all were started anew."""
+    """Rank 1 is killed before its fourth step; after torchrun has restarted all ranks, they train to the end."""
     torch.set_num_threads(1)
     step = Trainer.train_step
 
