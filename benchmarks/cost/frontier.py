@@ -261,7 +261,7 @@ def rank_rows(model: Any, model_name: str, options: Any) -> list[Row]:
     loss = GradientConsistencyLoss(model, encoder=model.encoder, engine=kept, chunk_size=None)
     cosines = loss.measure(batch.weak, batch.strong, target, weight).cosine[: options.samples]
     views = [[torch.cat(parts) for parts in zip(*view, strict=True)] for view in (kept.weak, kept.strong)]
-    squared = sum(g.flatten(1).square().sum(1) for g in views[0])
+    squared = torch.stack([g.flatten(1).square().sum(1) for g in views[0]]).sum(0)
     rows = []
     for dim in (4, 8, 16, 32):
         projectors = [RandomProjection(dim, seed=1000 * dim + i).projector() for i in range(options.draws)]
@@ -269,16 +269,17 @@ def rank_rows(model: Any, model_name: str, options: Any) -> list[Row]:
         for projector in projectors:
             weak, strong = (projector.sketches(view) for view in views)
             ww, ss, ws = (
-                sum((a * b).flatten(1).sum(1) for a, b in zip(x, y, strict=True))
+                torch.stack([(a * b).flatten(1).sum(1) for a, b in zip(x, y, strict=True)]).sum(0)
                 for x, y in ((weak, weak), (strong, strong), (weak, strong))
             )
             norm_errors.append(ww / squared - 1)
             cosine_errors.append(ws / (ww * ss).sqrt() - cosines)
         off = torch.stack(cosine_errors)
-        bound = sum(_variance(g, dim) for g in views[0] if projectors[0].shrinks(g.shape[1:])) / squared.square()
+        shrunk = [_variance(g, dim) for g in views[0] if projectors[0].shrinks(g.shape[1:])]
+        bound = torch.stack(shrunk).sum(0) / squared.square() if shrunk else torch.zeros([])
         rows.append({
             "model": model_name, "dim": dim, "reason": None, "norm_error": _rms(torch.stack(norm_errors)),
-            "norm_bound": float(torch.as_tensor(bound).mean().sqrt()), "cosine_error": _rms(off),
+            "norm_bound": float(bound.mean().sqrt()), "cosine_error": _rms(off),
             "cosine_bias": float(off.mean()),
         })  # fmt: skip
     return rows

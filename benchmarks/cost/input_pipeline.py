@@ -25,7 +25,7 @@ from trainer.config import Config, preset_config, resolve
 from trainer.datasets import Images
 from trainer.folder import load_folder
 from trainer.loader import StepDataset, ToModel
-from trainer.split import draw_split
+from trainer.split import choose_labeled
 from trainer.step import Trainer
 from trainer.streams import Stream, uniform
 
@@ -46,7 +46,7 @@ def main() -> None:
     read: list[Any] = []
     seconds = timed(lambda: read.append(load_folder(options.data_dir, None)), clock, "cpu")
     classes, train, test = read[0]
-    images = Images("folder", classes, *train, *test, flip=True)
+    images = Images("folder", classes, train[0], train[1], test[0], test[1], flip=True)
     decoded = len(train[1]) + len(test[1])
     rows: list[Row] = [_row("decode (once a run)", decoded, {"seconds_median": seconds})]
 
@@ -81,9 +81,9 @@ def _row(stage: str, images: int, times: dict[str, Any]) -> Row:
 def _stages(images: Images, base: Config, to_model: ToModel) -> tuple[dict[str, Callable[[], object]], dict[str, int]]:
     """What happens in every step, each stage alone and then all together; and how many images each makes."""
     config = resolve(base)
-    split = draw_split(images, config.labels, config.seed)
+    split = choose_labeled(images, config)
     loaders = {
-        strong: StepDataset(images, split, dataclasses.replace(config, strong=strong))  # type: ignore[arg-type]
+        strong: StepDataset(images, split, dataclasses.replace(config, strong=strong))
         for strong in ("randaugment", "fixmatch")
     }
     few, many = config.batch_size, loaders["fixmatch"].unlabeled_batch
@@ -119,8 +119,8 @@ def _steps(images: Images, base: Config, to_model: ToModel) -> dict[str, Callabl
         ("training step", {"ggcr_weight": 0.0}),
         ("training step with the term", {"ggcr_warmup": 0, "ggcr_gate": "all"}),
     ):
-        config = resolve(dataclasses.replace(base, **changes))  # type: ignore[arg-type]
-        batch = StepDataset(images, draw_split(images, config.labels, config.seed), config)[0]
+        config = resolve(dataclasses.replace(base, **changes))
+        batch = StepDataset(images, choose_labeled(images, config), config)[0]
         trainer = Trainer.fresh(config, len(images.classes), to_model, len(images.train_y))
         calls[name] = lambda trainer=trainer, batch=batch: trainer.train_step(lambda: batch)  # type: ignore[misc]
     return calls

@@ -20,6 +20,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +208,7 @@ def _second_derivative(conv: Conv, x: Tensor, d: Tensor, options: Any) -> list[R
     calls = {"chain, closed Convolution": ours, "chain, F.conv2d": torchs}
     inputs = leaf((x, w, d, v), torch.float32)
     timing = alternate(
-        {name: (lambda call=call: call(*inputs)) for name, call in calls.items()},
+        {name: partial(call, *inputs) for name, call in calls.items()},
         options.rounds, clock=options.clock, device=options.device,
     )  # fmt: skip
     right = _flat(torchs(*leaf((x, w, d, v), torch.float64)))

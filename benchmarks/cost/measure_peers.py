@@ -18,6 +18,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ def main() -> None:
         for pairs in options.pairs:
             torch.manual_seed(0)
             model = spec(model_name).build().to(options.device)
-            batch = make_batch(model_name, 1, pairs, device=options.device)
+            batch: Any = make_batch(model_name, 1, pairs, device=options.device)
             with torch.no_grad():
                 target = model(batch.weak).argmax(1)
             views = batch.weak, batch.strong, target

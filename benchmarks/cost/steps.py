@@ -203,7 +203,7 @@ class Step:
         return loss, cosine
 
 
-def reference_for(model: nn.Module, batch: SSLBatch, count: int) -> Reference:
+def reference_for(model: nn.Module, batch: Any, count: int) -> Reference:
     """The oracle on the first `count` pairs of a batch, with FixMatch's pseudo-labels."""
     with torch.no_grad():
         target = model(batch.weak).argmax(1)

@@ -80,7 +80,7 @@ class Choices(TorchFunctionMode):
             return torch.where(positive, x, (0.0 if func is F.relu else slope) * x)
         if func is torch.max_pool2d:
             kwargs = {name: value for name, value in kwargs.items() if name != "return_indices"}
-            where = self._choice(lambda: torch.max_pool2d_with_indices(*args, **kwargs)[1])
+            where = self._choice(lambda: torch.max_pool2d_with_indices(*args, **kwargs)[1])  # type: ignore[attr-defined]
             return args[0].flatten(2).gather(2, where.flatten(2)).view_as(where)
         return func(*args, **kwargs)
 
@@ -108,7 +108,7 @@ class Held(nn.Module):
 class Task:
     """A network and pairs of images."""
 
-    model: nn.Module
+    model: Any
     weak: Tensor
     strong: Tensor
     target: Tensor
@@ -187,6 +187,7 @@ def one_seed(name: str, seed: int) -> dict[str, float]:
         for name, engine in (("library", "auto"), ("loop", "loop")):
             gc = GradientConsistencyLoss(model, encoder=given.model.encoder, engine=engine)
             gc(*views).backward()
+            assert gc.last is not None
             found[f"{name}{suffix}_cosine"] = cosine_error(gc.last.cosine, exact.cosine)
             found[f"{name}{suffix}_gradient"] = relative(flat_gradient(model), exact.flat)
             model.zero_grad()

@@ -35,7 +35,7 @@ from trainer.evaluation import Evaluated, evaluate
 from trainer.loader import StepDataset, StepImages, ToModel
 from trainer.methods import METHODS, build_method
 from trainer.schedule import build_optimizer, set_learning_rate
-from trainer.split import draw_split
+from trainer.split import choose_labeled
 
 COLUMNS = {"variant": "<26", "mean": "8.4f", "spread": "8.4f", "milliseconds": "8.1f", "ratio": "6.2f"}
 
@@ -70,14 +70,16 @@ def config_of(method: str, seed: int, steps: int, weight: float) -> Config:
 
 @functools.cache
 def images() -> Images:
-    return load_images(config_of("supervised", 0, 100, 0.0))
+    found = load_images(config_of("supervised", 0, 100, 0.0))
+    assert isinstance(found, Images)
+    return found
 
 
 @functools.cache
 def batches(strong: str, seed: int, steps: int) -> list[StepImages]:
     """A run's batches: they depend on the seed and the strong view only, so methods share them."""
     config = dataclasses.replace(config_of("fixmatch", seed, steps, 0.0), strong=strong)  # type: ignore[arg-type]
-    dataset = StepDataset(images(), draw_split(images(), config.labels, seed), config)
+    dataset = StepDataset(images(), choose_labeled(images(), config), config)
     return [dataset[step] for step in range(steps)]
 
 
@@ -100,12 +102,12 @@ def trained(config: Config) -> tuple[nn.Module, AveragedModel, ToModel, float]:
     torch.manual_seed(config.seed)
     model = SmallNet(len(data.classes))
     method = build_method(model, config, len(data.train_y)).train()
-    optimizer = build_optimizer(model, lr=config.lr, weight_decay=float(config.weight_decay or 0.0))
+    optimizer = build_optimizer(model, lr=float(config.lr or 0), weight_decay=float(config.weight_decay or 0.0))
     average = AveragedModel(model, config.ema, warmup=bool(config.ema_warmup))
     seconds = 0.0
     for step, batch in enumerate(batches(str(config.strong), config.seed, config.steps)):
         inputs = to_model.batch(batch)
-        set_learning_rate(optimizer, config.lr, step, config.steps)
+        set_learning_rate(optimizer, float(config.lr or 0), step, config.steps)
         start = time.process_time()
         optimizer.zero_grad()
         method(inputs).loss.backward()

@@ -23,7 +23,7 @@ from environment import write_result
 
 from trainer.checkpoint import load_latest
 from trainer.config import Config
-from trainer.datasets import Images, load_images
+from trainer.datasets import DataSet, Images, load_images
 from trainer.evaluation import Evaluated, evaluate, with_fresh_statistics
 from trainer.loader import ToModel
 from trainer.models import build_model
@@ -36,11 +36,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    images: Images | None = None
+    images: DataSet | None = None
     for folder in options.runs:
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config = Config(**stored["options"])
         images = images or load_images(config)
+        assert isinstance(images, Images)
         state = load_latest(folder / "checkpoints")
         if state is None:
             raise SystemExit(f"{folder} has no checkpoint")

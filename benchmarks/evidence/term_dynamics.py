@@ -38,7 +38,7 @@ from trainer.datasets import Images, load_images
 from trainer.grid import BUDGETS, VARIANTS, Cell, build_grid
 from trainer.loader import StepDataset, StepImages, ToModel
 from trainer.methods import build_method
-from trainer.split import draw_split
+from trainer.split import choose_labeled
 from trainer.step import Trainer
 
 COLUMNS = {
@@ -100,7 +100,7 @@ def look(trainer: Trainer, images: StepImages) -> Row:
     }  # fmt: skip
     with torch.no_grad():
         for parameter, direction in zip(parameters, gradient, strict=True):
-            parameter -= TINY_STEP * direction / max(_norm(gradient), 1e-12)
+            parameter.sub_(TINY_STEP * direction / max(_norm(gradient), 1e-12))
     after, _, _ = _term(term, parameters, pair, gate)
     found["step_gain"] = (before - after) / (TINY_STEP * _norm(gradient)) if _norm(gradient) else float("nan")
     return found
@@ -143,7 +143,7 @@ def follow(cell: Cell, images: Images, looks: int) -> list[Row]:
     config = cell.config
     to_model = ToModel(*images.channel_statistics(), torch.device("cpu"), channels_last=config.channels_last)
     trainer = Trainer.fresh(config, len(images.classes), to_model, len(images.train_y), None)
-    dataset = StepDataset(images, draw_split(images, config.labels, config.seed), config)
+    dataset = StepDataset(images, choose_labeled(images, config), config)
     rows = []
     for step in range(config.steps):
         batch = dataset[step]
@@ -184,6 +184,7 @@ def main() -> None:
     grid = build_grid(Path("unused"), options.budget, list(CLAIMS), options.seeds, options.trainer)
     cells = [cell for cell in grid.cells if cell.variant in options.variants and cell.column == grid.cells[0].column]
     images = load_images(cells[0].config)
+    assert isinstance(images, Images)
     setting = {name: getattr(options, name) for name in ("budget", "variants", "seeds", "looks", "trainer", "quick")}
     rows: list[Row] = []
     heading(COLUMNS)

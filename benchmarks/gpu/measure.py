@@ -82,6 +82,7 @@ def part_reads(small: bool) -> list[Row]:
 def _answer(model: nn.Module, views: Iterable[Tensor], loss_fn: Any) -> tuple[Tensor, Tensor]:
     loss = GradientConsistencyLoss(model, loss_fn=loss_fn)
     gradient = compare.gradient_of(loss(*views), model).cpu()
+    assert loss.last is not None
     return loss.last.cosine.double().cpu(), gradient
 
 
@@ -170,7 +171,8 @@ def part_memory(small: bool) -> list[Row]:
     shape = ("wrn-10-1", 2, 8, 16) if small else ("wrn-28-2", 64, 448, None)
     total = torch.cuda.get_device_properties(0).total_memory
     rows = []
-    step = Step(*shape, 0.1)
+    name, labeled, pairs, side = shape
+    step = Step(name, labeled, pairs, side, 0.1)
     views = (step.batch.weak, step.batch.strong, torch.zeros(len(step.batch.weak), dtype=torch.long, device=DEVICE))
     base = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -273,7 +275,8 @@ def main() -> int:
         parser.error("there is no CUDA device: `--rehearse` takes the simulated one")
     results = ROOT / ("build/benchmarks" if options.rehearse else "benchmarks/results")
     output = options.output or results / "gpu.json"
-    begun, found, failed = time.monotonic(), {}, []
+    begun, failed = time.monotonic(), []
+    found: dict[str, dict[str, Any]] = {}
     for name in options.only:
         start = time.monotonic()
         left = 60 * options.minutes - (start - begun)

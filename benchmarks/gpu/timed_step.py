@@ -43,13 +43,13 @@ class Step:
         strong = weak + 0.3 * torch.randn_like(weak)
         self.batch = SSLBatch(torch.randn(labeled, *shape, device=DEVICE), labels, weak, strong)
         self.loss = GradientConsistencyLoss(self.model, encoder=lambda name: not name.startswith("head"), **options)
-        method = FixMatch(self.model, threshold=0.0)
-        self.wrapper = GGCRWrapper(method, self.loss, weight=weight, warmup_steps=0, gate="method")
+        self.method = FixMatch(self.model, threshold=0.0)
+        self.wrapper = GGCRWrapper(self.method, self.loss, weight=weight, warmup_steps=0, gate="method")
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
 
     def __call__(self, dtype: torch.dtype | None = None, threshold: float = 0.0) -> None:
         """Runs the step; `threshold` decides how many pairs are compared."""
-        self.wrapper.method.threshold = threshold
+        self.method.threshold = threshold
         with torch.autocast("cuda", dtype=dtype) if dtype else nullcontext():
             loss = self.wrapper(self.batch).loss
         self.optimizer.zero_grad()
@@ -76,7 +76,7 @@ def timed(step: Callable[[int], None], rounds: int) -> Row:
             step(number)
         torch.cuda.synchronize()
     wall = 1e6 * (time.perf_counter() - start)
-    on_device = [event for event in trace.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    on_device = [event for event in trace.events() if event.device_type.name == "CUDA"]
     busy = sum(event.time_range.elapsed_us() for event in on_device)
     low, high = min(times), max(times)
     return {

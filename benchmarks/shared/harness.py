@@ -157,11 +157,11 @@ class Reference:
         if key not in self._verdicts:
             assert self.labeled is not None or observed is None
             strong = None if observed is None else torch.cat([self.labeled, self.strong]).cpu()  # type: ignore[list-item]
-            seen = {None: [self.weak, self.strong], "joint": [self.weak, strong], "split": [self.weak]}[observed]
+            ours: dict[Any, Any] = {None: [self.weak, self.strong], "joint": [self.weak, strong], "split": [self.weak]}
             few = (tensor[: self.count].cpu() for tensor in (self.weak, self.strong, self.target))
             judge = Judge(
                 copy.deepcopy(self.model).cpu(), *few, compared=self.compared, stop_gradient=stop_gradient,
-                observed=torch.cat([part.cpu() for part in seen]),
+                observed=torch.cat([part.cpu() for part in ours[observed]]),
                 observed_strong=strong if observed == "split" else None,
             )  # fmt: skip
             self._verdicts[key] = judge.verdict()
