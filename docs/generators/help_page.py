@@ -171,8 +171,8 @@ images. A gain that needs length, size or resolution would not be seen.
 ## Protocol
 
 - **Paired**: seed k has the same labeled split, initial weights, order of images and augmentation in every row.
-- **Small**, for CPUs. Images are photographs of CIFAR-10 (JPEG copy) at 16x16, four classes with 40 labels;
-  the network is a `wrn-10-1`; a run has a thousand steps of 8 + 24 images. Accuracies are far below the paper's; only
+- **Small**, for CPUs. Images are photographs of CIFAR-10 (JPEG copy) at 16x16, four classes (airplane, automobile,
+  bird, cat) with 40 labels; the network is a `wrn-10-1`; a run has a thousand steps of 8 + 24 images. Accuracies are far below the paper's; only
   differences between rows count.
 - **Chosen without the term**: classes, labels and threshold were chosen on held-out training images, by whether
   FixMatch beats the labels alone. Test images decided nothing.
@@ -180,7 +180,7 @@ images. A gain that needs length, size or resolution would not be seen.
 {digits_protocol(searches)}- **All of it**: {hours:.1f} hours of training on one core of a CPU, {runs} runs,
   every one in [the appendix](appendix/runs.md).
 
-To repeat it, with the images in `cifar10-jpeg-4`:
+To repeat it, with the four classes in `cifar10-jpeg-4/train/CLASS` and `cifar10-jpeg-4/test/CLASS`:
 
 ```bash
 {GRIDS["help_four"][1]}

@@ -96,7 +96,8 @@ BUDGETS = {
         {CIFAR10: {"labels": 40}}, (0.07, 0.11), one_thread=True,
     ),
     "photos": Budget(
-        "photographs in a folder (cifar10-jpeg-4/) at 16x16, 1,000 steps of a tiny network: hours on a CPU", 5,
+        "four classes of CIFAR-10 (airplane, automobile, bird, cat) as photographs in cifar10-jpeg-4/, at 16x16,"
+        " 1,000 steps of a tiny network: hours on a CPU", 5,
         {
             "preset": "paper", "dataset": "folder", "data_dir": "cifar10-jpeg-4", "image_size": 16, "arch": "wrn-10-1",
             "steps": 1000, "batch_size": 8, "unlabeled_ratio": 3, "unlabeled_ramp": 0, "strong": "fixmatch",

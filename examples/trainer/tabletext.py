@@ -130,4 +130,4 @@ def difference_text(numbers: dict[str, Any] | None, *, digits: int = 1) -> str:
 
 
 def _signed(value: float | None, *, digits: int = 1) -> str:
-    return "-" if value is None else f"{value:+.{digits}f}"
+    return "-" if value is None else f"{round(value, digits) + 0.0:+.{digits}f}"  # 0.0 instead of -0.0

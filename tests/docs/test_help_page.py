@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from pages import program
 
+from trainer.tabletext import difference_text
+
 pytest.importorskip("scipy", reason="intervals need scipy (extra: examples)")
 
 
@@ -87,3 +89,8 @@ def test_a_search_enters_the_verdict(page: ModuleType, gain: float, said: str) -
     assert said in page.search_text(searches)
     assert "A search** over 1 settings on held-out digits, 5 seeds each" in page.search_text(searches)
     assert page.headline(rows).startswith("**1 of 1" if gain else "**No: none of the 1")
+
+
+def test_a_difference_that_rounds_to_zero_has_no_minus_sign():
+    numbers = {"mean": -0.04, "low": -0.06, "high": -0.01, "n": 5}
+    assert difference_text(numbers) == "+0.0 [-0.1, +0.0] (5)"
