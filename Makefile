@@ -19,7 +19,7 @@ CORE_TORCH := torch==2.13.0
 USB := semilearn==0.3.2 progress ruamel.yaml
 
 # Sums, derivatives and graphs of every module and operator, and what the library replaces or borrows in torch.
-BY_TORCH := exactness operators second_derivatives hazards ghost_hazards precision normalization isolation wrapper layout
+BY_TORCH := exactness conditions operators second_derivatives hazards ghost_hazards precision normalization isolation wrapper layout
 
 # One process a core; each takes from the other's list when its own is done.
 PYTEST := -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal --durations 25 --durations-min 4

@@ -19,7 +19,7 @@ from gradconsist.loss import GradientConsistencyLoss
 from gradconsist.types import ConsistencyRecord, SSLBatch, StepOutput, ViewPair
 from gradconsist.wrapper import GGCRWrapper
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ConsistencyRecord",

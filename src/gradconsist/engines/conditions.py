@@ -108,10 +108,12 @@ class Conditions:
         samples = self._samples(tensor)
         if samples is None:
             return function(tensor)
-        if function is Tensor.tolist or samples[0].numel() == 1:  # else the first sample gets torch's error
-            # By repr, in which nan equals nan and -0.0 differs from 0.0.
-            _agree([repr(each) for each in samples.detach().tolist()])
-        return function(samples[0].detach())
+        with torch._C._DisableFuncTorch():  # inside `torch.func.grad`, `detach` of torch 2.6 wraps the tensor again
+            samples = samples.detach()
+            if function is Tensor.tolist or samples[0].numel() == 1:  # else the first sample gets torch's error
+                # By repr, in which nan equals nan and -0.0 differs from 0.0.
+                _agree([repr(each) for each in samples.tolist()])
+            return function(samples[0])
 
     def _compare(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         found = self._one_by_one(function, args, kwargs)
