@@ -172,8 +172,8 @@ images. A gain that needs length, size or resolution would not be seen.
 
 - **Paired**: seed k has the same labeled split, initial weights, order of images and augmentation in every row.
 - **Small**, for CPUs. Images are photographs of CIFAR-10 (JPEG copy) at 16x16, four classes (airplane, automobile,
-  bird, cat) with 40 labels; the network is a `wrn-10-1`; a run has a thousand steps of 8 + 24 images. Accuracies are far below the paper's; only
-  differences between rows count.
+  bird, cat) with 40 labels; the network is a `wrn-10-1`; a run has a thousand steps of 8 + 24 images. Accuracies are
+  far below the paper's; only differences between rows count.
 - **Chosen without the term**: classes, labels and threshold were chosen on held-out training images, by whether
   FixMatch beats the labels alone. Test images decided nothing.
 - **The last step counts**: accuracy of the averaged model, with BatchNorm's running statistics averaged beside it.
