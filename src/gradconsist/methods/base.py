@@ -18,7 +18,7 @@ from gradconsist._inputs.precision import wide, wide_dtype
 from gradconsist._inputs.schedules import linear_ramp
 from gradconsist._refusals.loading import check_keys
 from gradconsist.errors import ConfigError, InputShapeError, LossContractError, StateError
-from gradconsist.methods.calls import check_call, step_failure
+from gradconsist.methods.checks import check_call, step_failure
 from gradconsist.types import Inputs, StepOutput, ViewPair
 
 LogitsFunction = Callable[[Any], Tensor]
@@ -46,7 +46,6 @@ class Method(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        *,
         unlabeled_weight: float,
         unlabeled_ramp_steps: int,
         logits_fn: LogitsFunction | None = None,
@@ -101,19 +100,7 @@ class Method(nn.Module):
         return self.unlabeled_weight * self.ramp()
 
     def _joint_logits(self, *batches: Inputs, model: nn.Module | None = None) -> list[Tensor]:
-        """Forwards several batches as one and returns the logits of each, in float32 or wider.
-
-        Args:
-            *batches: inputs of the same structure, [n_i, ...] each.
-            model: None means the method's own.
-
-        Returns:
-            [n_i, C] for each batch.
-
-        Raises:
-            InputShapeError: the batches cannot be joined.
-            LossContractError: the model's output holds no logits [B, C].
-        """
+        """Forwards batches [n_i, ...] as one, and returns the logits [n_i, C] of each, in float32 or wider."""
         if not all(concatenable(batches[0], other) for other in batches[1:]):
             shapes = " and ".join(str([tuple(leaf.shape) for leaf in leaves(batch)]) for batch in batches)
             raise InputShapeError(
@@ -204,8 +191,3 @@ class Method(nn.Module):
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
             raise StateError(f"`state_dict` holds {state!r:.80} for {type(self).__name__}: load the method's own.")
         self.step = step
-
-
-def sharpen(probabilities: Tensor, temperature: float) -> Tensor:
-    """Computes p^(1/T) / sum p^(1/T) per row, with logarithms, so that a small T does not underflow."""
-    return (probabilities.log() / temperature).softmax(1)

@@ -1,31 +1,53 @@
-"""Checks of a method's arguments: the parts of an `SSLBatch`, the sample positions and the number of classes."""
+"""Checks how a method is called and with what batch, and explains steps that fail inside torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gradconsist._inputs.batch import check_constants, check_inputs, is_constant, leaves, members, same_structure
-from gradconsist.errors import ConfigError, InputShapeError, InputTypeError, InputValueError
+from gradconsist._inputs.batch import (
+    check_constants,
+    check_inputs,
+    is_constant,
+    leaves,
+    members,
+    places,
+    same_structure,
+)
+from gradconsist._refusals.failures import innermost, model_failure
+from gradconsist.errors import (
+    ConfigError,
+    DeviceError,
+    GradConsistError,
+    InputShapeError,
+    InputTypeError,
+    InputValueError,
+)
 from gradconsist.types import Inputs, SSLBatch
+
+_PARTS = ("x", "y", "weak", "strong")
+
+
+def check_call(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Checks that a method of class `name` is called with one argument, ``batch``, and not with its parts."""
+    if (len(args) == 1 and not kwargs) or (not args and set(kwargs) == {"batch"}):
+        return
+    given = [f"{len(args)} positional argument{'s' if len(args) > 1 else ''}"] if args else []
+    given += [f"the keyword{'s' if len(kwargs) > 1 else ''} {', '.join(map(repr, kwargs))}"] if kwargs else []
+    raise InputTypeError(
+        f"{name} was called with {' and '.join(given) or 'nothing'}, but takes one batch: pass"
+        " SSLBatch(x, y, weak, strong)."
+    )
 
 
 def check_batch(batch: SSLBatch) -> None:
-    """Checks that a batch is an `SSLBatch` whose parts match row by row.
-
-    Args:
-        batch: the argument of a method.
-
-    Raises:
-        InputTypeError: `batch` is something else, or a part is not a tensor.
-        InputShapeError: parts differ in length where they must match, or there is no labeled or no unlabeled input.
-        InputValueError: parts hold different constants.
-    """
+    """Checks that a batch is an `SSLBatch` with labeled and unlabeled inputs, whose parts match row by row."""
     if not isinstance(batch, SSLBatch):
         raise InputTypeError(f"`batch` is a {type(batch).__name__}: pass SSLBatch(x, y, weak, strong).")
-    for name, part in zip(("x", "y", "weak", "strong"), batch[:4], strict=True):
+    for name, part in zip(_PARTS, batch[:4], strict=True):
         if not isinstance(part, Tensor if name == "y" else Tensor | Mapping | Sequence):
             remedy = "pass class indices [n]" if name == "y" else "pass a tensor, or a mapping or sequence with tensors"
             remedy += " (for NumPy arrays: torch.from_numpy)" if hasattr(part, "__array__") else ""
@@ -34,7 +56,7 @@ def check_batch(batch: SSLBatch) -> None:
                 " for the pair that gradient consistency compares."
             )
     _check_labels(batch.y)
-    x, y, weak, strong = (_rows(f"batch.{name}", getattr(batch, name)) for name in ("x", "y", "weak", "strong"))
+    x, y, weak, strong = (_rows(f"batch.{name}", getattr(batch, name)) for name in _PARTS)
     if x != y or weak != strong:
         raise InputShapeError(
             f"`batch` has {x} labeled inputs x, {y} labels y, {weak} weak and {strong} strong views: x and y, weak and"
@@ -79,20 +101,7 @@ def _rows(name: str, inputs: Inputs) -> int:
 
 
 def check_index(batch: SSLBatch, samples: int) -> Tensor:
-    """Checks and returns the batch's `index`, which a method that remembers N samples needs.
-
-    Args:
-        batch: a checked batch.
-        samples: N.
-
-    Returns:
-        Positions [m] in range(N), int64.
-
-    Raises:
-        InputTypeError: there is no index, or it does not hold integers.
-        InputShapeError: the index does not have one entry per unlabeled input.
-        InputValueError: an entry is outside range(N).
-    """
+    """Checks the `index` of a checked batch and returns it: positions [m] in range(samples), int64."""
     index = batch.index
     if not isinstance(index, Tensor) or index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
         found = str(index.dtype) if isinstance(index, Tensor) else type(index).__name__
@@ -114,14 +123,38 @@ def check_index(batch: SSLBatch, samples: int) -> Tensor:
 
 
 def check_classes(logits: Tensor, classes: int) -> None:
-    """Checks that the model returns as many classes as the method's state has.
-
-    Args:
-        logits: [B, C].
-        classes: the method's number of classes.
-
-    Raises:
-        ConfigError: the numbers differ.
-    """
+    """Checks that logits [B, C] have as many classes as the method's state."""
     if logits.shape[1] != classes:
         raise ConfigError(f"`classes` is {classes}, but the model gives {logits.shape[1]} logits: make them equal.")
+
+
+def step_failure(method: nn.Module, error: Exception, batch: Any) -> GradConsistError | None:
+    """Turns an error that torch raised in a method's step into one of this library's; None if it is to pass."""
+    if isinstance(error, GradConsistError) or not isinstance(batch, SSLBatch):
+        return None
+    said = str(error)
+    parts = {f"batch.{name}": getattr(batch, name) for name in _PARTS}
+    if isinstance(error, RuntimeError) and "device" in said:
+        devices = {
+            place: str(leaf.device)
+            for name, part in parts.items()
+            for place, leaf in places(name, tuple(part) if isinstance(part, list) else part)
+            if isinstance(leaf, Tensor)
+        }
+        models = sorted({str(parameter.device) for parameter in method.parameters()})
+        if len({*devices.values(), *models}) > 1:
+            found = ", ".join(f"`{name}` on {device}" for name, device in devices.items())
+            found += f", the model on {' and '.join(models)}"
+            return DeviceError(f"the step needs tensors on one device, but has {found}: move them with `.to(device)`.")
+    place = innermost(method, error)
+    if place is not None and place[0] != "":
+        del parts["batch.y"]
+        return model_failure(error, method, parts, root="")
+    if isinstance(batch.y, Tensor) and ("out of bounds" in said or "Class values must be" in said):
+        return InputValueError(
+            f"`batch.y` has classes from {int(batch.y.min())} to {int(batch.y.max())}, but the model has fewer logits"
+            f" ({said.rstrip('.')}): give class indices from 0 to the number of logits - 1."
+        )
+    if isinstance(batch.y, Tensor) and "one_hot is only applicable" in said:
+        return InputTypeError(f"`batch.y` is {batch.y.dtype}, but this method needs class indices [n] of torch.int64.")
+    return None

@@ -57,13 +57,7 @@ class FixMatch(WeakToStrong):
         joint: bool = True,
         logits_fn: LogitsFunction | None = None,
     ) -> None:
-        super().__init__(
-            model,
-            unlabeled_weight=unlabeled_weight,
-            unlabeled_ramp_steps=unlabeled_ramp_steps,
-            joint=joint,
-            logits_fn=logits_fn,
-        )
+        super().__init__(model, unlabeled_weight, unlabeled_ramp_steps, logits_fn, joint)
         check_number("threshold", threshold, least=0.0, most=1.0)
         check_number("brier_weight", brier_weight, least=0.0)
         self.threshold = threshold

@@ -69,13 +69,7 @@ class FlexMatch(WeakToStrong):
         joint: bool = True,
         logits_fn: LogitsFunction | None = None,
     ) -> None:
-        super().__init__(
-            model,
-            unlabeled_weight=unlabeled_weight,
-            unlabeled_ramp_steps=unlabeled_ramp_steps,
-            joint=joint,
-            logits_fn=logits_fn,
-        )
+        super().__init__(model, unlabeled_weight, unlabeled_ramp_steps, logits_fn, joint)
         check_count("samples", samples)
         check_number("threshold", threshold, least=0.0, most=1.0)
         check_choice("threshold_warmup", threshold_warmup, (True, False))
@@ -109,12 +103,7 @@ class FlexMatch(WeakToStrong):
         thresholds = self.thresholds(weak.shape[1], weak.dtype)
         mask = (confidence >= thresholds[target]).to(weak.dtype)
         if self.training and batch.index is not None:
-            self._select(batch.index, torch.where(confidence >= self.threshold, target, -1))
+            index, label = gather(batch.index), gather(torch.where(confidence >= self.threshold, target, -1))
+            entries, rows = last_rows(index[label >= 0])
+            self.selected[entries] = label[label >= 0][rows]
         return target, mask, {"threshold_mean": thresholds.mean()}
-
-    def _select(self, index: Tensor, label: Tensor) -> None:
-        """Stores the labels of selected samples; a label of -1 changes nothing."""
-        index, label = gather(index), gather(label)
-        index, label = index[label >= 0], label[label >= 0]
-        entries, rows = last_rows(index)
-        self.selected[entries] = label[rows]

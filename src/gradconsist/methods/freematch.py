@@ -75,13 +75,7 @@ class FreeMatch(WeakToStrong):
         joint: bool = True,
         logits_fn: LogitsFunction | None = None,
     ) -> None:
-        super().__init__(
-            model,
-            unlabeled_weight=unlabeled_weight,
-            unlabeled_ramp_steps=unlabeled_ramp_steps,
-            joint=joint,
-            logits_fn=logits_fn,
-        )
+        super().__init__(model, unlabeled_weight, unlabeled_ramp_steps, logits_fn, joint)
         check_count("classes", classes)
         check_number("ema_decay", ema_decay, least=0.0, most=1.0)
         check_number("fairness_weight", fairness_weight, least=0.0)

@@ -67,12 +67,7 @@ class MeanTeacher(Method):
         ema_decay: float = 0.99,
         logits_fn: LogitsFunction | None = None,
     ) -> None:
-        super().__init__(
-            model,
-            unlabeled_weight=unlabeled_weight,
-            unlabeled_ramp_steps=unlabeled_ramp_steps,
-            logits_fn=logits_fn,
-        )
+        super().__init__(model, unlabeled_weight, unlabeled_ramp_steps, logits_fn)
         check_number("ema_decay", ema_decay, least=0.0, most=1.0)
         self.ema_decay = ema_decay
         self.teacher = copy.deepcopy(model).requires_grad_(False)

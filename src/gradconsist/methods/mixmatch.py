@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gradconsist._inputs.batch import leaves, rebuilt, take
 from gradconsist._inputs.options import check_choice, check_number
 from gradconsist.errors import InputTypeError, StateError
-from gradconsist.methods.base import LogitsFunction, Method, sharpen
+from gradconsist.methods.base import LogitsFunction, Method
 from gradconsist.methods.checks import check_batch
 from gradconsist.types import Inputs, SSLBatch, StepOutput, ViewPair
 
@@ -71,12 +71,7 @@ class MixMatch(Method):
         joint: bool = False,
         logits_fn: LogitsFunction | None = None,
     ) -> None:
-        super().__init__(
-            model,
-            unlabeled_weight=unlabeled_weight,
-            unlabeled_ramp_steps=unlabeled_ramp_steps,
-            logits_fn=logits_fn,
-        )
+        super().__init__(model, unlabeled_weight, unlabeled_ramp_steps, logits_fn)
         check_number("temperature", temperature, least=1e-3)
         check_number("alpha", alpha, least=0.0)
         check_choice("joint", joint, (True, False))
@@ -105,7 +100,7 @@ class MixMatch(Method):
         views = batch.weak, batch.strong
         with unrecorded(self.model):
             one, two = (self._without_graph(view).softmax(1) for view in views)
-        guess = sharpen((one + two) / 2, self.temperature)
+        guess = (((one + two) / 2).log() / self.temperature).softmax(1)  # a small T would underflow as a power
         onehot = F.one_hot(batch.y, guess.shape[1]).to(guess.dtype)
         n = len(x)
         mixed, targets = self._mixed(torch.cat([x, *tensors]), torch.cat([onehot, guess, guess]))

@@ -57,12 +57,7 @@ class PiModel(Method):
         joint: bool = True,
         logits_fn: LogitsFunction | None = None,
     ) -> None:
-        super().__init__(
-            model,
-            unlabeled_weight=unlabeled_weight,
-            unlabeled_ramp_steps=unlabeled_ramp_steps,
-            logits_fn=logits_fn,
-        )
+        super().__init__(model, unlabeled_weight, unlabeled_ramp_steps, logits_fn)
         check_choice("joint", joint, (True, False))
         self.joint = joint
 

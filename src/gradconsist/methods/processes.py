@@ -12,14 +12,7 @@ from gradconsist._refusals.models import process_count
 
 
 def gather(rows: Tensor) -> Tensor:
-    """Collects the rows of all processes, in the order of their ranks and without graph.
-
-    Args:
-        rows: [k, ...]; k may differ from process to process.
-
-    Returns:
-        [sum of k, ...], the same on every process.
-    """
+    """Collects the rows [k, ...] of all processes, in the order of ranks, without graph; k may differ among them."""
     rows = rows.detach()
     if process_count() == 1:
         return rows
@@ -40,15 +33,9 @@ def total(value: Tensor) -> Tensor:
 
 
 def last_rows(index: Tensor) -> tuple[Tensor, Tensor]:
-    """Finds the last position of each distinct entry in an index.
+    """Returns the distinct entries of an index [k], and the last position of each in it, [j] both.
 
     With repeated entries, ``memory[index] = value`` alone does not say which value stays.
-
-    Args:
-        index: [k].
-
-    Returns:
-        The distinct entries [j], and the last position of each in `index` [j].
     """
     entries, place = torch.unique(index, return_inverse=True)
     positions = torch.arange(len(index), device=index.device)

@@ -48,12 +48,7 @@ class PseudoLabel(Method):
         unlabeled_ramp_steps: int = 0,
         logits_fn: LogitsFunction | None = None,
     ) -> None:
-        super().__init__(
-            model,
-            unlabeled_weight=unlabeled_weight,
-            unlabeled_ramp_steps=unlabeled_ramp_steps,
-            logits_fn=logits_fn,
-        )
+        super().__init__(model, unlabeled_weight, unlabeled_ramp_steps, logits_fn)
         check_number("threshold", threshold, least=0.0, most=1.0)
         self.threshold = threshold
 

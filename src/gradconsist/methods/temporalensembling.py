@@ -70,12 +70,7 @@ class TemporalEnsembling(Method):
         ema_decay: float = 0.6,
         logits_fn: LogitsFunction | None = None,
     ) -> None:
-        super().__init__(
-            model,
-            unlabeled_weight=unlabeled_weight,
-            unlabeled_ramp_steps=unlabeled_ramp_steps,
-            logits_fn=logits_fn,
-        )
+        super().__init__(model, unlabeled_weight, unlabeled_ramp_steps, logits_fn)
         check_count("samples", samples)
         check_count("classes", classes)
         check_number("ema_decay", ema_decay, least=0.0, most=0.9999)

@@ -72,13 +72,7 @@ class UDA(WeakToStrong):
         joint: bool = True,
         logits_fn: LogitsFunction | None = None,
     ) -> None:
-        super().__init__(
-            model,
-            unlabeled_weight=unlabeled_weight,
-            unlabeled_ramp_steps=unlabeled_ramp_steps,
-            joint=joint,
-            logits_fn=logits_fn,
-        )
+        super().__init__(model, unlabeled_weight, unlabeled_ramp_steps, logits_fn, joint)
         check_number("threshold", threshold, least=0.0, most=1.0)
         check_number("temperature", temperature, least=1e-3)
         check_choice("annealing", annealing, (None, "linear", "log", "exp"))
@@ -97,14 +91,9 @@ class UDA(WeakToStrong):
         return (weak / self.temperature).softmax(1), mask, {}
 
     def _supervised(self, logits: Tensor, y: Tensor) -> tuple[Tensor, Logs]:
-        loss, kept = self._annealed(logits, y)
-        return loss, {"labeled_rate": kept}
-
-    def _annealed(self, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Computes L_s and the share of samples that it keeps."""
         losses = F.cross_entropy(logits, y, reduction="none")
         if self.annealing is None or self.step >= self.annealing_steps:
-            return losses.mean(), torch.ones((), device=losses.device)
+            return losses.mean(), {"labeled_rate": torch.ones((), device=losses.device)}
         share = self.step / self.annealing_steps
         signal = {"linear": share, "log": 1 - math.exp(-5 * share), "exp": math.exp(5 * (share - 1))}[self.annealing]
         eta = signal * (1 - 1 / logits.shape[1]) + 1 / logits.shape[1]
@@ -112,4 +101,4 @@ class UDA(WeakToStrong):
         # The mean of the processes' losses must be the sum over all of them, divided by the number that all kept.
         count = total(keep.sum()) if self.training else keep.sum()
         processes = process_count() if self.training else 1
-        return processes * (keep * losses).sum() / count.clamp(min=1), keep.mean()
+        return processes * (keep * losses).sum() / count.clamp(min=1), {"labeled_rate": keep.mean()}

@@ -28,9 +28,9 @@ class WeakToStrong(Method):
         model: any module from inputs to logits [B, C].
         unlabeled_weight: mu.
         unlabeled_ramp_steps: number of train-mode steps over which mu grows linearly from 0; 0 means no ramp.
+        logits_fn: see `Method`.
         joint: True forwards labeled, weak and strong inputs as one batch, so that BatchNorm sees all of them. False
             forwards labeled and strong inputs together and the weak ones separately without a graph.
-        logits_fn: see `Method`.
 
     Raises:
         ConfigError: an option is out of range.
@@ -43,18 +43,12 @@ class WeakToStrong(Method):
     def __init__(
         self,
         model: nn.Module,
-        *,
         unlabeled_weight: float,
         unlabeled_ramp_steps: int,
-        joint: bool,
         logits_fn: LogitsFunction | None,
+        joint: bool,
     ) -> None:
-        super().__init__(
-            model,
-            unlabeled_weight=unlabeled_weight,
-            unlabeled_ramp_steps=unlabeled_ramp_steps,
-            logits_fn=logits_fn,
-        )
+        super().__init__(model, unlabeled_weight, unlabeled_ramp_steps, logits_fn)
         check_choice("joint", joint, (True, False))
         self.joint = joint
 
@@ -111,11 +105,8 @@ class WeakToStrong(Method):
     def unlabeled_elsewhere(self, *, together: bool) -> Iterator[UnlabeledLoss]:
         """Leaves the unlabeled loss of the step in the block to the caller: the strong views are not forwarded.
 
-        Args:
-            together: whether a method with ``joint=True`` forwards labeled and weak inputs as one batch.
-
-        Yields:
-            The unlabeled loss; the step fills it in.
+        The step fills in the loss that this yields. `together` says whether a method with ``joint=True`` forwards
+        labeled and weak inputs as one batch.
         """
         self._elsewhere = UnlabeledLoss(together)
         try:
@@ -142,17 +133,12 @@ class WeakToStrong(Method):
 
     def _unlabeled_loss(self, strong: Tensor | None, target: Tensor, weight: Tensor) -> Tensor:
         """Computes L_u from logits [m, C]; None leaves the loss to the caller, and 0 is returned."""
-        if strong is None:
-            return self._leave(target, weight)
-        if target.is_floating_point():
-            return (weight * F.kl_div(strong.log_softmax(1), target, reduction="none").sum(1)).mean()
-        return (weight * F.cross_entropy(strong, target, reduction="none")).mean()
-
-    def _leave(self, target: Tensor, weight: Tensor) -> Tensor:
-        """Describes the unlabeled loss for the caller who computes it, and returns 0."""
+        soft = target.is_floating_point()
+        if strong is not None:
+            if soft:
+                return (weight * F.kl_div(strong.log_softmax(1), target, reduction="none").sum(1)).mean()
+            return (weight * F.cross_entropy(strong, target, reduction="none")).mean()
         if self._elsewhere is not None:
-            self._elsewhere.weight = weight
-            self._elsewhere.factor = self._mu()
-            if target.is_floating_point():
-                self._elsewhere.constant = (weight * target.xlogy(target).sum(1)).mean()
+            constant = (weight * target.xlogy(target).sum(1)).mean() if soft else 0.0
+            self._elsewhere.weight, self._elsewhere.constant, self._elsewhere.factor = weight, constant, self._mu()
         return weight.new_zeros(())
