@@ -6,14 +6,16 @@ from collections.abc import Mapping
 from inspect import Parameter, Signature, signature
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from gradconsist._consistency.gradient_buffer import with_gradient
 from gradconsist._inputs.parameters import trainable_parameters
+from gradconsist._refusals.graphs import leaves_of
 from gradconsist.adapters.usb_checks import Canary, check_algorithm, check_same_model, inner_model
 from gradconsist.adapters.usb_pairs import READERS, VIEWS, ConsistencyCall, Listener, read_pair
-from gradconsist.adapters.usb_reduction import reduced_with
-from gradconsist.errors import ConfigError, LossContractError, StateError
+from gradconsist.errors import ConfigError, LossContractError, StateError, UnsupportedModuleError
 from gradconsist.loss import GradientConsistencyLoss
 from gradconsist.types import ViewPair
 from gradconsist.wrapper import GGCRWrapper, PairFunction
@@ -154,7 +156,7 @@ class UsbHandle:
         self._canary.after_step(compared)
         loss = step.loss
         if self._reduced():
-            loss = reduced_with(out["loss"], loss, parameters) if step.logs["ggcr_weight"] else out["loss"]
+            loss = _reduced_with(out["loss"], loss, parameters) if step.logs["ggcr_weight"] else out["loss"]
         added = {f"train/{name}": float(value) for name, value in step.logs.items()}
         return {**out, "loss": loss}, {**logs, **added}
 
@@ -171,7 +173,7 @@ class UsbHandle:
             )
         self.calls, self._output = self._heard.losses, output
         self._canary.check_unsupervised(self._algorithm, self.calls)
-        # With DistributedDataParallel, the term needs a separate graph; see `reduced_with`.
+        # With DistributedDataParallel, the term needs a separate graph; see `_reduced_with`.
         return ({**output[0], "loss": output[0]["loss"].detach()}, output[1]) if self._reduced() else output
 
     def _reduced(self) -> bool:
@@ -226,3 +228,26 @@ class _Step:
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         return self._handle._step(args, kwargs)
+
+
+def _reduced_with(base: Tensor, total: Tensor, parameters: Mapping[str, nn.Parameter]) -> Tensor:
+    """Adds the term to `base` so that only the parameters that DistributedDataParallel expects get a gradient.
+
+    DistributedDataParallel has seen only the graph of its forward and marked all parameters outside that graph as
+    ready. It fails if one of them then appears in the backward, for example that of a layer whose output the network
+    drops. So the graph of the sum leads only to the parameters of `base`, and a nonzero gradient of the term for
+    another one is an error. `total` is the value of `base` plus the weighted term, with the graph of the term only.
+    """
+    known = leaves_of(base)
+    found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+    used, gradients = [], []
+    for (name, parameter), gradient in zip(parameters.items(), found, strict=True):
+        if id(parameter) in known:
+            used.append(parameter)
+            gradients.append(gradient)
+        elif gradient is not None and bool(gradient.any()):
+            raise UnsupportedModuleError(
+                f"the parameter {name!r} gets a gradient from the term and none from the algorithm's own loss, so"
+                " DistributedDataParallel would not reduce it: freeze it, or use one process."
+            )
+    return base + with_gradient(total.detach() - base.detach(), gradients, used)

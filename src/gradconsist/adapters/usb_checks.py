@@ -18,11 +18,7 @@ _PATIENCE = 10
 
 
 def check_algorithm(algorithm: Any) -> None:
-    """Checks that the object is an algorithm of semilearn.
-
-    Raises:
-        ConfigError: an attribute that the adapter uses is missing.
-    """
+    """Checks that the object is an algorithm of semilearn, by the attributes that the adapter uses."""
     missing = [name for name in _NEEDED if not hasattr(algorithm, name)]
     if missing:
         raise ConfigError(
@@ -38,11 +34,7 @@ def inner_model(algorithm: Any) -> nn.Module:
 
 
 def check_same_model(algorithm: Any, compared: Sequence[nn.Parameter]) -> None:
-    """Checks that the algorithm currently trains the compared model; its `model` may have been replaced.
-
-    Raises:
-        ConfigError: it trains another model. The compared one may be the EMA model or a copy.
-    """
+    """Checks that the algorithm trains the compared model now (not its EMA model or a copy): it may replace `model`."""
     if not holds(algorithm.model, compared):
         raise ConfigError(
             "`consistency` compares a model that `algorithm` does not train: build GradientConsistencyLoss on"
@@ -59,11 +51,7 @@ class Canary:
         self._done = False
 
     def check_unsupervised(self, algorithm: Any, losses: Sequence[Any]) -> None:
-        """Checks in the first step that the unlabeled loss depends on the model.
-
-        Raises:
-            LossContractError: it does not.
-        """
+        """Checks in the first step that the unlabeled loss depends on the model."""
         if self._steps == 0 and losses and not any(call.loss.requires_grad for call in losses):
             raise LossContractError(
                 f"the unlabeled loss of {type(algorithm).__name__} has no gradient, so only labeled data would train"

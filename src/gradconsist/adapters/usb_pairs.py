@@ -85,20 +85,7 @@ class Listener:
 
 
 def read_pair(algorithm: Any, name: str, batch: Mapping[str, Any], heard: Listener) -> ViewPair:
-    """Builds the pair of a step of one of the algorithms in `READERS`.
-
-    Args:
-        algorithm: the algorithm, after its step.
-        name: its key in `READERS`.
-        batch: arguments of its step, keyed by parameter name.
-        heard: the calls that it made in the step.
-
-    Returns:
-        Views, pseudo-labels and weights.
-
-    Raises:
-        LossContractError: the step did not compute its consistency loss exactly once.
-    """
+    """Builds the pair of a step from its arguments (`batch`) and its calls; `name` is the algorithm's in `READERS`."""
     if len(heard.losses) != 1:
         raise LossContractError(
             f"a step of {type(algorithm).__name__} called `consistency_loss` {len(heard.losses)} times, {name} calls it"
@@ -155,17 +142,8 @@ def _guess(algorithm: Any, heard: Listener) -> tuple[Tensor, Tensor | None]:
 
 
 def sharpen(probabilities: Tensor, temperature: float) -> Tensor:
-    """Computes p^(1/T) / sum p^(1/T) per row.
-
-    Args:
-        probabilities: [B, C].
-        temperature: T.
-
-    Returns:
-        [B, C].
-    """
-    powers = probabilities ** (1 / temperature)
-    return powers / powers.sum(dim=-1, keepdim=True)
+    """Computes p^(1/T) / sum p^(1/T) per row."""
+    return (probabilities.log() / temperature).softmax(dim=-1)  # a small T would underflow as a power
 
 
 def _ramp(algorithm: Any, target: Tensor) -> Tensor:
