@@ -122,20 +122,7 @@ def is_wrapper(tensor: Tensor) -> bool:
 
 
 def check_inputs(name: str, inputs: Any) -> Inputs:
-    """Checks a view and brings it into its normal form.
-
-    Args:
-        name: the argument's name, for the message.
-        inputs: what the user passed.
-
-    Returns:
-        A tensor, a dict or a tuple, with one common batch size.
-
-    Raises:
-        InputTypeError: the view is not a tensor, or dict, tuple or list of tensors and constants; it holds no tensor;
-            or it holds a kind of tensor that is not supported.
-        InputShapeError: a tensor has no batch dimension or an empty batch, or batch sizes differ.
-    """
+    """Checks the user's argument `name` and returns its normal form: a tensor, dict or tuple, of one batch size."""
     if isinstance(inputs, Mapping):
         normal: Any = dict(inputs)
     elif isinstance(inputs, Sequence) and not isinstance(inputs, str | bytes):
@@ -183,7 +170,7 @@ def _check_leaf(place: str, leaf: Any) -> None:
         raise InputShapeError(f"`{place}` has an empty batch (shape {tuple(leaf.shape)}): skip the step instead.")
 
 
-def same_structure(first: Inputs, second: Inputs) -> bool:
+def _same_structure(first: Inputs, second: Inputs) -> bool:
     """Tells whether both have one structure: two tensors, dicts with the same keys, or tuples of one length."""
     if isinstance(first, Mapping) and isinstance(second, Mapping):
         return set(first) == set(second)
@@ -192,19 +179,12 @@ def same_structure(first: Inputs, second: Inputs) -> bool:
     return isinstance(first, Sequence) and isinstance(second, Sequence) and len(first) == len(second)
 
 
-def check_constants(name: str, first: Inputs, other: str, second: Inputs) -> None:
-    """Checks that two views of one structure hold tensors at the same places and equal constants at the others.
-
-    Args:
-        name: the first view's name, for the message.
-        first: a checked view.
-        other: the second view's name.
-        second: a checked view with the same keys, or of the same length.
-
-    Raises:
-        InputTypeError: a place holds a tensor in one view and a constant in the other.
-        InputValueError: two constants differ.
-    """
+def check_alike(name: str, first: Inputs, other: str, second: Inputs) -> None:
+    """Checks that two views have one structure, with tensors at the same places and equal constants at the others."""
+    if not _same_structure(first, second):
+        raise InputTypeError(
+            f"`{name}` and `{other}` are built differently: both need the same keys or number of tensors."
+        )
     pairs = zip(places(name, first), places(other, in_order_of(first, second)), strict=True)
     for (place, a), (its_place, b) in pairs:
         if isinstance(a, Tensor) and isinstance(b, Tensor):

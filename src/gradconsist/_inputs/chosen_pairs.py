@@ -21,18 +21,7 @@ class Subset:
 def select(
     pairs: Pairs, max_pairs: int | None, reduction: str, generator: torch.Generator, dtype: torch.dtype
 ) -> Subset:
-    """Selects the pairs of positive weight, or a random subset of them with weights that keep the expectation.
-
-    Args:
-        pairs: all pairs of the call.
-        max_pairs: size of the subset; None for all.
-        reduction: "mean" divides by the number of all pairs.
-        generator: source of the random subset.
-        dtype: dtype of the weights.
-
-    Returns:
-        The subset.
-    """
+    """Selects the pairs of positive weight, or a random subset of them with weights that keep the expectation."""
     index = pairs.weight.detach().nonzero().squeeze(1)
     scale = 1.0
     if max_pairs is not None and len(index) > max_pairs:

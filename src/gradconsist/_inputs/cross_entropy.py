@@ -71,12 +71,6 @@ def cross_entropy(output: Any, target: Tensor) -> Tensor:
     Args:
         output: logits [B, C], or an object with them as attribute or key ``logits``.
         target: class indices [B] or probabilities [B, C].
-
-    Returns:
-        Losses [B].
-
-    Raises:
-        LossContractError: there are no such logits, or only one per sample.
     """
     logits = find_logits(output)
     if logits is None or logits.dim() != 2:
@@ -96,14 +90,7 @@ def cross_entropy(output: Any, target: Tensor) -> Tensor:
 
 
 def check_several(classes: int) -> None:
-    """Checks that the logits have at least two classes, which cross-entropy needs.
-
-    Args:
-        classes: number of columns of the logits.
-
-    Raises:
-        LossContractError: there is only one.
-    """
+    """Checks that the logits have at least two classes, which cross-entropy needs."""
     if classes == 1:
         raise LossContractError(
             "the model's output has one logit per sample, and the default loss is cross-entropy over the logits, which"

@@ -11,12 +11,7 @@ from gradconsist.types import Inputs, LossFunction
 
 
 class ModelWithLoss(nn.Module):
-    """Model and loss as one module, so that both see replaced parameters.
-
-    Args:
-        model: the user's model.
-        loss_fn: ``(output, target) -> [B]``.
-    """
+    """Model and loss as one module, so that both see replaced parameters."""
 
     def __init__(self, model: nn.Module, loss_fn: LossFunction) -> None:
         super().__init__()

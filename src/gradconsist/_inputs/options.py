@@ -10,11 +10,7 @@ from gradconsist.errors import ConfigError
 
 
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
-    """Checks that `value` is one of `choices`.
-
-    Raises:
-        ConfigError: it is not; the message names the closest choice.
-    """
+    """Checks that `value` is one of `choices`; the message names the closest one."""
     options = list(choices)
     if any(value is option or (isinstance(value, str) and value == option) for option in options):
         return
@@ -24,22 +20,14 @@ def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
 
 
 def check_count(name: str, value: object, least: int = 1, most: float = math.inf) -> None:
-    """Checks that `value` is an int (not a bool) in [least, most].
-
-    Raises:
-        ConfigError: it is not.
-    """
+    """Checks that `value` is an int (not a bool) in [least, most]."""
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         upper = f" and at most {most}" if math.isfinite(most) else ""
         raise ConfigError(f"`{name}` is {value!r}: give an int of at least {least}{upper}.")
 
 
 def check_number(name: str, value: object, least: float, most: float = math.inf) -> None:
-    """Checks that `value` is a finite real number in [least, most].
-
-    Raises:
-        ConfigError: it is not.
-    """
+    """Checks that `value` is a finite real number in [least, most]."""
     real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not real or not least <= value <= most:  # type: ignore[operator]
         upper = f" and at most {most:g}" if math.isfinite(most) else ""

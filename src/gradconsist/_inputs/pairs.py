@@ -9,16 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradconsist._inputs.batch import (
-    check_constants,
-    check_inputs,
-    in_order_of,
-    leaves,
-    map_leaves,
-    places,
-    same_structure,
-    take,
-)
+from gradconsist._inputs.batch import check_alike, check_inputs, in_order_of, leaves, map_leaves, places, take
 from gradconsist._inputs.cross_entropy import DENSE, REGRESSION, SEVERAL_LABELS
 from gradconsist._inputs.precision import in_float64, wide
 from gradconsist.errors import (
@@ -65,31 +56,9 @@ class Pairs:
 def check_pairs(
     model: nn.Module, weak: Any, strong: Any, target: Any, weight: Any, *, default_loss: bool, fused: bool
 ) -> Pairs:
-    """Checks and normalises the arguments of a call.
-
-    Args:
-        model: the model, for its device.
-        weak: weak views.
-        strong: strong views.
-        target: targets.
-        weight: weights or None.
-        default_loss: whether `target` goes to the default cross-entropy.
-        fused: whether the inputs cannot get a gradient.
-
-    Returns:
-        The checked pairs.
-
-    Raises:
-        InputTypeError: an argument is not a usable tensor.
-        InputShapeError: batch sizes or ranks do not match.
-        InputValueError: an entry is out of range, or the views hold different constants.
-        NonFiniteError: target or weight has NaN or infinite entries.
-        ConfigError: an input requires grad, which `fused=True` does not support.
-    """
+    """Checks and normalises the arguments of a call; if it is `fused`, they cannot get a gradient."""
     weak, strong = check_inputs("weak", weak), check_inputs("strong", strong)
-    if not same_structure(weak, strong):
-        raise InputTypeError("`weak` and `strong` are built differently: both need the same keys or number of tensors.")
-    check_constants("weak", weak, "strong", strong)
+    check_alike("weak", weak, "strong", strong)
     strong = in_order_of(weak, strong)
     size = leaves(weak)[0].shape[0]
     if leaves(strong)[0].shape[0] != size:
@@ -120,21 +89,7 @@ def check_pairs(
 
 
 def check_target(target: Any, size: int, default_loss: bool) -> Tensor:
-    """Checks the target and detaches it; it must have one row per sample.
-
-    Args:
-        target: what the user passed.
-        size: number of samples.
-        default_loss: whether it goes to the default cross-entropy, which takes classes and probabilities only.
-
-    Returns:
-        The checked target.
-
-    Raises:
-        InputTypeError: the target is not a usable tensor.
-        InputShapeError: the number of rows is wrong.
-        InputValueError: a class is negative, or rows are not probabilities.
-    """
+    """Checks the target and detaches it: `size` rows, and for the default loss classes or probabilities."""
     if not isinstance(target, Tensor):
         raise InputTypeError(
             f"`target` is a {type(target).__name__}, not a tensor: pass class indices or probabilities (for NumPy"
@@ -186,23 +141,7 @@ def _check_probabilities(target: Tensor) -> None:
 
 
 def check_weight(weight: Any, target: Tensor, fused: bool) -> Tensor:
-    """Checks the weights [B] and returns them in float32 at least; ones for None.
-
-    Args:
-        weight: what the user passed.
-        target: checked target, one row per weight, on the device that both must share.
-        fused: whether the weights cannot get a gradient.
-
-    Returns:
-        The checked weights.
-
-    Raises:
-        InputTypeError: the weight is not a real or boolean tensor.
-        InputShapeError: its shape is not [B].
-        ConfigError: it requires grad, which `fused=True` does not support.
-        NonFiniteError: it has NaN or infinite entries.
-        InputValueError: it has negative entries.
-    """
+    """Checks the weights [B] of a checked target and returns them in float32 at least; ones for None."""
     if weight is None:
         return torch.ones(target.shape[0], device=target.device)
     if not isinstance(weight, Tensor) or weight.is_complex():
@@ -240,18 +179,7 @@ def non_finite_tensor(model: nn.Module, weak: Inputs, strong: Inputs) -> str | N
 
 
 def check_one_device(model: nn.Module, tensors: dict[str, torch.Tensor]) -> torch.device:
-    """Checks that model and inputs are on one device, and returns it.
-
-    Args:
-        model: the model.
-        tensors: inputs, each with its name for a message.
-
-    Returns:
-        The device.
-
-    Raises:
-        DeviceError: parameters or inputs are on several devices, or on the meta device.
-    """
+    """Checks that model and inputs (by their names) are on one device, not the meta device, and returns it."""
     places = {str(parameter.device) for parameter in model.parameters()}
     if len(places) != 1:
         raise DeviceError(

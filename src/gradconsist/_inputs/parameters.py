@@ -21,17 +21,7 @@ Encoder: TypeAlias = nn.Module | Sequence[nn.Module] | Callable[[str], bool] | N
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, Parameter]:
-    """Returns every parameter with ``requires_grad`` and its first name in ``model.named_parameters()`` (tied: once).
-
-    Args:
-        model: the model.
-
-    Returns:
-        Parameters by name.
-
-    Raises:
-        ParameterSelectionError: all parameters are frozen, or there are none.
-    """
+    """Returns every parameter with ``requires_grad`` by its first name in ``model.named_parameters()`` (tied: once)."""
     found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not found:
         raise ParameterSelectionError(
@@ -47,19 +37,9 @@ def holds(module: nn.Module, parameters: Iterable[Parameter]) -> bool:
 
 
 def compared_parameters(model: nn.Module, encoder: Encoder) -> dict[str, Parameter]:
-    """Returns the trainable parameters that `encoder` selects.
+    """Returns the parameters that `encoder` selects, by name and in the model's order.
 
-    Args:
-        model: the model.
-        encoder: a module of the model, a sequence of such modules, a predicate on the names of
-            ``model.named_parameters()``, or None for every trainable parameter.
-
-    Returns:
-        Parameters by name, in the model's order. Frozen parameters are left out: they have no gradient to compare.
-
-    Raises:
-        ParameterSelectionError: nothing is selected, a module is not part of the model, the encoder is frozen, or
-            one of its parameters is complex.
+    Frozen parameters are left out: they have no gradient to compare. An encoder without a trainable one is an error.
     """
     trainable = trainable_parameters(model)
     if encoder is None:

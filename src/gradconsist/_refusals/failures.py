@@ -41,15 +41,7 @@ _GUARDS = re.compile(r"size\(\)\[0\] == (\d+)|shape\[0\] to be equal to (\d+)")
 
 
 def innermost(model: nn.Module, error: BaseException) -> tuple[str, nn.Module] | None:
-    """Finds the innermost module of `model` in whose forward `error` was raised.
-
-    Args:
-        model: the whole model.
-        error: the error, with its traceback.
-
-    Returns:
-        Path ("" is the model itself) and module; None if no forward of the model was running.
-    """
+    """Finds the innermost module of `model` in whose forward `error` was raised, and its path; None if none ran."""
     paths = {id(module): path for path, module in model.named_modules()}
     found = None
     for frame, _ in traceback.walk_tb(error.__traceback__):
@@ -64,16 +56,15 @@ def model_failure(
 ) -> GradConsistError | None:
     """Turns an error raised by the user's model or loss into one of this library's.
 
+    Returns None if `error` did not come from the model, or if its class belongs to neither Python nor torch: such
+    exceptions are the user's own.
+
     Args:
         error: what was raised, with its traceback.
         model: the model, or a module that holds it.
         views: its inputs, each with its name for a message.
         works: tries the model on inputs; None if it must not run again.
         root: prefix of the paths of `model` in a message; "" for none.
-
-    Returns:
-        The error to raise from `error`. None if `error` did not come from the model, or if its class belongs to
-        neither Python nor torch: such exceptions are the user's own.
     """
     if type(error).__module__.split(".")[0] not in ("builtins", "torch") or not isinstance(error, _RAW):
         return None

@@ -17,7 +17,6 @@ _WRONG_UNDER_VMAP = {
     "CudnnBatchNormBackwardBackward0": "InstanceNorm or BatchNorm",
 }
 
-
 # Nodes that `once_differentiable` and torch itself put into a graph that cannot be differentiated.
 _CUTS = ("torch::autograd::Error", "Error", "DelayedError", "NotImplemented")
 
@@ -75,10 +74,6 @@ def check_first_derivative(loss: Tensor, own: Mapping[str, Tensor]) -> None:
     Args:
         loss: a loss of the model run with copies in place of its parameters, with its graph.
         own: the model's parameters with their names; none of them should be in that graph.
-
-    Raises:
-        UnsupportedModuleError: the model uses reentrant checkpointing, a parameter through a reference outside its
-            module, or torch's own weight_norm.
     """
     names = {id(parameter): name for name, parameter in own.items()}
     for node in nodes(loss):
@@ -103,14 +98,7 @@ def check_first_derivative(loss: Tensor, own: Mapping[str, Tensor]) -> None:
 
 
 def check_batched(gradients: Sequence[Tensor]) -> None:
-    """Refuses per-sample gradients from vmap whose derivative would be wrong.
-
-    Args:
-        gradients: per-sample gradients, with their graph.
-
-    Raises:
-        UnsupportedModuleError: the model calls an operator of torch that is wrong under vmap.
-    """
+    """Refuses per-sample gradients from vmap (with their graph) whose derivative would be wrong."""
     for name in {name_of(node) for node in nodes(*gradients)} & set(_WRONG_UNDER_VMAP):
         raise UnsupportedModuleError(
             f"the model calls torch's {_WRONG_UNDER_VMAP[name]} where it cannot be replaced (a scripted function, an"
@@ -124,13 +112,7 @@ def check_scripts(loss: Tensor) -> None:
 
     After its first runs a scripted function uses its own autograd graph, which under vmap of grad is not connected to
     the parameters outside. The first derivative is right; the second is silently missing (seen in torch 2.6, 2.13 and
-    2.15).
-
-    Args:
-        loss: a loss outside vmap, with its graph, of a model that has run before.
-
-    Raises:
-        UnsupportedModuleError: a scripted function is in the graph.
+    2.15). So the graph of a `loss` outside vmap is searched, of a model that has run before.
     """
     if any("DifferentiableGraph" in name_of(node) for node in nodes(loss)):
         raise UnsupportedModuleError(
@@ -143,16 +125,8 @@ def check_second_derivative(loss: Tensor, parameters: Sequence[Tensor], *, fused
     """Refuses a graph of per-sample gradients whose derivative would be incomplete.
 
     `once_differentiable` puts in a node that raises when it runs, and cuts the graph there. A derivative with respect
-    to given parameters never runs that node, so a part is missing without an error.
-
-    Args:
-        loss: a loss of per-sample gradients, with its graph.
-        parameters: what it is differentiated for.
-        fused: whether nothing else can get a gradient.
-
-    Raises:
-        UnsupportedModuleError: a function in the model has no second derivative.
-        ConfigError: with `fused`, another tensor in the graph requires grad.
+    to given parameters never runs that node, so a part is missing without an error. If the loss is `fused`, nothing
+    but `parameters` can get a gradient, so another tensor that requires grad is refused, too.
     """
     expected = {id(parameter) for parameter in parameters}
     foreign: list[Tensor] = []

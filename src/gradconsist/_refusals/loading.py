@@ -15,15 +15,7 @@ _WRAPPERS = {"module.": "DistributedDataParallel", "_orig_mod.": "torch.compile"
 def check_keys(owner: nn.Module, state: Any, name: str) -> None:
     """Refuses the state of another object: a module inside `owner`, a module around it, or a wrapped one.
 
-    Torch reports all other differences, with the keys.
-
-    Args:
-        owner: the module that the state is loaded into.
-        state: what the user passed.
-        name: name of `owner` in a message.
-
-    Raises:
-        StateError: the keys belong to another object.
+    Torch reports all other differences, with the keys. `name` is what messages call the owner.
     """
     if not isinstance(state, Mapping):
         raise StateError(f"`state_dict` is a {type(state).__name__}: pass what `{name}.state_dict()` returned.")

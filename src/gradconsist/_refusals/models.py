@@ -34,24 +34,15 @@ _ONCE = {
 
 
 def check_model(model: object) -> None:
-    """Refuses a model whose gradients cannot be compared exactly.
-
-    Args:
-        model: what the user passed as `model`.
-
-    Raises:
-        ConfigError: it is not a module.
-        UnsupportedModuleError: the model or a module inside it is not supported; the message names its path.
-    """
+    """Refuses a model whose gradients cannot be compared exactly."""
     if not isinstance(model, nn.Module):
         raise ConfigError(f"`model` is a {type(model).__name__}, not a torch.nn.Module: pass the module itself.")
     for path, module in model.named_modules():
         where = f"`model.{path}`" if path else "`model`"
-        for kind in type(module).__mro__:
-            remedy = _WRAPPERS.get(f"{kind.__module__}.{kind.__qualname__}")
-            if remedy is not None:
-                raise UnsupportedModuleError(f"{where} is a {kind.__name__}: {remedy}.")
-        if _is_of(module, _ONCE) and any(parameter.requires_grad for parameter in module.parameters()):
+        kinds = {f"{kind.__module__}.{kind.__qualname__}": kind.__name__ for kind in type(module).__mro__}
+        for name in kinds.keys() & _WRAPPERS.keys():
+            raise UnsupportedModuleError(f"{where} is a {kinds[name]}: {_WRAPPERS[name]}.")
+        if kinds.keys() & _ONCE and any(parameter.requires_grad for parameter in module.parameters()):
             raise UnsupportedModuleError(
                 f"{where} is a {type(module).__name__}, a deformable convolution, which has no second derivative: use"
                 " Conv2d, or freeze it and every layer before it."
@@ -69,10 +60,6 @@ def check_model(model: object) -> None:
                 " the wrapper."
             )
         _check_module(where, module)
-
-
-def _is_of(module: nn.Module, names: Collection[str]) -> bool:
-    return any(f"{kind.__module__}.{kind.__qualname__}" in names for kind in type(module).__mro__)
 
 
 def _composed(module: nn.Module) -> Collection[str]:

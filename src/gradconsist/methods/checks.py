@@ -8,15 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradconsist._inputs.batch import (
-    check_constants,
-    check_inputs,
-    is_constant,
-    leaves,
-    members,
-    places,
-    same_structure,
-)
+from gradconsist._inputs.batch import check_alike, check_inputs, is_constant, leaves, members, places
 from gradconsist._refusals.failures import innermost, model_failure
 from gradconsist.errors import (
     ConfigError,
@@ -68,14 +60,9 @@ def check_batch(batch: SSLBatch) -> None:
             f"`batch` has {x} labeled and {weak} unlabeled inputs, but a mean over none is NaN: give at least one of"
             " each; drop the loader's last batch if it is empty."
         )
-    x_built, *views = (check_inputs(f"batch.{name}", getattr(batch, name)) for name in ("x", "weak", "strong"))
-    for name, view in zip(("weak", "strong"), views, strict=True):
-        if not same_structure(x_built, view):
-            raise InputTypeError(
-                f"`batch.x` and `batch.{name}` are built differently: labeled inputs and views need the same keys or"
-                " number of tensors."
-            )
-        check_constants("batch.x", x_built, f"batch.{name}", view)
+    labeled = check_inputs("batch.x", batch.x)
+    for name, view in (("batch.weak", batch.weak), ("batch.strong", batch.strong)):
+        check_alike("batch.x", labeled, name, check_inputs(name, view))
 
 
 def _check_labels(y: Tensor) -> None:
