@@ -248,8 +248,7 @@ class GGCRWrapper(nn.Module):
         )
 
     def _gated(self, pair: ViewPair) -> ViewPair:
-        gate = pair.weight if self.gate == "method" else None
-        return pair._replace(weight=gate)
+        return pair if self.gate == "method" else pair._replace(weight=None)
 
     def _logs(self, term: Tensor) -> dict[str, float | Tensor]:
         record = self.consistency.last
@@ -270,14 +269,7 @@ class GGCRWrapper(nn.Module):
         return state
 
     def set_extra_state(self, state: Any) -> None:
-        """Restores what `get_extra_state` returned; ``load_state_dict`` calls it.
-
-        Args:
-            state: the return value of `get_extra_state`.
-
-        Raises:
-            StateError: `state` is something else.
-        """
+        """Restores what `get_extra_state` returned, or raises a StateError; ``load_state_dict`` calls it."""
         expected = {"step", "consistency"} | ({"method"} if self._has_own_state() else set())
         if not isinstance(state, Mapping) or set(state) != expected:
             found = sorted(state) if isinstance(state, Mapping) else type(state).__name__
@@ -292,15 +284,7 @@ class GGCRWrapper(nn.Module):
             self.method.load_state_dict(state["method"])  # type: ignore[attr-defined]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Restores what `state_dict` returned.
-
-        Args:
-            state_dict: the return value of ``wrapper.state_dict()``.
-            strict: as in torch.
-            assign: as in torch.
-
-        Returns:
-            Missing and unexpected keys, as in torch.
+        """Restores what `state_dict` returned; arguments and result are torch's.
 
         Raises:
             StateError: the state belongs to something else, such as the bare model or the method.
@@ -314,17 +298,7 @@ class GGCRWrapper(nn.Module):
 
 
 def as_step_output(output: Any) -> StepOutput:
-    """Converts a method's return value to a `StepOutput`.
-
-    Args:
-        output: a `StepOutput`, a scalar tensor, a mapping with ``"loss"``, or a tuple that starts with one of these.
-
-    Returns:
-        The same step. It has no pair unless `output` is a `StepOutput`.
-
-    Raises:
-        LossContractError: `output` contains no scalar loss.
-    """
+    """Converts a method's return value, see `GGCRWrapper`; the result has no pair unless `output` is a `StepOutput`."""
     loss: Any = output
     if isinstance(output, StepOutput):
         loss = output.loss

@@ -16,14 +16,7 @@ _IDLE_CALLS = 3  # calls in a row without a pair that has a cosine
 
 
 def warn_of_probabilities(logits: Tensor) -> bool:
-    """Warns if the logits look like probabilities.
-
-    Args:
-        logits: [B, C].
-
-    Returns:
-        Whether it warned.
-    """
+    """Warns if the logits [B, C] look like probabilities, and tells whether it warned."""
     found = logits.shape[1] > 1 and bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-3).all())
     if found:
         logger.warning(
@@ -35,12 +28,7 @@ def warn_of_probabilities(logits: Tensor) -> bool:
 
 
 def warn_of_unreached(unreached: Collection[str], compared: Collection[str]) -> None:
-    """Warns of compared parameters that the loss does not depend on.
-
-    Args:
-        unreached: names of these parameters.
-        compared: names of all compared parameters.
-    """
+    """Warns of compared parameters that the loss does not depend on."""
     if unreached:
         names = ", ".join(list(unreached)[:3]) + (", ..." if len(unreached) > 3 else "")
         logger.warning(
@@ -53,11 +41,7 @@ def warn_of_unreached(unreached: Collection[str], compared: Collection[str]) -> 
 
 
 def warn_of_functions(verdicts: Mapping[str, bool]) -> None:
-    """Warns of custom Functions whose second derivative could not be tested.
-
-    Args:
-        verdicts: maps each Function, with its place, to whether it was tested.
-    """
+    """Warns of custom Functions whose second derivative could not be tested; `verdicts` tell which were."""
     untested = [name for name, tested in verdicts.items() if not tested]
     if untested:
         logger.warning(
@@ -84,15 +68,8 @@ class IdleCalls:
         self._warned = False
 
     def watch(self, record: ConsistencyRecord, target: Tensor, min_norm: float, criterion: Criterion) -> None:
-        """Counts a call that was made for its gradient, and warns if there were too many idle ones.
-
-        Args:
-            record: record of the call.
-            target: target of the call.
-            min_norm: bound on the norms of degenerate pairs.
-            criterion: what a pair adds to the loss; only with `Disagreement` do degenerate pairs add nothing.
-        """
-        if self._warned or not isinstance(criterion, Disagreement):
+        """Counts a call that was made for its gradient, and warns if there were too many idle ones."""
+        if self._warned or not isinstance(criterion, Disagreement):  # of another criterion, degenerate pairs add terms
             return
         idle = record.compared.any() & (record.degenerate | ~record.compared).all()
         self._streak = idle.long() if self._streak is None else idle * (self._streak.to(idle.device) + 1)

@@ -7,8 +7,8 @@ is silently missing. So each Function that a model runs is tested by itself, onc
     s(x, c) = ⟨backward of c at x, v⟩        ⟨ds/d(x, c), u⟩ = (s((x, c) + h u) - s((x, c) - h u)) / 2 h
 
 with the inputs x of a call that the model has made, a random cotangent c and random directions v and u, in float64 (on
-the CPU, if the device has none).
-The backward need not be the derivative of the forward: a straight-through estimator passes.
+the CPU, if the device has none). The backward need not be the derivative of the forward: a straight-through estimator
+passes.
 """
 
 from __future__ import annotations
@@ -58,15 +58,8 @@ class Call:
         return f"{self.function.__name__} ({place})"
 
 
-def custom_functions(loss: Tensor) -> tuple[list[type[Function]], list[str]]:
-    """Finds custom Functions in a graph: the classes of those in Python, the names of those in C++.
-
-    Args:
-        loss: a loss with its graph.
-
-    Returns:
-        Classes and names, each once.
-    """
+def _custom_functions(loss: Tensor) -> tuple[list[type[Function]], list[str]]:
+    """Finds custom Functions in a graph, each once: the classes of those in Python, the names of those in C++."""
     found: dict[type[Function], None] = {}
     foreign: dict[str, None] = {}
     for node in nodes(loss):
@@ -79,27 +72,21 @@ def custom_functions(loss: Tensor) -> tuple[list[type[Function]], list[str]]:
 
 
 def check_custom_functions(loss: Tensor, model: nn.Module, again: Callable[[], object]) -> dict[str, bool]:
-    """Tests the second derivative of every custom Function in the graph of a loss.
+    """Tests the second derivative of every custom Function in the graph of the loss of one sample; refuses wrong ones.
 
-    Args:
-        loss: the loss of one sample, with its graph.
-        model: the model, for the names of modules in messages.
-        again: computes the loss once more.
-
-    Returns:
-        Maps each Function, with its place, to whether it was tested; False if that was not possible.
-
-    Raises:
-        UnsupportedModuleError: a Function's second derivative is wrong.
+    `again` computes the loss once more. The result maps each Function, with its place, to whether it could be tested.
     """
-    classes, foreign = custom_functions(loss)
+    classes, foreign = _custom_functions(loss)
     verdicts = dict.fromkeys((f"{name} (in C++)" for name in foreign), False)
     if not classes:
         return verdicts
     with _recorded(classes, model) as calls:
         again()
     for call in calls:
-        error = second_derivative_error(call)
+        try:
+            error = _error(call)
+        except Exception:  # the Function is the user's, and may raise anything in float64
+            error = None
         if error == math.inf:
             raise UnsupportedModuleError(
                 f"the custom autograd.Function {call.where} is without a second derivative: its backward is marked"
@@ -164,36 +151,27 @@ def _caller(paths: dict[int, str]) -> str | None:
     return None
 
 
-def second_derivative_error(call: Call) -> float | None:
-    """Measures how far a Function's second derivative is from finite differences of its backward.
-
-    Args:
-        call: a call that the model made.
-
-    Returns:
-        The relative error; infinite if the backward cannot be differentiated. None if the Function cannot run in
-        float64, or if its own numerical error hides that of the derivative.
-    """
-    try:
-        return _error(call)
-    except Exception:  # the Function is the user's, and may raise anything in float64
-        return None
-
-
 def _error(call: Call) -> float | None:
+    """Measures how far a Function's second derivative is from finite differences of its backward, relatively.
+
+    The error is infinite if the backward cannot be differentiated, and None if that of the Function itself hides it.
+    """
     generator = torch.Generator().manual_seed(0)
     x = [in_float64(arg) for arg, trained in zip(call.args, call.trained, strict=True) if trained]
     with torch.enable_grad():
         outputs = _outputs(call, [part.clone().requires_grad_() for part in x])
-    c = [_random(y, generator) for y in outputs]
+    point = [*x, *(_random(y, generator) for y in outputs)]
     v = [_random(part, generator) for part in x]
+
+    def s_at(h: float, u: Sequence[Tensor]) -> float:
+        return float(_s(call, [part + h * w for part, w in zip(point, u, strict=True)], v, graph=False))
+
     found = []
     for _ in range(2):
-        u = [_random(part, generator) * _size(part) for part in (*x, *c)]
-        ends = [[float(_s(call, *_moved(x, c, u, sign * h), v, graph=False)) for sign in (1.0, -1.0)] for h in _STEPS]
-        numeric = [(up - down) / (2 * h) for (up, down), h in zip(ends, _STEPS, strict=True)]
-        leaves = [part.clone().requires_grad_() for part in (*x, *c)]
-        s = _s(call, leaves[: len(x)], leaves[len(x) :], v, graph=True)
+        u = [_random(part, generator) * _size(part) for part in point]
+        numeric = [(s_at(h, u) - s_at(-h, u)) / (2 * h) for h in _STEPS]
+        leaves = [part.clone().requires_grad_() for part in point]
+        s = _s(call, leaves, v, graph=True)
         if cut_node(s):
             return math.inf
         parts: Sequence[Tensor | None] = [None] * len(leaves)
@@ -210,12 +188,12 @@ def _error(call: Call) -> float | None:
     return min(found)
 
 
-def _s(call: Call, x: Sequence[Tensor], c: Sequence[Tensor], v: Sequence[Tensor], *, graph: bool) -> Tensor:
-    """Computes s = ⟨backward of c at x, v⟩."""
-    x = [part if part.requires_grad else part.detach().requires_grad_() for part in x]
+def _s(call: Call, point: Sequence[Tensor], v: Sequence[Tensor], *, graph: bool) -> Tensor:
+    """Computes s = ⟨backward of c at x, v⟩ at the point (x, c)."""
+    x = [part if part.requires_grad else part.detach().requires_grad_() for part in point[: len(v)]]
     with torch.enable_grad():
         outputs = _outputs(call, x)
-        found = torch.autograd.grad(outputs, list(x), list(c), create_graph=graph, allow_unused=True)
+        found = torch.autograd.grad(outputs, x, list(point[len(v) :]), create_graph=graph, allow_unused=True)
         parts = [(part * w).sum() for part, w in zip(found, v, strict=True) if part is not None]
         return torch.stack(parts).sum() if parts else v[0].new_zeros([])
 
@@ -233,13 +211,6 @@ def _outputs(call: Call, x: Sequence[Tensor]) -> list[Tensor]:
         result = call.function.apply(*args)
     flat = result if isinstance(result, tuple) else (result,)
     return [y for y in flat if isinstance(y, Tensor) and y.requires_grad and y.is_floating_point()]
-
-
-def _moved(
-    x: Sequence[Tensor], c: Sequence[Tensor], u: Sequence[Tensor], h: float
-) -> tuple[list[Tensor], list[Tensor]]:
-    moved = [part + h * w for part, w in zip((*x, *c), u, strict=True)]
-    return moved[: len(x)], moved[len(x) :]
 
 
 def _random(like: Tensor, generator: torch.Generator) -> Tensor:

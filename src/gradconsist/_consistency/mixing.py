@@ -28,16 +28,8 @@ def mixing_refusal(
     """Builds the error for a model or loss that mixes samples, naming the place where it does.
 
     The place is the first call, in order of completion, whose inputs for the first sample agree between the two runs
-    and whose outputs do not.
-
-    Args:
-        model: the user's model.
-        alone: runs model and loss on one sample.
-        together: runs both on that sample followed by another one.
-        tolerance: difference that rounding may cause, relative to the largest entry.
-
-    Returns:
-        The error to raise.
+    and whose outputs do not. `alone` runs model and loss on one sample, `together` on that sample followed by another
+    one; rounding may cause differences up to `tolerance`, relative to the largest entry.
     """
     modules = dict(model.named_modules())
     with _recorded(model) as first:
@@ -60,9 +52,7 @@ def mixing_refusal(
         where = f"`model.{place}` ({type(module).__name__}){own}"
         remedy = "put that layer in eval mode if it mixes in train mode only, or replace it"
         if getattr(module, "batch_first", True) is False:
-            remedy = (
-                "it has batch_first=False, so its batch is dimension 1: pass batch_first=True, or transpose its input"
-            )
+            remedy = "its batch_first=False makes dimension 1 the batch: pass batch_first=True, or transpose its input"
     return UnsupportedModuleError(
         "a sample's output or loss changes with the other samples of the batch, beyond BatchNorm. It comes from"
         f" {where}, which normalises, mixes, sorts or routes over the batch. A per-sample gradient is not defined"

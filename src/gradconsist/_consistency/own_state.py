@@ -19,11 +19,7 @@ from gradconsist.errors import StateError
 
 
 class OwnState(GeneratorOwner):
-    """Holds a loss's options, random source, number of calls and findings.
-
-    Args:
-        settings: the loss's options.
-    """
+    """Holds a loss's options, random source, number of calls and findings."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -54,10 +50,7 @@ class OwnState(GeneratorOwner):
         Returns:
             A new loss.
         """
-        options = {name: getattr(self.settings, name) for name in OPTIONS} | {
-            "engine": copy.deepcopy(self.settings.engine)
-        }
-        return type(self)(**{**options, **changes})
+        return type(self)(**{**vars(self.settings), "engine": copy.deepcopy(self.settings.engine), **changes})
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the state of the loss's own generator, which `max_pairs` and ``dropout="on"`` draw from.

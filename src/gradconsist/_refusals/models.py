@@ -68,26 +68,23 @@ def _composed(module: nn.Module) -> Collection[str]:
     return (contract._get_registry(module) or ()) if hasattr(contract, "_get_registry") else ()
 
 
-def _check_parameter(where: str, name: str, parameter: nn.Parameter) -> None:
-    kind = type(parameter.data)
-    if kind.__name__ == "DTensor" or (parameter.requires_grad and is_wrapper(parameter)):
-        raise UnsupportedModuleError(
-            f"{where} has the parameter {name!r} of type {kind.__name__}, which is not an ordinary dense tensor: use a"
-            " model with plain parameters (for several processes: DistributedDataParallel over the wrapper)."
-        )
-    if parameter.requires_grad and parameter.is_inference():
-        raise UnsupportedModuleError(
-            f"{where} has the parameter {name!r} made under torch.inference_mode(), which cannot be differentiated:"
-            " build or copy the model outside of it, or freeze the parameter."
-        )
-
-
 def _check_module(where: str, module: nn.Module) -> None:
     for name, parameter in module._parameters.items():
-        if parameter is not None and not torch.nn.parameter.is_lazy(parameter):
-            _check_parameter(where, name, parameter)
-    if any(p is not None and torch.nn.parameter.is_lazy(p) for p in module._parameters.values()):
-        raise UnsupportedModuleError(f"{where} has uninitialized (lazy) parameters: run one forward first.")
+        if parameter is None:
+            continue
+        if torch.nn.parameter.is_lazy(parameter):
+            raise UnsupportedModuleError(f"{where} has uninitialized (lazy) parameters: run one forward first.")
+        kind = type(parameter.data)
+        if kind.__name__ == "DTensor" or (parameter.requires_grad and is_wrapper(parameter)):
+            raise UnsupportedModuleError(
+                f"{where} has the parameter {name!r} of type {kind.__name__}, which is not an ordinary dense tensor:"
+                " use a model with plain parameters (for several processes: DistributedDataParallel over the wrapper)."
+            )
+        if parameter.requires_grad and parameter.is_inference():
+            raise UnsupportedModuleError(
+                f"{where} has the parameter {name!r} made under torch.inference_mode(), which cannot be"
+                " differentiated: build or copy the model outside of it, or freeze the parameter."
+            )
     if isinstance(module, nn.EmbeddingBag):
         raise UnsupportedModuleError(
             f"{where} is an EmbeddingBag, which has no second derivative in torch: use Embedding and a sum or mean over"

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradconsist._forward.batchnorm import Statistics
 from gradconsist._inputs.batch import check_inputs, doubled, in_order_of, leaves, map_leaves, map_members
 from gradconsist._inputs.options import check_count
 from gradconsist.diagnostics.same_loss import double_of, statistics_here
 from gradconsist.errors import InputTypeError, InputValueError
 from gradconsist.loss import GradientConsistencyLoss
-from gradconsist.types import Inputs
+from gradconsist.types import ConsistencyRecord, Inputs
 
 
 @dataclass(frozen=True)
@@ -169,11 +167,12 @@ def consistency_bound(
         raise InputValueError(
             "no pair is left: give pairs of positive weight whose views differ and whose gradients do not vanish."
         )
-    secants = [_difference(record.norm_weak, record.norm_strong, record.cosine) / distance]
+    secants = [_difference(record) / distance]
     loss.min_norm = 1e-18  # along the segment, gradients may be small
     for part in range(segments if segments > 1 else 0):
         first, second = (_between(weak, strong, (part + side) / segments) for side in (0, 1))
-        secants.append(_secant(loss, first, second, target, kept, statistics) * segments / distance)
+        ends = loss.measure(first, second, target, kept.double(), statistics=statistics)
+        secants.append(_difference(ends) * segments / distance)
     lipschitz = torch.stack(secants).nan_to_num(0.0).amax(0)
     return BoundReport(
         cosine=record.cosine[kept],
@@ -185,38 +184,24 @@ def consistency_bound(
     )
 
 
-def _secant(
-    loss: GradientConsistencyLoss,
-    first: Inputs,
-    second: Inputs,
-    target: Tensor,
-    kept: Tensor,
-    statistics: list[Statistics] | None,
-) -> Tensor:
-    found = loss.measure(first, second, target, kept.double(), statistics=statistics)
-    return _difference(found.norm_weak, found.norm_strong, found.cosine)
-
-
-def _difference(first: Tensor, second: Tensor, cosine: Tensor) -> Tensor:
+def _difference(record: ConsistencyRecord) -> Tensor:
     """Computes ||a - b|| from ||a||, ||b|| and the cosine, which is NaN if one of them is zero."""
-    squared = (first - second).square() + 2 * first * second * (1 - cosine.nan_to_num(0.0))
+    a, b = record.norm_weak, record.norm_strong
+    squared = (a - b).square() + 2 * a * b * (1 - record.cosine.nan_to_num(0.0))
     return squared.clamp(min=0.0).sqrt()
 
 
 def _distance(weak: Inputs, strong: Inputs) -> Tensor:
     """Computes ||s - w|| over all floating tensors of a sample, [B]."""
-    total: Any = 0.0
-    floating = False
+    squares = []
     for a, b in zip(leaves(weak), leaves(strong), strict=True):
         if a.is_floating_point():
-            floating = True
-            total = total + (b - a).flatten(1).square().sum(1) if a.dim() > 1 else total + (b - a).square()
+            squares.append((b - a).reshape(len(a), -1).square().sum(1))
         elif not torch.equal(a, b):
             raise InputTypeError("`weak` and `strong` differ in an integer tensor, so they have no distance.")
-    if not floating:
+    if not squares:
         raise InputTypeError("`weak` has no floating tensor, so its views have no distance: pass embeddings.")
-    distance: Tensor = total.sqrt()
-    return distance
+    return torch.stack(squares).sum(0).sqrt()
 
 
 def _between(weak: Inputs, strong: Inputs, part: float) -> Inputs:

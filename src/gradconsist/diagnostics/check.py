@@ -184,15 +184,8 @@ def _rows(model: nn.Module, routes: dict[str, str], compared: set[str], engine: 
     rows = []
     for name, parameter in model.named_parameters():
         path = name.rpartition(".")[0]
-        rows.append(
-            CheckRow(
-                module=path,
-                kind=type(modules.get(path, model)).__name__,
-                parameter=name,
-                size=parameter.numel(),
-                route=_route(name, parameter, routes, compared, engine),
-            )
-        )
+        kind = type(modules.get(path, model)).__name__
+        rows.append(CheckRow(path, kind, name, parameter.numel(), _route(name, parameter, routes, compared, engine)))
     return rows
 
 

@@ -134,8 +134,9 @@ def _evaluate(
     """Computes norms and cosines, and the gradient of L_g."""
     model.zero_grad()
     loss = GradientConsistencyLoss(model, loss_fn=lambda output, target: output, engine=engine, chunk_size=None)
-    loss(weak, strong, torch.zeros(len(weak[0]), dtype=torch.long, device=weak[0].device)).backward()
-    record = loss.measure(weak, strong, torch.zeros(len(weak[0]), dtype=torch.long, device=weak[0].device))
+    target = torch.zeros(len(weak[0]), dtype=torch.long, device=weak[0].device)
+    loss(weak, strong, target).backward()
+    record = loss.measure(weak, strong, target)
     parts = [
         (torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters() if p.requires_grad
     ]

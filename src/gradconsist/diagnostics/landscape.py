@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -33,33 +34,19 @@ class Landscape:
     w is one flat vector [P] of the selected parameters. BatchNorm's statistics are constants, computed at the model's
     own weights, and dropout is off. So this is the function whose per-sample gradients L_g compares. In eval mode the
     statistics are the running ones, and L is the loss of the deployed network.
-
-    Args:
-        forward: the model under these rules.
-        names: names of the selected parameters, in order.
-        batch: inputs, targets and device.
-        chunk: number of samples at a time.
     """
 
-    def __init__(self, forward: PerSampleForward, names: list[str], batch: Pairs, chunk: int) -> None:
-        own = dict(forward.model.named_parameters())
-        self._forward, self._batch, self._chunk = forward, batch, chunk
-        self._own = {name: own[name] for name in names}
+    def __init__(self, forward: PerSampleForward, own: Mapping[str, Tensor], batch: Pairs, chunk: int) -> None:
+        self._forward, self._own, self._batch, self._chunk = forward, own, batch, chunk
         self._checked = False
-        wide = torch.float32
-        for parameter in self._own.values():
-            wide = torch.promote_types(wide, parameter.dtype)
-        self.weights = torch.cat([parameter.detach().reshape(-1).to(wide) for parameter in self._own.values()])
+        wide = reduce(torch.promote_types, (parameter.dtype for parameter in own.values()), torch.float32)
+        self.weights = torch.cat([parameter.detach().reshape(-1).to(wide) for parameter in own.values()])
 
     def value(self, weights: Tensor) -> float:
-        """Computes L at `weights` [P].
-
-        Raises:
-            NonFiniteError: L is NaN or infinite.
-        """
+        """Computes L at `weights` [P], which must be finite."""
         with torch.no_grad():
             value = sum(float(part) for part in self._parts(weights))
-        if not value - value == 0:
+        if not math.isfinite(value):
             raise NonFiniteError(
                 f"the mean loss is {value}: check `inputs` and the parameters of `model`, or use a smaller `rho`."
             )
@@ -108,49 +95,33 @@ class Landscape:
 @contextmanager
 def landscape(
     model: nn.Module,
-    inputs: Any,
-    target: Any,
+    inputs: Inputs,
+    target: Tensor,
     *,
     parameters: Encoder,
     loss_fn: LossFunction | None,
     batchnorm: BatchNormPolicy,
     chunk_size: int | None,
 ) -> Iterator[Landscape]:
-    """Checks a batch and provides its landscape within the block, while the model runs under our rules.
-
-    Args:
-        model: the user's model.
-        inputs: a tensor, or a dict, tuple or list of tensors and constants, batch first.
-        target: class indices [B] or probabilities [B, C]; anything for a custom `loss_fn`.
-        parameters: which trainable parameters to move, selected like `encoder` of the loss.
-        loss_fn: as for the loss.
-        batchnorm: "auto", "batch" or "running".
-        chunk_size: number of samples at a time; None means all.
-
-    Yields:
-        The landscape.
-    """
+    """Checks the arguments of `sharpness` and provides their landscape; the model runs under our rules in the block."""
     check_model(model)
     check_choice("batchnorm", batchnorm, ("auto", "batch", "running"))
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
     if loss_fn is not None and not callable(loss_fn):
         raise ConfigError(f"`loss_fn` is {loss_fn!r}: pass a function (output, target) -> [B], or None.")
-    names = list(compared_parameters(model, parameters))
-    pairs = _checked(model, check_inputs("inputs", inputs), target, loss_fn)
-    forward = PerSampleForward(
-        model, loss_fn or cross_entropy, BatchNormCalls(batchnorm), autocast=autocast_region(pairs.device)
-    )
-    with one_comparison(), torch.inference_mode(False), our_rules(model, pairs.device, {"inputs": pairs.weak}):
-        with torch.no_grad():
-            # Twice the batch has the same statistics, and shows which calls normalise over samples.
-            forward.output(concatenate(pairs.weak, pairs.weak), record=True)
-        probe_model(forward, pairs, torch.arange(len(pairs), device=pairs.device), Probed())
-        yield Landscape(forward, names, pairs, chunk_size or len(pairs))
-
-
-def _checked(model: nn.Module, inputs: Inputs, target: Any, loss_fn: LossFunction | None) -> Pairs:
+    own = compared_parameters(model, parameters)
+    inputs = check_inputs("inputs", inputs)
     size = len(leaves(inputs)[0])
     target = check_target(target, size, loss_fn is None)
     device = check_one_device(model, {"inputs": leaves(inputs)[0], "target": target})
-    return Pairs(inputs, inputs, target, torch.ones(size, device=device), device)
+    pairs = Pairs(inputs, inputs, target, torch.ones(size, device=device), device)
+    forward = PerSampleForward(
+        model, loss_fn or cross_entropy, BatchNormCalls(batchnorm), autocast=autocast_region(device)
+    )
+    with one_comparison(), torch.inference_mode(False), our_rules(model, device, {"inputs": inputs}):
+        with torch.no_grad():
+            # Twice the batch has the same statistics, and shows which calls normalise over samples.
+            forward.output(concatenate(inputs, inputs), record=True)
+        probe_model(forward, pairs, torch.arange(size, device=device), Probed())
+        yield Landscape(forward, own, pairs, chunk_size or size)

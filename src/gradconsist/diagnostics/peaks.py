@@ -31,16 +31,6 @@ def peak_of(call: Callable[[], object], device: torch.device) -> int:
     On a CPU, it sums up the allocations and releases that torch's profiler records: all tensors, and what operators of
     torch allocate inside. It does not see memory that libraries such as oneDNN and MKL keep, nor what the C library
     does not return to the system. On CUDA and XPU, it is the allocator's own peak, which is reset before.
-
-    Args:
-        call: the function to measure.
-        device: the device on which it runs.
-
-    Returns:
-        Bytes.
-
-    Raises:
-        DeviceError: the device does not count its memory.
     """
     gc.collect()
     if device.type != "cpu":

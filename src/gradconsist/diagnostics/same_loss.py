@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +14,7 @@ from gradconsist._forward.per_sample import PerSampleForward
 from gradconsist._forward.sandbox import comparison_scope
 from gradconsist._forward.statistics import take_statistics
 from gradconsist._inputs.batch import concatenable
-from gradconsist._inputs.parameters import Encoder
+from gradconsist._inputs.parameters import compared_parameters
 from gradconsist._inputs.precision import has_float64
 from gradconsist.errors import ConfigError, DeviceError
 from gradconsist.loss import GradientConsistencyLoss
@@ -23,17 +22,7 @@ from gradconsist.types import Inputs
 
 
 def unobserved(consistency: object) -> Settings:
-    """Returns the options of a loss, with joint statistics instead of observed ones.
-
-    Args:
-        consistency: the user's argument for the loss.
-
-    Returns:
-        Its options.
-
-    Raises:
-        ConfigError: `consistency` is not a GradientConsistencyLoss.
-    """
+    """Checks the user's loss and returns its options, with joint statistics instead of observed ones."""
     if not isinstance(consistency, GradientConsistencyLoss):
         raise ConfigError(
             f"`consistency` is a {type(consistency).__name__}: pass the GradientConsistencyLoss that you train with, so"
@@ -44,39 +33,26 @@ def unobserved(consistency: object) -> Settings:
 
 
 def check_float64(model: nn.Module) -> None:
-    """Checks that the model's device computes in float64.
-
-    Args:
-        model: the model.
-
-    Raises:
-        DeviceError: it does not.
-    """
+    """Checks that the model's device computes in float64."""
     for device in {parameter.device for parameter in model.parameters()}:
         if not has_float64(device):
             raise DeviceError(f"this runs in float64, which {device} does not have: move model and inputs to the CPU.")
 
 
 def double_of(consistency: GradientConsistencyLoss, **changes: Any) -> GradientConsistencyLoss:
-    """Makes the same loss on a float64 copy of its model, over all pairs, with both views differentiated.
-
-    Args:
-        consistency: the loss; it and its model do not change.
-        **changes: further options to change.
-
-    Returns:
-        A new loss.
-
-    Raises:
-        DeviceError: the model's device has no float64.
-    """
+    """Makes the same loss on a float64 copy of its model, over all pairs, with both views differentiated."""
     own = unobserved(consistency)
     check_float64(own.model)
+    names = compared_parameters(own.model, own.encoder)  # a module of the model is none of the copy
     model = copy.deepcopy(own.model).double()
     model.zero_grad()
-    encoder = _names_in_copy(own.model, own.encoder)
     return consistency.with_options(
-        model=model, encoder=encoder, batchnorm=own.batchnorm, max_pairs=None, stop_gradient=None, **changes
+        model=model,
+        encoder=names.__contains__,
+        batchnorm=own.batchnorm,
+        max_pairs=None,
+        stop_gradient=None,
+        **changes,
     )
 
 
@@ -89,13 +65,3 @@ def statistics_here(loss: GradientConsistencyLoss, weak: Inputs, strong: Inputs)
     with comparison_scope(own.model, dropout=False):
         take_statistics(PerSampleForward(own.model, own.loss_fn, calls), weak, strong)
     return calls.recorded
-
-
-def _names_in_copy(model: nn.Module, encoder: Any) -> Encoder:
-    """Makes the encoder work for a copy of the model, by turning modules into predicates on names."""
-    if encoder is None or (callable(encoder) and not isinstance(encoder, nn.Module)):
-        return encoder
-    modules: Iterable[nn.Module] = [encoder] if isinstance(encoder, nn.Module) else encoder
-    wanted = {id(parameter) for module in modules for parameter in module.parameters()}
-    names = {name for name, parameter in model.named_parameters() if id(parameter) in wanted}
-    return names.__contains__

@@ -162,7 +162,7 @@ class _Trial:
         self._arguments = arguments
         self._statistics: list[Statistics] | None = None
         record = self._measure()  # also checks the arguments
-        if record is None or not bool((record.compared & ~record.degenerate).any()):
+        if not bool((record.compared & ~record.degenerate).any()):
             raise InputValueError("no pair has a cosine: give pairs of positive weight whose gradients do not vanish.")
         if not loss.settings.through_statistics:
             self._statistics = statistics_here(loss, arguments[0], arguments[1])

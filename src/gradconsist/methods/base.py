@@ -27,18 +27,8 @@ LogitsFunction = Callable[[Any], Tensor]
 class Method(nn.Module):
     """Computes L = L_s + mu(t) * L_u with a model, and counts the steps in train mode.
 
-    Args:
-        model: any module from inputs to logits [B, C].
-        unlabeled_weight: mu after its ramp.
-        unlabeled_ramp_steps: number of train-mode steps over which mu grows from 0; 0 means no ramp.
-        logits_fn: function from the model's output to logits [B, C], for models that return a tuple or another object.
-            None takes the output itself, or its attribute or key ``logits``.
-
-    Attributes:
-        step: number of calls in train mode so far; part of ``state_dict()``.
-
-    Raises:
-        ConfigError: an option is out of range.
+    Each method documents its arguments. If `logits_fn` is None, the logits are the model's output itself, or its
+    attribute or key ``logits``.
     """
 
     _ramp: Callable[[int, int], float] = staticmethod(linear_ramp)
@@ -76,15 +66,7 @@ class Method(nn.Module):
             raise refusal from error
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Restores what `state_dict` returned.
-
-        Args:
-            state_dict: the return value of ``method.state_dict()``.
-            strict: as in torch.
-            assign: as in torch.
-
-        Returns:
-            Missing and unexpected keys, as in torch.
+        """Restores what `state_dict` returned; arguments and result are torch's.
 
         Raises:
             StateError: the state belongs to something else, such as the bare model.
@@ -179,14 +161,7 @@ class Method(nn.Module):
         return {"step": self.step}
 
     def set_extra_state(self, state: Any) -> None:
-        """Restores the step counter; ``load_state_dict`` calls it.
-
-        Args:
-            state: what `get_extra_state` returned.
-
-        Raises:
-            StateError: `state` is something else.
-        """
+        """Restores what `get_extra_state` returned, or raises a StateError; ``load_state_dict`` calls it."""
         step = state.get("step") if isinstance(state, Mapping) else None
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
             raise StateError(f"`state_dict` holds {state!r:.80} for {type(self).__name__}: load the method's own.")

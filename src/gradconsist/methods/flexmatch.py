@@ -79,15 +79,7 @@ class FlexMatch(WeakToStrong):
         self._remember("selected", torch.full((samples,), -1))
 
     def thresholds(self, classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Returns T(c) for the next step.
-
-        Args:
-            classes: C.
-            dtype: dtype of the result.
-
-        Returns:
-            [C].
-        """
+        """Returns T(c) [classes] for the next step, in `dtype`."""
         sigma = torch.bincount(self.selected[self.selected >= 0], minlength=classes).to(dtype)
         largest = sigma.max()
         if self.threshold_warmup:

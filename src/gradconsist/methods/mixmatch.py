@@ -158,14 +158,7 @@ class MixMatch(Method):
         return super().get_extra_state() | {"generator": self._random}
 
     def set_extra_state(self, state: Any) -> None:
-        """Restores step counter and generator; ``load_state_dict`` calls it.
-
-        Args:
-            state: what `get_extra_state` returned.
-
-        Raises:
-            StateError: `state` is something else.
-        """
+        """Restores what `get_extra_state` returned, or raises a StateError; ``load_state_dict`` calls it."""
         super().set_extra_state(state)
         if not isinstance(state, Mapping) or not isinstance(state.get("generator"), Tensor):
             raise StateError("`state_dict` holds no generator for MixMatch: load the method's own.")

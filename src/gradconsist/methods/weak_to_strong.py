@@ -22,18 +22,7 @@ class WeakToStrong(Method):
 
         L = L_s + mu(t) * L_u;   L_u = 1/m sum weight * KL(target || softmax f(strong))
 
-    For a target that is a class, the divergence is the cross-entropy.
-
-    Args:
-        model: any module from inputs to logits [B, C].
-        unlabeled_weight: mu.
-        unlabeled_ramp_steps: number of train-mode steps over which mu grows linearly from 0; 0 means no ramp.
-        logits_fn: see `Method`.
-        joint: True forwards labeled, weak and strong inputs as one batch, so that BatchNorm sees all of them. False
-            forwards labeled and strong inputs together and the weak ones separately without a graph.
-
-    Raises:
-        ConfigError: an option is out of range.
+    For a target that is a class, the divergence is the cross-entropy. The arguments are those of `FixMatch`.
     """
 
     # Whether all of the step is known: a subclass may compute another unlabeled loss, so each class says so itself.
