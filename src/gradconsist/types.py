@@ -131,11 +131,11 @@ class ConsistencyRecord:
         compared: pairs of positive weight (and, with `max_pairs`, drawn in this call).
     """
 
-    cosine: Tensor = field(repr=False)
-    norm_weak: Tensor = field(repr=False)
-    norm_strong: Tensor = field(repr=False)
-    degenerate: Tensor = field(repr=False)
-    compared: Tensor = field(repr=False)
+    cosine: Tensor
+    norm_weak: Tensor
+    norm_strong: Tensor
+    degenerate: Tensor
+    compared: Tensor
 
     def summary(self) -> dict[str, float]:
         """Sums the record up in six numbers; means are NaN if nothing was compared.

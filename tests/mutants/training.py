@@ -87,13 +87,13 @@ BUGS = [
         "gate='method' weights pairs as the method did",
         "test_wrapper.py::test_loss_and_gradient_are_base_plus_weight_times_term"
         " test_wrapper.py::test_logs",
-        WRAPPER, 'gate = pair.weight if self.gate == "method" else None', "gate = None",
+        WRAPPER, 'if self.gate == "method" else pair._replace', 'if self.gate == "none" else pair._replace',
     ),
     Bug(
         "gate='all' ignored",
         "gate='all' weights pairs 1",
         "test_wrapper.py::test_gate_all_compares_every_pair",
-        WRAPPER, 'gate = pair.weight if self.gate == "method" else None', "gate = pair.weight",
+        WRAPPER, 'return pair if self.gate == "method" else pair._replace(weight=None)', "return pair",
     ),
     Bug(
         "step counter not saved",

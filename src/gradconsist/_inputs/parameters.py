@@ -42,8 +42,6 @@ def compared_parameters(model: nn.Module, encoder: Encoder) -> dict[str, Paramet
     Frozen parameters are left out: they have no gradient to compare. An encoder without a trainable one is an error.
     """
     trainable = trainable_parameters(model)
-    if encoder is None:
-        encoder = _everything
     if isinstance(encoder, str):
         raise ParameterSelectionError(_not_by_name(model, encoder, "`encoder`"))
     if isinstance(encoder, nn.Module):
@@ -56,8 +54,9 @@ def compared_parameters(model: nn.Module, encoder: Encoder) -> dict[str, Paramet
             unfreeze = "`encoder.requires_grad_(True)`"
         chosen = {name: parameter for name, parameter in trainable.items() if id(parameter) in wanted}
         what = "the modules given as `encoder` select"
-    elif callable(encoder):
-        names = _named_by([name for name, _ in model.named_parameters()], encoder)
+    elif encoder is None or callable(encoder):
+        every = [name for name, _ in model.named_parameters()]
+        names = dict.fromkeys(every) if encoder is None else _named_by(every, encoder)
         chosen = {name: parameter for name, parameter in trainable.items() if name in names}
         named = list(chosen) or list(names)
         unfreeze = "`[p.requires_grad_(True) for name, p in model.named_parameters() if encoder(name)]`"
@@ -111,11 +110,6 @@ def _named_by(names: Sequence[str], encoder: Callable[[str], bool]) -> dict[str,
             " parameter of a compiled module: pass modules, or the module that was compiled (`compiled._orig_mod`)."
         )
     return chosen or plain
-
-
-def _everything(name: str) -> bool:
-    del name
-    return True
 
 
 def _parameters_of(model: nn.Module, modules: Sequence[nn.Module]) -> set[int]:
