@@ -269,7 +269,7 @@ class GGCRWrapper(nn.Module):
         return state
 
     def set_extra_state(self, state: Any) -> None:
-        """Restores what `get_extra_state` returned, or raises a StateError; ``load_state_dict`` calls it."""
+        """Restores what `get_extra_state` returned, or raises a `StateError`; ``load_state_dict`` calls it."""
         expected = {"step", "consistency"} | ({"method"} if self._has_own_state() else set())
         if not isinstance(state, Mapping) or set(state) != expected:
             found = sorted(state) if isinstance(state, Mapping) else type(state).__name__

@@ -42,14 +42,7 @@ class OwnState(GeneratorOwner):
         super().__setattr__(name, value)
 
     def with_options(self, **changes: Any) -> Self:
-        """Makes a new loss with some options changed; it starts fresh and shares no state with this one.
-
-        Args:
-            **changes: the options to change, named as in the constructor.
-
-        Returns:
-            A new loss.
-        """
+        """Makes a new loss with some of the constructor's options changed; it shares no state with this one."""
         return type(self)(**{**vars(self.settings), "engine": copy.deepcopy(self.settings.engine), **changes})
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -63,14 +56,7 @@ class OwnState(GeneratorOwner):
         return {"generator": self._generator.get_state(), **calls, **chunk}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restores what `state_dict` returned.
-
-        Args:
-            state: the return value of `state_dict`.
-
-        Raises:
-            StateError: `state` is something else.
-        """
+        """Restores what `state_dict` returned; raises a `StateError` for anything else."""
         expected = {"generator"} if self.settings.projection is None else {"generator", "calls"}
         known = isinstance(state, Mapping) and set(state) - {"chunk"} == expected
         if not known or not all(isinstance(part, Tensor) for part in state.values()):

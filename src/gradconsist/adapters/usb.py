@@ -129,13 +129,9 @@ class UsbHandle:
         return self.wrapper.get_extra_state()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what `state_dict` returned; not needed after ``algorithm.load_model``.
+        """Restores what `state_dict` returned, or a checkpoint's ``"gradconsist"`` entry; else raises a `StateError`.
 
-        Args:
-            state: the return value of `state_dict`, or a checkpoint's ``"gradconsist"`` entry.
-
-        Raises:
-            StateError: `state` is something else.
+        It is not needed after ``algorithm.load_model``.
         """
         self.wrapper.set_extra_state(state)
 

@@ -1,7 +1,8 @@
 """Semi-supervised methods, one per file: call each with an `SSLBatch`, and it returns a `StepOutput`.
 
 A method is a module around the model. It computes its loss and also returns the pair of views that gradient consistency
-may compare, with the pseudo-labels and mask that it used.
+may compare, with the pseudo-labels and mask that it used. Another argument than an `SSLBatch` raises an
+`InputTypeError`; parts that are empty, or do not belong together row by row, raise an `InputShapeError`.
 
     >>> import torch
     >>> from gradconsist import SSLBatch

@@ -161,7 +161,7 @@ class Method(nn.Module):
         return {"step": self.step}
 
     def set_extra_state(self, state: Any) -> None:
-        """Restores what `get_extra_state` returned, or raises a StateError; ``load_state_dict`` calls it."""
+        """Restores what `get_extra_state` returned, or raises a `StateError`; ``load_state_dict`` calls it."""
         step = state.get("step") if isinstance(state, Mapping) else None
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
             raise StateError(f"`state_dict` holds {state!r:.80} for {type(self).__name__}: load the method's own.")

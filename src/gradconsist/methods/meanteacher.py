@@ -45,6 +45,8 @@ class MeanTeacher(Method):
         ema_decay: the largest a. With gradient accumulation over k batches, pass its k-th root.
         logits_fn: function from the model's output to logits [B, C], for models that return a tuple or another object.
 
+    Logs: loss_supervised, loss_unsupervised and unlabeled_weight.
+
     Attributes:
         step: number of calls in train mode so far.
         teacher: the averaged model, without gradients; often the better one to evaluate. Its average includes the
@@ -73,19 +75,7 @@ class MeanTeacher(Method):
         self.teacher = copy.deepcopy(model).requires_grad_(False)
 
     def forward(self, batch: SSLBatch) -> StepOutput:
-        """Computes the loss of one step.
-
-        Args:
-            batch: labeled inputs and labels; the teacher's (weak) and the student's (strong) unlabeled view.
-
-        Returns:
-            The loss, the pair (weak, strong, teacher's probabilities, ramp), and the logs loss_supervised,
-            loss_unsupervised and unlabeled_weight.
-
-        Raises:
-            InputTypeError: `batch` is not an `SSLBatch`.
-            InputShapeError: parts of `batch` differ in length where they must match, or are empty.
-        """
+        """Computes the loss of one step."""
         check_batch(batch)
         if self.training:
             self._update_teacher()

@@ -49,6 +49,8 @@ class MixMatch(Method):
         joint: see above.
         logits_fn: function from the model's output to logits [B, C], for models that return a tuple or another object.
 
+    Logs: loss_supervised, loss_unsupervised and unlabeled_weight.
+
     Attributes:
         step: number of calls in train mode so far; part of ``state_dict()``, as is the state of the generator that
             draws l and the order. That generator is seeded from torch's initial seed and never draws from the global
@@ -56,6 +58,7 @@ class MixMatch(Method):
 
     Raises:
         ConfigError: an option is out of range.
+        InputTypeError: the inputs of a batch are not one floating-point tensor each.
 
     Source: Berthelot et al., MixMatch (2019), algorithm 1, and the authors' code.
     """
@@ -82,19 +85,7 @@ class MixMatch(Method):
         self._random = torch.Generator().manual_seed(torch.initial_seed() % 2**63).get_state()
 
     def forward(self, batch: SSLBatch) -> StepOutput:
-        """Computes the loss of one step.
-
-        Args:
-            batch: labeled inputs and labels, and two views of the unlabeled ones.
-
-        Returns:
-            The loss, the pair (weak, strong, sharpened guess or its class, 1), and the logs loss_supervised,
-            loss_unsupervised and unlabeled_weight.
-
-        Raises:
-            InputTypeError: `batch` is not an `SSLBatch`, or its inputs are not floating point.
-            InputShapeError: parts of `batch` differ in length where they must match, or are empty.
-        """
+        """Computes the loss of one step."""
         check_batch(batch)
         x, *tensors = (self._mixable(part) for part in (batch.x, batch.weak, batch.strong))
         views = batch.weak, batch.strong
@@ -158,7 +149,7 @@ class MixMatch(Method):
         return super().get_extra_state() | {"generator": self._random}
 
     def set_extra_state(self, state: Any) -> None:
-        """Restores what `get_extra_state` returned, or raises a StateError; ``load_state_dict`` calls it."""
+        """Restores what `get_extra_state` returned, or raises a `StateError`; ``load_state_dict`` calls it."""
         super().set_extra_state(state)
         if not isinstance(state, Mapping) or not isinstance(state.get("generator"), Tensor):
             raise StateError("`state_dict` holds no generator for MixMatch: load the method's own.")

@@ -37,6 +37,8 @@ class PiModel(Method):
             passes.
         logits_fn: function from the model's output to logits [B, C], for models that return a tuple or another object.
 
+    Logs: loss_supervised, loss_unsupervised and unlabeled_weight.
+
     Attributes:
         step: number of calls in train mode so far; part of ``state_dict()``.
 
@@ -62,19 +64,7 @@ class PiModel(Method):
         self.joint = joint
 
     def forward(self, batch: SSLBatch) -> StepOutput:
-        """Computes the loss of one step.
-
-        Args:
-            batch: labeled inputs and labels, and two views of the unlabeled ones.
-
-        Returns:
-            The loss, the pair (weak, strong, common class, ramp), and the logs loss_supervised, loss_unsupervised and
-            unlabeled_weight.
-
-        Raises:
-            InputTypeError: `batch` is not an `SSLBatch`.
-            InputShapeError: parts of `batch` differ in length where they must match, or are empty.
-        """
+        """Computes the loss of one step."""
         check_batch(batch)
         if self.joint:
             labeled, *views = self._joint_logits(batch.x, batch.weak, batch.strong)

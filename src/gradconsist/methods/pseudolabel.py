@@ -18,9 +18,9 @@ class PseudoLabel(Method):
         L_u = 1/m sum mask * CE(target, z);  L = CE(y, f(x)) + mu(t) * L_u
 
     Target and prediction come from the same logits of one view, in one forward of labeled and weak inputs together. The
-    method does not use `strong`; it only passes it on in the pair, for gradient consistency. Labels are renewed in
-    every step, while self-training in rounds would keep them for an epoch or longer. The paper uses every pseudo-label
-    (threshold 0) and lets mu grow; the threshold came later, with TorchSSL and USB.
+    method does not use `strong`; it only passes it on in the pair, for gradient consistency, with target and mask.
+    Labels are renewed in every step, while self-training in rounds would keep them for an epoch or longer. The paper
+    uses every pseudo-label (threshold 0) and lets mu grow; the threshold came later, with TorchSSL and USB.
 
     Args:
         model: any module from inputs to logits [B, C].
@@ -29,6 +29,8 @@ class PseudoLabel(Method):
         unlabeled_ramp_steps: number of train-mode steps over which mu grows linearly from 0; 0 means no ramp. TorchSSL
             uses 40 % of the run.
         logits_fn: function from the model's output to logits [B, C], for models that return a tuple or another object.
+
+    Logs: those of `FixMatch`.
 
     Attributes:
         step: number of calls in train mode so far; part of ``state_dict()``.
@@ -53,19 +55,7 @@ class PseudoLabel(Method):
         self.threshold = threshold
 
     def forward(self, batch: SSLBatch) -> StepOutput:
-        """Computes the loss of one step.
-
-        Args:
-            batch: labeled inputs and labels, weak views, and strong ones for the pair.
-
-        Returns:
-            The loss, the pair (weak, strong, pseudo-labels, mask), and the logs loss_supervised, loss_unsupervised,
-            mask_rate and unlabeled_weight.
-
-        Raises:
-            InputTypeError: `batch` is not an `SSLBatch`, or has no strong views.
-            InputShapeError: parts of `batch` differ in length where they must match, or are empty.
-        """
+        """Computes the loss of one step."""
         check_batch(batch)
         labeled, weak = self._joint_logits(batch.x, batch.weak)
         confidence, target = weak.detach().softmax(1).max(1)

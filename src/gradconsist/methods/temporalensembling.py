@@ -44,13 +44,17 @@ class TemporalEnsembling(Method):
         ema_decay: a.
         logits_fn: function from the model's output to logits [B, C], for models that return a tuple or another object.
 
+    Logs: those of `FixMatch`, where mask_rate is the share of samples that have been seen before.
+
     Attributes:
         step: number of calls in train mode so far.
         ensemble: Z [N, C].
         visits: v [N], int64. All three are part of ``state_dict()``.
 
     Raises:
-        ConfigError: an option is out of range.
+        ConfigError: an option is out of range, or the model does not return `classes` logits per sample.
+        InputTypeError: a batch has no index.
+        InputValueError: an index is outside range(N).
 
     Source: Laine and Aila, Temporal Ensembling (2017), algorithm 2.
     """
@@ -81,22 +85,7 @@ class TemporalEnsembling(Method):
         self._remember("visits", torch.zeros(samples, dtype=torch.int64))
 
     def forward(self, batch: SSLBatch) -> StepOutput:
-        """Computes the loss of one step.
-
-        Args:
-            batch: labeled inputs and labels, weak views, strong ones for the pair, and the `index` of the unlabeled
-                samples.
-
-        Returns:
-            The loss, the pair (weak, strong, ensemble's probabilities, weights), and the logs loss_supervised,
-            loss_unsupervised, mask_rate (the share of samples that have been seen before) and unlabeled_weight.
-
-        Raises:
-            InputTypeError: `batch` is not an `SSLBatch`, or has no strong views or no index.
-            InputShapeError: parts of `batch` differ in length where they must match, or are empty.
-            InputValueError: an index is outside range(N).
-            ConfigError: the model does not return `classes` logits per sample.
-        """
+        """Computes the loss of one step."""
         check_batch(batch)
         index = check_index(batch, self.samples)
         labeled, weak = self._joint_logits(batch.x, batch.weak)

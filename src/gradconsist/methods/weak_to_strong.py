@@ -42,19 +42,7 @@ class WeakToStrong(Method):
         self.joint = joint
 
     def forward(self, batch: SSLBatch) -> StepOutput:
-        """Computes the loss of one step.
-
-        Args:
-            batch: labeled inputs and labels, weak and strong views.
-
-        Returns:
-            The loss, the pair (weak, strong, target, weight), and the logs loss_supervised, loss_unsupervised,
-            mask_rate (the mean weight), unlabeled_weight and those that the class adds.
-
-        Raises:
-            InputTypeError: `batch` is not an `SSLBatch`.
-            InputShapeError: parts of `batch` differ in length where they must match, or are empty.
-        """
+        """Computes the loss of one step."""
         batch = self._checked(batch)
         labeled, weak, strong = self._view_logits(batch)
         target, weight, logs = self._targets(weak, batch)

@@ -175,14 +175,7 @@ class SAM(Optimizer):
         return self.base.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restores what `state_dict` returned.
-
-        Args:
-            state_dict: the return value of `state_dict`, from a SAM around the same kind of optimizer.
-
-        Raises:
-            StateError: the state belongs to another kind of optimizer.
-        """
+        """Restores what `state_dict` of a SAM around the same kind of optimizer returned, or raises a `StateError`."""
         groups = state_dict.get("param_groups", []) if isinstance(state_dict, Mapping) else []
         if not groups or not all({"rho", "adaptive"} <= set(group) for group in groups):
             raise StateError(
@@ -192,11 +185,7 @@ class SAM(Optimizer):
         self.base.load_state_dict(dict(state_dict))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group to the base optimizer, with its own `rho` and `adaptive` or the values given to the constructor.
-
-        Args:
-            param_group: as for the base optimizer.
-        """
+        """Adds a group to the base optimizer, with its own `rho` and `adaptive` or those of the constructor."""
         for key in ("rho", "adaptive"):
             param_group.setdefault(key, self.defaults[key])
         if not any(param_group is group for group in self.base.param_groups):  # as torch does in its constructor

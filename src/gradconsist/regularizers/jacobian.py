@@ -230,14 +230,7 @@ class JacobianPenalty(GeneratorOwner):
         return {"generator": self._generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restores what `state_dict` returned.
-
-        Args:
-            state: the return value of `state_dict`.
-
-        Raises:
-            StateError: `state` is something else.
-        """
+        """Restores what `state_dict` returned; raises a `StateError` for anything else."""
         if not isinstance(state, Mapping) or set(state) != {"generator"}:
             raise StateError("`state` is not that of a JacobianPenalty: pass its own state_dict.")
         restore_generator(self._generator, state["generator"])
