@@ -18,7 +18,7 @@ BUGS = [
         "usb: the listener stays in place",
         "what a step replaces is back after it",
         f"{TESTS}::test_an_error_inside_leaves_no_trace",
-        PAIRS, "            del own[name]\n        own.update(self._kept)\n", "            pass\n",
+        PAIRS, 'del own["consistency_loss"], own["compute_prob"]\n            own.update(kept)\n', "pass\n",
     ),
     Bug(
         "usb: the schedule starts anew when a term is attached to a run",

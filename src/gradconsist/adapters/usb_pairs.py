@@ -10,9 +10,9 @@ Index letters: B unlabeled samples of a step, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ class ConsistencyCall:
 
 @dataclass
 class Listener:
-    """A context that records the algorithm's own calls; on leaving it, even by an error, all replacements are undone.
+    """Records what the algorithm itself calls.
 
     Attributes:
         algorithm: the algorithm.
@@ -56,9 +56,11 @@ class Listener:
     losses: list[ConsistencyCall] = field(default_factory=list)
     probabilities: list[Tensor] = field(default_factory=list)
 
-    def __enter__(self) -> Listener:
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Records the calls inside the block; after it, even by an error, the algorithm is as it was."""
         own = vars(self.algorithm)
-        self._kept = {name: own[name] for name in ("consistency_loss", "compute_prob") if name in own}
+        kept = {name: own[name] for name in ("consistency_loss", "compute_prob") if name in own}
         consistency_loss, compute_prob = self.algorithm.consistency_loss, self.algorithm.compute_prob
 
         def note_loss(logits: Tensor, targets: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -73,15 +75,11 @@ class Listener:
             return probabilities
 
         own.update(consistency_loss=note_loss, compute_prob=note_probabilities)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        own = vars(self.algorithm)
-        for name in ("consistency_loss", "compute_prob"):
-            del own[name]
-        own.update(self._kept)
+        try:
+            yield
+        finally:
+            del own["consistency_loss"], own["compute_prob"]
+            own.update(kept)
 
 
 def read_pair(algorithm: Any, name: str, batch: Mapping[str, Any], heard: Listener) -> ViewPair:
