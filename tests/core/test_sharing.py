@@ -250,6 +250,17 @@ class Doubles(nn.Module):
         return 2 * x if self.training else x
 
 
+class Masked(Normalised):
+    """A class that is masked out by a large number, which no difference of the others comes near."""
+
+    def __init__(self) -> None:
+        super().__init__(Doubles())
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        return torch.cat([logits[:, :-1], torch.full_like(logits[:, -1:], -1e9)], 1)
+
+
 class Remembers(nn.Module):
     """A running mean that is not a BatchNorm's."""
 
@@ -317,6 +328,7 @@ def layer(extra: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
 REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "dropout": (layer(lambda: nn.Dropout(0.5)), None, {}, "draws random numbers"),
     "another mode": (layer(Doubles), None, {}, "other logits in the comparison"),
+    "beside a masked class": (Masked, None, {}, "returns other logits in the comparison"),
     "a buffer": (layer(Remembers), None, {}, "changes its buffers"),
     "counter": (layer(Counts), None, {}, "changes its attributes"),
     "size": (layer(Sized), None, {}, "other logits in the comparison"),
