@@ -384,6 +384,40 @@ def test_a_switch_that_is_turned_later_is_noticed(off: Any, on: Any) -> None:
     assert "draws random numbers" in wrapper.unshared
 
 
+class Options:
+    """What a model of another library keeps its options in."""
+
+    def __init__(self) -> None:
+        self.noise = 0.0
+
+
+class Acting(nn.Module):
+    """A layer with a function and an object of options among its attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.function, self.options = F.relu, Options()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.function(x), self.options.noise, training=self.training)
+
+
+@pytest.mark.parametrize("what", ["function", "options"])
+def test_another_function_or_option_of_a_layer_is_noticed(what: str) -> None:
+    model = build(layer(Acting))
+    wrapper = GGCRWrapper(FixMatch(model, threshold=0.4), GradientConsistencyLoss(model), warmup_steps=0)
+    batches = methods.data(2)
+    wrapper(batches[0])
+    assert wrapper.unshared is None
+    acting = next(module for module in model.modules() if isinstance(module, Acting))
+    if what == "options":
+        acting.options.noise = 0.5
+    else:
+        acting.function = lambda x: F.dropout(x, 0.5)
+    wrapper(batches[1])
+    assert "draws random numbers" in str(wrapper.unshared)
+
+
 def test_a_layer_that_draws_although_it_has_parameters_is_not_shared() -> None:
     model = build(layer(Draws))
     wrapper = GGCRWrapper(FixMatch(model), GradientConsistencyLoss(model), warmup_steps=0, share=True)

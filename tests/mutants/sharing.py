@@ -15,7 +15,7 @@ BUGS = [
         "attributes that switch a layer are not looked at",
         "the step is shared only while the model computes the same in both",
         "test_sharing.py::test_a_switch_that_is_turned_later_is_noticed",
-        SHARING, "switches = Memory(settings.model).plain()", "switches = None",
+        SHARING, "present = switches(settings.model, numbers=True)", "present = None",
     ),
     Bug(
         "attributes that a forward changes are not looked at",

@@ -11,6 +11,7 @@ FORWARD, RANDOMNESS, GRAPH, PROBES = (
     "_refusals/graphs.py",
     "_consistency/trial.py",
 )
+PROBED = "_consistency/probed.py"
 REMEMBERED, FUNCTIONS = "_forward/remembered.py", "_consistency/custom_functions.py"
 NO_TRACE = "test_state.py::test_a_successful_call_leaves_no_trace test_state.py"
 
@@ -219,13 +220,13 @@ BUGS = [
         "what was found out outlives a change of mode",
         "a module that changes its mode is tried again",
         "test_trust.py::test_a_module_that_changes_its_mode_is_tried_again",
-        PROBES, "tuple((id(module), module.training) for module", "tuple(id(module) for module",
+        PROBED, "tuple((id(module), module.training) for module", "tuple(id(module) for module",
     ),
     Bug(
         "what was found out outlives other constants",
         "a model that is called with other constants is tried again",
         "test_trust.py::test_a_model_that_is_called_with_other_constants_is_tried_again",
-        PROBES, "for parameter in model.parameters()), constants(inputs)", "for parameter in model.parameters())",
+        PROBED, "return check, modules, trained, constants(inputs), ", "return check, modules, trained, ",
     ),
     Bug(
         "a flag and a number taken for one constant",
@@ -287,5 +288,37 @@ BUGS = [
         "if isinstance(module, nn.Embedding) and module.scale_grad_by_freq:",
         "if isinstance(module, nn.EmbeddingBag) and module.scale_grad_by_freq:",
         "_forward/exact_operators.py", "    if scale_grad_by_freq:\n", "    if scale_grad_by_freq is None:\n",
+    ),
+    Bug(
+        "a Function in a branch of the model is not tested",
+        "every Function that some sample runs is tested",
+        "consistency/test_custom_functions.py::test_a_function_that_the_first_sample_did_not_run_is_refused",
+        PROBES, "    if keys <= probed.met or probed.report_only:", "    if True:",
+    ),
+    Bug(
+        "the graph of the first chunk stands for all",
+        "every chunk's graph is searched for what has no second derivative",
+        "consistency/test_custom_functions.py::test_a_function_that_the_first_sample_did_not_run_is_refused",
+        "_consistency/comparison.py",
+        "                self._check_graph(value, index[rows])",
+        "                self._check_graph(value, index[rows]) if start == 0 else None",
+    ),
+    Bug(
+        "a flag that changes what the model runs is not looked at",
+        "a model is tried again when its code may have changed",
+        "forward/test_second_derivatives.py::test_a_script_that_the_first_call_did_not_run_is_refused_by_vmap[flag]",
+        REMEMBERED, "_FLAGS = (bool, str, type(None))", "_FLAGS = (str, type(None))",
+    ),
+    Bug(
+        "a script in a branch of the model is not looked for",
+        "vmap refuses scripts that some sample runs",
+        "forward/test_second_derivatives.py::test_a_script_that_the_first_call_did_not_run_is_refused_by_vmap",
+        "engines/vmap.py", "self.read |= func in READS", "self.read |= False",
+    ),
+    Bug(
+        "functions among the attributes are known by their type",
+        "a layer that gets another function is tried again",
+        "test_sharing.py::test_another_function_or_option_of_a_layer_is_noticed[function]",
+        REMEMBERED, "            found.append(id(value))\n", "            found.append(type(value))\n",
     ),
 ]  # fmt: skip

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gradconsist._consistency.probed import Probed
 from gradconsist._consistency.settings import Settings
 from gradconsist._consistency.similarity import Criterion
-from gradconsist._consistency.trial import Probed
 from gradconsist._forward.batchnorm import Constants
 from gradconsist._inputs.parameters import compared_parameters, trainable_parameters
 from gradconsist.engines.projection import Projector

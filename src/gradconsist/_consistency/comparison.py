@@ -15,7 +15,7 @@ from torch import Tensor
 from gradconsist._consistency.call import Comparison
 from gradconsist._consistency.gradient_buffer import GradientBuffer, zero
 from gradconsist._consistency.similarity import cosine, degenerate_pairs
-from gradconsist._consistency.trial import probe_engine, probe_model
+from gradconsist._consistency.trial import probe_engine, probe_functions, probe_model
 from gradconsist._forward.batchnorm import BatchNormCalls, StatisticsMissingError, needs_statistics
 from gradconsist._forward.per_sample import PerSampleForward
 from gradconsist._forward.sandbox import autocast_region, our_rules
@@ -23,6 +23,7 @@ from gradconsist._forward.sparse import aliases, sparse_parameters
 from gradconsist._forward.statistics import StatisticsPath, check_can_follow, take_statistics
 from gradconsist._inputs.chosen_pairs import Subset, select
 from gradconsist._inputs.pairs import Pairs, non_finite_tensor
+from gradconsist._refusals.graphs import check_second_derivative
 from gradconsist.engines.auto import AutoEngine
 from gradconsist.engines.base import Problem
 from gradconsist.errors import NonFiniteError
@@ -194,8 +195,9 @@ class _Run:
             rows = slice(start, start + size)
             try:
                 terms, losses = self._terms(problem, index[rows], weight[rows])
+                value = self._blended(index[rows], terms, losses)
+                self._check_graph(value, index[rows])
                 if buffer is not None:
-                    value = self._blended(index[rows], terms, losses)
                     buffer.add(value, self._amplification(index[rows], weight[rows]))
             except torch.OutOfMemoryError:
                 size = self._smaller(size)
@@ -214,6 +216,12 @@ class _Run:
         if blend is None or losses is None:
             return terms.sum()
         return blend.term * terms.sum() + (blend.losses[index] * losses).sum()
+
+    def _check_graph(self, value: Tensor, index: Tensor) -> None:
+        """Checks every chunk's graph, since its samples may take other branches of the model than those before."""
+        expected = [*self.aliases.values(), *self.through]
+        found = check_second_derivative(value, expected, fused=self.options.fused, own=self.options.trainable)
+        probe_functions(self.forward, self.pairs, index, self.options.probed, found)
 
     def _forget_losses(self) -> None:
         self.losses = torch.zeros_like(self.cosine)
@@ -299,7 +307,7 @@ class _Run:
         engine, probed = self.settings.engine, self.options.probed
         # For the stand-ins: for the parameters themselves, gradient hooks of the user would run here.
         expected = [*self.aliases.values(), *self.through]
-        kept = probe_engine(self.settings.model, engine, problem, terms, expected, probed, fused=self.options.fused)
+        kept = probe_engine(self.settings.model, engine, problem, terms, expected, probed)
         everything, size = len(index), self.settings.chunk_size
         if size != "auto":
             return size or everything

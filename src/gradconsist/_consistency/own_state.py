@@ -12,8 +12,8 @@ from torch import Tensor
 from typing_extensions import Self
 
 from gradconsist._consistency.advice import IdleCalls
+from gradconsist._consistency.probed import Probed
 from gradconsist._consistency.settings import OPTIONS, Settings
-from gradconsist._consistency.trial import Probed
 from gradconsist._forward.randomness import GeneratorOwner, restore_generator
 from gradconsist.errors import StateError
 

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradconsist._consistency.probed import Probed
 from gradconsist._consistency.settings import Settings
-from gradconsist._consistency.trial import Probed, rounding
+from gradconsist._consistency.trial import rounding
 from gradconsist._forward.batchnorm import STRONG, BatchNormCalls, StatisticsMissingError, needs_statistics
 from gradconsist._forward.functional_call import call_with, copied
 from gradconsist._forward.isolation import one_comparison
 from gradconsist._forward.per_sample import PerSampleForward
 from gradconsist._forward.randomness import preserved_randomness
-from gradconsist._forward.remembered import Memory, nothing_kept
+from gradconsist._forward.remembered import Memory, nothing_kept, switches
 from gradconsist._forward.sandbox import autocast_region, comparison_scope
 from gradconsist._inputs.batch import check_inputs, leaves, take
 from gradconsist._inputs.cross_entropy import find_logits
@@ -114,8 +115,8 @@ def difference(settings: Settings, probed: Probed, inputs: Inputs, *, demanded: 
     inputs = check_inputs("strong", inputs)
     region = autocast_region(leaves(inputs)[0].device)
     # What a model computes may depend on attributes: a dropout's probability, a switch, a list of layers to skip.
-    switches = Memory(settings.model).plain()
-    check = f"same in the method: {settings.batchnorm}, {settings.dropout}, {region}, {demanded}, {switches}"
+    present = switches(settings.model, numbers=True)
+    check = f"same in the method: {settings.batchnorm}, {settings.dropout}, {region}, {demanded}, {present}"
     fact = Probed.fact(check, settings.model, inputs)
     if fact not in probed.differences:
         with one_comparison():

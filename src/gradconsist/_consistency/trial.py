@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +16,19 @@ from gradconsist._consistency.advice import (
     warn_of_probabilities,
     warn_of_unreached,
 )
-from gradconsist._consistency.custom_functions import check_custom_functions
+from gradconsist._consistency.custom_functions import check_custom_functions, custom_functions
 from gradconsist._consistency.mixing import mixing_refusal
-from gradconsist._forward.batchnorm import WEAK
+from gradconsist._consistency.probed import Probed
+from gradconsist._forward.batchnorm import STRONG, WEAK
 from gradconsist._forward.per_sample import PerSampleForward
 from gradconsist._forward.randomness import preserved_randomness
 from gradconsist._forward.sandbox import comparison_scope
 from gradconsist._forward.sparse import sparse_parameters
-from gradconsist._inputs.batch import concatenable, concatenate, constants, doubled, leaves, map_members, take
+from gradconsist._inputs.batch import concatenable, concatenate, doubled, leaves, map_members, take
 from gradconsist._inputs.cross_entropy import check_several, cross_entropy, find_logits
 from gradconsist._inputs.pairs import Pairs
 from gradconsist._inputs.precision import has_float64
-from gradconsist._refusals.graphs import check_first_derivative, check_second_derivative, leaves_of, used_otherwise
+from gradconsist._refusals.graphs import check_first_derivative, keys_of, leaves_of, used_otherwise
 from gradconsist.engines.base import Engine, Problem
 from gradconsist.errors import (
     InputShapeError,
@@ -36,45 +38,6 @@ from gradconsist.errors import (
     UnsupportedModuleError,
 )
 from gradconsist.types import Inputs
-
-
-@dataclass
-class Probed:
-    """Results of the checks of one model, kept by its loss between calls.
-
-    Attributes:
-        passed: checks that passed, each with the state of the model at that time.
-        classes: number of columns of the logits; None if there are no logits, or before the first call.
-        functions: custom autograd Functions that the model runs, and whether their second derivative was tested.
-        told: warnings that were given.
-        report_only: whether a Function with a wrong second derivative goes into a report instead of raising an error.
-        dense: weights of sparse embeddings that have another use in the forward, so their gradient is dense.
-        kept: bytes that the graph of one pair keeps, by engine, shapes and constants.
-        differences: what the model computes otherwise in the method than in the comparison, or None, by its state.
-        fitted: pairs of the chunk that fitted after the device ran out of memory; None if it never did.
-    """
-
-    passed: set[Hashable] = field(default_factory=set)
-    classes: int | None = None
-    functions: dict[str, bool] = field(default_factory=dict)
-    told: set[str] = field(default_factory=set)
-    report_only: bool = False
-    dense: set[str] = field(default_factory=set)
-    kept: dict[Hashable, int] = field(default_factory=dict)
-    differences: dict[Hashable, str | None] = field(default_factory=dict)
-    fitted: int | None = None
-
-    def once(self, warning: str) -> bool:
-        """Tells whether `warning` is given for the first time, and marks it as given."""
-        first = warning not in self.told
-        self.told.add(warning)
-        return first
-
-    @staticmethod
-    def fact(check: str, model: nn.Module, inputs: Inputs) -> Hashable:
-        """Returns a key for `check` with the model's present modules, modes, ``requires_grad`` and input constants."""
-        modules = tuple((id(module), module.training) for module in model.modules())
-        return check, modules, tuple(parameter.requires_grad for parameter in model.parameters()), constants(inputs)
 
 
 def probe_model(
@@ -110,7 +73,7 @@ def probe_model(
                 _try_derivative(forward, taken, probed, compared)
                 probed.passed |= {forward_fact} if conclusive else set()
             if functions_fact in wanted:
-                _try_functions(forward, taken, probed)
+                _try_functions(forward, _one_loss(forward, taken, {}), lambda: _one_loss(forward, taken, {}), probed)
                 probed.passed.add(functions_fact)
     _check_classes(forward, pairs.target, probed.classes)
 
@@ -122,8 +85,6 @@ def probe_engine(
     terms: Iterable[Callable[[], Tensor]],
     expected: Sequence[Tensor],
     probed: Probed,
-    *,
-    fused: bool,
 ) -> int:
     """Tries engine and derivative on a pair unless they passed before, and measures the memory that a pair needs.
 
@@ -135,13 +96,11 @@ def probe_engine(
             gradient may overflow, and such a term shows nothing.
         expected: tensors that the term must be differentiable in.
         probed: results so far; what is found is added.
-        fused: whether `expected` is differentiated inside the call.
 
     Returns:
         Bytes that the graph of one pair keeps.
 
     Raises:
-        UnsupportedModuleError: the derivative would not be complete.
         RuntimeError: the engine or the derivative failed.
     """
     # The engine is part of the key, because the automatic one may have changed.
@@ -157,7 +116,6 @@ def probe_engine(
             with suppress(NonFiniteError):  # of this pair or of others, which the call itself reports
                 value, probed.kept[memory] = _weighed(term, problem, model)
                 if value.requires_grad:
-                    check_second_derivative(value, expected, fused=fused)
                     # If this fails, it must fail here with a clear error, not in the user's backward.
                     torch.autograd.grad(value.sum(), expected, allow_unused=True, retain_graph=True)
                     probed.passed.add(derivative)
@@ -315,10 +273,35 @@ def _try_derivative(forward: PerSampleForward, pairs: Pairs, probed: Probed, com
         warn_of_equal_views()
 
 
-def _try_functions(forward: PerSampleForward, pairs: Pairs, probed: Probed) -> None:
+def probe_functions(forward: PerSampleForward, pairs: Pairs, index: Tensor, probed: Probed, keys: set[str]) -> None:
+    """Tests custom Functions that no earlier sample ran, since samples may take different branches of a model.
+
+    Args:
+        forward: the model under this call's rules.
+        pairs: the call's pairs.
+        index: the pairs whose graph holds the Functions.
+        probed: results so far; what is found is added.
+        keys: keys of all Functions in that graph.
+
+    Raises:
+        UnsupportedModuleError: a Function has a wrong second derivative.
+    """
+    if keys <= probed.met or probed.report_only:
+        return
+    with preserved_randomness(pairs.device, seed=0):
+        for row in index.tolist():
+            one, target = slice(row, row + 1), pairs.target[row : row + 1]
+            for view, inputs in ((WEAK, pairs.weak), (STRONG, pairs.strong)):
+                again = partial(forward.losses, take(inputs, one), target, {}, view)
+                with torch.enable_grad():
+                    _try_functions(forward, again(), again, probed)
+    probed.met |= keys
+
+
+def _try_functions(forward: PerSampleForward, loss: Tensor, again: Callable[[], Tensor], probed: Probed) -> None:
     """Checks that the custom autograd Functions in the loss of one sample have the right second derivative."""
-    loss = _one_loss(forward, pairs, {})
-    found = check_custom_functions(loss, forward.model, lambda: _one_loss(forward, pairs, {}))
+    found = check_custom_functions(loss, forward.model, again)
+    probed.met |= {key for function in custom_functions(loss)[0] for key in keys_of(function)}
     if found and probed.once("functions"):
         warn_of_functions(found)
     probed.functions |= found

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from typing import Any, TypeAlias
 
 import torch
@@ -23,6 +24,8 @@ Content: TypeAlias = "dict[tuple[int, str], Any]"
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # modes, hooks and registries, which are not memory
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
+_FLAGS = (bool, str, type(None))
+_MOST_SWITCHES = 256  # a longer container holds data, such as a vocabulary
 _DIFFERENT = "samples leave different values in attributes, and these are not tensors of one shape"
 
 
@@ -48,10 +51,6 @@ class Memory:
                         value = value.copy()
                     content[number, name] = value
         return content
-
-    def plain(self) -> list[tuple[tuple[int, str], Any]]:
-        """Returns the present numbers, strings and flags, also in containers; of everything else, its type."""
-        return [(place, _plain(value)) for place, value in self.read().items()]
 
     def changed(self, before: Content) -> bool:
         """Tells whether something else is there than in `before`."""
@@ -100,12 +99,46 @@ def nothing_kept(module: nn.Module) -> Iterator[None]:
                 del registry[name]
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return [(_plain(key), _plain(each)) for key, each in value.items()]
-    if isinstance(value, list | tuple | set | deque):
-        return [_plain(each) for each in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else type(value)
+def switches(model: nn.Module, *, numbers: bool = False) -> tuple[Any, ...]:
+    """Returns what may change the code that a model runs, without a change of its modules, as a key.
+
+    These are the flags, strings and functions among its attributes, also in containers and in objects that hold
+    options, and the number of hooks.
+
+    Args:
+        model: the model.
+        numbers: whether to include numbers and the types of everything else, too. A model may count its calls.
+    """
+    found: list[Any] = []
+    known: set[int] = set()  # objects of options, which all modules may hold
+
+    def look(value: Any, *, inside: bool = False) -> None:
+        kind = type(value)
+        if kind in _FLAGS or (numbers and kind in (int, float)):
+            found.append(value)
+        elif isinstance(value, dict | list | tuple | set | deque):
+            if numbers or len(value) <= _MOST_SWITCHES:
+                for each in value.items() if isinstance(value, dict) else value:
+                    look(each)
+        elif isinstance(value, Tensor | nn.Module):
+            if numbers:
+                found.append(kind)
+        elif callable(value) or isinstance(value, Enum):
+            found.append(id(value))
+        else:
+            if numbers:
+                found.append(kind)
+            if not inside and id(value) not in known:
+                known.add(id(value))
+                for each in getattr(value, "__dict__", {}).values():
+                    look(each, inside=True)
+
+    for owner in model.modules():
+        found.append(len(owner._forward_hooks) + len(owner._forward_pre_hooks))
+        for name, value in vars(owner).items():
+            if name not in _OF_EVERY_MODULE:
+                look(value)
+    return tuple(found)
 
 
 def _holds_tensors(value: Any) -> bool:

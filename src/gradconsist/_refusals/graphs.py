@@ -19,6 +19,10 @@ _WRONG_UNDER_VMAP = {
 
 # Nodes that `once_differentiable` and torch itself put into a graph that cannot be differentiated.
 _CUTS = ("torch::autograd::Error", "Error", "DelayedError", "NotImplemented")
+# Torch's own types of nodes that proved harmless, since asking each node for its name takes longer than the search.
+_HARMLESS: set[type] = set()
+_WEIGHT_NORM = "WeightNormInterfaceBackward0"
+_SHARED_TYPE = "CppFunction"  # of all nodes in C++ that have no type of their own
 
 
 def name_of(node: Any) -> str:
@@ -79,17 +83,10 @@ def check_first_derivative(loss: Tensor, own: Mapping[str, Tensor]) -> None:
     for node in nodes(loss):
         name = names.get(id(leaf_of(node)))
         if name is not None:
-            raise UnsupportedModuleError(
-                f"parameter {name!r} is also used through a reference outside its module (a list, a closure, an alias),"
-                " where it cannot be followed: use it as an attribute of its module, in the forward or in `loss_fn`."
-            )
+            raise _reference_error(name)
     names_of_nodes = {name_of(node) for node in nodes(loss)}
-    if "WeightNormInterfaceBackward0" in names_of_nodes:
-        raise UnsupportedModuleError(
-            "the model calls torch's weight_norm where it cannot be replaced (a scripted function, an operator of"
-            " torch.ops), and its second derivative is wrong: call torch._weight_norm or"
-            " torch.nn.utils.parametrizations.weight_norm from Python, or write v * (g / v.norm(...))."
-        )
+    if _WEIGHT_NORM in names_of_nodes:
+        raise _weight_norm_error()
     if "CheckpointFunctionBackward" in names_of_nodes:
         raise UnsupportedModuleError(
             "the model uses reentrant checkpointing, which hides parameters from torch.autograd.grad: pass"
@@ -121,28 +118,72 @@ def check_scripts(loss: Tensor) -> None:
         )
 
 
-def check_second_derivative(loss: Tensor, parameters: Sequence[Tensor], *, fused: bool) -> None:
+def check_second_derivative(
+    loss: Tensor, parameters: Sequence[Tensor], *, fused: bool, own: Mapping[str, Tensor] | None = None
+) -> set[str]:
     """Refuses a graph of per-sample gradients whose derivative would be incomplete.
 
     `once_differentiable` puts in a node that raises when it runs, and cuts the graph there. A derivative with respect
     to given parameters never runs that node, so a part is missing without an error. If the loss is `fused`, nothing
-    but `parameters` can get a gradient, so another tensor that requires grad is refused, too.
+    but `parameters` can get a gradient, so another tensor that requires grad is refused, too. `own` are the model's
+    parameters by name, if stand-ins should replace them everywhere. Returns the custom Functions in the graph, see
+    `keys_of`.
     """
     expected = {id(parameter) for parameter in parameters}
+    names = {id(parameter): name for name, parameter in (own or {}).items()}
     foreign: list[Tensor] = []
+    functions: set[str] = set()
     # The search stops at the parameters: functional_call may have replaced them by tensors that have a graph.
     for node in nodes(loss, behind=parameters):
-        if name_of(node) in _CUTS:
+        kind = type(node)
+        if kind in _HARMLESS:
+            continue
+        name = name_of(node)
+        leaf = leaf_of(node)
+        if name in _CUTS:
             raise UnsupportedModuleError(
                 "the model contains a function without a second derivative (a custom autograd.Function marked"
                 " once_differentiable, or an operation that torch cannot differentiate twice): write its backward with"
                 " differentiable operations, or replace it."
             )
-        leaf = leaf_of(node)
+        if name == _WEIGHT_NORM:
+            raise _weight_norm_error()
+        if leaf is not None and id(leaf) in names:
+            raise _reference_error(names[id(leaf)])
         if leaf is not None and id(leaf) not in expected:
             foreign.append(leaf)
+        elif hasattr(kind, "_forward_cls"):
+            functions.add(_key_in_graph(kind._forward_cls))
+        elif leaf is None and kind.__name__ != _SHARED_TYPE:
+            _HARMLESS.add(kind)
     if foreign and fused:
         raise ConfigError(
             "`fused=True` forms gradients for the model's parameters only, but `loss_fn` or the model also uses a"
             f" tensor of shape {tuple(foreign[0].shape)} that requires grad: pass `fused=False`, or detach it."
         )
+    return functions
+
+
+def keys_of(function: type) -> set[str]:
+    """Returns the keys of a custom Function: that of its class, and its name, which is all that vmap shows of it."""
+    return {function.__name__, f"{function.__name__} {id(function)}"}
+
+
+def _key_in_graph(function: type) -> str:
+    vmapped = function.__name__.removeprefix("Vmapped")
+    return f"{vmapped} {id(function)}" if vmapped == function.__name__ else vmapped
+
+
+def _weight_norm_error() -> UnsupportedModuleError:
+    return UnsupportedModuleError(
+        "the model calls torch's weight_norm where it cannot be replaced (a scripted function, an operator of"
+        " torch.ops), and its second derivative is wrong: call torch._weight_norm or"
+        " torch.nn.utils.parametrizations.weight_norm from Python, or write v * (g / v.norm(...))."
+    )
+
+
+def _reference_error(name: str) -> UnsupportedModuleError:
+    return UnsupportedModuleError(
+        f"parameter {name!r} is also used through a reference outside its module (a list, a closure, an alias),"
+        " where it cannot be followed: use it as an attribute of its module, in the forward or in `loss_fn`."
+    )

@@ -10,7 +10,8 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
-from gradconsist._consistency.trial import Probed, probe_model
+from gradconsist._consistency.probed import Probed
+from gradconsist._consistency.trial import probe_model
 from gradconsist._forward.batchnorm import BatchNormCalls, BatchNormPolicy
 from gradconsist._forward.isolation import one_comparison
 from gradconsist._forward.per_sample import PerSampleForward

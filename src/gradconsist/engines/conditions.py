@@ -19,7 +19,7 @@ from torch._C import _functorch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 # Functions that read the values of their first argument.
-_READS = (Tensor.__bool__, Tensor.item, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.tolist)
+READS = (Tensor.__bool__, Tensor.item, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.tolist)
 _COMPARISONS = (torch.equal, Tensor.equal, torch.allclose, Tensor.allclose, Tensor.__contains__)
 # Functions whose result has a shape that depends on the data.
 _SHAPED_BY_DATA = (
@@ -80,7 +80,7 @@ class Conditions:
             anchor = _functorch.get_unwrapped(anchor)
         self._level = _functorch.maybe_get_level(anchor)
         self.replacements: dict[Any, Callable[..., Any]] = {
-            **{function: partial(self._read, function) for function in _READS},
+            **{function: partial(self._read, function) for function in READS},
             **{function: partial(self._compare, function) for function in _COMPARISONS},
             **{function: partial(self._shape, function) for function in _SHAPED_BY_DATA},
             **{function: partial(self._size, function, 0) for function in _SIZED},

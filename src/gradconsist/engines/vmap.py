@@ -14,10 +14,11 @@ from torch.overrides import TorchFunctionMode
 
 from gradconsist._forward.batchnorm import STRONG, WEAK
 from gradconsist._forward.randomness import preserved_randomness
+from gradconsist._forward.remembered import switches
 from gradconsist._inputs.batch import constants, leaves, rebuilt, take
 from gradconsist._refusals.graphs import check_batched, check_scripts
 from gradconsist.engines.base import Problem, inner
-from gradconsist.engines.conditions import Conditions, SamplesDiffer, in_groups
+from gradconsist.engines.conditions import READS, Conditions, SamplesDiffer, in_groups
 from gradconsist.engines.loop import refused_by_vmap
 from gradconsist.errors import GradConsistError, UnsupportedModuleError
 from gradconsist.types import GradProducts, Inputs
@@ -45,9 +46,10 @@ class VmapEngine:
     def products(self, problem: Problem) -> GradProducts:
         """See `Engine.products`."""
         graph, model = problem.graph_weak or problem.graph_strong, problem.model
-        called = constants(problem.weak)  # with other constants the model may run other code
+        # With other constants or switches the model may run other code.
+        called = (constants(problem.weak), () if model is None else switches(model))
         if graph and (model is None or called not in self._looked_at.get(model, ())):
-            _refuse_scripts(problem)
+            _refuse_scripts(problem, problem.weak, problem.target, WEAK)
         try:
             _, *weak = _gradients(problem, problem.weak, problem.target, WEAK, problem.graph_weak)
             losses, *strong = _gradients(problem, problem.strong, problem.target, STRONG, problem.graph_strong)
@@ -74,11 +76,15 @@ class _Calls(TorchFunctionMode):
 
     Args:
         conditions: replacements that answer conditions; empty to leave them to torch.
+
+    Attributes:
+        read: whether the model has read a tensor's value.
     """
 
     def __init__(self, conditions: Mapping[Any, Callable[..., Any]]) -> None:
         super().__init__()
         self._conditions = conditions
+        self.read = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -90,27 +96,30 @@ class _Calls(TorchFunctionMode):
                 "the model registers a gradient hook on a tensor in its forward, which vmap follows in the first"
                 " derivative only: use `engine='loop'` or 'auto'."
             )
+        self.read |= func in READS
         return self._conditions.get(func, func)(*args, **(kwargs or {}))
 
 
-def _refuse_scripts(problem: Problem) -> None:
+def _refuse_scripts(problem: Problem, inputs: Inputs, target: Tensor, view: int) -> None:
     """Refuses scripted functions, found in the graph of one sample outside vmap."""
     one = slice(0, 1)
     with preserved_randomness(problem.target.device, seed=0), torch.enable_grad():
         for _ in range(2):  # the first run of a script is only profiled
-            loss = problem.losses(take(problem.weak, one), problem.target[one], view=WEAK)
+            loss = problem.losses(take(inputs, one), target[one], view=view)
     check_scripts(loss)
 
 
 def _gradients(problem: Problem, inputs: Inputs, target: Tensor, view: int, graph: bool) -> list[Tensor]:
     """Computes the losses [n] of all samples and their gradients, [n, *parameter shape] each."""
     is_tensor = isinstance(inputs, Tensor)
+    modes: list[_Calls] = []
 
     def loss(parameters: Mapping[str, Tensor], target: Tensor, *sample: Tensor) -> Tensor:
         batched = [leaf.unsqueeze(0) for leaf in sample]
         one: Inputs = batched[0] if is_tensor else rebuilt(inputs, batched)
         # A group that runs again draws other random numbers, which would favour some answers.
-        with _Calls({} if problem.random else Conditions(target).replacements):
+        modes.append(_Calls({} if problem.random else Conditions(target).replacements))
+        with modes[-1]:
             return problem.losses(one, target.unsqueeze(0), parameters, view).squeeze(0)
 
     columns = leaves(inputs)
@@ -123,7 +132,9 @@ def _gradients(problem: Problem, inputs: Inputs, target: Tensor, view: int, grap
         # Under no_grad the inner `grad` still works, but its result has no graph, as wanted for a constant view.
         with torch.set_grad_enabled(graph):
             gradients, losses = per_sample(dict(problem.parameters), target, *columns)
-            return [losses, *gradients.values()]
+        if graph and any(mode.read for mode in modes):  # other samples may have taken another branch of the model
+            _refuse_scripts(problem, inputs, target, view)
+        return [losses, *gradients.values()]
     except SamplesDiffer as difference:
         answers = difference.answers
     return in_groups(lambda rows: _gradients(problem, take(inputs, rows), target[rows], view, graph), answers)

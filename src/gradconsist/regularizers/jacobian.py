@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gradconsist._consistency.trial import Probed, probe_model
+from gradconsist._consistency.probed import Probed
+from gradconsist._consistency.trial import probe_functions, probe_model
 from gradconsist._forward.batchnorm import BatchNormCalls, BatchNormPolicy
 from gradconsist._forward.isolation import one_comparison, uncompiled
 from gradconsist._forward.per_sample import PerSampleForward
@@ -195,10 +196,8 @@ class JacobianPenalty(GeneratorOwner):
                 " on the way cuts the graph (`.detach()`, `.sign()`, rounding, `no_grad`), or everything is frozen. So"
                 " there is nothing to penalise."
             )
-        fact = Probed.fact("derivative of the Jacobian", self.model, pairs.weak)
-        if fact not in self._probed.passed:
-            check_second_derivative(loss, list(trainable_parameters(self.model).values()), fused=False)
-            self._probed.passed.add(fact)
+        keys = check_second_derivative(loss, list(trainable_parameters(self.model).values()), fused=False)
+        probe_functions(forward, pairs, torch.arange(size), self._probed, keys)
         return loss
 
     def _directions(self, rows: Tensor, generator: torch.Generator) -> list[Tensor]:

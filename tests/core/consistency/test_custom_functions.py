@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from gradconsist import GradientConsistencyLoss
+from gradconsist._consistency import custom_functions
 from gradconsist.diagnostics import check, verify
 from gradconsist.errors import UnsupportedModuleError
 from support import compare
@@ -261,3 +262,95 @@ def test_an_operator_of_a_library_is_one_too() -> None:
 
     with pytest.raises(UnsupportedModuleError, match=r"square_default \(in '1'\) has a wrong second derivative"):
         GradientConsistencyLoss(network(Squares()).double())(*views())
+
+
+class Branching(nn.Module):
+    """Applies a Function if a flag is set, or to samples whose first entry is large."""
+
+    def __init__(self, function: type[Function]) -> None:
+        super().__init__()
+        self.body, self.head, self.function, self.on = nn.Linear(5, 6), nn.Linear(6, 3), function, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(x)
+        if self.on or bool((x[:, 0] > 5).all()):
+            h = self.function.apply(h)
+        return self.head(torch.tanh(h))
+
+
+class SwishOnce(Swish):
+    """Its backward cannot be differentiated."""
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return Swish.backward(ctx, g)
+
+
+class DetachedNewStyle(NewStyle):
+    """With a context of its own, and without a part of its second derivative."""
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return Swish.backward(ctx, g).detach() + 0 * g
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("way", ["flag", "other samples", "other call"])
+@pytest.mark.parametrize(
+    ("function", "engine"),
+    [(DetachedSwish, "auto"), (DetachedSwish, "loop"), (SwishOnce, "auto"), (SwishOnce, "loop")]
+    + [(DetachedNewStyle, engine) for engine in ("auto", "ghost", "vmap")],
+)
+def test_a_function_that_the_first_sample_did_not_run_is_refused(
+    function: type[Function], engine: str, way: str, fused: bool
+) -> None:
+    torch.manual_seed(0)
+    model, x, target = Branching(function).double(), torch.randn(6, 5).double(), torch.arange(6) % 3
+    gc = GradientConsistencyLoss(model, engine=engine, chunk_size=2, fused=fused)
+    if way != "other samples":
+        gc(x, x + 0.1, target)
+    model.on = way == "flag"
+    x[3 if way == "other samples" else 0 :, 0] += 10
+    with pytest.raises(UnsupportedModuleError, match="second derivative"):
+        gc(x, x + 0.1, target)
+
+
+def test_a_right_function_in_a_branch_is_tested_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tested: list[str] = []
+    own = custom_functions.second_derivative_error
+    monkeypatch.setattr(
+        custom_functions, "second_derivative_error", lambda call: (tested.append(call.function.__name__), own(call))[1]
+    )
+    torch.manual_seed(0)
+    for function, engine in ((Swish, "loop"), (NewStyle, "ghost"), (NewStyle, "vmap")):
+        model, x = Branching(function).double(), torch.randn(6, 5).double()
+        x[3:, 0] += 10
+        gc, target = GradientConsistencyLoss(model, engine=engine, chunk_size=2), torch.arange(6) % 3
+        for _ in range(2):
+            tested.clear()
+            verdict = judge(model, x, x + 0.1, target)
+            loss = gc(x, x + 0.1, target)
+            compare.assert_agrees(gc.last, loss, compare.gradient_of(loss, model), verdict, dtype=torch.float64)
+        assert tested == []
+
+
+def test_a_parameter_used_by_reference_in_a_branch_is_refused() -> None:
+    class Referring(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+            self.alias = [self.body.weight]
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.alias[0] if bool((x[:, 0] > 5).all()) else self.body.weight
+            return self.head(torch.tanh(nn.functional.linear(x, weight)))
+
+    torch.manual_seed(0)
+    x, target = torch.randn(4, 5), torch.arange(4) % 3
+    x[2:, 0] += 10
+    for engine in ("auto", "loop"):
+        for fused in (True, False):
+            gc = GradientConsistencyLoss(Referring(), engine=engine, fused=fused)
+            with pytest.raises(UnsupportedModuleError, match=r"'body\.weight' is also used through a reference"):
+                gc(x, x + 0.1, target)

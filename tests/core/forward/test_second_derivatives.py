@@ -114,6 +114,31 @@ def test_normalisation_out_of_reach_is_exact_or_refused(function: Any, engine: s
     compare.assert_agrees(gc.last, loss, compare.gradient_of(loss, problem[0]), verdict, dtype=torch.float64)
 
 
+class Switching(Between):
+    """Runs its function if a flag is set, or on samples whose first entry is large."""
+
+    on = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        return self.head((self.function(h, self.w) if self.on or bool((x[:, 0] > 5).all()) else h).tanh())
+
+
+@pytest.mark.parametrize("way", ["flag", "some samples", "all samples"])
+def test_a_script_that_the_first_call_did_not_run_is_refused_by_vmap(way: str) -> None:
+    torch.manual_seed(3)
+    model = Switching(scripted(types.FunctionType(_gated.__code__, globals(), f"gated_{way[:4]}"))).double()
+    x, target = torch.randn(3, 5).double(), torch.tensor([0, 1, 2])
+    for _ in range(3):
+        model.function(model.stem(x), model.w).sum().backward()
+    gc = GradientConsistencyLoss(model, engine="vmap")
+    gc(x, x + 0.4, target)
+    model.on = way == "flag"
+    x[{"flag": 3, "some samples": 1, "all samples": 0}[way] :, 0] += 10
+    with pytest.raises(UnsupportedModuleError, match=r"torch\.jit\.script, which vmap differentiates only once"):
+        gc(x, x + 0.4, target)
+
+
 @pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
 @pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
 def test_scripted_functions_are_exact_or_refused(engine: str, warm: bool) -> None:

@@ -1,0 +1,54 @@
+"""What the checks of a model have found, kept by its loss between calls."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from gradconsist._forward.remembered import switches
+from gradconsist._inputs.batch import constants
+from gradconsist.types import Inputs
+
+
+@dataclass
+class Probed:
+    """Results of the checks of one model, kept by its loss between calls.
+
+    Attributes:
+        passed: checks that passed, each with the state of the model at that time.
+        classes: number of columns of the logits; None if there are no logits, or before the first call.
+        functions: custom autograd Functions that the model runs, and whether their second derivative was tested.
+        met: keys of the custom Functions that were met so far, see `keys_of`.
+        told: warnings that were given.
+        report_only: whether a Function with a wrong second derivative goes into a report instead of raising an error.
+        dense: weights of sparse embeddings that have another use in the forward, so their gradient is dense.
+        kept: bytes that the graph of one pair keeps, by engine, shapes and constants.
+        differences: what the model computes otherwise in the method than in the comparison, or None, by its state.
+        fitted: pairs of the chunk that fitted after the device ran out of memory; None if it never did.
+    """
+
+    passed: set[Hashable] = field(default_factory=set)
+    classes: int | None = None
+    functions: dict[str, bool] = field(default_factory=dict)
+    met: set[str] = field(default_factory=set)
+    told: set[str] = field(default_factory=set)
+    report_only: bool = False
+    dense: set[str] = field(default_factory=set)
+    kept: dict[Hashable, int] = field(default_factory=dict)
+    differences: dict[Hashable, str | None] = field(default_factory=dict)
+    fitted: int | None = None
+
+    def once(self, warning: str) -> bool:
+        """Tells whether `warning` is given for the first time, and marks it as given."""
+        first = warning not in self.told
+        self.told.add(warning)
+        return first
+
+    @staticmethod
+    def fact(check: str, model: nn.Module, inputs: Inputs) -> Hashable:
+        """Returns a key for `check` with what may change the model's code: modules, modes, switches, constants."""
+        modules = tuple((id(module), module.training) for module in model.modules())
+        trained = tuple(parameter.requires_grad for parameter in model.parameters())
+        return check, modules, trained, constants(inputs), switches(model)
