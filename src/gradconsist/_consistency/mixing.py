@@ -23,20 +23,20 @@ class _Call:
 
 
 def mixing_refusal(
-    model: nn.Module, alone: Callable[[], Any], together: Callable[[], Any], tolerance: float
+    model: nn.Module, alone: Callable[[], Any], together: Callable[[], Any], tolerance: float, row: int
 ) -> UnsupportedModuleError:
     """Builds the error for a model or loss that mixes samples, naming the place where it does.
 
-    The place is the first call, in order of completion, whose inputs for the first sample agree between the two runs
-    and whose outputs do not. `alone` runs model and loss on one sample, `together` on that sample followed by another
-    one; rounding may cause differences up to `tolerance`, relative to the largest entry.
+    The place is the first call, in order of completion, whose inputs for the sample agree between the two runs and
+    whose outputs do not. `alone` runs model and loss on one sample, `together` on two, of which that one is in place
+    `row`; rounding may cause differences up to `tolerance`, relative to the largest entry.
     """
     modules = dict(model.named_modules())
     with _recorded(model) as first:
         alone()
     with _recorded(model) as second:
         together()
-    place = _place(first, second, tolerance)
+    place = _place(first, second, tolerance, row)
     if place is None:
         where, remedy = "`loss_fn` or code around the model's layers", "compute each sample's output and loss alone"
     elif place == "":
@@ -60,15 +60,17 @@ def mixing_refusal(
     )
 
 
-def _place(first: Sequence[_Call], second: Sequence[_Call], tolerance: float) -> str | None:
+def _place(first: Sequence[_Call], second: Sequence[_Call], tolerance: float, row: int) -> str | None:
     """Returns the path of the module that mixes, "loss_fn", or None if it is not clear."""
     if [call.path for call in first] != [call.path for call in second]:
         return None  # which modules run depends on the number of samples
     for one, two in zip(first, second, strict=True):
-        if _agree(one.inputs, two.inputs, tolerance) and not _agree(one.outputs, two.outputs, tolerance):
+        if _agree(one.inputs, two.inputs, tolerance, row) and not _agree(one.outputs, two.outputs, tolerance, row):
             return one.path
     outermost = [pair for pair in zip(first, second, strict=True) if pair[0].path == ""]
-    known = outermost and all(one.outputs and _agree(one.outputs, two.outputs, tolerance) for one, two in outermost)
+    known = outermost and all(
+        one.outputs and _agree(one.outputs, two.outputs, tolerance, row) for one, two in outermost
+    )
     return "loss_fn" if known else None
 
 
@@ -109,22 +111,24 @@ def _tensors(value: Any) -> list[Tensor]:
     return [tensor for part in value for tensor in _tensors(part)]
 
 
-def _agree(first: Sequence[Tensor], second: Sequence[Tensor], tolerance: float) -> bool:
-    """Tells whether the first sample has the same numbers in both runs."""
+def _agree(first: Sequence[Tensor], second: Sequence[Tensor], tolerance: float, row: int) -> bool:
+    """Tells whether the sample has the same numbers in both runs."""
     if len(first) != len(second):
         return False
-    return all(any(_close(a, part, tolerance) for part in _parts(a, b)) for a, b in zip(first, second, strict=True))
+    return all(
+        any(_close(a, part, tolerance) for part in _parts(a, b, row)) for a, b in zip(first, second, strict=True)
+    )
 
 
-def _parts(alone: Tensor, together: Tensor) -> Iterator[Tensor]:
-    """Yields what may be the first sample in `together`: all, half of a dimension, or every second row of it."""
+def _parts(alone: Tensor, together: Tensor, row: int) -> Iterator[Tensor]:
+    """Yields what may be the sample in `together`: all, half of a dimension, or every second row of it."""
     if alone.shape == together.shape:
         yield together
     for dim in range(alone.dim() if alone.dim() == together.dim() else 0):
         size = alone.shape[dim]
         if together.shape == (*alone.shape[:dim], 2 * size, *alone.shape[dim + 1 :]):
-            yield together.narrow(dim, 0, size)
-            yield together.unflatten(dim, (size, 2)).select(dim + 1, 0)
+            yield together.narrow(dim, row * size, size)
+            yield together.unflatten(dim, (size, 2)).select(dim + 1, row)
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:

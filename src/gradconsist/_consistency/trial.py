@@ -172,15 +172,14 @@ def _try_forward(forward: PerSampleForward, pairs: Pairs, probed: Probed) -> boo
         if other is None:
             return False
         both = torch.tensor([0, other], device=target.device)
-        together = _numbers(quiet, take(everything, both), target[both])
-        changed = differ(alone, [part[:1] for part in together], rounding(forward, alone))
-        if changed and not _only_rounding(quiet, everything, target, both):
-            raise mixing_refusal(
-                forward.model,
-                lambda: _numbers(quiet, take(everything, slice(0, 1)), target[:1]),
-                lambda: _numbers(quiet, take(everything, both), target[both]),
-                rounding(forward, alone),
-            )
+        run = lambda rows: _numbers(quiet, take(everything, rows), target[rows])  # noqa: E731
+        together = run(both)
+        # Both samples, since the first may change the second only: along the batch as time, or by its larger maximum.
+        for row, single in enumerate((alone, run(both[1:]))):
+            changed = differ(single, [part[row : row + 1] for part in together], rounding(forward, alone))
+            if changed and not _only_rounding(quiet, everything, target, both, row):
+                one = partial(run, both[row : row + 1])
+                raise mixing_refusal(forward.model, one, partial(run, both), rounding(forward, alone), row)
     return bool(torch.isfinite(torch.cat([alone[-1], together[-1]])).all())  # losses that are NaN cannot be compared
 
 
@@ -192,8 +191,8 @@ def rounding(forward: PerSampleForward, numbers: list[Tensor]) -> float:
     return 1e-3 if torch.float32 in dtypes else 1e-8
 
 
-def _only_rounding(forward: PerSampleForward, inputs: Inputs, target: Tensor, both: Tensor) -> bool:
-    """Tells whether one sample and two differed only by rounding, which deep models amplify, by trying in float64."""
+def _only_rounding(forward: PerSampleForward, inputs: Inputs, target: Tensor, both: Tensor, row: int) -> bool:
+    """Tells whether sample `row` differed only by rounding, which deep models amplify, by trying in float64."""
     tensors = {**dict(forward.model.named_buffers()), **dict(forward.model.named_parameters())}
     if all(tensor.dtype == torch.float64 for tensor in tensors.values() if tensor.is_floating_point()):
         return False  # the difference was in float64 already
@@ -205,11 +204,12 @@ def _only_rounding(forward: PerSampleForward, inputs: Inputs, target: Tensor, bo
     inputs, target = map_members(doubled, take(inputs, both)), doubled(target[both])
     try:
         with torch.no_grad(), torch.autocast(target.device.type, enabled=False):
-            alone = _numbers(exact, take(inputs, slice(0, 1)), target[:1])
+            one = slice(row, row + 1)
+            alone = _numbers(exact, take(inputs, one), target[one])
             together = _numbers(exact, inputs, target)
     except RuntimeError:  # a model that insists on its dtype
         return False
-    return alone[0].dtype == torch.float64 and not differ(alone, [part[:1] for part in together], 1e-8)
+    return alone[0].dtype == torch.float64 and not differ(alone, [part[one] for part in together], 1e-8)
 
 
 def _numbers(forward: PerSampleForward, inputs: Inputs, target: Tensor) -> list[Tensor]:

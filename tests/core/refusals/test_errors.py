@@ -523,6 +523,17 @@ class Stacked(nn.Module):
         return self.head(y.mean(0))
 
 
+class AlongBatch(nn.Module):
+    """Takes the batch for time: without batch_first, that is dimension 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.GRU(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x[:, None])[0][:, 0]
+
+
 def _between(*layers: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Linear(5, 6), *layers, nn.Linear(6, 3))
 
@@ -534,6 +545,11 @@ def _centred_loss(z: Tensor, t: Tensor) -> Tensor:
 def _mixing_loss(z: Tensor, t: Tensor) -> Tensor:
     loss = nn.functional.cross_entropy(z, t, reduction="none")
     return loss - loss.mean().detach() * z[:, 0]
+
+
+def _relative_loss(z: Tensor, t: Tensor) -> Tensor:
+    loss = nn.functional.cross_entropy(z, t, reduction="none")
+    return loss / loss[:1].detach()
 
 
 MIXING: list[tuple[str, Callable[[], nn.Module], Any, str]] = [
@@ -550,6 +566,13 @@ MIXING: list[tuple[str, Callable[[], nn.Module], Any, str]] = [
     ("loss_fn", lambda: _between(nn.Tanh()), _centred_loss, r"from `loss_fn` \(the model's output does not change\)"),
     ("attention over samples", lambda: Stacked(nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)), None,
      r"`model\.layer\.self_attn` \(Multihead"),
+    # The first sample is the same with another after it; the second one is not.
+    ("a recurrent layer along the batch", lambda: _between(AlongBatch()), None,
+     r"`model\.1\.layer` \(GRU\), .*batch_first=False"),
+    ("a running sum over samples", lambda: _between(Own(lambda x: x.cumsum(0))), None, r"`model\.1` \(Own\)"),
+    ("relative to the first sample", lambda: _between(Own(lambda x: x - x[:1])), None, r"`model\.1` \(Own\)"),
+    ("relative to the last sample", lambda: _between(Own(lambda x: x - x[-1:])), None, r"`model\.1` \(Own\)"),
+    ("the first sample's loss", lambda: _between(nn.Tanh()), _relative_loss, "from `loss_fn` "),
 ]  # fmt: skip
 
 
