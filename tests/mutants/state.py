@@ -327,4 +327,22 @@ BUGS = [
         "refusals/test_errors.py::test_a_model_that_mixes_samples_is_refused",
         PROBES, "in enumerate((alone, run(both[1:]))):", "in enumerate((alone,)):",
     ),
+    Bug(
+        "the comparison takes weights from the user's cache",
+        "parametrized weights are computed from the stand-ins",
+        "forward/test_isolation.py::test_cached_parametrizations_change_nothing",
+        "_forward/isolation.py", "    with nothing_cached(), torch.compiler", "    with nullcontext(), torch.compiler",
+    ),
+    Bug(
+        "a forward without a graph fills the user's cache",
+        "a method's next forward gets a gradient for every weight",
+        "forward/test_isolation.py::test_cached_parametrizations_change_no_step",
+        "methods/base.py", "with torch.no_grad(), nothing_cached():", "with torch.no_grad():",
+    ),
+    Bug(
+        "the trial of a shared step fills the user's cache",
+        "a method's next forward gets a gradient for every weight",
+        "forward/test_isolation.py::test_cached_parametrizations_change_no_step",
+        "_consistency/sharing.py", "nothing_kept(model), nothing_cached(), cast:", "nothing_kept(model), cast:",
+    ),
 ]  # fmt: skip

@@ -26,6 +26,7 @@ from gradconsist._forward.remembered import Memory, nothing_kept, switches
 from gradconsist._forward.sandbox import autocast_region, comparison_scope
 from gradconsist._inputs.batch import check_inputs, leaves, take
 from gradconsist._inputs.cross_entropy import find_logits
+from gradconsist._inputs.parametrized import nothing_cached
 from gradconsist._inputs.precision import wide
 from gradconsist.errors import UnsupportedModuleError
 from gradconsist.types import Inputs, UnlabeledLoss
@@ -138,7 +139,7 @@ def _difference(
         try:
             # No cached casts, see `PerSampleForward`.
             cast = torch.autocast(*region, cache_enabled=False) if region else nullcontext()
-            with preserved_randomness(device, None), nothing_kept(model), cast:
+            with preserved_randomness(device, None), nothing_kept(model), nothing_cached(), cast:
                 memory = Memory(model)
                 kept = memory.read()
                 own = find_logits(call_with(model, copied(before), args, named, left=after))

@@ -18,6 +18,7 @@ from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
 from torch.utils import checkpoint
 
+from gradconsist._inputs.parametrized import nothing_cached
 from gradconsist.errors import GradModeError
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -80,7 +81,7 @@ def as_written() -> Iterator[None]:
     kept = {name: getattr(checkpoint, name) for name in _CHECKPOINTS if hasattr(checkpoint, name)}
     # If torch._dynamo was never imported, nothing has been compiled, and importing it would take seconds.
     dynamo = "torch._dynamo" in sys.modules
-    with torch.compiler.set_stance("force_eager") if dynamo else nullcontext():
+    with nothing_cached(), torch.compiler.set_stance("force_eager") if dynamo else nullcontext():
         try:
             for name in kept:
                 setattr(checkpoint, name, _keep)

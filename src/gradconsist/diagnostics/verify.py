@@ -55,11 +55,14 @@ class VerifyReport:
         directions: one entry per random direction.
         suspects: parameters whose own derivative disagrees; only filled if a direction failed.
         tolerance: bound on the relative error.
+        value_error: largest relative difference between the loss's cosines and norms and those of the loop engine; 0
+            with ``dropout="on"``, where engines draw different masks.
     """
 
     directions: list[DirectionError] = field(repr=False)
     suspects: list[DirectionError] = field(repr=False)
     tolerance: float
+    value_error: float = 0.0
 
     @property
     def worst(self) -> float:
@@ -68,12 +71,18 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """Whether every direction is within the tolerance."""
-        return self.worst <= self.tolerance
+        """Whether every direction is within the tolerance, and so are the values."""
+        return self.worst <= self.tolerance and self.value_error <= self.tolerance
 
     def __str__(self) -> str:
-        verdict = "agrees" if self.ok else "DISAGREES"
-        lines = [
+        verdict = "agrees" if self.worst <= self.tolerance else "DISAGREES"
+        lines = []
+        if self.value_error > self.tolerance:
+            lines.append(
+                f"the engine's cosines or norms DISAGREE with those of engine='loop' by {self.value_error:.1e}: its"
+                " products, or the rule of a layer (`register_rule`), are wrong"
+            )
+        lines += [
             f"gradient of L_g {verdict} with finite differences: worst relative error {self.worst:.1e} over"
             f" {len(self.directions)} directions (tolerance {self.tolerance:.0e})"
         ]
@@ -106,7 +115,8 @@ def verify(
 
     on a float64 copy of the model. BatchNorm's statistics stay at their values in theta, or are computed at each point
     if the gradient goes through them. With ``dropout="on"``, all evaluations draw the same numbers. If a direction
-    fails, each parameter is tested alone, and the report names those that disagree.
+    fails, each parameter is tested alone, and the report names those that disagree. A wrong value with the right
+    derivative would pass this test, so cosines and norms are compared with those of ``engine="loop"``.
 
     It costs about ``2 + 6 * directions`` evaluations of L_g, and ``6`` more per parameter tensor after a failure. A
     handful of pairs is enough. A model with kinks (ReLU, max-pooling) may fail at some step sizes; only the smallest
@@ -151,7 +161,7 @@ def verify(
     if max(entry.error for entry in tested) > tolerance:
         alone = [trial.test(name, {name: p}, generator) for name, p in trial.parameters.items()]
         suspects = [entry for entry in alone if entry.error > tolerance]
-    return VerifyReport(tested, suspects, tolerance)
+    return VerifyReport(tested, suspects, tolerance, trial.value_error)
 
 
 class _Trial:
@@ -162,6 +172,8 @@ class _Trial:
         self._arguments = arguments
         self._statistics: list[Statistics] | None = None
         record = self._measure()  # also checks the arguments
+        reference = loss.with_options(engine="loop").measure(*arguments, generator=_same_draws())
+        self.value_error = 0.0 if loss.settings.dropout == "on" else _difference(record, reference)
         if not bool((record.compared & ~record.degenerate).any()):
             raise InputValueError("no pair has a cosine: give pairs of positive weight whose gradients do not vanish.")
         if not loss.settings.through_statistics:
@@ -219,6 +231,14 @@ class _Trial:
 
     def _measure(self) -> ConsistencyRecord:
         return self._loss.measure(*self._arguments, statistics=self._statistics, generator=_same_draws())
+
+
+def _difference(record: ConsistencyRecord, reference: ConsistencyRecord) -> float:
+    """Returns the largest difference of cosines, or relative difference of norms; pairs without a number have none."""
+    worst = [(record.cosine - reference.cosine).abs()]
+    for own, right in ((record.norm_weak, reference.norm_weak), (record.norm_strong, reference.norm_strong)):
+        worst.append((own - right).abs() / right.clamp(min=1e-30))
+    return float(torch.cat(worst).nan_to_num(0.0).max())
 
 
 def _same_draws() -> torch.Generator:

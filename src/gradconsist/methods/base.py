@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gradconsist._inputs.batch import call, concatenable, concatenate, leaves
 from gradconsist._inputs.cross_entropy import described, find_logits
 from gradconsist._inputs.options import check_count, check_number
+from gradconsist._inputs.parametrized import nothing_cached
 from gradconsist._inputs.precision import wide, wide_dtype
 from gradconsist._inputs.schedules import linear_ramp
 from gradconsist._refusals.loading import check_keys
@@ -116,9 +117,9 @@ class Method(nn.Module):
 
         Autocast caches half-precision copies of the weights until its context ends. In torch 2.6 to 2.8 it also caches
         copies made without a graph: the next forward would use them, and its weights would silently get no gradient
-        (pytorch#112583). So the cache is cleared here.
+        (pytorch#112583). So the cache is cleared here. A weight of `parametrize.cached()` would lack a graph likewise.
         """
-        with torch.no_grad():
+        with torch.no_grad(), nothing_cached():
             (logits,) = self._joint_logits(inputs, model=model)
         if torch.is_autocast_enabled(logits.device.type):
             torch.clear_autocast_cache()

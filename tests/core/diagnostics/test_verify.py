@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gradconsist import GradientConsistencyLoss, RandomProjection, diagnostics
+from gradconsist.engines import GradProducts, LoopEngine, Problem, register_rule, unregister_rule
 from gradconsist.errors import ConfigError, GradConsistError
 from gradconsist.regularizers import GradientNormPenalty
 from support import state
@@ -152,3 +153,37 @@ def test_it_verifies_the_loss_that_is_trained() -> None:
     assert diagnostics.verify(observed, *CASES["cnn_batchnorm_train"].problem().views, directions=1).ok
     with pytest.raises(ConfigError, match="`consistency` is a Sequential: pass the GradientConsistencyLoss"):
         diagnostics.verify(p.model, *p.views)
+
+
+class _TooSmall(LoopEngine):
+    """Its cosines are wrong, and their derivative is that of the wrong value."""
+
+    def products(self, problem: Problem) -> GradProducts:
+        products = super().products(problem)
+        return products._replace(cross=0.9 * products.cross)
+
+
+class _Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.rand(6) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x
+
+
+@pytest.mark.parametrize("what", ["engine", "rule"])
+def test_it_fails_where_only_the_value_is_wrong(what: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), _Scale(), nn.Tanh(), nn.Linear(6, 3))
+    x, target = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    assert diagnostics.verify(GradientConsistencyLoss(model), x, x + 0.2, target).ok
+    register_rule(_Scale, lambda module, x, d: {"factor": 2 * x * d})
+    try:
+        engine = _TooSmall() if what == "engine" else "ghost"
+        report = diagnostics.verify(GradientConsistencyLoss(model, engine=engine), x, x + 0.2, target)
+    finally:
+        unregister_rule(_Scale)
+    assert not report.ok
+    assert report.worst <= report.tolerance < report.value_error
+    assert "DISAGREE with those of engine='loop'" in str(report).splitlines()[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
+from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from gradconsist import GradientConsistencyLoss
+from gradconsist import GGCRWrapper, GradientConsistencyLoss, SSLBatch
 from gradconsist._forward.isolation import one_comparison
 from gradconsist.errors import GradModeError, ParameterSelectionError, UnsupportedModuleError
+from gradconsist.methods import FixMatch
 from support import compare, state
 from support.nets import assert_exact, net, views
 from support.oracle import judge
@@ -419,3 +422,43 @@ def test_two_comparisons_do_not_overlap() -> None:
         order.append("first")
     thread.join()
     assert order == ["first", "second"]
+
+
+def _parametrized() -> nn.Module:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    parametrizations.weight_norm(model[0])
+    parametrizations.weight_norm(model[2])
+    return model
+
+
+@pytest.mark.parametrize("filled", [False, True])
+@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
+def test_cached_parametrizations_change_nothing(engine: str, filled: bool) -> None:
+    """Not L_g, whose forwards use stand-ins, and not the user's next forward, which takes what is in the cache."""
+    x, target = torch.randn(4, 5).double(), torch.arange(4) % 3
+    found = []
+    for cached in (False, True):
+        model = _parametrized()
+        with parametrize.cached() if cached else nullcontext():
+            if filled:
+                model(x)
+            loss = GradientConsistencyLoss(model, engine=engine)(x, x + 0.3, target)
+            loss = loss + model(x).square().sum()
+        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("share", ["auto", False])
+@pytest.mark.parametrize("joint", [True, False])
+def test_cached_parametrizations_change_no_step(share: Any, joint: bool) -> None:
+    x, y = torch.randn(4, 5).double(), torch.arange(4) % 3
+    found = []
+    for cached in (False, True):
+        model = _parametrized()
+        method, term = FixMatch(model, threshold=0.2, joint=joint), GradientConsistencyLoss(model)
+        wrapper = GGCRWrapper(method, term, warmup_steps=0, share=share)
+        with parametrize.cached() if cached else nullcontext():
+            loss = wrapper(SSLBatch(x, y, x, x + 0.3)).loss
+        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
