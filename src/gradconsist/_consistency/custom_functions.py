@@ -58,7 +58,7 @@ class Call:
         return f"{self.function.__name__} ({place})"
 
 
-def _custom_functions(loss: Tensor) -> tuple[list[type[Function]], list[str]]:
+def custom_functions(loss: Tensor) -> tuple[list[type[Function]], list[str]]:
     """Finds custom Functions in a graph, each once: the classes of those in Python, the names of those in C++."""
     found: dict[type[Function], None] = {}
     foreign: dict[str, None] = {}
@@ -76,7 +76,7 @@ def check_custom_functions(loss: Tensor, model: nn.Module, again: Callable[[], o
 
     `again` computes the loss once more. The result maps each Function, with its place, to whether it could be tested.
     """
-    classes, foreign = _custom_functions(loss)
+    classes, foreign = custom_functions(loss)
     verdicts = dict.fromkeys((f"{name} (in C++)" for name in foreign), False)
     if not classes:
         return verdicts
