@@ -47,7 +47,7 @@ class Probed:
         return first
 
     @staticmethod
-    def fact(check: str, model: nn.Module, inputs: Inputs) -> Hashable:
+    def fact(check: str, model: nn.Module, inputs: Inputs) -> tuple[Hashable, ...]:
         """Returns a key for `check` with what may change the model's code: modules, modes, switches, constants."""
         modules = tuple((id(module), module.training) for module in model.modules())
         trained = tuple(parameter.requires_grad for parameter in model.parameters())

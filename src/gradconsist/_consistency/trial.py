@@ -59,7 +59,8 @@ def probe_model(
         InputValueError: a class index is outside the model's classes.
         InputShapeError: probabilities and logits differ in their number of columns.
     """
-    forward_fact, functions_fact = (Probed.fact(check, forward.model, pairs.weak) for check in ("forward", "functions"))
+    forward_fact = Probed.fact("forward", forward.model, pairs.weak)
+    functions_fact = ("functions", *forward_fact[1:])
     differentiated = torch.is_grad_enabled() and not probed.report_only  # `measure` needs no second derivative
     wanted = ({forward_fact} | ({functions_fact} if differentiated else set())) - probed.passed
     if wanted:

@@ -588,6 +588,36 @@ def test_a_model_that_mixes_samples_is_refused(build: Callable[[], nn.Module], l
     assert state.differences(before, state.of_model(model)) == []
 
 
+class Counting(nn.Module):
+    """Counts its calls, and mixes samples if a flag is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.calls, self.mixes, self.seen = nn.Linear(5, 3), 0, False, list[int]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen.append(len(x))
+        y = self.layer(x).tanh()
+        return y + y.flip(0) if self.mixes else 2 * y
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+def test_a_flag_is_noticed_and_a_counter_is_not_a_flag(engine: str) -> None:
+    model, x, target = Counting(), torch.randn(4, 5), torch.arange(4) % 3
+    gc = GradientConsistencyLoss(model, engine=engine)
+    for _ in range(3):
+        model(x)
+        gc(x, x + 0.1, target)
+        known = len(gc._probed.passed)
+    model(x)
+    gc(x, x + 0.1, target)
+    assert len(gc._probed.passed) == known  # else every step would try the model again
+    model.mixes = True
+    with pytest.raises(UnsupportedModuleError, match="changes with the other samples"):
+        gc(x, x + 0.1, target)
+
+
 # -- what is no model, and no state (options: test_options) ------------------------------------------------------------
 
 
