@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.config import preset_config
 from trainer.launch import Parser, guarded
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -37,6 +36,7 @@ def main(arguments: Sequence[str]) -> int:
 def _demo(options: argparse.Namespace) -> int:
     import torch
 
+    from trainer.config import preset_config
     from trainer.plotting import draw_curves, table
     from trainer.runs import read_run
     from trainer.training import main as train

@@ -8,12 +8,12 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import collections
 import sys
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-from predict import files, load, parser
+from predict import files, load, parser, say_unused
 from trainer.errors import DatasetError, OptionError
 from trainer.files import write_atomically
 from trainer.launch import guarded
@@ -34,6 +34,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     from trainer.evaluation import Scores
+    from trainer.folder import class_folders
     from trainer.images import damaged
 
     kinds = sorted(FigureCanvasAgg.filetypes)
@@ -43,18 +44,20 @@ def _evaluate(options: argparse.Namespace) -> int:
         raise DatasetError(f"{options.folder} is not a directory: expected one that holds one directory per class.")
     classifier = load(options.run, options.device)
     numbers = {name: k for k, name in enumerate(classifier.classes)}
-    folders = {
-        unicodedata.normalize("NFC", p.name): p
-        for p in sorted(options.folder.iterdir())
-        if p.is_dir() and not p.name.startswith(".")
-    }
+    skipped: collections.Counter[str] = collections.Counter()
+    folders = class_folders(options.folder, skipped)
     unknown = sorted(folders.keys() - numbers.keys())
     if unknown or not folders:
         raise DatasetError(
             f"{options.folder} holds {', '.join(unknown[:5]) or 'no folders'}: the model knows the classes "
             f"{', '.join(classifier.classes[:10])}{', ...' if len(numbers) > 10 else ''}."
         )
-    labels = {path: numbers[name] for name, folder in folders.items() for path in files([folder])}
+    labels: dict[Path, int] = {}
+    for name, folder in folders.items():
+        members = list(files([options.folder / folder], skipped))
+        skipped["class folders without an image"] += not members
+        labels |= dict.fromkeys(members, numbers[name])
+    say_unused(+skipped)
     bad: dict[int, str] = {}
     confusion, loss, top5 = torch.zeros(len(numbers), len(numbers), dtype=torch.int64), 0.0, 0
     for paths, found in classifier.batches(labels, options.batch_size):

@@ -11,6 +11,7 @@ its method `preprocess`.
 from __future__ import annotations
 
 import argparse
+import collections
 import csv
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -53,8 +54,9 @@ class Classifier:
         height, width = self.size
         if rgb.size != (width, height) or int(self.about.get("shorter_side", height)) != height:
             if height != width:
+                name = image if isinstance(image, str | Path) else "the image"
                 raise DatasetError(
-                    f"the model takes images of {width}x{height}, and one is {rgb.size}: resize it first."
+                    f"{name} is {rgb.width}x{rgb.height}, and the model takes {width}x{height}: resize it"
                 )
             rgb = fit(rgb, int(self.about.get("shorter_side", height)), height)
         return torch.from_numpy(np.array(rgb))
@@ -104,16 +106,20 @@ def load(run: Path | str, device: str = "cpu") -> Classifier:
     return Classifier(*load_model(run), device)
 
 
-def files(given: Iterable[Path]) -> Iterator[Path]:
-    """The images among some files and in some folders, sub-folders included, sorted."""
-    from trainer.folder import SUFFIXES
+def files(given: Iterable[Path], skipped: collections.Counter[str]) -> Iterator[Path]:
+    """Some files, and the images in some folders as a run reads them; counts what is passed over."""
+    from trainer.folder import walk
 
     for path in given:
-        if path.is_dir():
-            found = (p for p in sorted(path.rglob("*")) if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-            yield from (p for p in found if not p.is_dir())
-        else:
-            yield path
+        yield from (path / name for name in walk(path, "", skipped)) if path.is_dir() else [path]
+
+
+def say_unused(skipped: collections.Counter[str]) -> None:
+    """Print what was passed over."""
+    from trainer.folder import unused
+
+    for note in unused(skipped):
+        print(f"note: {note}", file=sys.stderr)
 
 
 def parser(program: str, description: str | None) -> Parser:
@@ -136,7 +142,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def _predict(options: argparse.Namespace) -> int:
     classifier, status = load(options.run, options.device), 0
-    top, paths = min(options.top, len(classifier.classes)), list(files(options.images))
+    skipped: collections.Counter[str] = collections.Counter()
+    top, paths = min(options.top, len(classifier.classes)), list(files(options.images, skipped))
+    say_unused(skipped)
     if not paths:
         raise DatasetError(f"no image is in {', '.join(map(str, options.images))}: name image files, or their folder.")
     writer = csv.writer(sys.stdout, lineterminator="\n")

@@ -12,16 +12,21 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainer.claims import CLAIMS
 from trainer.errors import OptionError
-from trainer.grid import BUDGETS, Cell, Grid, build_grid
 from trainer.launch import Parser, guarded
 from trainer.statistics import FINAL
+
+if TYPE_CHECKING:
+    from trainer.grid import Cell, Grid
 
 
 def parser() -> Parser:
     """The command line."""
+    from trainer.grid import BUDGETS
+
     budgets = "; ".join(f"{name}: {budget.text}" for name, budget in BUDGETS.items())
     parser = Parser("reproduce.py", __doc__)
     parser.add_argument("--table", nargs="+", choices=list(CLAIMS), default=list(CLAIMS), help="default: all")
@@ -42,12 +47,12 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         The exit status: 0, 1 where a cell failed, 2 for a refused option, 128 + the signal that stopped it.
     """
-    options = parser().parse_args(arguments)
-    return guarded(lambda: _run(options))
+    return guarded(lambda: _run(parser().parse_args(arguments)))
 
 
 def _run(options: argparse.Namespace) -> int:
     from trainer.files import write_atomically, write_json
+    from trainer.grid import build_grid
     from trainer.gridrun import listing, run_grid, say
     from trainer.rundir import exclusive
     from trainer.tables import measure
@@ -63,7 +68,8 @@ def _run(options: argparse.Namespace) -> int:
         print(listing(grid))
         return 0
     grid.claim_grid()
-    reason, failed = None, list[Cell]()
+    reason: str | None = None
+    failed: list[Cell] = []
     if not options.only_tables:
         with exclusive(folder):
             reason, failed = run_grid(grid, options.stop_after_minutes)

@@ -115,8 +115,11 @@ def _check_archive(content: bytes) -> None:
     Its older readers (tar, bare pickle) and compressed members, a few kilobytes that unpack to all of the memory, are
     not needed.
     """
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        members = archive.infolist()
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            members = archive.infolist()
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{error}: if a torch before 1.6 wrote it, load it and save it again") from error
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise ValueError("it has compressed members, which torch.save does not write")
     if sum(member.file_size for member in members) > len(content):

@@ -9,15 +9,19 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
 import io
+import itertools
 import re
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import tyro
 
 from trainer.config import CIFAR, Config
-from trainer.config_file import read_options
+from trainer.config_file import described, read_options
 from trainer.errors import OptionError, refuse
 
 # Words of other trainers, and what they are here.
@@ -28,6 +32,7 @@ _EXPLAINED = {
     "gpus": "start the trainer with torchrun --nproc-per-node",
     "pretrained": "write --init-from pretrained",
     "num_labels": "write --labels",
+    "num_classes": "the classes are those of the data set",
     "num_workers": "write --workers",
 }
 
@@ -64,17 +69,52 @@ def _parse(arguments: Sequence[str], presets: Mapping[str, Config], program: str
     default = _defaults(presets, given.preset, given.config)
     for word in arguments:
         _check_name(word)
-    said = io.StringIO()
+    said, words = io.StringIO(), _switches(arguments)
     try:
         with contextlib.redirect_stderr(said):
-            config = tyro.cli(Config, args=list(arguments), default=default, prog=program, description=description)
+            config = tyro.cli(Config, args=words, default=default, prog=program, description=description)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         # A box of several lines: its frame goes, its words stay.
         text = re.sub(r"\x1b\[[0-9;]*m|[╭╮╰╯│─]|-{4,}|Parsing error|For full helptext.*", " ", said.getvalue())
-        raise OptionError(f"{' '.join(text.split())} (--help lists the options)") from stop
+        raise OptionError(f"{_wrong_value(words, text) or ' '.join(text.split())} (--help lists the options)") from stop
     return config
+
+
+@functools.cache
+def _kinds() -> dict[str, Any]:
+    """The type of each option."""
+    return typing.get_type_hints(Config)
+
+
+def _switches(arguments: Sequence[str]) -> list[str]:
+    """Let every option that is true or false be written as `--flip`, `--no-flip` and `--flip False` alike."""
+    rest, words = list(arguments), list[str]()
+    while rest:
+        word = rest.pop(0)
+        option = word.removeprefix("--no-").removeprefix("--").replace("_", "-")
+        kind = _kinds().get(option.replace("-", "_"))
+        if kind not in (bool, bool | None) or not word.startswith("--"):
+            words.append(word)
+            continue
+        value = str(not word.startswith("--no-"))
+        if value == "True" and rest and rest[0] in ("True", "False", *(["None"] if kind is not bool else [])):
+            value = rest.pop(0)
+        words += [f"--{option}", value] if kind is not bool else [f"--{'' if value == 'True' else 'no-'}{option}"]
+    return words
+
+
+def _wrong_value(words: list[str], text: str) -> str | None:
+    """What to say of an option whose value is none; None where the parser's own words are to be kept."""
+    option = re.search(r"(?:parsing|argument) '?(--[\w-]+)", text)
+    kind = _kinds().get(option[1][2:].replace("-", "_")) if option else None
+    if option is None or kind is None:
+        return None
+    given = [word.partition("=")[2] for word in words if word.startswith(f"{option[1]}=")]
+    given += [word for before, word in itertools.pairwise(words) if before == option[1]]
+    expected = described(kind).replace("null", "None")
+    return f"{option[1]} is {', '.join(map(repr, given)) or 'empty'}; expected {expected}"
 
 
 def _check_name(word: str) -> None:
@@ -83,7 +123,7 @@ def _check_name(word: str) -> None:
         return
     name = word[2:].split("=")[0].replace("-", "_")
     fields = {field.name for field in dataclasses.fields(Config)} - {"recipe", "processes"}
-    switches = {f"no_{name}" for name in fields}
+    switches = {f"no_{name}" for name, kind in _kinds().items() if kind in (bool, bool | None)}
     if name in fields | switches | {"help"}:
         return
     hint = _EXPLAINED.get(name)

@@ -25,11 +25,11 @@ def read_options(path: Path, kind: type[Any]) -> dict[str, Any]:
         kind: The record of the trainer's options, whose fields and types are the ones allowed.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         found = _yaml(text) if path.suffix in (".yaml", ".yml") else json.loads(text, object_pairs_hook=_unique)
     except (OSError, ValueError, RecursionError) as error:
         raise OptionError(
-            f"--config {path} cannot be read ({error}): give a JSON object of options, or a run's config.json."
+            f"--config {path} cannot be read ({error}): give options in JSON or (.yaml) YAML, or a run's config.json."
         ) from error
     record = isinstance(found, dict) and isinstance(found.get("options"), dict)
     options = found["options"] if record else found
@@ -44,7 +44,7 @@ def read_options(path: Path, kind: type[Any]) -> dict[str, Any]:
             hint = f"did you mean {close[0]!r}?" if close else "the trainer's --help lists what there is."
             raise OptionError(f"--config {path}: {name!r} is no option; {hint}")
         if not _fits(value, types_by_name[name]):
-            found_text, expected = json.dumps(value, default=str), _described(types_by_name[name])
+            found_text, expected = json.dumps(value, default=str), described(types_by_name[name])
             raise OptionError(f"--config {path}: {name!r} is {found_text}; expected {expected}.")
     if record:
         return {name: value for name, value in options.items() if name not in NOT_REPEATED}
@@ -105,7 +105,8 @@ def _fits(value: Any, kind: Any) -> bool:
     return False
 
 
-def _described(kind: Any) -> str:
+def described(kind: Any) -> str:
+    """A type for people: `an integer or "all" or null`."""
     names = []
     for choice in _choices(kind):
         if typing.get_origin(choice) is Literal:

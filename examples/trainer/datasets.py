@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trainer.config import Config
 from trainer.errors import DatasetError, ResumeError
-from trainer.file_record import FileRecord
+from trainer.file_record import FileRecord, twins
 from trainer.folder import NO_LABEL, Files, decode, list_folder
 from trainer.images import CHECK_SECONDS, damaged, for_each, read_image
 
@@ -165,11 +165,11 @@ def _folder(config: Config, before: FileRecord | None) -> DataSet:
         train, test, gone = _as_before(config, before, train, test)
         lost |= gone
     names = train.names + test.names
-    pixels = torch.empty(0)
+    pixels, same = torch.empty(0), list[list[str]]()
     if in_memory:
         pixels, found = decode(root, names, config.image_size, lost)
     else:
-        found = _check(config, root, names, lost, new=before is None)
+        found, same = _check(config, root, names, lost, new=before is None)
     bad = {names[index]: reason for index, reason in found.items()}
     if bad and not config.skip_damaged:
         raise damaged(bad)
@@ -193,10 +193,12 @@ def _folder(config: Config, before: FileRecord | None) -> DataSet:
             raise _other_files(config, "changed", changed)
         lost |= dict.fromkeys(changed, "is another file than before")
         manifest = before.manifest
+    if in_memory:
+        same = twins(zip(names, prints, strict=True))
     lost_train, lost_test = (
         frozenset(k for k, name in enumerate(part.names) if name in lost) for part in (train, test)
     )
-    record = FileRecord(train.names, manifest, left_out, lost_train, lost_test, lost, listing.notes)
+    record = FileRecord(train.names, manifest, left_out, lost_train, lost_test, lost, listing.notes, same)
     name = f"folder {root.resolve().name}"
     if not in_memory:
         return PhotographFolder(name, listing.classes, Photographs(root, train), Photographs(root, test), record)
@@ -231,17 +233,22 @@ def _other_files(config: Config, what: str, names: list[str]) -> ResumeError:
     )
 
 
-def _check(config: Config, root: Path, names: list[str], lost: dict[str, str], *, new: bool) -> dict[int, str]:
-    """Which files cannot be read; a run that goes on has checked them, and asks again only where told to."""
+def _check(
+    config: Config, root: Path, names: list[str], lost: dict[str, str], *, new: bool
+) -> tuple[dict[int, str], list[list[str]]]:
+    """Which files cannot be read, and which are the same; a run that goes on has checked them before."""
     if config.check_images is False or (config.check_images is None and not new):
-        return {}
+        return {}, []
+    prints: dict[int, bytes] = {}
 
     def work(index: int) -> None:
         if names[index] not in lost:
             read_image(root / names[index])
+            prints[index] = hashlib.sha256((root / names[index]).read_bytes()).digest()[:8]
 
     most = CHECK_SECONDS if config.check_images is None else None
-    return for_each(len(names), work, verb="checked", most_seconds=most)
+    bad = for_each(len(names), work, verb="checked", most_seconds=most)
+    return bad, twins((names[index], prints[index]) for index in sorted(prints))
 
 
 def _fingerprints(root: Path, names: list[str], pixels: Tensor | None, lost: dict[str, str]) -> list[str]:

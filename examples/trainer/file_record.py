@@ -22,6 +22,7 @@ class FileRecord:
         lost_tests: The same of test files.
         reasons: Name to reason of the lost ones.
         notes: For people.
+        twins: Names of files that show the same image, where it was looked for.
     """
 
     train: list[str]
@@ -31,10 +32,19 @@ class FileRecord:
     lost_tests: frozenset[int] = frozenset()
     reasons: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    twins: list[list[str]] = field(default_factory=list)
 
     def digest(self) -> str:
         """SHA-256 of the manifest."""
         return hashlib.sha256("".join(manifest_lines(self.manifest)).encode()).hexdigest()
+
+
+def twins(prints: Iterable[tuple[str, str | bytes]]) -> list[list[str]]:
+    """Names of equal fingerprints, where there are several."""
+    names: dict[str | bytes, list[str]] = {}
+    for name, mark in prints:
+        names.setdefault(mark, []).append(name)
+    return [group for group in names.values() if len(group) > 1]
 
 
 def manifest_lines(manifest: Manifest) -> Iterable[str]:

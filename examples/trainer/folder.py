@@ -19,6 +19,9 @@ SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff"}
 )
 NO_LABEL = -1
+_BROKEN = "broken links"
+# What archives, servers and disks put beside the images, thumbnails among it: hidden, whatever its name.
+_SYSTEM = frozenset({"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"})
 
 
 @dataclass(frozen=True)
@@ -68,15 +71,18 @@ def list_folder(root: Path) -> Listing:
     if not train.is_dir():
         found = ", ".join(sorted(entry.name for entry in root.iterdir())[:8]) or "nothing"
         raise DatasetError(f"--data-dir {root} holds {found}: {layout}.")
+    for part in (root / name for name in ("test", "val", "unlabeled")):
+        if os.path.lexists(part) and not part.is_dir():
+            raise DatasetError(f"{part} is a file or a broken link: make it a directory, or remove it.")
     skipped: collections.Counter[str] = collections.Counter()
-    folders = _class_folders(train, skipped)
+    folders = class_folders(train, skipped)
     classes = sorted(folders)
     if len(classes) < 2:
         raise DatasetError(f"{train} has {len(classes)} class directories; a classifier needs at least two.")
     files = _labeled(root, train, folders, classes, skipped)
     tested = Files([], [])
     if held:
-        test_folders = _class_folders(held[0], skipped)
+        test_folders = class_folders(held[0], skipped)
         if classes != sorted(test_folders):
             raise DatasetError(
                 f"{train} and {held[0]} must have the same class directories: only in train: "
@@ -85,31 +91,48 @@ def list_folder(root: Path) -> Listing:
             )
         tested = _labeled(root, held[0], test_folders, classes, skipped)
     if unlabeled.exists():
-        names = _walk(root, "unlabeled", skipped, frozenset())
+        names = walk(root, "unlabeled", skipped)
         if not names:
             raise DatasetError(f"{unlabeled} holds no image ({', '.join(sorted(SUFFIXES))}): add images or remove it.")
         files = Files(files.names + names, files.labels + [NO_LABEL] * len(names))
     notes = [f"{held[1]} is not used: {held[0].name}/ is the test part"] if len(held) > 1 else []
-    if skipped:
-        notes.append("not used: " + ", ".join(f"{count:,} {what}" for what, count in sorted(skipped.items())))
-    return Listing(root, classes, files, tested, notes)
+    with os.scandir(root) as entries:
+        others = {entry.name for entry in entries if not _is_hidden(entry.name) and _is_folder(entry)}
+    if others := others - {"train", "test", "val", "unlabeled"}:
+        notes.append(f"not used: {', '.join(sorted(others)[:5])} beside train/, test/ (or val/) and unlabeled/")
+    alike = collections.Counter(name.casefold().strip() for name in classes)
+    notes += [
+        f"{count} class folders read {name!r} but for case or spaces" for name, count in alike.items() if count > 1
+    ]
+    return Listing(root, classes, files, tested, notes + unused(skipped))
 
 
-def _class_folders(part: Path, skipped: collections.Counter[str]) -> dict[str, str]:
+def unused(skipped: collections.Counter[str]) -> list[str]:
+    """What was passed over, as a note for people; none where it is nothing."""
+    found = ", ".join(f"{count:,} {what}" for what, count in sorted(skipped.items()))
+    return [f"not used: {found}"] if found else []
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in _SYSTEM
+
+
+def class_folders(part: Path, skipped: collections.Counter[str]) -> dict[str, str]:
     """Class name to the folder's name: the same letters may be written in several ways (macOS decomposes them)."""
     folders: dict[str, str] = {}
     for entry in sorted(os.scandir(part), key=lambda entry: entry.name):
-        if entry.name.startswith("."):
+        if _is_hidden(entry.name):
             skipped["hidden"] += 1
         elif not _is_folder(entry):
-            skipped[f"beside the class folders of {part.name}/"] += 1
+            broken = entry.is_symlink() and not os.path.exists(entry.path)
+            skipped[_BROKEN if broken else f"beside the class folders of {part.name}/"] += 1
         else:
             try:
-                entry.name.encode()
-            except UnicodeEncodeError as error:
+                own = os.fsencode(entry.name).decode()  # whatever encoding the locale has
+            except UnicodeDecodeError as error:
                 shown = os.fsencode(entry.name).decode(errors="backslashreplace")
                 raise DatasetError(f"{part} has a class folder {shown!r} that is no UTF-8: rename it.") from error
-            name = unicodedata.normalize("NFC", entry.name)
+            name = unicodedata.normalize("NFC", own)
             if name in folders:
                 raise DatasetError(
                     f"{part} has two class folders that both read {name!r}, in different Unicode forms: merge them."
@@ -124,7 +147,7 @@ def _labeled(
     names: list[str] = []
     labels: list[int] = []
     for number, name in enumerate(classes):
-        members = _walk(root, os.path.join(part.name, folders[name]), skipped, frozenset())
+        members = walk(root, os.path.join(part.name, folders[name]), skipped)
         if not members:
             raise DatasetError(
                 f"{part / folders[name]} holds no image ({', '.join(sorted(SUFFIXES))}): "
@@ -142,8 +165,15 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _walk(root: Path, below: str, skipped: collections.Counter[str], above: frozenset[str]) -> list[str]:
-    """Images in a folder and its sub-folders, sorted; links are followed, but not in circles."""
+def walk(root: Path, below: str, skipped: collections.Counter[str], above: frozenset[str] = frozenset()) -> list[str]:
+    """Images in a folder and its sub-folders, sorted; links are followed, but not in circles.
+
+    Args:
+        root: Where the names begin.
+        below: The folder, below it.
+        skipped: Counts what is passed over.
+        above: The folders that lead here.
+    """
     real = os.path.realpath(root / below)
     if real in above:
         skipped["links to a folder above"] += 1
@@ -155,17 +185,18 @@ def _walk(root: Path, below: str, skipped: collections.Counter[str], above: froz
         raise DatasetError(f"{root / below} cannot be listed ({error}): allow it, or remove the folder.") from error
     for entry in entries:
         suffix = os.path.splitext(entry.name)[1].lower()
-        if entry.name.startswith("."):
+        if _is_hidden(entry.name):
             skipped["hidden"] += 1
         elif _is_folder(entry):
-            inside = _walk(root, os.path.join(below, entry.name), skipped, above | {real})
+            inside = walk(root, os.path.join(below, entry.name), skipped, above | {real})
             if suffix in SUFFIXES and not inside:
                 skipped["empty folders named like an image"] += 1
             names += inside
         elif suffix in SUFFIXES:
             names.append(os.path.join(below, entry.name))
         else:
-            skipped[f"of type {suffix or 'unknown'}"] += 1
+            broken = entry.is_symlink() and not os.path.exists(entry.path)
+            skipped[_BROKEN if broken else f"of type {suffix or 'unknown'}"] += 1
     return names
 
 
@@ -190,6 +221,8 @@ def decode(root: Path, names: list[str], side: int | None, lost: dict[str, str])
             bad[first] = str(error)
     if images is None:
         raise damaged(bad)
+    if min(images.shape[1:3]) < 2:
+        raise DatasetError("images of one pixel cannot be shifted: give --image-size 2 or more.")
 
     def work(index: int) -> None:
         if names[index] in lost:

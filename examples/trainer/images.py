@@ -86,7 +86,10 @@ def _eight_bits(image: Image.Image, bits: int, white_is_zero: bool) -> Image.Ima
 
 def fit(image: Image.Image, shorter: int, side: int) -> Image.Image:
     """Scale the shorter side to `shorter`, then cut the centre square of `side`."""
-    width, height = image.size
+    width, height = (min(length, 16 * min(image.size)) for length in image.size)
+    if (width, height) != image.size:  # a long strip, scaled as a whole, would not fit into memory
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        image = image.crop((left, top, left + width, top + height))
     scale = shorter / min(width, height)
     width, height = max(side, round(width * scale)), max(side, round(height * scale))
     image = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -130,7 +133,7 @@ def for_each(
                 print(f"{verb} {done:,} of {count:,} images", file=sys.stderr, flush=True)
     seconds = time.monotonic() - start
     more = "" if done + _CHUNK * len(waiting) >= count else (
-        f"; all of them would take about {duration(whole)}: give --check-images for that"
+        f"; all of them would take about {duration(whole)}: give --check-images True for that"
     )  # fmt: skip
     done = min(count, done + _CHUNK * len(waiting))
     print(f"{verb} {done:,} of {count:,} images in {seconds:.1f} s{more}", file=sys.stderr, flush=True)

@@ -6,9 +6,10 @@ import csv
 import dataclasses
 import hashlib
 import importlib
+import importlib.util
 import io
+import re
 from pathlib import Path
-from typing import Any
 
 from trainer.config import Config
 from trainer.errors import OptionError
@@ -29,14 +30,14 @@ class Loggers:
         if config is None:
             return
         if config.tensorboard:
-            board = _needed("torch.utils.tensorboard", "--tensorboard", "tensorboard")
+            board = importlib.import_module("torch.utils.tensorboard")
             self.board = board.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         options, name = dataclasses.asdict(config), folder.name
         if config.wandb:
-            wandb = _needed("wandb", "--wandb", "wandb")
+            wandb = importlib.import_module("wandb")
             self.wandb = wandb.init(project="gradconsist", name=name, id=_id(folder), resume="allow", config=options)
         if config.mlflow:
-            self.mlflow = _needed("mlflow", "--mlflow", "mlflow")
+            self.mlflow = importlib.import_module("mlflow")
             self.mlflow.set_experiment("gradconsist")
             found = self.mlflow.search_runs(filter_string=f"tags.run_directory = '{_id(folder)}'", output_format="list")
             self.mlflow.start_run(run_id=found[0].info.run_id if found else None, run_name=name)
@@ -53,7 +54,9 @@ class Loggers:
         if self.wandb is not None:
             self.wandb.log(known, step=step)
         if self.mlflow is not None:
-            self.mlflow.log_metrics(known, step=step)
+            # Class names are in them, of which it takes few characters.
+            plain = {re.sub(r"[^\w\-. :/]", lambda sign: f"_{ord(sign[0]):x}_", name): v for name, v in known.items()}
+            self.mlflow.log_metrics(plain, step=step)
 
     def close(self) -> None:
         """End what was begun."""
@@ -70,11 +73,11 @@ def _id(folder: Path) -> str:
     return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
 
 
-def _needed(module: str, option: str, package: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise OptionError(f"{option} needs the {package} package: pip install {package}") from error
+def check_loggers(config: Config) -> None:
+    """Refuse those that are not installed, before anything is read or written."""
+    for package in ("tensorboard", "wandb", "mlflow"):
+        if getattr(config, package) and importlib.util.find_spec(package) is None:
+            raise OptionError(f"--{package} needs the {package} package: pip install {package}")
 
 
 def write_csv(folder: Path) -> None:

@@ -188,7 +188,7 @@ def _of_timm(name: str, classes: int, pretrained: bool) -> nn.Module:
     except ImportError as error:
         raise OptionError(f"--arch timm:{name} needs timm: pip install timm") from error
     if not timm.is_model(name.split(".")[0]):
-        near = difflib.get_close_matches(name, timm.list_models(), n=4)
+        near = difflib.get_close_matches(name, timm.list_models(), n=4) or ["resnet18"]
         raise OptionError(f"--arch timm:{name}: timm has no such model; write for example timm:{', timm:'.join(near)}.")
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=classes)
@@ -271,7 +271,7 @@ def classifier_head(model: nn.Module) -> tuple[str, nn.Linear]:
     """Name and module of a network's last linear layer."""
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not layers:
-        raise OptionError(f"--arch: {type(model).__name__} has no linear layer that could be its classifier head.")
+        raise OptionError(f"--arch: {type(model).__name__} has no linear layer that could be its head: try resnet18.")
     return layers[-1]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from trainer.config import Config
 from trainer.datasets import DataSet, load_images
 from trainer.errors import OtherProcessError, ResumeError
 from trainer.file_record import FileRecord
+from trainer.folder import NO_LABEL
 from trainer.loader import LEFT_OUT
 from trainer.processes import Processes
 from trainer.rundir import check_run, finished_line
@@ -68,18 +71,38 @@ def check_same_files(processes: Processes, split: Split) -> None:
         raise error if processes.first else OtherProcessError("process 0 has told why")
 
 
-def record_left_out(folder: Path, data: DataSet) -> None:
-    """Say and record which files are left out."""
-    for note in data.files.notes if data.files else ():
-        print(f"note: {note}", file=sys.stderr)
+def _leaks(files: FileRecord, split: Split) -> Iterator[str]:
+    """Sentences on test and held-out images that are trained on as well, and on images of several classes."""
+    held = {files.train[k] for k in split.held_out.tolist()}
+    trained = set(files.train) - held
+    found: dict[str, list[str]] = {}
+    for group in files.twins:
+        inside = [name for name in group if name in trained]
+        labels = {files.manifest[name][0]: name for name in group if name in trained or name in held}
+        labels.pop(NO_LABEL, None)
+        if len(labels) > 1:
+            found.setdefault("images are in several classes", []).append(" is ".join(labels.values()))
+        for name in set(group) - trained if inside else ():
+            kind = "held-out" if name in held else "test"
+            found.setdefault(f"{kind} images are trained on, too, with or without a label", []).append(
+                f"{name} is {inside[0]}"
+            )
+    for what, pairs in found.items():
+        yield f"{len(pairs)} {what} ({min(pairs)}{', ...' if len(pairs) > 1 else ''}): remove all but one of each."
+
+
+def record_left_out(folder: Path, data: DataSet, split: Split) -> None:
+    """Say and record which files are left out, and say which should not be twice in the data set."""
     if data.files is None:
         return
+    for note in [*data.files.notes, *_leaks(data.files, split)]:
+        print(f"note: {note}", file=sys.stderr)
     for what, names in (("damaged before the first step", data.files.left_out), ("went bad", data.files.reasons)):
         if names:
             print(f"note: {len(names)} files are left out ({what}), see {folder / LEFT_OUT}", file=sys.stderr)
     path = folder / LEFT_OUT
-    known = path.read_text(encoding="utf-8") if path.exists() else ""
+    known = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     for name, reason in {**data.files.left_out, **data.files.reasons}.items():
         line = {"file": name, "reason": reason}
-        if known.find(f'"file": "{name}"') < 0:
+        if f'"file": {json.dumps(name)}' not in known:
             append_line(path, line)

@@ -144,9 +144,12 @@ def books(state: dict[str, Any] | None) -> tuple[float, int, str | None]:
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Append a JSON line to a file that nothing depends on."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    """Append a JSON line to a file that nothing depends on, after what a full disk may have left of the one before."""
+    with open(path, "ab+") as file:
+        if file.tell() and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+        file.write((json.dumps(record) + "\n").encode())
 
 
 class Progress:

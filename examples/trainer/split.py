@@ -149,10 +149,12 @@ def read_list(path: Path, data: DataSet) -> Tensor:
     for line, text in enumerate(lines, 1):
         if not text:
             continue
-        where, parts = f"--label-file {path}, line {line}: {text!r}", _parts(text)
-        candidates = by_name.get(parts[-1], [])
-        if names is not None:
-            candidates = [k for k in candidates if _ends_alike(names[k], parts)]
+        where, candidates = f"--label-file {path}, line {line}: {text!r}", list[int]()
+        for form in dict.fromkeys((text, text.replace("\\", "/"))):  # the second as Windows writes it
+            parts = _parts(form)
+            candidates = candidates or by_name.get(parts[-1], [])
+            if names is not None:
+                candidates = [k for k in candidates if _ends_alike(names[k], parts)]
         if not candidates:
             what = "training image" if names is None else "training image in a class folder"
             raise DatasetError(f"{where} is no {what}: write the names (or numbers) that they have there.")
@@ -182,7 +184,7 @@ def _lines(path: Path) -> list[str]:
         held = read_json(path)
         found = held.get("label") if isinstance(held, dict) else held
     else:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     if not isinstance(found, list) or not all(type(number) is int for number in found):
         raise ValueError("it holds something else than whole numbers")
     return [str(number) for number in found]
@@ -193,8 +195,9 @@ def _parts(name: str) -> tuple[str, ...]:
 
 
 def _ends_alike(parts: tuple[str, ...], given: tuple[str, ...]) -> bool:
+    """Whether a name below train/ and a given one end alike; the given one may not lie in another part."""
     count = min(len(parts), len(given))
-    return parts[-count:] == given[-count:]
+    return parts[-count:] == given[-count:] and given[: -len(parts)][-1:] not in (("test",), ("val",), ("unlabeled",))
 
 
 def store_or_check(path: Path, split: Split, data: DataSet) -> tuple[list[float], list[float]]:

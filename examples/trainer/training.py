@@ -28,7 +28,7 @@ from trainer.evaluation import (
 from trainer.files import read_json, write_json
 from trainer.launch import guarded
 from trainer.loader import LEFT_OUT, StepImages, ToModel, batches_of, spare_cores, step_batches, worker_count
-from trainer.loggers import Loggers, write_csv
+from trainer.loggers import Loggers, check_loggers, write_csv
 from trainer.opening import check_same_files, is_finished, load, record_left_out
 from trainer.plotting import draw_curves
 from trainer.processes import is_of_processes, join, leave
@@ -47,6 +47,7 @@ def run(config: Config) -> int:
     processes = join(config.device)
     config = resolve(config, processes.world)
     methods.check_method(config)
+    processes.on_first(lambda: check_loggers(config))
     config, start = processes.together(lambda: read_start(config))
     folder = Path(str(config.output))
     if processes.on_first(lambda: is_finished(folder, config, processes)):
@@ -66,7 +67,7 @@ def run(config: Config) -> int:
             if not check_run(config, processes.device):  # again: another run may have come first
                 create_run(config, processes.device)
             statistics = list(store_or_check(folder / "split.json", split, data))
-            record_left_out(folder, data)
+            record_left_out(folder, data, split)
             return statistics
 
         # As the run began with them: images that were lost since are not in those of today.
@@ -131,9 +132,8 @@ class _Execution:
         parts: dict[str, Tensor | None] = {"test": None} if len(self.data.test_y) else {}
         parts |= {"held_out": self.split.held_out} if len(self.split.held_out) else {}
         size = int(self.config.image_size or 0)
-        self.evaluated = {
-            name: images_of(self.data, index, self.processes, size=size, record=record) for name, index in parts.items()
-        }
+        every = {n: images_of(self.data, index, self.processes, size=size, record=record) for n, index in parts.items()}
+        self.evaluated = {name: images for name, images in every.items() if images.count}  # all may be lost
 
     def _banner(self) -> None:
         config, trainer, say, data = self.config, self.trainer, self.progress.say, self.data
@@ -314,9 +314,10 @@ def main(config: Config) -> int:
             raise TrainerError(
                 f"{error}. Checkpoints are untouched: mend this and start the same command again."
             ) from error
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, MemoryError) as error:
             text = str(error).splitlines()[0]
-            raise TrainerError(f"{text} Give a smaller --batch-size, --ggcr-max-pairs or --ggcr-chunk-size.") from error
+            more = "--image-size, --batch-size, --ggcr-max-pairs or --ggcr-chunk-size"
+            raise TrainerError(f"{text} Give a smaller {more}.") from error
         except RuntimeError as error:
             if not is_of_processes(error):
                 raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def load_model(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
             about, weights = _unfinished(path)
         else:
             with safe_open(path, framework="pt") as file:
-                about = json.loads(file.metadata()["about"])
+                about = json.loads((file.metadata() or {})["about"])
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         normalisation(about)
         if len(about["image_size"]) != 2 or not min(about["image_size"]) > 0:
@@ -84,6 +85,9 @@ def _unfinished(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise ValueError("it holds no checkpoint yet")
     else:
         folder, state = path.parent.parent, read_checkpoint(path, path.read_bytes())
+    if state["options"].get("eval_statistics") == "anew":
+        print("note: of --eval-statistics anew only model.safetensors has BatchNorm's statistics; these are averaged "
+              "ones, and other numbers than the log's follow from them.", file=sys.stderr)  # fmt: skip
     about = describe(state["options"], read_json(folder / "split.json"), state["step"])
     return about, {str(name): value.detach() for name, value in state["average"]["model"].items()}
 
@@ -148,7 +152,7 @@ def read_start(config: Config) -> tuple[Config, dict[str, Tensor] | None]:
 
 
 def _weights(path: Path, content: bytes) -> dict[str, Tensor]:
-    if path.suffix not in (".pt", ".pth", ".bin"):
+    if path.suffix not in (".pt", ".pth", ".bin") and not content.startswith(b"PK"):  # what torch.save writes is a zip
         try:
             return safetensors.torch.load(content)
         except SafetensorError as error:
@@ -173,6 +177,11 @@ def load_start(model: nn.Module, weights: dict[str, Tensor], config: Config) -> 
     found = {name for name in weights if config.init_part == "model" or not name.startswith(head)}
     shapes = [name for name in own if name in wanted & found and weights[name].shape != own[name].shape]
     wrong = [f"{name} is {list(weights[name].shape)} there and {list(own[name].shape)} here" for name in shapes]
+    wrong += [
+        f"{name} is {str(weights[name].dtype).removeprefix('torch.')} there, of which floats cannot be made"
+        for name in sorted(wanted & found)
+        if own[name].is_floating_point() and not weights[name].is_floating_point()
+    ]
     wrong += [f"{name} is absent there" for name in sorted(wanted - found)]
     wrong += [f"{name} is unknown here" for name in sorted(found - wanted)]
     if wrong:
