@@ -53,7 +53,7 @@ def _direction(oracle: Judge, seed: int) -> dict[str, Tensor]:
 
 
 # What these remember follows the weights or the inputs without a derivative, on purpose.
-_HELD = {"spectral_norm_train", "moving_codebook", "write_through_data", "unregistered_memory"}
+_HELD = {"spectral_norm_train", "moving_codebook"}
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in _HELD])

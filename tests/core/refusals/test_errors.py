@@ -25,7 +25,7 @@ from gradconsist.errors import (
     ParameterSelectionError,
     UnsupportedModuleError,
 )
-from support import state
+from support import models, state
 from support.changes import put
 from support.zoo import CASES
 
@@ -572,6 +572,7 @@ MIXING: list[tuple[str, Callable[[], nn.Module], Any, str]] = [
     ("a running sum over samples", lambda: _between(Own(lambda x: x.cumsum(0))), None, r"`model\.1` \(Own\)"),
     ("relative to the first sample", lambda: _between(Own(lambda x: x - x[:1])), None, r"`model\.1` \(Own\)"),
     ("relative to the last sample", lambda: _between(Own(lambda x: x - x[-1:])), None, r"`model\.1` \(Own\)"),
+    ("a memory that a later call reads", lambda: models.WithMemory(models.RunningCentre), None, r"`model\.layer`"),
     ("the first sample's loss", lambda: _between(nn.Tanh()), _relative_loss, "from `loss_fn` "),
 ]  # fmt: skip
 
