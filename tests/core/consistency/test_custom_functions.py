@@ -319,9 +319,7 @@ def test_a_function_that_the_first_sample_did_not_run_is_refused(
 def test_a_right_function_in_a_branch_is_tested_once(monkeypatch: pytest.MonkeyPatch) -> None:
     tested: list[str] = []
     own = custom_functions._error
-    monkeypatch.setattr(
-        custom_functions, "_error", lambda call: (tested.append(call.function.__name__), own(call))[1]
-    )
+    monkeypatch.setattr(custom_functions, "_error", lambda call: (tested.append(call.function.__name__), own(call))[1])
     torch.manual_seed(0)
     for function, engine in ((Swish, "loop"), (NewStyle, "ghost"), (NewStyle, "vmap")):
         model, x = Branching(function).double(), torch.randn(6, 5).double()
