@@ -112,6 +112,7 @@ class _Run:
             loss_scale=self.scale,
         )
         self.through: list[Tensor] = []  # joint statistics for which the chunks are differentiated
+        self.joined: list[Tensor] = []  # or those that lead to the parameters themselves, past the aliases
         self.wide = options.wide
         count = len(pairs)
         self.cosine = torch.full([count], torch.nan, dtype=self.wide, device=pairs.device)
@@ -161,8 +162,7 @@ class _Run:
         )
         path = self._path()
         self.through = path.cut() if path and self.options.fused else []
-        if path and not self.options.fused:
-            path.join()
+        self.joined = path.join() if path and not self.options.fused else []
         buffer, total = self._sum_by_any_engine(problem)
         if buffer is None:
             return self._connected(total)
@@ -219,7 +219,7 @@ class _Run:
 
     def _check_graph(self, value: Tensor, index: Tensor) -> None:
         """Checks every chunk's graph, since its samples may take other branches of the model than those before."""
-        expected = [*self.aliases.values(), *self.through]
+        expected = [*self.aliases.values(), *self.through, *self.joined]
         found = check_second_derivative(value, expected, fused=self.options.fused, own=self.options.trainable)
         probe_functions(self.forward, self.pairs, index, self.options.probed, found)
 

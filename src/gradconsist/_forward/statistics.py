@@ -157,8 +157,8 @@ class StatisticsPath:
         ]
         return _flat(calls.recorded)
 
-    def join(self) -> None:
-        """Gives the recorded statistics their graph, so that nothing has to be added after the chunks.
+    def join(self) -> list[Tensor]:
+        """Gives the recorded statistics their graph, so that nothing has to be added after the chunks; returns them.
 
         The graph reaches the parameters through new views. Through the views that the chunks use, an engine that asks
         autograd for a sample's gradient would also get the part of the statistics.
@@ -166,7 +166,7 @@ class StatisticsPath:
         own = self._forward.parameters
         self._forward.parameters = self._stand_ins()
         try:
-            self._record()
+            return self._record()
         finally:
             self._forward.parameters = own
 

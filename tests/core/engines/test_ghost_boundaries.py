@@ -199,7 +199,7 @@ class Remembers(nn.Module):
         known = cache if isinstance(cache, list) else cache.rows
         h = self.inner(x) + (known[-1] if known else 0.0)
         known.append(h)
-        return h if torch.ops.aten.item(h.sum()) > 0 else h.sin()
+        return h if torch.ops.aten.item(h.sum()) > 0 else h.clone()  # vmap refuses to look
 
 
 class Cached(nn.Module):
