@@ -25,7 +25,12 @@ Ends = dict[str, dict[int, float]]
 ENOUGH = 5
 # Title, command (options behind the -- are the trainer's), and what the title does not say, of the grids known so far.
 GRIDS = {
-    "help_four": ("Four classes, BatchNorm", "python examples/reproduce.py --budget photos", ""),
+    "help_four": (
+        "Four classes, BatchNorm",
+        "python examples/reproduce.py --budget photos\n"
+        "python examples/reproduce.py --budget photos --table time --seeds 20",
+        "",
+    ),
     "help_group_norm": (
         "Four classes, GroupNorm",
         "python examples/reproduce.py --table main lambda remedies --budget photos --output runs/group-norm"
