@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.errors import OptionError
@@ -96,6 +97,12 @@ def check_options(config: Config, processes: int) -> None:
 
 
 def _check_data(config: Config) -> None:
+    for part in ("train", "test", "val", "unlabeled") if config.dataset == "folder" and config.output else ():
+        if Path(str(config.output)).resolve().is_relative_to(Path(config.data_dir, part).resolve()):
+            raise OptionError(
+                f"--output {config.output} lies among the images in {part}/, where its pictures would be trained on: "
+                "give a folder outside."
+            )
     if isinstance(config.labels, int) and config.labels < 1:
         raise OptionError(f"--labels must be above 0, or all; found {config.labels}.")
     ways = {name: getattr(config, name) for name in ("labels", "label_fraction", "label_file")}

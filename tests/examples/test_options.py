@@ -136,6 +136,10 @@ def test_help_shows_the_defaults_of_the_preset(capsys: pytest.CaptureFixture[str
             "--eval-statistics anew: wrn-10-1-gn has no BatchNorm, so no statistics; leave it out",
         ),
         ({"lr": float("nan")}, "--lr must be above 0; found nan"),
+        (
+            {"dataset": "folder", "data_dir": "photos", "output": "photos/unlabeled/run"},
+            "--output photos/unlabeled/run lies among the images in unlabeled/",
+        ),
         ({"batch_size": -1}, "--batch-size must be above 0"),
         ({"workers": -1}, "--workers must be 0 or more; found -1"),
         ({"ggcr_weight": -0.1}, "--ggcr-weight must be 0 or more; found -0.1"),
