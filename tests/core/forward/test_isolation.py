@@ -302,7 +302,6 @@ def test_names_of_a_compiled_module(compiled: Callable[..., Any]) -> None:
         GradientConsistencyLoss(model, encoder=lambda name: not name.startswith("stem."))
 
 
-@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")  # torch's own
 @pytest.mark.parametrize(("engine", "fused"), [("auto", True), ("loop", False)])
 def test_inside_a_compiled_step_it_runs_as_python(compiled: Callable[..., Any], engine: str, fused: bool) -> None:
     model = net()
