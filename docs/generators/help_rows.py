@@ -33,7 +33,7 @@ GRIDS = {
     ),
     "help_group_norm": (
         "Four classes, GroupNorm",
-        "python examples/reproduce.py --table main lambda remedies --budget photos --output runs/group-norm"
+        "python examples/reproduce.py --table main lambda remedies --budget photos --seeds 14 --output runs/group-norm"
         " -- --arch wrn-10-1-gn",
         "",
     ),
