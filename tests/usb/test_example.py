@@ -23,7 +23,8 @@ def test_the_program_of_the_guide(
     monkeypatch.setattr(sys, "argv", [str(PROGRAM), "--algorithm", algorithm, "--steps", "4"])
     with usb.without_gpu(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        runpy.run_path(str(PROGRAM), run_name="__main__")
+        with pytest.raises(SystemExit, match="^0$"):
+            runpy.run_path(str(PROGRAM), run_name="__main__")
     printed = capsys.readouterr().out
     assert "4 steps, with the term from step 1 on" in printed
     assert "test accuracy of the averaged model: 0." in printed
