@@ -23,7 +23,7 @@ def test_the_program_of_the_guide(
     monkeypatch.setattr(sys, "argv", [str(PROGRAM), "--algorithm", algorithm, "--steps", "4"])
     with usb.without_gpu(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(SystemExit, match="^0$"):
+        with pytest.raises(SystemExit, match=r"^0$"):
             runpy.run_path(str(PROGRAM), run_name="__main__")
     printed = capsys.readouterr().out
     assert "4 steps, with the term from step 1 on" in printed
