@@ -220,7 +220,7 @@ BUGS = [
         "what was found out outlives a change of mode",
         "a module that changes its mode is tried again",
         "test_trust.py::test_a_module_that_changes_its_mode_is_tried_again",
-        PROBED, "tuple((id(module), module.training) for module", "tuple(id(module) for module",
+        PROBED, "tuple((identity(module), module.training) for module", "tuple(identity(module) for module",
     ),
     Bug(
         "what was found out outlives other constants",
@@ -319,7 +319,7 @@ BUGS = [
         "functions among the attributes are known by their type",
         "a layer that gets another function is tried again",
         "test_sharing.py::test_another_function_or_option_of_a_layer_is_noticed[function]",
-        REMEMBERED, "            found.append(id(value))\n", "            found.append(type(value))\n",
+        REMEMBERED, "            found.append(identity(value))\n", "            found.append(type(value))\n",
     ),
     Bug(
         "only the first of two samples is looked at",

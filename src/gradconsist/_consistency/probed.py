@@ -9,6 +9,7 @@ from torch import nn
 
 from gradconsist._forward.remembered import switches
 from gradconsist._inputs.batch import constants
+from gradconsist._inputs.identity import identity
 from gradconsist.types import Inputs
 
 
@@ -49,6 +50,6 @@ class Probed:
     @staticmethod
     def fact(check: str, model: nn.Module, inputs: Inputs) -> tuple[Hashable, ...]:
         """Returns a key for `check` with what may change the model's code: modules, modes, switches, constants."""
-        modules = tuple((id(module), module.training) for module in model.modules())
+        modules = tuple((identity(module), module.training) for module in model.modules())
         trained = tuple(parameter.requires_grad for parameter in model.parameters())
         return check, modules, trained, constants(inputs), switches(model)

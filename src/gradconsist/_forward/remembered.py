@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from gradconsist._inputs.identity import identity
+
 Content: TypeAlias = "dict[tuple[int, str], Any]"
 """Values by module and attribute; lists, dictionaries, sets and deques as copies."""
 
@@ -124,7 +126,7 @@ def switches(model: nn.Module, *, numbers: bool = False) -> tuple[Any, ...]:
             if numbers:
                 found.append(kind)
         elif callable(value) or isinstance(value, Enum):
-            found.append(id(value))
+            found.append(identity(value))
         else:
             if numbers:
                 found.append(kind)

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 @contextmanager
 def nothing_cached() -> Iterator[None]:
-    """Computes parametrized weights anew inside the block, although the user called `parametrize.cached()`.
+    """Recomputes parametrized weights inside the block, although the user called `parametrize.cached()`.
 
     A weight from the cache belongs to another forward: it has no graph if that one had none, or a graph to tensors that
     are replaced now. The forward in the block would silently get no gradient for it, or leave such a weight behind.

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gradconsist._inputs.identity import identity
 from gradconsist.errors import ConfigError, UnsupportedModuleError
 
 # Nodes of operators whose second derivative under vmap is silently wrong (docs/torch-derivatives.md). Where the call
@@ -166,12 +167,12 @@ def check_second_derivative(
 
 def keys_of(function: type) -> set[str]:
     """Returns the keys of a custom Function: that of its class, and its name, which is all that vmap shows of it."""
-    return {function.__name__, f"{function.__name__} {id(function)}"}
+    return {function.__name__, f"{function.__name__} {identity(function)}"}
 
 
 def _key_in_graph(function: type) -> str:
     vmapped = function.__name__.removeprefix("Vmapped")
-    return f"{vmapped} {id(function)}" if vmapped == function.__name__ else vmapped
+    return f"{vmapped} {identity(function)}" if vmapped == function.__name__ else vmapped
 
 
 def _weight_norm_error() -> UnsupportedModuleError:

@@ -40,8 +40,9 @@ def check_model(model: object) -> None:
     for path, module in model.named_modules():
         where = f"`model.{path}`" if path else "`model`"
         kinds = {f"{kind.__module__}.{kind.__qualname__}": kind.__name__ for kind in type(module).__mro__}
-        for name in kinds.keys() & _WRAPPERS.keys():
-            raise UnsupportedModuleError(f"{where} is a {kinds[name]}: {_WRAPPERS[name]}.")
+        wrapper = next((name for name in kinds if name in _WRAPPERS), None)
+        if wrapper is not None:
+            raise UnsupportedModuleError(f"{where} is a {kinds[wrapper]}: {_WRAPPERS[wrapper]}.")
         if kinds.keys() & _ONCE and any(parameter.requires_grad for parameter in module.parameters()):
             raise UnsupportedModuleError(
                 f"{where} is a {type(module).__name__}, a deformable convolution, which has no second derivative: use"

@@ -589,6 +589,32 @@ def test_a_model_that_mixes_samples_is_refused(build: Callable[[], nn.Module], l
     assert state.differences(before, state.of_model(model)) == []
 
 
+@pytest.mark.parametrize("part", ["function", "module"])
+def test_a_part_at_the_address_of_an_earlier_one_is_tried_too(part: str) -> None:
+    """A check that passed belongs to the object, not to its place in memory."""
+    model = _between(Own(torch.tanh))
+    gc, x = GradientConsistencyLoss(model), torch.randn(5, 5)
+    of_functions = part == "function"
+    owner, name = (model[1], "function") if of_functions else (model, "1")
+    good: Callable[[], Any] = (lambda: lambda h: h.tanh()) if of_functions else nn.Tanh
+    mixing: Callable[[], Any] = (lambda: lambda h: h.cumsum(0)) if of_functions else Centred
+    neutral = torch.tanh if of_functions else nn.Identity()
+    places: set[int] = set()
+    for _ in range(20):
+        setattr(owner, name, neutral)
+        setattr(owner, name, good())
+        places.add(id(getattr(owner, name)))
+        gc(x, x.flip(0), torch.arange(5) % 3)
+    setattr(owner, name, neutral)
+    made = [mixing()]
+    while id(made[-1]) not in places and len(made) < 200:  # those that are kept leave the old places to the next ones
+        made.append(mixing())
+    assert id(made[-1]) in places
+    setattr(owner, name, made[-1])
+    with pytest.raises(UnsupportedModuleError, match="changes with the other samples"):
+        gc(x, x.flip(0), torch.arange(5) % 3)
+
+
 class Counting(nn.Module):
     """Counts its calls, and mixes samples if a flag is set."""
 
