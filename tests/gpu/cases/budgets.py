@@ -1,7 +1,8 @@
 """What a step may ask of the host and the device: kernels, and numbers that the host waits for.
 
 A step of FixMatch with the term on two networks of one and of two blocks; the difference is what a block costs. One
-table holds all budgets. Lower them when the work becomes less. A read too many is named with its file and line.
+table holds all budgets. A read too many is named with its file and line. A budget that has become too large fails as
+well: lower it then.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from support.zoo import Mean
 
 
 class Budget(NamedTuple):
-    """Most kernels and reads of a step: of a network with one block, and of each block more.
+    """Most kernels, and the reads, of a step: of a network with one block, and of each block more.
 
     A read is a number that the host waits for, or the one copy that tells for all layers whether accuracy was lost.
     """
@@ -32,12 +33,12 @@ class Budget(NamedTuple):
     reads_block: int
 
 
-#: (network, with the term) -> budget. Kernels with 3 % of room, since torch's own operators change; reads with none.
+#: (network, with the term) -> budget. Kernels with some room, since torch's own operators change; reads with none.
 BUDGETS = {
     ("wide_resnet", False): Budget(65, 19, 0, 0),
-    ("wide_resnet", True): Budget(758, 298, 7, 0),
+    ("wide_resnet", True): Budget(540, 190, 6, 0),
     ("transformer", False): Budget(98, 62, 0, 0),
-    ("transformer", True): Budget(900, 594, 11, 4),
+    ("transformer", True): Budget(720, 420, 7, 0),
 }
 
 
@@ -82,14 +83,13 @@ def test_a_step_stays_within_its_budget(network: str, term: bool, gpu: Simulated
     if gpu is None:
         pytest.skip("only the simulated device counts")
     budget = BUDGETS[network, term]
-    (one, reads, copies), (two, more, more_copies) = (counted(gpu, NETWORKS[network](n), term=term) for n in (1, 2))
+    (one, reads, copies), (two, more, _) = (counted(gpu, NETWORKS[network](n), term=term) for n in (1, 2))
     told = Counter({line: count for line, count in copies.items() if "ghost/gram.py" in line and count == 1})
     assert not copies - told, f"copies in a step whose batch is on the device: {dict(copies)}"
-    reads, more = reads + copies, more + more_copies
     lines = "".join(f"\n  {count} of {line}" for line, count in reads.most_common())
-    assert sum(reads.values()) <= budget.reads, f"the host waits {sum(reads.values())} times a step:{lines}"
+    assert sum(reads.values()) == budget.reads, f"the host waits {sum(reads.values())} times a step:{lines}"
     added = more - reads
     lines = "".join(f"\n  {count} of {line}" for line, count in added.most_common())
-    assert sum(added.values()) <= budget.reads_block, f"the host waits {sum(added.values())} times a block:{lines}"
-    assert one <= budget.kernels, f"{one} kernels a step"
-    assert two - one <= budget.kernels_block, f"{two - one} kernels a block"
+    assert sum(added.values()) == budget.reads_block, f"the host waits {sum(added.values())} times a block:{lines}"
+    assert 0.9 * budget.kernels <= one <= budget.kernels, f"{one} kernels a step"
+    assert 0.9 * budget.kernels_block <= two - one <= budget.kernels_block, f"{two - one} kernels a block"
