@@ -10,7 +10,7 @@ from gradconsist import GradientConsistencyLoss
 from support.host_work import HostWork, by_line
 
 # Kernels that one layer of a kind adds to the term and its backward, all pairs in one chunk. Lower them with the code.
-BUDGET = {"convolution": 50, "convolution, strided": 50, "linear": 30, "group norm": 115}
+BUDGET = {"convolution": 50, "convolution, strided": 50, "linear": 30, "group norm": 75}
 READS = 4
 
 
@@ -46,7 +46,7 @@ def test_a_layer_adds_few_kernels(kind: str) -> None:
     few, many = (by_line(_work(kind, depth).kernels) for depth in (1, 2))
     added = {line: many.get(line, 0) - few.get(line, 0) for line in {**few, **many}}
     largest = sorted(added.items(), key=lambda item: -item[1])[:8]
-    assert 0 < sum(added.values()) <= BUDGET[kind], f"most of them from {largest}"
+    assert 0.9 * BUDGET[kind] < sum(added.values()) <= BUDGET[kind], f"most of them from {largest}"
 
 
 @pytest.mark.parametrize("kind", BUDGET)
