@@ -1,7 +1,9 @@
-"""Is there a setting in which the term helps? A search on embedded digits that cannot fool itself.
+"""Is there a setting in which the term helps? A search on small images that cannot fool itself.
 
     python benchmarks/evidence/search_settings.py --preset claim --output benchmarks/results/digits_claim.json
     python benchmarks/evidence/search_settings.py --preset search --output benchmarks/results/digits_search.json
+    python benchmarks/evidence/search_settings.py --preset search --photographs cifar10-jpeg --steps 300
+        --output benchmarks/results/photographs_search.json
 
 `search` trains every setting in SETTINGS, and its base (the same training without the term), with ten seeds, and looks
 at held-out images only. It ranks the settings by the lower end of the 95 % interval of their paired difference to
@@ -24,26 +26,56 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2] / folder) for folder in ("benchmarks/shared", "examples")]
-import digit_runs
-from digit_runs import CLAIM, SETTINGS, Setting, accuracy, train
+import short_runs
 from environment import write_result
+from short_runs import CLAIM, SETTINGS, Images, Setting, accuracy, digits, photographs, train
 
 import gradconsist
 from trainer.statistics import paired_difference, spread
 
-PROGRAM = __file__, digit_runs.__file__
+PROGRAM = __file__, short_runs.__file__
 TIMED = 5  # fresh seeds whose times say how much longer the base trains
 Runs = dict[str, dict[str, dict[str, list[float]]]]  # stage, name, seed: accuracy, seconds, steps
+
+
+class Job(NamedTuple):
+    """A run that is missing."""
+
+    folder: Path | None  # of the photographs
+    name: str
+    setting: Setting
+    seed: int
+    steps: int
+    part: str
+    pause: Path | None
+
+
+def run(job: Job) -> tuple[str, int, list[float]]:
+    """Trains: name, seed, and accuracy, seconds and steps."""
+    while job.pause is not None and job.pause.exists():
+        time.sleep(5)
+    images = images_of(job.folder)
+    model, seconds = train(images, job.setting, job.seed, job.steps)
+    return job.name, job.seed, [accuracy(images, model, job.part), seconds, job.steps]
+
+
+@cache
+def images_of(folder: Path | None) -> Images:
+    """Photographs of a folder, or digits: read once, and inherited by forked processes."""
+    return digits() if folder is None else photographs(folder)
 
 
 class Record:
@@ -51,12 +83,17 @@ class Record:
 
     Args:
         path: The result file, new or from an earlier call.
+        folder: Of the photographs; None for digits.
         identity: What every run depends on; a file with another one is refused.
+        processes: How many runs at a time.
         pause: While this file exists, no run starts.
     """
 
-    def __init__(self, path: Path, identity: dict[str, Any], pause: Path | None) -> None:
-        self.path, self.identity, self.pause = path, identity, pause
+    def __init__(
+        self, path: Path, folder: Path | None, identity: dict[str, Any], processes: int, pause: Path | None
+    ) -> None:
+        self.path, self.folder, self.identity = path, folder, identity
+        self.processes, self.pause = processes, pause
         self.runs: Runs = {}
         self.settings: dict[str, Setting] = {}
         if not path.exists():
@@ -74,15 +111,12 @@ class Record:
     def train(self, stage: str, rows: Mapping[str, tuple[Setting, int]], seeds: Sequence[int], part: str) -> None:
         """Train each row of a stage with each seed, but for what is finished, and evaluate on a part of the data."""
         self.settings |= {name: setting for name, (setting, _) in rows.items()}
-        for seed in seeds:
-            for name, (setting, steps) in rows.items():
-                done = self.runs.setdefault(stage, {}).setdefault(name, {})
-                if str(seed) in done:
-                    continue
-                while self.pause is not None and self.pause.exists():
-                    time.sleep(5)
-                model, seconds = train(setting, seed, steps)
-                done[str(seed)] = [accuracy(model, part), seconds, steps]
+        done = {name: self.runs.setdefault(stage, {}).setdefault(name, {}) for name in rows}
+        missing = [(name, seed) for seed in seeds for name in rows if str(seed) not in done[name]]
+        jobs = [Job(self.folder, name, rows[name][0], seed, rows[name][1], part, self.pause) for name, seed in missing]
+        with multiprocessing.get_context("fork").Pool(self.processes) if self.processes > 1 else nullcontext() as pool:
+            for name, seed, found in pool.imap_unordered(run, jobs) if pool else map(run, jobs):
+                done[name][str(seed)] = found
                 self.write()
 
     def ratio(self, stage: str, name: str, base: str, seeds: Sequence[int]) -> float:
@@ -164,23 +198,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--seeds", type=int, default=10, help="of the search (default: %(default)s)")
     made.add_argument("--fresh", type=int, default=50, help="seeds for the test images (default: %(default)s)")
     made.add_argument("--only", nargs="+", choices=list(SETTINGS), metavar="NAME", help="of the search's settings")
+    made.add_argument(
+        "--photographs",
+        type=Path,
+        metavar="FOLDER",
+        help="CIFAR-10's images as train/CLASS/*.jpg and"
+        " test/CLASS/*.jpg, of which two classes take the place of the digits",
+    )
+    made.add_argument("--processes", type=int, default=1, help="runs at a time (default: %(default)s)")
     made.add_argument("--pause-file", type=Path, help="while it exists, no run starts")
     options = made.parse_args(arguments)
-    for name, least in (("steps", 4), ("seeds", 2), ("fresh", 2)):
+    for name, least in (("steps", 4), ("seeds", 2), ("fresh", 2), ("processes", 1)):
         if getattr(options, name) < least:
             made.error(f"--{name} must be at least {least}; found {getattr(options, name)}")
     if options.only and options.preset != "search":
         made.error("--only chooses among the settings of the search: leave it out, or give --preset search")
-    torch.set_num_threads(1)  # images of 8x8 pixels are too small to share, and one thread repeats exactly
+    torch.set_num_threads(1)  # such images are too small to share, and one thread repeats exactly
+    try:
+        images = images_of(options.photographs)
+    except OSError as error:
+        made.error(f"--photographs: {error}")
     settings = CLAIM if options.preset == "claim" else {name: SETTINGS[name] for name in options.only or SETTINGS}
     identity = {
         "program": hashlib.sha256(b"".join(Path(file).read_bytes() for file in PROGRAM)).hexdigest(),
+        "images": images.digest,
         "torch": torch.__version__,
         "gradconsist": gradconsist.__version__,
         "names": list(settings),
         **{name: getattr(options, name) for name in ("preset", "steps", "seeds", "fresh")},
     }
-    record = Record(options.output, identity, options.pause_file)
+    record = Record(options.output, options.photographs, identity, options.processes, options.pause_file)
     if options.preset == "search":
         settings = search(record, settings, options.seeds, options.steps)
     first = {"search": 1000, "claim": 2000}[options.preset]

@@ -34,11 +34,11 @@ def test_an_interrupted_search_ends_in_the_same_file(
 ) -> None:
     """Training is replaced by a number that follows from setting, seed and steps."""
 
-    def trained(*arguments: Any) -> tuple[float, float]:
+    def trained(_images: Any, *arguments: Any) -> tuple[float, float]:
         return zlib.crc32(repr(arguments).encode()) / 2**32, 1.0
 
     monkeypatch.setattr(search, "train", trained)
-    monkeypatch.setattr(search, "accuracy", lambda number, part: number)
+    monkeypatch.setattr(search, "accuracy", lambda images, number, part: number)
     whole = call(search, tmp_path / "whole.json")
     calls = itertools.count(1)
 

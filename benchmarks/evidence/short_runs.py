@@ -1,21 +1,26 @@
-"""One short training run on embedded digits, by setting and seed: what search_settings.py repeats many times.
+"""One short training run on small images, by setting and seed: what search_settings.py repeats many times.
 
-A network of two convolutions, 16 labeled and 32 unlabeled images a step, SGD with the schedule of FixMatch. Runs of
-one seed share labeled images, initial weights, batches and views, whatever else their settings are; with fewer labels,
-a part of the labeled images. BatchNorm's statistics are taken anew in the end, as the weights move faster than they.
+A network of two or three convolutions, 16 labeled and 32 unlabeled images a step, SGD with the schedule of FixMatch.
+Runs of one seed share labeled images, initial weights, batches and views, whatever else their settings are; with fewer
+labels, a part of the labeled images. BatchNorm's statistics are taken anew in the end, as the weights move faster than
+they.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -24,8 +29,43 @@ from gradconsist import GGCRWrapper, GradientConsistencyLoss, SSLBatch, StepOutp
 from gradconsist.methods import FixMatch, MeanTeacher, PseudoLabel
 from trainer.schedule import build_optimizer, set_learning_rate
 
-THRESHOLD = 0.7  # chosen on held-out images, without the term, so that FixMatch beats the labels alone by 5 points
 LABELED, UNLABELED = 16, 32  # images of a step
+CLASSES = ("airplane", "automobile")  # of the photographs; chosen on held-out images, without the term
+Parts = dict[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """What is trained on.
+
+    Attributes:
+        parts: images [n, channels, size, size] and labels, to "test", "held out" and to "train" on; the same for every
+            seed.
+        classes: how many.
+        weak, strong: from images and a generator to views.
+        threshold: of confident pairs; chosen on held-out images, without the term.
+        width: channels of the network's first convolution; each further one has twice as many, and halves the size.
+        depth: how many convolutions.
+        pool: edge of the squares that are averaged before the head.
+    """
+
+    parts: Parts
+    classes: int
+    weak: Callable[[Tensor, torch.Generator], Tensor]
+    strong: Callable[[Tensor, torch.Generator], Tensor]
+    threshold: float
+    width: int
+    depth: int
+    pool: int
+
+    @property
+    def digest(self) -> str:
+        """A number for all images and labels."""
+        found = hashlib.sha256()
+        for _, tensors in sorted(self.parts.items()):
+            for tensor in tensors:
+                found.update(tensor.numpy().tobytes())
+        return found.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -38,7 +78,7 @@ class Setting:
         norm: batch, group or none.
         weight: of the term. Negative: so many times the norm of the other losses' gradient, step by step.
         gate: method (confident pairs) or all.
-        compared: encoder, first or last (one of its two convolutions, with its norm layer), all (with the head).
+        compared: encoder, first or last (one of its convolutions, with its norm layer).
         start: share of the steps before the term is added.
         constant: weak or strong, for `stop_gradient`.
         statistics: `batchnorm` of the loss, or through for `through_statistics`.
@@ -101,9 +141,9 @@ SETTINGS = {
 class LabelsAlone(nn.Module):
     """Trains on the labeled images; the term, if any, compares pairs that no other loss sees."""
 
-    def __init__(self, model: nn.Module, pairs: str | None) -> None:
+    def __init__(self, model: nn.Module, pairs: str | None, threshold: float) -> None:
         super().__init__()
-        self.model, self.pairs = model, pairs
+        self.model, self.pairs, self.threshold = model, pairs, threshold
 
     def forward(self, batch: SSLBatch) -> StepOutput:
         """The labeled loss; a pair has true labels (`own`), or confident pseudo-labels (`unlabeled`)."""
@@ -114,34 +154,43 @@ class LabelsAlone(nn.Module):
                 confidence, target = self.model(batch.weak).softmax(1).max(1)
                 for buffer, stored in zip(self.model.buffers(), state, strict=True):
                     buffer.copy_(stored)
-            pair = ViewPair(batch.weak, batch.strong, target, (confidence >= THRESHOLD).float())
+            pair = ViewPair(batch.weak, batch.strong, target, (confidence >= self.threshold).float())
         return StepOutput(F.cross_entropy(self.model(batch.x), batch.y), pair)
 
 
-def network(norm: str) -> nn.Sequential:
-    """Two convolutions as encoder, a linear head; 8x8 images to ten logits."""
+def network(images: Images, norm: str) -> nn.Sequential:
+    """Convolutions as encoder, a linear head; images to logits."""
     layer = {"batch": nn.BatchNorm2d, "group": lambda width: nn.GroupNorm(4, width), "none": lambda _: nn.Identity()}
-    first = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), layer[norm](16), nn.ReLU())
-    last = nn.Sequential(nn.Conv2d(16, 32, 3, stride=2, padding=1), layer[norm](32), nn.ReLU())
-    return nn.Sequential(nn.Sequential(first, last, nn.Flatten()), nn.Linear(512, 10))
+    x = images.parts["train"][0]
+    widths = [x.shape[1], *(images.width * 2**place for place in range(images.depth))]
+    encoder = nn.Sequential()
+    for place, (before, width) in enumerate(pairwise(widths)):
+        convolution = nn.Conv2d(before, width, 3, stride=1 if place == 0 else 2, padding=1)
+        encoder.append(nn.Sequential(convolution, layer[norm](width), nn.ReLU()))
+    if images.pool > 1:
+        encoder.append(nn.AvgPool2d(images.pool))
+    encoder.append(nn.Flatten())
+    size = x.shape[-1] // 2 ** (images.depth - 1) // images.pool
+    return nn.Sequential(encoder, nn.Linear(widths[-1] * size**2, images.classes))
 
 
-def method_of(setting: Setting, model: nn.Module, steps: int) -> nn.Module:
+def method_of(setting: Setting, model: nn.Module, threshold: float, steps: int) -> nn.Module:
     """The method, without the term."""
     ramp = int(0.4 * steps)
     if setting.method == "fixmatch":
-        return FixMatch(model, threshold=THRESHOLD, joint=False)
+        return FixMatch(model, threshold=threshold, joint=False)
     if setting.method == "pseudolabel":
-        return PseudoLabel(model, threshold=THRESHOLD, unlabeled_ramp_steps=ramp)
+        return PseudoLabel(model, threshold=threshold, unlabeled_ramp_steps=ramp)
     if setting.method == "meanteacher":
         return MeanTeacher(model, unlabeled_ramp_steps=ramp)
-    return LabelsAlone(model, None if not setting.weight else "own" if setting.method == "two-views" else "unlabeled")
+    pairs = None if not setting.weight else "own" if setting.method == "two-views" else "unlabeled"
+    return LabelsAlone(model, pairs, threshold)
 
 
-def term_of(setting: Setting, model: nn.Module) -> GradientConsistencyLoss:
+def term_of(setting: Setting, model: nn.Module, depth: int) -> GradientConsistencyLoss:
     """The gradient consistency term."""
     through = setting.statistics == "through"
-    compared = {"encoder": "0.", "first": "0.0.", "last": "0.1.", "all": ""}[setting.compared]
+    compared = {"encoder": "0.", "first": "0.0.", "last": f"0.{depth - 1}."}[setting.compared]
     return GradientConsistencyLoss(
         model,
         encoder=lambda name: name.startswith(compared),
@@ -151,14 +200,54 @@ def term_of(setting: Setting, model: nn.Module) -> GradientConsistencyLoss:
     )
 
 
-@cache
-def digits() -> dict[str, tuple[Tensor, Tensor]]:
-    """Images and labels: 500 to test, 400 held out, 897 to train on; the same for every seed."""
+def digits() -> Images:
+    """scikit-learn's digits, 8x8: 500 to test, 400 held out, 897 to train on."""
     found = load_digits()
-    images = torch.tensor(found.images, dtype=torch.float32).unsqueeze(1) / 16
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    parts = zip(("test", "held out", "train"), order.split([500, 400, len(images) - 900]), strict=True)
-    return {name: (images[part], torch.tensor(found.target)[part]) for name, part in parts}
+    x = torch.tensor(found.images, dtype=torch.float32).unsqueeze(1) / 16
+    parts = _parted(x, torch.tensor(found.target), {"test": 500, "held out": 400, "train": len(x) - 900})
+    return Images(parts, 10, _weak_digit, _strong_digit, threshold=0.7, width=16, depth=2, pool=1)
+
+
+def photographs(folder: Path) -> Images:
+    """Photographs of two classes of CIFAR-10, reduced to 16x16 pixels.
+
+    Args:
+        folder: the images as `train/CLASS/*.jpg` and `test/CLASS/*.jpg`. Of train/, 2,000 are held out.
+
+    Raises:
+        FileNotFoundError: a class has no folder, or an empty one.
+    """
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for part in ("train", "test"):
+        x, labels = [], []
+        for label, name in enumerate(CLASSES):
+            files = sorted((folder / part / name).glob("*.jpg"))
+            if not files:
+                raise FileNotFoundError(f"{folder / part / name} has no .jpg files")
+            for file in files:
+                with Image.open(file) as image:
+                    small = image.convert("RGB").resize((16, 16), Image.Resampling.BOX)
+                x.append(torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(16, 16, 3))
+            labels += [label] * len(files)
+        found[part] = torch.stack(x).permute(0, 3, 1, 2) / 255, torch.tensor(labels)
+    mean, deviation = (getattr(found["train"][0], kind)((0, 2, 3), keepdim=True) for kind in ("mean", "std"))
+    scaled = {part: ((x - mean) / deviation, y) for part, (x, y) in found.items()}
+    parts = _parted(*scaled["train"], {"held out": 2000, "train": len(scaled["train"][0]) - 2000})
+    return Images(
+        parts | {"test": scaled["test"]},
+        len(CLASSES),
+        _weak_photograph,
+        _strong_photograph,
+        threshold=0.8,
+        width=8,
+        depth=3,
+        pool=2,
+    )
+
+
+def _parted(x: Tensor, y: Tensor, sizes: dict[str, int]) -> Parts:
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).split(list(sizes.values()))
+    return {name: (x[part], y[part]) for name, part in zip(sizes, order, strict=True)}
 
 
 def moved(x: Tensor, generator: torch.Generator, turn: float, shift: float, scale: float, shear: float) -> Tensor:
@@ -171,31 +260,57 @@ def moved(x: Tensor, generator: torch.Generator, turn: float, shift: float, scal
     return F.grid_sample(x, grid, align_corners=False)
 
 
-def weak(x: Tensor, generator: torch.Generator) -> Tensor:
+def _weak_digit(x: Tensor, generator: torch.Generator) -> Tensor:
     """Turned by up to 6 degrees, shifted by up to 0.6 pixels."""
     return moved(x, generator, 0.1, 0.15, 0.05, 0.0)
 
 
-def strong(x: Tensor, generator: torch.Generator) -> Tensor:
+def _strong_digit(x: Tensor, generator: torch.Generator) -> Tensor:
     """Turned by up to 16 degrees, shifted, sheared, with another contrast, noise and a hole of 3x3 pixels."""
     x = moved(x, generator, 0.28, 0.175, 0.14, 0.21)
     x = x * (0.65 + 0.7 * torch.rand(len(x), 1, 1, 1, generator=generator))
     x = x + 0.21 * torch.randn(x.shape, generator=generator)
-    near = (torch.arange(8) - torch.randint(8, (2, len(x), 1), generator=generator)).abs() < 2
+    return _with_hole(x, generator, 2)
+
+
+def _weak_photograph(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirrored or not, shifted by up to one pixel."""
+    return moved(_mirrored(x, generator), generator, 0.0, 0.125, 0.0, 0.0)
+
+
+def _strong_photograph(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirrored or not, turned by up to 17 degrees, shifted, sheared, with other colours and a hole of 7x7 pixels."""
+    x = moved(_mirrored(x, generator), generator, 0.3, 0.2, 0.2, 0.2)
+    contrast, colour = (
+        torch.rand(len(x), 1, 1, 1, generator=generator),
+        torch.randn(len(x), 3, 1, 1, generator=generator),
+    )
+    return _with_hole(x * (0.6 + 0.8 * contrast) + 0.4 * colour, generator, 4)
+
+
+def _mirrored(x: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.where(torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5, x.flip(3), x)
+
+
+def _with_hole(x: Tensor, generator: torch.Generator, reach: int) -> Tensor:
+    """Each image with a square of zeros at a random place, which reaches so far from its middle."""
+    size = x.shape[-1]
+    near = (torch.arange(size) - torch.randint(size, (2, len(x), 1), generator=generator)).abs() < reach
     return x.masked_fill((near[0, :, :, None] & near[1, :, None, :])[:, None], 0.0)
 
 
 @lru_cache(maxsize=8)
-def batches(labels: int, seed: int, steps: int) -> tuple[list[SSLBatch], list[SSLBatch]]:
+def batches(images: Images, labels: int, seed: int, steps: int) -> tuple[list[SSLBatch], list[SSLBatch]]:
     """A run's batches, and the same with the labeled images' two views as pairs."""
-    images, target = digits()["train"]
+    pool, target = images.parts["train"]
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(images), generator=generator)
-    ours = torch.cat([order[target[order] == digit][: labels // 10] for digit in range(10)])
+    order = torch.randperm(len(pool), generator=generator)
+    of_class = (order[target[order] == label][: labels // images.classes] for label in range(images.classes))
+    ours = torch.cat(list(of_class))
     chosen = ours[torch.randint(len(ours), (steps * LABELED,), generator=generator)]
-    drawn = images[chosen], images[torch.randint(len(images), (steps * UNLABELED,), generator=generator)]
+    drawn = pool[chosen], pool[torch.randint(len(pool), (steps * UNLABELED,), generator=generator)]
     (x, x_strong), (u, u_strong) = (
-        [view(part, generator).split(len(part) // steps) for view in (weak, strong)] for part in drawn
+        [view(part, generator).split(len(part) // steps) for view in (images.weak, images.strong)] for part in drawn
     )
     y = target[chosen].split(LABELED)
     pairs = (u, u_strong), (x, x_strong)
@@ -203,16 +318,17 @@ def batches(labels: int, seed: int, steps: int) -> tuple[list[SSLBatch], list[SS
     return of_unlabeled, of_labeled
 
 
-def train(setting: Setting, seed: int, steps: int) -> tuple[nn.Module, float]:
+def train(images: Images, setting: Setting, seed: int, steps: int) -> tuple[nn.Module, float]:
     """One run.
 
     Returns:
         The network with BatchNorm's statistics taken anew, and seconds of processor time, without those for the views.
     """
-    of_unlabeled, of_labeled = batches(setting.labels, seed, steps)
+    of_unlabeled, of_labeled = batches(images, setting.labels, seed, steps)
     torch.manual_seed(seed)
-    model = network(setting.norm)
-    method, term = method_of(setting, model, steps), term_of(setting, model)
+    model = network(images, setting.norm)
+    method = method_of(setting, model, images.threshold, steps)
+    term = term_of(setting, model, images.depth)
     start = int(setting.start * steps)
     if setting.weight > 0:
         method = GGCRWrapper(method, term, weight=setting.weight, warmup_steps=start, gate=setting.gate)  # type: ignore[arg-type]
@@ -233,7 +349,7 @@ def train(setting: Setting, seed: int, steps: int) -> tuple[nn.Module, float]:
         module.momentum = None  # the plain mean
     if norms:
         with torch.no_grad():
-            model(digits()["train"][0])
+            model(images.parts["train"][0])
     return model.eval(), seconds
 
 
@@ -249,8 +365,8 @@ def add_in_proportion(term: GradientConsistencyLoss, pair: ViewPair, model: nn.M
         parameter.grad = rest + scale * part
 
 
-def accuracy(model: nn.Module, part: str) -> float:
+def accuracy(images: Images, model: nn.Module, part: str) -> float:
     """Share of the images of a part that are recognised."""
-    images, labels = digits()[part]
+    x, labels = images.parts[part]
     with torch.no_grad():
-        return float((model(images).argmax(1) == labels).float().mean())
+        return float((model(x).argmax(1) == labels).float().mean())
