@@ -9,18 +9,18 @@ from statistics import median
 from help_rows import (
     ENOUGH,
     GRIDS,
+    SEARCHES,
     Result,
     Row,
     against_fixmatch,
     difference,
-    digit_title,
-    digits,
     ends,
     fresh,
     grids,
     mean,
     names,
     rows,
+    searches,
     title,
     verdict_rows,
 )
@@ -60,32 +60,40 @@ def headline(found: list[Row]) -> str:
     return f"**No: none of the {len(tried)} settings with {ENOUGH} or more seeds shows a gain in accuracy.**"
 
 
-def digits_protocol(searches: dict[str, Result]) -> str:
-    """How the runs on digits were made; empty without them."""
-    if not searches:
-        return ""
-    steps = " or ".join(sorted({f"{search['identity']['steps']:,}" for search in searches.values()}))
-    return f"""- **Digits**: scikit-learn's, 8x8, a small network, {steps} steps. Settings were ranked on held-out
-  images; "as long as" gives a row as much processor time.
-"""
+def searches_protocol(searched: dict[str, Result]) -> str:
+    """How the runs of searches were made; empty without them."""
+    about = {
+        "digits": "**Digits**: scikit-learn's, 8x8, a network of two convolutions",
+        "photographs": "**Photographs of two classes** (airplane, automobile): 16x16, a network of three convolutions",
+    }
+    lines = []
+    for data, text in about.items():
+        of = [search for name, search in searched.items() if SEARCHES[name][1] == data]
+        if of:
+            steps = " or ".join(sorted({f"{search['identity']['steps']:,}" for search in of}))
+            lines.append(f"- {text}, {steps} steps.")
+    if lines:
+        lines.append('- In a search settings are ranked on held-out images. "As long as" gives a row as much time.')
+    return "".join(f"{line}\n" for line in lines)
 
 
-def search_text(searches: dict[str, Result]) -> str:
-    """What a search over settings tried; empty without one."""
-    search = searches.get("digits_search")
-    if search is None:
-        return ""
-    tried = [row for row in search["summary"] if row["stage"] == "search" and row["term"]]
-    best = [row for row in search["summary"] if row["stage"] == "confirm" and row["term"] and row["minus_base"]]
-    held = [row["name"] for row in best if row["minus_base"]["low"] is not None and row["minus_base"]["low"] > 0]
-    seeds = f"{min(row['n'] for row in tried)} seeds each"
-    fresh_seeds = min((row["n"] for row in best), default=0)
-    said = f"{len(held)} gained there: {'; '.join(held)}" if held else "none gained there"
-    return (
-        f"- **A search** over {len(tried)} settings on held-out digits, {seeds}; then the best {len(best)} on test"
-        f" images with {fresh_seeds} fresh seeds: {said}, over the same training without the term"
-        " ([all of them](appendix/runs.md)).\n"
-    )
+def search_text(searched: dict[str, Result]) -> str:
+    """What the searches over settings tried; empty without one."""
+    lines = []
+    for name, search in searched.items():
+        tried = [row for row in search["summary"] if row["stage"] == "search" and row["term"]]
+        if not tried:
+            continue
+        best = [row for row in search["summary"] if row["stage"] == "confirm" and row["term"] and row["minus_base"]]
+        held = [row["name"] for row in best if row["minus_base"]["low"] is not None and row["minus_base"]["low"] > 0]
+        fresh_seeds = min((row["n"] for row in best), default=0)
+        said = f"{len(held)} gained there: {'; '.join(held)}" if held else "none gained there"
+        lines.append(
+            f"- **A search** over {len(tried)} settings on held-out {SEARCHES[name][1]},"
+            f" {min(row['n'] for row in tried)} seeds each; then the best {len(best)} on test images with {fresh_seeds}"
+            f" fresh seeds: {said}, over the same training without the term ([all of them](appendix/runs.md)).\n"
+        )
+    return "".join(lines)
 
 
 def _ratio(seconds: dict[tuple[str, int], float], variant: str, other: str) -> float:
@@ -96,8 +104,8 @@ def _ratio(seconds: dict[tuple[str, int], float], variant: str, other: str) -> f
 
 def help_page() -> str:
     """docs/does-it-help.md."""
-    found, searches = grids(), digits()
-    table = verdict_rows(found, searches)
+    found, searched = grids(), searches()
+    table = verdict_rows(found, searched)
     four = found["help_four"]
     values, by_fresh = ends(four), fresh(result_of("help_four_statistics"))
     at_01 = against_fixmatch(values, "ggcr")
@@ -118,7 +126,7 @@ def help_page() -> str:
         for kind in ("through", "group_norm")
     )
     seconds_of_runs = [run["seconds"] or 0.0 for grid in found.values() for run in grid["runs"]]
-    for search in searches.values():
+    for search in searched.values():
         seconds_of_runs += [run[1] for stage in search["runs"].values() for of in stage.values() for run in of.values()]
     hours, runs = sum(seconds_of_runs) / 3600, len(seconds_of_runs)
     return f"""# Does it help?
@@ -130,7 +138,7 @@ def help_page() -> str:
 - That took {slower:.1f} times as long, warm-up and masked pairs included. FixMatch alone, trained for {longer:.0%} of
   that time, changes by {difference(values, "fixmatch-longer")}.
 - Without BatchNorm, GC rises and no loss of accuracy shows.
-{search_text(searches)}
+{search_text(searched)}
 ![Accuracy over FixMatch, in points](assets/help_verdict.png)
 
 {verdict_table(table)}
@@ -138,7 +146,7 @@ def help_page() -> str:
 Accuracy on test images in per cent, mean ± standard deviation (seeds); difference to FixMatch in points, paired by
 seed, with Student's 95 % interval. Rows with fewer than {ENOUGH} paired seeds are in
 [the appendix](appendix/runs.md). Written by `python docs/generators/make_pages.py` from
-`benchmarks/results/help_*.json` and `digits_*.json`; each grid's command is in the appendix.
+`benchmarks/results/help_*.json`, `digits_*.json` and `photographs_*.json`; each grid's command is in the appendix.
 
 ## Why
 
@@ -177,7 +185,7 @@ images. A gain that needs length, size or resolution would not be seen.
 - **Chosen without the term**: classes, labels and threshold were chosen on held-out training images, by whether
   FixMatch beats the labels alone. Test images decided nothing.
 - **The last step counts**: accuracy of the averaged model, with BatchNorm's running statistics averaged beside it.
-{digits_protocol(searches)}- **All of it**: {hours:.1f} hours of training on one core of a CPU, {runs} runs,
+{searches_protocol(searched)}- **All of it**: {hours:.1f} hours of training on one core of a CPU, {runs} runs,
   every one in [the appendix](appendix/runs.md).
 
 To repeat it, with the four classes in `cifar10-jpeg-4/train/CLASS` and `cifar10-jpeg-4/test/CLASS`:
@@ -193,7 +201,7 @@ def runs_page() -> str:
     """docs/appendix/runs.md: every row of every grid, and what the term sees and does over a run."""
     found = grids()
     sections = "\n\n".join(
-        [*(_section(name, grid) for name, grid in found.items()), *(_digits(n, r) for n, r in digits().items())]
+        [*(_section(name, grid) for name, grid in found.items()), *(_search(n, r) for n, r in searches().items())]
     )
     dynamics = [result_of(f"term_dynamics{kind}") for kind in ("", "_through", "_group_norm")]
     return f"""{APPENDIX}# Every training run
@@ -247,7 +255,7 @@ Options: {_options(grid)}. The command:
 ```{last}"""
 
 
-def _digits(name: str, result: Result) -> str:
+def _search(name: str, result: Result) -> str:
     """Both stages of a search: held-out images, then fresh seeds on test images."""
     parts = []
     for stage, about in (("search", "On held-out images"), ("confirm", "With fresh seeds, on test images")):
@@ -259,7 +267,7 @@ def _digits(name: str, result: Result) -> str:
             parts.append(f"{about}:\n\n" + "\n".join(lines))
     environment = result["environment"]
     last = f"Made by `{command(result)}`: torch {environment['torch']}, {environment['device']}."
-    return f"## {digit_title(name)}\n\n" + "\n\n".join([*parts, last])
+    return f"## {SEARCHES[name][0]}\n\n" + "\n\n".join([*parts, last])
 
 
 def _options(result: Result) -> str:

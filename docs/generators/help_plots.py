@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-from help_rows import digits, grids, names, verdict_rows
+from help_rows import grids, names, searches, verdict_rows
 
 Row = dict[str, Any]
 
@@ -19,7 +19,7 @@ OURS, THEIRS, PLAIN = "#1b6ca8", "#c8803c", "#8a8a8a"
 
 def verdict(plt: Any) -> Any:
     """Paired differences to FixMatch with their intervals, a line per row of the verdict's table, below its heading."""
-    rows = [row for row in verdict_rows(grids(), digits()) if row.gap]
+    rows = [row for row in verdict_rows(grids(), searches()) if row.gap]
     shown: list[Any] = []
     for _, group in groupby(rows, lambda row: row.of):
         shown += [None, *group]

@@ -1,7 +1,7 @@
 """The rows of docs/does-it-help.md and docs/appendix/runs.md: from grids of training runs, and from searches.
 
-A grid is a file `help_*.json` with runs, as `examples/reproduce.py` writes it; a search is a file `digits_*.json` of
-benchmarks/evidence/search_settings.py. A row of the verdict has at least `ENOUGH` paired seeds.
+A grid is a file `help_*.json` with runs, as `examples/reproduce.py` writes it; a search is a file of
+benchmarks/evidence/search_settings.py (SEARCHES). A row of the verdict has at least `ENOUGH` paired seeds.
 """
 
 from __future__ import annotations
@@ -50,6 +50,12 @@ GRIDS = {
         " --data-dir cifar10-jpeg --steps 4000 --threshold 0.8 --ggcr-warmup 400 --eval-every 400",
         "Chosen on held-out training images, where FixMatch was at .406 and the labels alone at .394 (one seed).",
     ),
+}
+# Searches to their titles, and what each trained on.
+SEARCHES = {
+    "digits_claim": ("Digits, 40 labels", "digits"),
+    "digits_search": ("Digits, the best of a search", "digits"),
+    "photographs_search": ("Photographs of two classes, the best of a search", "photographs"),
 }
 # Rows without the term.
 PLAIN_METHODS = ("supervised", "fixmatch", "flexmatch", "fixmatch-longer")
@@ -144,18 +150,13 @@ def rows(values: Ends, least: int = 1) -> list[str]:
     return [v for v in order if v in values and ((d := against_fixmatch(values, v)) is not None and d.n >= least)]
 
 
-def digits() -> dict[str, Result]:
+def searches() -> dict[str, Result]:
     """Results of benchmarks/evidence/search_settings.py with test images, by the names of their files."""
-    found = {path.stem: result_of(path.stem) for path in sorted(RESULTS.glob("digits_*.json"))}
+    found = {name: result_of(name) for name in SEARCHES if (RESULTS / f"{name}.json").exists()}
     return {name: result for name, result in found.items() if "confirm" in result["runs"]}
 
 
-def digit_title(name: str) -> str:
-    """What the pages call such a result."""
-    return {"digits_claim": "Digits, 40 labels", "digits_search": "Digits, the best of a search"}.get(name, name)
-
-
-def verdict_rows(found: dict[str, Result], searches: dict[str, Result]) -> list[Row]:
+def verdict_rows(found: dict[str, Result], searched: dict[str, Result]) -> list[Row]:
     """Every setting with enough paired seeds, FixMatch with them, from grids and from searches."""
     result = []
     for name, grid in found.items():
@@ -167,7 +168,7 @@ def verdict_rows(found: dict[str, Result], searches: dict[str, Result]) -> list[
             gap = None if variant == "fixmatch" else against_fixmatch(values, variant)
             term = variant not in PLAIN_METHODS
             result.append(Row(title(name), names().get(variant, variant), term, values[variant], gap, each))
-    for name, search in searches.items():
+    for name, search in searched.items():
         runs = {row: {int(s): 100 * run[0] for s, run in of.items()} for row, of in search["runs"]["confirm"].items()}
         for row in search["summary"]:
             if row["stage"] != "confirm" or row["n"] < ENOUGH:
@@ -176,5 +177,5 @@ def verdict_rows(found: dict[str, Result], searches: dict[str, Result]) -> list[
             accuracies = runs[row["name"]]
             gap = None if reference is accuracies else paired_difference(accuracies, reference)
             each = [accuracies[seed] - reference[seed] for seed in sorted(accuracies.keys() & reference.keys())]
-            result.append(Row(digit_title(name), row["name"], row["term"], accuracies, gap, each))
+            result.append(Row(SEARCHES[name][0], row["name"], row["term"], accuracies, gap, each))
     return result
