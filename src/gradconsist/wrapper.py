@@ -160,8 +160,8 @@ class GGCRWrapper(nn.Module):
         if trial and self.share is True:
             self._shares(args, kwargs)  # raises during the warm-up already
         shared = weight > 0 and self._shares(args, kwargs)
-        with observer, unlabeled_elsewhere(self.method, settings) if shared else nullcontext() as unlabeled:
-            output = self.method(*args, **kwargs)
+        with observer:
+            output, unlabeled = self._without_strong(args, kwargs) if shared else (self.method(*args, **kwargs), None)
         base = as_step_output(output)
         if trial:
             self._try(args, kwargs, output, base, observer)
@@ -179,6 +179,12 @@ class GGCRWrapper(nn.Module):
         if self.training:  # last, so that failed steps do not count
             self.step += 1
         return result
+
+    @uncompiled
+    def _without_strong(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, UnlabeledLoss]:
+        """Runs a step of the method that leaves the strong views out."""
+        with unlabeled_elsewhere(self.method, self.consistency.settings) as unlabeled:
+            return self.method(*args, **kwargs), unlabeled
 
     def _shared_step(self, base: StepOutput, pair: ViewPair, weight: float, unlabeled: UnlabeledLoss) -> StepOutput:
         """Completes a step whose strong views the method left out."""

@@ -110,10 +110,14 @@ def test_identical_first_views_do_not_settle_independence() -> None:
 
 
 def test_equal_samples_do_not_settle_independence() -> None:
-    """The mean of two equal samples is either of them: the third one tells."""
+    """The mean of equal samples is any of them: another one tells, in this call or in the next."""
     weak, strong, target = (torch.cat([view[:1], view[:1], view[2:]]) for view in _views())
     with pytest.raises(UnsupportedModuleError, match="other samples"):
         GradientConsistencyLoss(_Mixing())(weak, strong, target)
+    gc = GradientConsistencyLoss(_Mixing())
+    gc(weak[:2], weak[:2], target[:2])
+    with pytest.raises(UnsupportedModuleError, match="other samples"):
+        gc(weak[1:3], weak[1:3], target[1:3])
 
 
 def test_chance_inside_the_model_is_named() -> None:

@@ -213,8 +213,7 @@ BUGS = [
         "identical samples settle independence",
         "two equal samples cannot tell whether neighbours matter",
         "test_trust.py::test_equal_samples_do_not_settle_independence",
-        PROBES, "        other = _first_different(everything)\n        if other is None:\n            return False\n",
-        "        other = min(1, len(pairs) - 1)\n",
+        PROBES, "        return False\n    order = ", "        return True\n    order = ",
     ),
     Bug(
         "what was found out outlives a change of mode",
@@ -226,7 +225,7 @@ BUGS = [
         "what was found out outlives other constants",
         "a model that is called with other constants is tried again",
         "test_trust.py::test_a_model_that_is_called_with_other_constants_is_tried_again",
-        PROBED, "return check, modules, trained, constants(inputs), ", "return check, modules, trained, ",
+        PROBED, "return check, modules, trained, constants(views[0]), ", "return check, modules, trained, ",
     ),
     Bug(
         "a flag and a number taken for one constant",
@@ -325,7 +324,31 @@ BUGS = [
         "only the first of two samples is looked at",
         "a model in which a sample changes a later one is refused",
         "refusals/test_errors.py::test_a_model_that_mixes_samples_is_refused",
-        PROBES, "in enumerate((alone, run(both[1:]))):", "in enumerate((alone,)):",
+        PROBES, "in sorted({0, 1, *range(0, size, max(1, size // 8)), size - 1}):", "in (0,):",
+    ),
+    Bug(
+        "two samples only run together",
+        "a model that mixes three samples or more is refused",
+        "refusals/test_errors.py::test_a_model_that_mixes_three_samples_or_more_is_refused",
+        PROBES, "for size in sorted({2, most}):", "for size in {2, min(2, most)}:",
+    ),
+    Bug(
+        "what was found out holds for longer inputs",
+        "a way that only long inputs take is tried too",
+        "refusals/test_errors.py::test_a_way_that_only_a_later_call_takes_is_tried_too[length]",
+        PROBED, "tuple(map(shapes, views)), ", "len(views), ",
+    ),
+    Bug(
+        "what was found out holds for other numbers",
+        "a way that an attribute or the number of calls chooses is tried too",
+        "refusals/test_errors.py::test_a_way_that_only_a_later_call_takes_is_tried_too",
+        PROBED, "numbers != self.numbers", "numbers != numbers",
+    ),
+    Bug(
+        "what was found out with few samples holds for many",
+        "more samples together than before are tried again",
+        "refusals/test_errors.py::test_a_way_that_only_a_later_call_takes_is_tried_too",
+        PROBED, "samples > self.samples, ", "False, ",
     ),
     Bug(
         "the comparison takes weights from the user's cache",

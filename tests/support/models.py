@@ -298,9 +298,10 @@ class Codebook(Remembers):
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
             nearest = torch.cdist(x, self.codes).argmin(1)
+            chosen = self.codes[nearest]  # before they move, or samples that chose the same code would see each other
             for i, k in enumerate(nearest.tolist()):
                 self.codes[k] = 0.7 * self.codes[k] + 0.3 * x[i]
-        return 0.5 * x + 0.5 * (x + (self.codes[nearest] - x).detach())
+        return 0.5 * x + 0.5 * (x + (chosen - x).detach())
 
 
 class Unregistered(Remembers):

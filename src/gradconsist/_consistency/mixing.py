@@ -1,10 +1,11 @@
-"""Finds the module that mixes the samples of a batch, by running one sample alone and together with another."""
+"""Finds the module that mixes the samples of a batch, by running one sample alone and together with others."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,20 +24,20 @@ class _Call:
 
 
 def mixing_refusal(
-    model: nn.Module, alone: Callable[[], Any], together: Callable[[], Any], tolerance: float, row: int
+    model: nn.Module, alone: Callable[[], Any], together: Callable[[], Any], tolerance: float, row: int, count: int
 ) -> UnsupportedModuleError:
     """Builds the error for a model or loss that mixes samples, naming the place where it does.
 
     The place is the first call, in order of completion, whose inputs for the sample agree between the two runs and
-    whose outputs do not. `alone` runs model and loss on one sample, `together` on two, of which that one is in place
-    `row`; rounding may cause differences up to `tolerance`, relative to the largest entry.
+    whose outputs do not. `alone` runs model and loss on one sample, `together` on `count`, of which that one is in
+    place `row`; rounding may cause differences up to `tolerance`, relative to the largest entry.
     """
     modules = dict(model.named_modules())
     with _recorded(model) as first:
         alone()
     with _recorded(model) as second:
         together()
-    place = _place(first, second, tolerance, row)
+    place = _place(first, second, partial(_agree, tolerance=tolerance, row=row, count=count))
     if place is None:
         where, remedy = "`loss_fn` or code around the model's layers", "compute each sample's output and loss alone"
     elif place == "":
@@ -60,17 +61,17 @@ def mixing_refusal(
     )
 
 
-def _place(first: Sequence[_Call], second: Sequence[_Call], tolerance: float, row: int) -> str | None:
+def _place(
+    first: Sequence[_Call], second: Sequence[_Call], agree: Callable[[list[Tensor], list[Tensor]], bool]
+) -> str | None:
     """Returns the path of the module that mixes, "loss_fn", or None if it is not clear."""
     if [call.path for call in first] != [call.path for call in second]:
         return None  # which modules run depends on the number of samples
     for one, two in zip(first, second, strict=True):
-        if _agree(one.inputs, two.inputs, tolerance, row) and not _agree(one.outputs, two.outputs, tolerance, row):
+        if agree(one.inputs, two.inputs) and not agree(one.outputs, two.outputs):
             return one.path
     outermost = [pair for pair in zip(first, second, strict=True) if pair[0].path == ""]
-    known = outermost and all(
-        one.outputs and _agree(one.outputs, two.outputs, tolerance, row) for one, two in outermost
-    )
+    known = outermost and all(one.outputs and agree(one.outputs, two.outputs) for one, two in outermost)
     return "loss_fn" if known else None
 
 
@@ -111,24 +112,24 @@ def _tensors(value: Any) -> list[Tensor]:
     return [tensor for part in value for tensor in _tensors(part)]
 
 
-def _agree(first: Sequence[Tensor], second: Sequence[Tensor], tolerance: float, row: int) -> bool:
+def _agree(first: Sequence[Tensor], second: Sequence[Tensor], *, tolerance: float, row: int, count: int) -> bool:
     """Tells whether the sample has the same numbers in both runs."""
     if len(first) != len(second):
         return False
     return all(
-        any(_close(a, part, tolerance) for part in _parts(a, b, row)) for a, b in zip(first, second, strict=True)
+        any(_close(a, part, tolerance) for part in _parts(a, b, row, count)) for a, b in zip(first, second, strict=True)
     )
 
 
-def _parts(alone: Tensor, together: Tensor, row: int) -> Iterator[Tensor]:
-    """Yields what may be the sample in `together`: all, half of a dimension, or every second row of it."""
+def _parts(alone: Tensor, together: Tensor, row: int, count: int) -> Iterator[Tensor]:
+    """Yields what may be the sample in `together`: all, a block of a dimension, or every count-th row of it."""
     if alone.shape == together.shape:
         yield together
     for dim in range(alone.dim() if alone.dim() == together.dim() else 0):
         size = alone.shape[dim]
-        if together.shape == (*alone.shape[:dim], 2 * size, *alone.shape[dim + 1 :]):
+        if together.shape == (*alone.shape[:dim], count * size, *alone.shape[dim + 1 :]):
             yield together.narrow(dim, row * size, size)
-            yield together.unflatten(dim, (size, 2)).select(dim + 1, row)
+            yield together.unflatten(dim, (size, count)).select(dim + 1, row)
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from gradconsist._forward.remembered import switches
-from gradconsist._inputs.batch import constants
+from gradconsist._inputs.batch import constants, shapes
 from gradconsist._inputs.identity import identity
 from gradconsist.types import Inputs
 
@@ -26,6 +26,10 @@ class Probed:
         report_only: whether a Function with a wrong second derivative goes into a report instead of raising an error.
         dense: weights of sparse embeddings that have another use in the forward, so their gradient is dense.
         kept: bytes that the graph of one pair keeps, by engine, shapes and constants.
+        samples: the most samples that ran together in a check of their independence.
+        numbers: what `switches` last found with numbers.
+        changes: how often that has changed.
+        calls: number of calls that were checked.
         differences: what the model computes otherwise in the method than in the comparison, or None, by its state.
         fitted: pairs of the chunk that fitted after the device ran out of memory; None if it never did.
     """
@@ -38,7 +42,11 @@ class Probed:
     report_only: bool = False
     dense: set[str] = field(default_factory=set)
     kept: dict[Hashable, int] = field(default_factory=dict)
-    differences: dict[Hashable, str | None] = field(default_factory=dict)
+    samples: int = 0
+    numbers: Hashable = None
+    changes: int = 0
+    calls: int = 0
+    differences: dict[tuple[Hashable, ...], str | None] = field(default_factory=dict)
     fitted: int | None = None
 
     def once(self, warning: str) -> bool:
@@ -47,9 +55,33 @@ class Probed:
         self.told.add(warning)
         return first
 
+    def outgrown(self, model: nn.Module, samples: int) -> bool:
+        """Tells whether samples must show again that they are independent, although they did before.
+
+        That is so for more samples together than ever, since some models mix three or more only, and for other numbers
+        among the model's attributes. A model may count its calls, so of many changes ever fewer lead to a check: the
+        first eight, then the 16th, the 32nd, and so on. So do the calls from the 16th on, whose data may be of another
+        kind.
+        """
+        numbers = switches(model, numbers=True)
+        more, changed = samples > self.samples, numbers != self.numbers
+        self.samples, self.numbers = max(samples, self.samples), numbers
+        self.changes += changed
+        self.calls += 1
+        return more or (changed and self.changes <= 8) or (changed and _is_power(self.changes)) or _is_power(self.calls)
+
     @staticmethod
-    def fact(check: str, model: nn.Module, inputs: Inputs) -> tuple[Hashable, ...]:
-        """Returns a key for `check` with what may change the model's code: modules, modes, switches, constants."""
+    def fact(check: str, model: nn.Module, *views: Inputs) -> tuple[Hashable, ...]:
+        """Returns a key for `check` with what may change the model's code: modules, modes, switches, and its inputs'.
+
+        Of `views`, which have the same constants, these and the shapes count, since a model may take another way for
+        long sequences or large images.
+        """
         modules = tuple((identity(module), module.training) for module in model.modules())
         trained = tuple(parameter.requires_grad for parameter in model.parameters())
-        return check, modules, trained, constants(inputs), switches(model)
+        return check, modules, trained, constants(views[0]), tuple(map(shapes, views)), switches(model)
+
+
+def _is_power(count: int) -> bool:
+    """Tells whether a count is a power of two from 16 on."""
+    return count >= 16 and count & (count - 1) == 0

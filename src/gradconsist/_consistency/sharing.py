@@ -71,6 +71,9 @@ def sharing_obstacle(method: Any, settings: Settings, *, demanded: bool) -> str 
     obstacle: str | None = method.sharing_obstacle() or losses_obstacle(settings)
     if obstacle is not None:
         return obstacle
+    if hasattr(method, "_orig_mod") or getattr(method, "_compiled_call_impl", None) is not None:
+        # Inductor gives the labeled loss of such a step no graph (seen in torch 2.14).
+        return "`method` is compiled (compile its model instead), and a shared step lets it run otherwise"
     if getattr(method.model, "_orig_mod", method.model) is not getattr(settings.model, "_orig_mod", settings.model):
         return "the loss compares another module than `method.model`"
     hooked = next((path for path, module in method.named_modules() if _has_hooks(module)), None)
@@ -120,8 +123,10 @@ def difference(settings: Settings, probed: Probed, inputs: Inputs, *, demanded: 
     check = f"same in the method: {settings.batchnorm}, {settings.dropout}, {region}, {demanded}, {present}"
     fact = Probed.fact(check, settings.model, inputs)
     if fact not in probed.differences:
+        # Attributes may change at every step, so that earlier findings would pile up.
+        probed.differences = {known: found for known, found in probed.differences.items() if known[0] == check}
         with one_comparison():
-            probed.differences = {fact: _difference(settings, inputs, region, demanded=demanded)}
+            probed.differences[fact] = _difference(settings, inputs, region, demanded=demanded)
     return probed.differences[fact]
 
 

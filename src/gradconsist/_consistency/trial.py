@@ -59,9 +59,11 @@ def probe_model(
         InputValueError: a class index is outside the model's classes.
         InputShapeError: probabilities and logits differ in their number of columns.
     """
-    forward_fact = Probed.fact("forward", forward.model, pairs.weak)
+    forward_fact = Probed.fact("forward", forward.model, pairs.weak, pairs.strong)
     functions_fact = ("functions", *forward_fact[1:])
     differentiated = torch.is_grad_enabled() and not probed.report_only  # `measure` needs no second derivative
+    if probed.outgrown(forward.model, _together(2 * len(index))):
+        probed.passed.discard(forward_fact)  # now already, so that a refusal holds on the next call, too
     wanted = ({forward_fact} | ({functions_fact} if differentiated else set())) - probed.passed
     if wanted:
         weak, strong = take(pairs.weak, index), take(pairs.strong, index)
@@ -105,10 +107,9 @@ def probe_engine(
         RuntimeError: the engine or the derivative failed.
     """
     # The engine is part of the key, because the automatic one may have changed.
-    derivative = Probed.fact(f"derivative by {engine!r}", model, problem.weak)
+    derivative = Probed.fact(f"derivative by {engine!r}", model, problem.weak, problem.strong)
     sketched = problem.projection and (problem.projection.kind, problem.projection.dim)
-    shapes = tuple((leaf.shape[1:], leaf.dtype) for leaf in leaves(problem.weak))
-    memory = (derivative, problem.graph_weak, problem.graph_strong, sketched, shapes)
+    memory = (derivative, problem.graph_weak, problem.graph_strong, sketched)
     differentiated = problem.graph_weak or problem.graph_strong  # `measure` has nothing to differentiate
     if memory in probed.kept and (derivative in probed.passed or not differentiated):
         return probed.kept[memory]
@@ -151,37 +152,58 @@ def _try_forward(forward: PerSampleForward, pairs: Pairs, probed: Probed) -> boo
     """Checks that samples are independent; returns False if the call cannot show it (equal samples, NaN, or chance)."""
     # Dropout is always off here, because the same sample must give the same numbers twice.
     quiet = PerSampleForward(forward.model, forward.loss_fn, forward.batchnorm, autocast=forward.autocast)
-    everything, target = pairs.weak, pairs.target
+    parts = [(pairs.weak, pairs.target), (pairs.strong, pairs.target)]
     if concatenable(pairs.weak, pairs.strong):
-        everything, target = concatenate(pairs.weak, pairs.strong), torch.cat([pairs.target, pairs.target])
+        parts = [(concatenate(pairs.weak, pairs.strong), torch.cat([pairs.target, pairs.target]))]
     with torch.no_grad():
-        output = quiet.output(take(everything, slice(0, 1)), WEAK)
+        output = quiet.output(take(pairs.weak, slice(0, 1)), WEAK)
         logits = find_logits(output)
         probed.classes = logits.shape[1] if logits is not None and logits.dim() == 2 else None
         _check_classes(forward, pairs.target, probed.classes)
         if logits is not None and probed.classes and forward.loss_fn is cross_entropy and "softmax" not in probed.told:
             probed.told |= {"softmax"} if warn_of_probabilities(logits) else set()
-        alone = _numbers(quiet, take(everything, slice(0, 1)), target[:1])
-        if differ(alone, _numbers(quiet, take(everything, slice(0, 1)), target[:1]), 0.0):
-            if forward.dropout:  # chance is allowed, and hides any effect of neighbours
-                return False
-            raise UnsupportedModuleError(
-                "the model gives one sample different outputs in two calls: it draws random numbers that"
-                " `dropout='off'` does not reach, or keeps a state. Put that part in eval mode, or use `dropout='on'`."
-            )
-        other = _first_different(everything)
-        if other is None:
+        conclusive = [_try_together(quiet, *part, chance=forward.dropout) for part in parts]
+    return all(conclusive)
+
+
+def _together(available: int) -> int:
+    """Returns how many samples to run together: multiples of small numbers, by which a model may reshape a batch."""
+    return next((size for size in (48, 24, 12, 6, 4, 3) if size <= available), 2)
+
+
+def _try_together(quiet: PerSampleForward, inputs: Inputs, target: Tensor, *, chance: bool) -> bool:
+    """Checks that samples have the same numbers alone, with one other and with many; returns as `_try_forward` does."""
+    singles: dict[int, list[Tensor]] = {}
+
+    def run(rows: Tensor) -> list[Tensor]:
+        return _numbers(quiet, take(inputs, rows), target[rows])
+
+    first = torch.tensor([0], device=target.device)
+    singles[0] = run(first)
+    if differ(singles[0], run(first), 0.0):
+        if chance:  # allowed, and hides any effect of neighbours
             return False
-        both = torch.tensor([0, other], device=target.device)
-        run = lambda rows: _numbers(quiet, take(everything, rows), target[rows])  # noqa: E731
-        together = run(both)
-        # Both samples, since the first may change the second only: along the batch as time, or by its larger maximum.
-        for row, single in enumerate((alone, run(both[1:]))):
-            changed = differ(single, [part[row : row + 1] for part in together], rounding(forward, alone))
-            if changed and not _only_rounding(quiet, everything, target, both, row):
-                one = partial(run, both[row : row + 1])
-                raise mixing_refusal(forward.model, one, partial(run, both), rounding(forward, alone), row)
-    return bool(torch.isfinite(torch.cat([alone[-1], together[-1]])).all())  # losses that are NaN cannot be compared
+        raise UnsupportedModuleError(
+            "the model gives one sample different outputs in two calls: it draws random numbers that"
+            " `dropout='off'` does not reach, or keeps a state. Put that part in eval mode, or use `dropout='on'`."
+        )
+    other = _first_different(inputs)
+    if other is None:
+        return False
+    order = torch.tensor([0, other, *(row for row in range(1, len(target)) if row != other)], device=target.device)
+    most, tolerance = _together(len(order)), rounding(quiet, singles[0])
+    for size in sorted({2, most}):  # two first, which shows best where they mix
+        rows = order[:size]
+        together = run(rows)
+        # Not the first one only, since it may change others: along the batch as time, or by its larger maximum.
+        for place in sorted({0, 1, *range(0, size, max(1, size // 8)), size - 1}):
+            row = int(rows[place])
+            single = singles[row] if row in singles else singles.setdefault(row, run(rows[place : place + 1]))
+            changed = differ(single, [part[place : place + 1] for part in together], tolerance)
+            if changed and not _only_rounding(quiet, inputs, target, rows, place):
+                alone = partial(run, rows[place : place + 1])
+                raise mixing_refusal(quiet.model, alone, partial(run, rows), tolerance, place, size)
+    return bool(torch.isfinite(torch.cat([single[-1] for single in singles.values()])).all())  # NaN shows nothing
 
 
 def rounding(forward: PerSampleForward, numbers: list[Tensor]) -> float:
@@ -192,8 +214,8 @@ def rounding(forward: PerSampleForward, numbers: list[Tensor]) -> float:
     return 1e-3 if torch.float32 in dtypes else 1e-8
 
 
-def _only_rounding(forward: PerSampleForward, inputs: Inputs, target: Tensor, both: Tensor, row: int) -> bool:
-    """Tells whether sample `row` differed only by rounding, which deep models amplify, by trying in float64."""
+def _only_rounding(forward: PerSampleForward, inputs: Inputs, target: Tensor, rows: Tensor, place: int) -> bool:
+    """Tells whether a sample among `rows` differed only by rounding, which deep models amplify: tries in float64."""
     tensors = {**dict(forward.model.named_buffers()), **dict(forward.model.named_parameters())}
     if all(tensor.dtype == torch.float64 for tensor in tensors.values() if tensor.is_floating_point()):
         return False  # the difference was in float64 already
@@ -202,10 +224,10 @@ def _only_rounding(forward: PerSampleForward, inputs: Inputs, target: Tensor, bo
     # Integer buffers are left out: a BatchNorm given the user's own counter would count these forwards in it.
     double = {name: doubled(tensor) for name, tensor in tensors.items() if tensor.is_floating_point()}
     exact = PerSampleForward(forward.model, forward.loss_fn, forward.batchnorm, parameters=double)
-    inputs, target = map_members(doubled, take(inputs, both)), doubled(target[both])
+    inputs, target = map_members(doubled, take(inputs, rows)), doubled(target[rows])
     try:
         with torch.no_grad(), torch.autocast(target.device.type, enabled=False):
-            one = slice(row, row + 1)
+            one = slice(place, place + 1)
             alone = _numbers(exact, take(inputs, one), target[one])
             together = _numbers(exact, inputs, target)
     except RuntimeError:  # a model that insists on its dtype

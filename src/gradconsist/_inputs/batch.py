@@ -46,6 +46,11 @@ def constants(inputs: Inputs) -> Hashable:
     return tuple((place, repr(member)) for place, member in places("", inputs) if is_constant(member))
 
 
+def shapes(inputs: Inputs) -> Hashable:
+    """Returns shapes and dtypes of one sample's tensors, as a key: with others the model may compute differently."""
+    return tuple((leaf.shape[1:], leaf.dtype) for leaf in leaves(inputs))
+
+
 def map_leaves(function: Callable[..., Any], *inputs: Any) -> Any:
     """Applies `function` to corresponding tensors of `inputs` of one structure; keeps the constants of the first."""
     return map_members(lambda *row: function(*row) if isinstance(row[0], Tensor) else row[0], *inputs)

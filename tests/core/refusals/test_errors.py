@@ -589,6 +589,66 @@ def test_a_model_that_mixes_samples_is_refused(build: Callable[[], nn.Module], l
     assert state.differences(before, state.of_model(model)) == []
 
 
+MANY: dict[str, Callable[[Tensor], Tensor]] = {
+    "centred from three on": lambda x: x - x.mean(0) if len(x) > 2 else x,
+    "the first by the third": lambda x: torch.cat([x[:1] + x[2:].sum(0, keepdim=True), x[1:]]),
+    "rolled by two": lambda x: x if len(x) == 1 else x.roll(2, 0),
+    "nearest neighbours": lambda x: x[torch.cdist(x, x).topk(min(3, len(x)), largest=False).indices[:, -1]]
+    if len(x) > 2 else x,
+    "rows in fours": lambda x: x.view(-1, 4, 6).cumsum(1).view(-1, 6) if len(x) % 4 == 0 else x,
+    "halves exchanged": lambda x: x.view(2, -1, 6).flip(0).reshape(-1, 6) if len(x) % 4 == 0 else x,
+    "scaled in large batches": lambda x: x * (1.5 if len(x) > 4 else 1.0),
+    "sorted from four on": lambda x: x.sort(0).values if len(x) > 3 else x,
+    "the last one by the first": lambda x: torch.cat([x[:-1], x[-1:] + x[:1]]) if len(x) > 3 else x,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+@pytest.mark.parametrize("name", MANY)
+def test_a_model_that_mixes_three_samples_or_more_is_refused(name: str, engine: str) -> None:
+    model, x = _between(Own(MANY[name])), torch.randn(6, 5)
+    for _ in range(2):  # a refusal holds
+        with pytest.raises(UnsupportedModuleError, match=r"changes with the other samples.*from `model\.1` \(Own\)"):
+            GradientConsistencyLoss(model, engine=engine)(x, x.flip(0), torch.arange(6) % 3)
+
+
+class Later(nn.Module):
+    """Mixes samples in long sequences, at a level, in every third call, or of large values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(9, 5), nn.Linear(5, 3)
+        self.level, self.calls = 1, 0
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.calls += 1
+        h = self.table(ids).mean(1)
+        mixes = ids.shape[1] > 4 or self.level == 2 or self.calls == 3
+        return self.head(torch.tanh(h + h.flip(0) if mixes else h))
+
+
+@pytest.mark.parametrize("change", ["length", "length of the strong views", "level", "calls", "number of samples"])
+def test_a_way_that_only_a_later_call_takes_is_tried_too(change: str) -> None:
+    model, target = Later(), torch.arange(6) % 3
+    short, long = torch.randint(9, (6, 4)), torch.randint(9, (6, 7))
+    weak, strong = short, short.roll(1, 0)
+    if change == "number of samples":
+        model = _between(Own(MANY["rows in fours"]))
+        weak, strong = torch.randn(2, 6, 5)
+        weight = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    gc = GradientConsistencyLoss(model)
+    gc(weak, strong, target, weight if change == "number of samples" else None)
+    if change == "level":
+        model.level = 2
+    if change == "calls":
+        model(short), model(short)
+    weak = long if change == "length" else weak
+    strong = long.roll(1, 0) if "length" in change else strong
+    for _ in range(2):  # a refusal holds
+        with pytest.raises(UnsupportedModuleError, match="changes with the other samples"):
+            gc(weak, strong, target)
+
+
 @pytest.mark.parametrize("part", ["function", "module"])
 def test_a_part_at_the_address_of_an_earlier_one_is_tried_too(part: str) -> None:
     """A check that passed belongs to the object, not to its place in memory."""
