@@ -320,6 +320,10 @@ HOOKS: dict[str, Callable[[Net], Any]] = {
     "full backward, changing": lambda net: net.head.register_full_backward_hook(lambda m, i, o: _double(i)),
     "full backward pre": lambda net: net.stem.register_full_backward_pre_hook(lambda m, o: _double(o)),
     "tensor hook": lambda net: net.stem.register_forward_hook(lambda m, i, o: _hooked(o)),
+    "old backward": lambda net: net.stem.register_backward_hook(lambda m, i, o: _double(i)),
+    "node, before": lambda net: net.stem.register_forward_hook(lambda m, i, o: _node(o, "register_prehook")),
+    "node, after": lambda net: net.stem.register_forward_hook(lambda m, i, o: _node(o, "register_hook")),
+    "several tensors": lambda net: net.stem.register_forward_hook(lambda m, i, o: _several(o)),
 }
 
 
@@ -328,14 +332,25 @@ def _hooked(y: Tensor) -> None:
         y.register_hook(lambda g: 2 * g)
 
 
+def _node(y: Tensor, register: str) -> None:
+    if y.grad_fn is not None:
+        getattr(y.grad_fn, register)(lambda g, *_: _double(g))
+
+
+def _several(y: Tensor) -> None:
+    if y.requires_grad:
+        torch.autograd.graph.register_multi_grad_hook((y,), lambda gradients: None)
+
+
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
+@pytest.mark.filterwarnings("ignore:Using a non-full backward hook")
 @ENGINES
 @pytest.mark.parametrize("name", HOOKS)
 def test_user_hooks(name: str, engine: str) -> None:
     """What changes a gradient on its way does so in the per-sample gradient, and in its derivative."""
     model = net()
     HOOKS[name](model)
-    backward = name.startswith(("full", "tensor"))
+    backward = name.startswith(("full", "tensor", "old", "node", "several"))
     if backward and engine in ("vmap", "ghost"):
         assert_refused(lambda: model, engine, "engine='loop'")
     else:

@@ -12,8 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradconsist import GGCRWrapper, GradientConsistencyLoss, SSLBatch
+from gradconsist.diagnostics import sharpness
 from gradconsist.engines import GradProducts, LoopEngine, Problem
-from gradconsist.errors import ConfigError, LossContractError, NonFiniteError, StateError, UnsupportedModuleError
+from gradconsist.errors import (
+    ConfigError,
+    LossContractError,
+    ModelError,
+    NonFiniteError,
+    StateError,
+    UnsupportedModuleError,
+)
 from gradconsist.methods import FixMatch
 from support.models import SquareOnce
 
@@ -321,12 +329,121 @@ def test_an_automatic_change_of_engine_leaves_no_trace_in_the_sums() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             z = self.layers(x)
-            return z * 1.5 if torch.ops.aten.item(z.sum()) > 0 else z
+            positive = z.sum(1, keepdim=True) > 0
+            return torch.where(positive, z * 1.5, z) if torch.ops.aten.item(positive.sum()) > 0 else z
 
     model, views = DataDependent(), _views(torch.float32, pairs=17)
     gc = GradientConsistencyLoss(model)
     first, second = (_gradient(gc(*views), model) for _ in range(2))
     assert torch.equal(first, second)
+
+
+class _Saved(nn.Module):
+    """Keeps what a layer needs for its gradient in half precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = _mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved.half(), lambda packed: packed.double()):
+            return self.layers(x)
+
+
+def test_hooks_on_saved_tensors_count() -> None:
+    model = _Saved()
+    right = _gradient(GradientConsistencyLoss(model, engine="loop")(*_views()), model)
+    for engine in ("auto", "ghost"):  # which run the layers sample by sample
+        found = _gradient(GradientConsistencyLoss(model, engine=engine)(*_views()), model)
+        torch.testing.assert_close(found, right, rtol=1e-9, atol=0.0)
+    plain = GradientConsistencyLoss(model.layers, engine="ghost")
+    with torch.autograd.graph.save_on_cpu():  # of the caller, around all
+        value = plain(*_views())
+    assert torch.equal(value, plain(*_views()))
+
+
+def test_data_of_a_parameter_is_a_constant_or_refused() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = _mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x) * self.layers[0].weight.data.mean()  # type: ignore[union-attr]
+
+    model = Scaled()
+    right = _gradient(GradientConsistencyLoss(model, engine="loop")(*_views()), model)
+    torch.testing.assert_close(_gradient(GradientConsistencyLoss(model)(*_views()), model), right)
+    with pytest.raises(UnsupportedModuleError, match=r"reads `\.data`"):
+        GradientConsistencyLoss(model, engine="vmap")(*_views())
+
+
+class _InPlace(nn.Module):
+    """Normalises its input in place, or a copy."""
+
+    def __init__(self, *, copies: bool = False) -> None:
+        super().__init__()
+        self.layers, self.copies = _mlp(), copies
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone() if self.copies else x
+        return self.layers(x.sub_(0.3).mul_(1.5))
+
+
+@pytest.mark.parametrize("engine", ["auto", "ghost", "loop", "vmap"])
+def test_a_model_may_write_into_its_input(engine: str) -> None:
+    weak, strong, target = given = tuple(view.clone() for view in _views())
+    for options in ({}, {"fused": False}, {"stop_gradient": "weak", "chunk_size": 2}):
+        found = []
+        for copies in (False, True):
+            model = _InPlace(copies=copies)
+            loss = GradientConsistencyLoss(model, engine=engine, **options)  # type: ignore[arg-type]
+            found.append(_gradient(loss(weak, strong, target), model))
+        assert torch.equal(*found)
+    assert all(map(torch.equal, given, _views()))
+
+
+@pytest.mark.parametrize(("joint", "share"), [(True, "auto"), (False, "auto"), (False, False)])
+def test_a_model_that_writes_into_its_input_takes_the_same_step(joint: bool, share: Any) -> None:
+    found = []
+    for copies in (False, True):
+        model, (weak, strong, target) = _InPlace(copies=copies), (view.clone() for view in _views())
+        method = FixMatch(model, threshold=0.0, joint=joint)
+        wrapper = GGCRWrapper(method, GradientConsistencyLoss(model), warmup_steps=0, share=share)
+        out = wrapper(SSLBatch(weak[:2].clone(), target[:2], weak, strong))
+        found.append(_gradient(out.loss, model))
+        assert torch.equal(weak, _views()[0])
+        assert torch.equal(strong, _views()[1])
+    assert torch.equal(*found)
+
+
+def test_flatness_of_a_model_that_writes_into_its_input() -> None:
+    weak, _, target = _views()
+    inplace, copying = (sharpness(_InPlace(copies=copies), weak, target, ascent_steps=3) for copies in (False, True))
+    assert inplace == copying
+    assert torch.equal(weak, _views()[0])
+
+
+def test_a_derivative_inside_the_forward_is_told_what_to_do() -> None:
+    class Energy(nn.Module):
+        def __init__(self, *, graph: bool) -> None:
+            super().__init__()
+            self.layers, self.graph = _mlp(), graph
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.set_grad_enabled(self.graph or torch.is_grad_enabled()):
+                x = x.detach().requires_grad_()
+                z = self.layers(x)
+                (slope,) = torch.autograd.grad(z.square().sum(), x, create_graph=True)
+            return z * slope.sum(1, keepdim=True)
+
+    model = Energy(graph=True)
+    with pytest.raises(ConfigError, match=r"pass `fused=False` if the forward makes it for a derivative of its own"):
+        GradientConsistencyLoss(model)(*_views())
+    found = _gradient(GradientConsistencyLoss(model, fused=False)(*_views()), model)
+    assert torch.equal(found, _gradient(GradientConsistencyLoss(model, fused=False, engine="loop")(*_views()), model))
+    with pytest.raises(ModelError, match=r"calls torch\.autograd\.grad.*use torch\.enable_grad\(\) around"):
+        GradientConsistencyLoss(Energy(graph=False))(*_views())
 
 
 def test_large_means_do_not_cancel_in_batchnorm() -> None:

@@ -103,7 +103,7 @@ BUGS = [
         "a forward that draws with dropout='off' is refused",
         "test_trust.py::test_chance_inside_the_model_is_named",
         RANDOMNESS, "if seed is None and not _same(before, _state(device)):", "if seed is not None and before is None:",
-        PROBES, "target[:1]), 0.0):", "target[:1]), float('inf')):",
+        PROBES, "run(first), 0.0):", "run(first), float('inf')):",
     ),
     Bug(
         "training modes and attributes not restored",
@@ -367,5 +367,42 @@ BUGS = [
         "a method's next forward gets a gradient for every weight",
         "forward/test_isolation.py::test_cached_parametrizations_change_no_step",
         "_consistency/sharing.py", "nothing_kept(model), nothing_cached(), cast:", "nothing_kept(model), cast:",
+    ),
+    Bug(
+        "a model writes into its inputs",
+        "each forward of the model gets its own copy of the inputs",
+        "test_trust.py::test_a_model_may_write_into_its_input",
+        FORWARD, "inputs if record else map_leaves(torch.clone, inputs)", "inputs if record else inputs",
+    ),
+    Bug(
+        "a model writes into the method's batch",
+        "the views of the pair are those that the method was given",
+        "test_trust.py::test_a_model_that_writes_into_its_input_takes_the_same_step",
+        "methods/base.py", "if model is None else model, concatenate(*batches))",
+        "if model is None else model, concatenate(*batches) if len(batches) > 1 else batches[0])",
+    ),
+    Bug(
+        "the trial of a shared step writes into the strong views",
+        "the views of the pair are those that the method was given",
+        "test_trust.py::test_a_model_that_writes_into_its_input_takes_the_same_step",
+        "_consistency/sharing.py", "given = map_leaves(torch.clone, inputs)", "given = inputs",
+    ),
+    Bug(
+        "hooks on a node are lost under vmap",
+        "what changes a gradient on its way does so in the per-sample gradient",
+        "test_hazards.py::test_user_hooks",
+        "engines/ghost/operators.py", "Tensor.grad_fn.__get__: refuse_nodes,", "Tensor.__len__: Tensor.__len__,",
+    ),
+    Bug(
+        "hooks on saved tensors are not noticed",
+        "a rule takes a layer's input, not what hooks make of it",
+        "test_trust.py::test_hooks_on_saved_tensors_count",
+        "engines/ghost/capture.py", "if _packing() != self._packing:", "if _packing() is self:",
+    ),
+    Bug(
+        "data of a parameter followed under vmap",
+        "what a model takes without its graph is a constant",
+        "test_trust.py::test_data_of_a_parameter_is_a_constant_or_refused",
+        "engines/vmap.py", "        if func in _ONCE:\n", "        if func == Tensor.register_hook:\n",
     ),
 ]  # fmt: skip

@@ -24,7 +24,7 @@ from gradconsist._forward.per_sample import PerSampleForward
 from gradconsist._forward.randomness import preserved_randomness
 from gradconsist._forward.remembered import Memory, nothing_kept, switches
 from gradconsist._forward.sandbox import autocast_region, comparison_scope
-from gradconsist._inputs.batch import check_inputs, leaves, take
+from gradconsist._inputs.batch import check_inputs, leaves, map_leaves, take
 from gradconsist._inputs.cross_entropy import find_logits
 from gradconsist._inputs.parametrized import nothing_cached
 from gradconsist._inputs.precision import wide
@@ -138,8 +138,9 @@ def _difference(
         model, settings.loss_fn, BatchNormCalls(settings.batchnorm), dropout=dropout, autocast=region
     )
     before, after = dict(model.named_buffers()), dict[str, Tensor]()
-    named = inputs if isinstance(inputs, Mapping) else {}
-    args = () if named else (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    given = map_leaves(torch.clone, inputs)  # the model may write into them
+    named = given if isinstance(given, Mapping) else {}
+    args = () if named else (given,) if isinstance(given, Tensor) else tuple(given)
     with torch.no_grad():
         try:
             # No cached casts, see `PerSampleForward`.

@@ -28,7 +28,7 @@ from gradconsist._forward.batchnorm import BatchNormCalls
 from gradconsist._forward.exact_operators import EXACT, WITHOUT_DROPOUT
 from gradconsist._forward.functional_call import call_with, copied
 from gradconsist._forward.remembered import nothing_kept
-from gradconsist._inputs.batch import leaves
+from gradconsist._inputs.batch import leaves, map_leaves
 from gradconsist._inputs.model_with_loss import ModelWithLoss
 from gradconsist._inputs.precision import wide
 from gradconsist.errors import LossContractError
@@ -145,7 +145,8 @@ class PerSampleForward:
         *,
         record: bool = False,
     ) -> tuple[Any, Any]:
-        # Copies, since a forward may write into its buffers (step counts, running statistics).
+        # Copies, since a forward may write into its inputs (`x.sub_(mean)`) and buffers (step counts).
+        inputs = inputs if record else map_leaves(torch.clone, inputs)  # those of a record were put together for it
         state = copied(dict(self._both.named_buffers()))
         state |= {f"model.{name}": tensor for name, tensor in {**self.parameters, **parameters}.items()}
         self.batchnorm.start_forward(len(leaves(inputs)[0]), view, record=record)

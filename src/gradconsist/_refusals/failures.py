@@ -203,6 +203,11 @@ def _tried(views: Mapping[str, Inputs], works: Works) -> tuple[dict[str, Inputs]
 def _remedy(said: str, module: nn.Module, views: Mapping[str, Inputs]) -> str:
     if re.search(r"\bdevice\b", said):
         return "Register the tensors that the model keeps as buffers, so that `.to(device)` moves them with it."
+    if "does not require grad and does not have a grad_fn" in said:
+        return (
+            "Its forward calls torch.autograd.grad, but also runs without a graph here: use torch.enable_grad() around"
+            " it and all that it differentiates, from `x.detach().requires_grad_()` on, and pass `fused=False`."
+        )
     tensors = [leaf for view in views.values() for leaf in leaves(view) if isinstance(leaf, Tensor)]
     own = next((p.dtype for p in module.parameters(recurse=False)), None)
     if isinstance(module, nn.Embedding) and "IndexError" in said:

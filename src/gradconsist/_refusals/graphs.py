@@ -160,7 +160,9 @@ def check_second_derivative(
     if foreign and fused:
         raise ConfigError(
             "`fused=True` forms gradients for the model's parameters only, but `loss_fn` or the model also uses a"
-            f" tensor of shape {tuple(foreign[0].shape)} that requires grad: pass `fused=False`, or detach it."
+            f" tensor of shape {tuple(foreign[0].shape)} that requires grad: detach it if it comes from outside, or"
+            " pass `fused=False` if the forward makes it for a derivative of its own (`requires_grad_()` and"
+            " torch.autograd.grad)."
         )
     return functions
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from gradconsist.diagnostics.same_loss import double_of, statistics_here
 from gradconsist.errors import InputTypeError, InputValueError
 from gradconsist.loss import GradientConsistencyLoss
 from gradconsist.types import ConsistencyRecord, Inputs
+
+_ROUNDING = 1e-11  # of the squared norms, whose inner products have a relative error of about 1e-15
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def consistency_bound(
     Raises:
         ConfigError: `segments` is not a positive integer, or `consistency` is not a GradientConsistencyLoss.
         InputTypeError: the views differ in a tensor that is not floating point, so they have no distance.
-        InputValueError: no pair has a cosine.
+        InputValueError: no pair has a cosine, or gradients of neighbours agree up to rounding.
 
     Source: the paper's appendix A. docs/theory.md gives the proof and its assumptions.
 
@@ -167,7 +169,7 @@ def consistency_bound(
         raise InputValueError(
             "no pair is left: give pairs of positive weight whose views differ and whose gradients do not vanish."
         )
-    secants = [_difference(record) / distance]
+    secants = [_difference(replace(record, compared=kept)) / distance]
     loss.min_norm = 1e-18  # along the segment, gradients may be small
     for part in range(segments if segments > 1 else 0):
         first, second = (_between(weak, strong, (part + side) / segments) for side in (0, 1))
@@ -185,9 +187,20 @@ def consistency_bound(
 
 
 def _difference(record: ConsistencyRecord) -> Tensor:
-    """Computes ||a - b|| from ||a||, ||b|| and the cosine, which is NaN if one of them is zero."""
+    """Computes ||a - b|| from ||a||, ||b|| and the cosine, which is NaN if one of them is zero.
+
+    Raises:
+        InputValueError: a and b are so close that 1 - cosine is mostly rounding.
+    """
     a, b = record.norm_weak, record.norm_strong
     squared = (a - b).square() + 2 * a * b * (1 - record.cosine.nan_to_num(0.0))
+    lost = record.compared & ~record.degenerate & (squared <= _ROUNDING * (a.square() + b.square()))
+    if bool(lost.any()):
+        raise InputValueError(
+            f"the gradients of {int(lost.sum())} pairs of neighbours agree up to rounding, so no L can be computed from"
+            " them: use fewer `segments`, views that are further apart, or weight 0 for pairs whose gradient does not"
+            " depend on the input."
+        )
     return squared.clamp(min=0.0).sqrt()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from gradconsist._forward.batchnorm import BatchNormPolicy
@@ -139,7 +140,8 @@ def check(consistency: GradientConsistencyLoss, weak: Inputs, strong: Inputs, ta
     try:
         weight = target.new_zeros(len(target), dtype=next(model.parameters()).dtype)
         weight[:2] = 1
-        loss(weak, strong, target, weight)
+        with torch.inference_mode(False), torch.enable_grad():
+            loss(weak, strong, target, weight)
     except GradConsistError as error:
         rows = _rows(model, {}, set(), "refused")
         return CheckReport(rows, refusal=str(error), projection=projection)

@@ -16,7 +16,7 @@ from gradconsist._forward.batchnorm import BatchNormCalls, BatchNormPolicy
 from gradconsist._forward.isolation import one_comparison
 from gradconsist._forward.per_sample import PerSampleForward
 from gradconsist._forward.sandbox import autocast_region, our_rules
-from gradconsist._inputs.batch import check_inputs, concatenate, leaves, take
+from gradconsist._inputs.batch import check_inputs, concatenate, leaves, map_leaves, take
 from gradconsist._inputs.cross_entropy import cross_entropy
 from gradconsist._inputs.options import check_choice, check_count
 from gradconsist._inputs.pairs import Pairs, check_one_device, check_target
@@ -114,6 +114,7 @@ def landscape(
     own = compared_parameters(model, parameters)
     inputs = check_inputs("inputs", inputs)
     size = len(leaves(inputs)[0])
+    inputs = map_leaves(lambda leaf: leaf.clone() if leaf.is_inference() else leaf, inputs)  # else no derivative
     target = check_target(target, size, loss_fn is None)
     device = check_one_device(model, {"inputs": leaves(inputs)[0], "target": target})
     pairs = Pairs(inputs, inputs, target, torch.ones(size, device=device), device)

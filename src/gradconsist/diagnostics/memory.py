@@ -196,14 +196,15 @@ def _size(row: CostRow) -> float:
 
 
 def _measured(row: CostRow, loss: GradientConsistencyLoss, pair: ViewPair, device: torch.device) -> CostRow:
-    parameters = list(trainable_parameters(loss.settings.model).values())
-
     def call() -> None:
-        torch.autograd.grad(loss(*pair), parameters, allow_unused=True)
+        value = loss(*pair)
+        with torch.no_grad():  # the node itself: a backward would run the user's gradient hooks
+            value.grad_fn.apply(torch.ones_like(value))  # type: ignore[union-attr]
 
     try:
-        call()
-        return replace(row, seconds=seconds_of(call, device), bytes=peak_of(call, device))
+        with torch.inference_mode(False), torch.enable_grad():
+            call()
+            return replace(row, seconds=seconds_of(call, device), bytes=peak_of(call, device))
     except (GradConsistError, torch.OutOfMemoryError) as error:
         return replace(row, reason=str(error))
 

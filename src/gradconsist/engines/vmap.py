@@ -68,8 +68,15 @@ class VmapEngine:
         return products._replace(losses=losses) if problem.with_losses else products
 
 
+_ONCE: dict[Any, str] = {
+    Tensor.register_hook: "registers a gradient hook on a tensor in its forward",
+    Tensor.grad_fn.__get__: "registers a hook on a node of the graph (`grad_fn`), or looks at it",  # type: ignore[union-attr]
+    Tensor.data.__get__: "reads `.data` of a tensor instead of calling `.detach()`",  # type: ignore[attr-defined]
+}
+
+
 class _Calls(TorchFunctionMode):
-    """Answers conditions, and refuses gradient hooks on tensors, which torch runs in the first derivative only.
+    """Answers conditions, and refuses what torch follows in the first derivative only: gradient hooks, and ``.data``.
 
     Under vmap ``requires_grad`` is False for every tensor, so a hook registered under ``if h.requires_grad`` would be
     missed.
@@ -91,10 +98,10 @@ class _Calls(TorchFunctionMode):
     ) -> Any:
         if func == Tensor.requires_grad.__get__ and args[0].is_floating_point():  # type: ignore[attr-defined]
             return True
-        if func == Tensor.register_hook:
+        if func in _ONCE:
             raise UnsupportedModuleError(
-                "the model registers a gradient hook on a tensor in its forward, which vmap follows in the first"
-                " derivative only: use `engine='loop'` or 'auto'."
+                f"the model {_ONCE[func]}, which vmap follows in the first derivative only: use `engine='loop'` or"
+                " 'auto'."
             )
         self.read |= func in READS
         return self._conditions.get(func, func)(*args, **(kwargs or {}))

@@ -91,8 +91,8 @@ class Method(nn.Module):
                 " `joint=False`, if the method has it, to forward weak and strong views separately."
             )
         sizes = [len(leaves(batch)[0]) for batch in batches]
-        joined = concatenate(*batches) if len(batches) > 1 else batches[0]
-        output = call(self.model if model is None else model, joined)
+        # A copy of a single batch, too: the model may write into it, and the pair would hold changed views.
+        output = call(self.model if model is None else model, concatenate(*batches))
         # Near 0.95, bfloat16 has steps of 0.004, so a mask would flip.
         return list(wide(self._logits(output, sum(sizes))).split(sizes))
 

@@ -53,6 +53,16 @@ def test_both_sides_by_hand(segments: int) -> None:
     assert report.left_out == 0
 
 
+@pytest.mark.parametrize(("distance", "segments"), [(1e-8, 1), (1e-6, 64), (0.0, 1)])
+def test_views_whose_gradients_agree_up_to_rounding_are_refused(distance: float, segments: int) -> None:
+    """1 - cos is rounding there: L was 2 to 450 times too large."""
+    model, weak, strong, y = problem()
+    match = "agree up to rounding, so no L can be computed.*fewer `segments`" if distance else "no pair is left"
+    near = weak.double() + distance * (strong.double() - weak.double())
+    with pytest.raises(InputValueError, match=match):
+        consistency_bound(GradientConsistencyLoss(model.double()), weak.double(), near, y, segments=segments)
+
+
 def test_entries_are_paired_by_key_and_constants_passed_on() -> None:
     class Named(nn.Module):
         def __init__(self, layers: nn.Module) -> None:

@@ -195,6 +195,15 @@ def test_a_function_without_a_second_derivative_is_refused() -> None:
         top_eigenvalue(Last(), mlp()[1], torch.zeros(9), loss_fn=lambda z, t: z.sum(1))
 
 
+def test_inputs_made_under_inference_mode() -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(6, 4), torch.arange(6) % 3
+    with torch.inference_mode():
+        inference = x.clone()
+    assert sharpness(model, inference, y) == sharpness(model, x, y)
+    assert top_eigenvalue(model, inference, y).value == top_eigenvalue(model, x, y).value
+
+
 def test_bad_arguments() -> None:
     model, x, y = mlp()
     with pytest.raises(InputShapeError, match=r"`target` has shape \(8,\)"):

@@ -7,13 +7,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from gradconsist import GradientConsistencyLoss
-from gradconsist.diagnostics import memory_report
+from gradconsist.diagnostics import check, memory_report
 from gradconsist.diagnostics.peaks import peak_of
 from gradconsist.errors import ConfigError, InputTypeError, InputValueError
 from gradconsist.types import ViewPair
@@ -52,6 +53,7 @@ def test_the_peak_of_known_tensors() -> None:
 _RESIDENT = """
 import json, sys
 from pathlib import Path
+from typing import Any
 import torch
 from torch import nn
 from gradconsist import GradientConsistencyLoss
@@ -91,7 +93,8 @@ def test_the_peak_is_about_what_a_process_grows_by() -> None:
 def test_rows_and_the_models_state() -> None:
     model, pair = network(), batch()
     before = copy.deepcopy(model.state_dict())
-    state = torch.get_rng_state()
+    state, calls = torch.get_rng_state(), list[Tensor]()
+    model[0].weight.register_hook(calls.append)  # type: ignore[operator,union-attr]
     report = memory_report(
         GradientConsistencyLoss(model),
         ViewPair(*pair),
@@ -117,6 +120,16 @@ def test_rows_and_the_models_state() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(state, torch.get_rng_state())
+    assert calls == []
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_measures_without_grad_mode_too(mode: Any) -> None:
+    gc, pair = GradientConsistencyLoss(network()), batch()
+    with mode():
+        report = memory_report(gc, pair, chunk_sizes=(None,), stop_gradient=(None,))
+        assert check(gc, *pair).ok
+    assert report.recommended is not None
 
 
 def test_limits_decide_and_larger_chunks_than_one_beyond_them_are_not_run() -> None:

@@ -34,6 +34,7 @@ class Capture(Operators, TorchFunctionMode):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._paused = False
+        self._packing = _packing()
         attention = F.multi_head_attention_forward
         self.replacements[attention] = self._inside(body(attention))
         self.replacements |= {function: self._inside(opened) for function, opened in RECURRENT.items()}
@@ -41,9 +42,12 @@ class Capture(Operators, TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if self._paused:
+        replacement = None if self._paused else self.replacements.get(func)
+        if replacement is None:
             return func(*args, **(kwargs or {}))
-        return self.replacements.get(func, func)(*args, **(kwargs or {}))
+        if _packing() != self._packing:  # a rule takes the input itself, not what the hooks make of it
+            raise RuntimeError("the model computes under saved-tensor hooks, which may change what a layer keeps")
+        return replacement(*args, **(kwargs or {}))
 
     def layer(
         self, module: nn.Module, rule: LayerGradients, forward: Callable[..., Any], *args: Any, **kwargs: Any
@@ -166,6 +170,11 @@ class Capture(Operators, TorchFunctionMode):
                 return function(*args, **kwargs)
 
         return run
+
+
+def _packing() -> Any:
+    """Returns the saved-tensor hooks in force, or None."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 def _flat_tensors(module: nn.Module, output: Any) -> tuple[list[Tensor], list[Any]]:

@@ -48,6 +48,7 @@ class Operators(Record):
             **dict.fromkeys((F.relu, torch.relu, Tensor.relu), self._relu),
             F.leaky_relu: self._leaky_relu,
             Tensor.requires_grad.__get__: self._requires_grad,  # type: ignore[attr-defined]
+            Tensor.grad_fn.__get__: refuse_nodes,  # type: ignore[union-attr]
         }
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -217,6 +218,14 @@ class Operators(Record):
         """Computes in float32 under autocast, which does not see cross-entropy under vmap, where it is decomposed."""
         wide = torch.is_autocast_enabled(input.device.type) and input.dtype in (torch.float16, torch.bfloat16)
         return F.cross_entropy(input.float() if wide else input, *args, **kwargs)
+
+
+def refuse_nodes(tensor: Tensor) -> None:
+    """Refuses to give a tensor's node of the graph to the model: the hooks of a node do not run under vmap.
+
+    Backward hooks of the old form (`register_backward_hook`) and `register_multi_grad_hook` ask for it, too.
+    """
+    raise RuntimeError("the model asks for `grad_fn`, to hook a node of the graph or to look at it")
 
 
 def _autocast(tensor: Tensor) -> Tensor:
