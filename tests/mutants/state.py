@@ -345,6 +345,12 @@ BUGS = [
         PROBED, "numbers != self.numbers", "numbers != numbers",
     ),
     Bug(
+        "what was found out holds for all data",
+        "now and then samples must show again that they are independent",
+        "refusals/test_errors.py::test_a_way_that_only_some_data_take_is_looked_for_now_and_then",
+        PROBED, " or _is_power(self.calls)", "",
+    ),
+    Bug(
         "what was found out with few samples holds for many",
         "more samples together than before are tried again",
         "refusals/test_errors.py::test_a_way_that_only_a_later_call_takes_is_tried_too",

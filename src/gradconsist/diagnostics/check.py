@@ -110,11 +110,11 @@ def check(consistency: GradientConsistencyLoss, weak: Inputs, strong: Inputs, ta
         target: targets, as for the loss.
 
     Returns:
-        The report; ``print(report)`` shows it as a table. The first line is the most serious finding.
+        The report; ``print(report)`` shows it as a table. The first line is the most serious finding. An error of the
+        loss, or of the model inside it, is the report's `refusal`.
 
     Raises:
         ConfigError: `consistency` is not a GradientConsistencyLoss.
-        ModelError: the model failed with an error of torch or Python.
 
     Example:
         >>> import torch

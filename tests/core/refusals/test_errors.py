@@ -649,6 +649,15 @@ def test_a_way_that_only_a_later_call_takes_is_tried_too(change: str) -> None:
             gc(weak, strong, target)
 
 
+def test_a_way_that_only_some_data_take_is_looked_for_now_and_then() -> None:
+    model, target = _between(Own(lambda h: torch.where(h.abs().amax() > 9, h + h.flip(0), h))), torch.arange(4) % 3
+    gc, x = GradientConsistencyLoss(model), torch.randn(4, 5)
+    for _ in range(15):
+        gc(x, x.flip(0), target)
+    with pytest.raises(UnsupportedModuleError, match="changes with the other samples"):
+        gc(99 * x, 99 * x.flip(0), target)
+
+
 @pytest.mark.parametrize("part", ["function", "module"])
 def test_a_part_at_the_address_of_an_earlier_one_is_tried_too(part: str) -> None:
     """A check that passed belongs to the object, not to its place in memory."""
