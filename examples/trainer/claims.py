@@ -12,25 +12,16 @@ CIFAR10, CIFAR100, IMAGENET = "CIFAR-10 (40)", "CIFAR-100 (400)", "ImageNet (1%)
 
 @dataclass(frozen=True)
 class Claim:
-    """A table of the paper, or one that it does not have.
+    """A table of the paper, or one that it does not have."""
 
-    Attributes:
-        label: Its label in the paper's LaTeX source; empty for ours.
-        caption: What it shows.
-        reference: The row that the others are held against.
-        rows: Row to variant of the grid (a key of `trainer.grid.VARIANTS`).
-        accuracy: Row, column to the claimed accuracy in per cent; empty where there is no claimed number.
-        text: What the paper says in words; only of its curves, so a table with it is one of curves.
-        note: What has to be known about its row or columns here.
-    """
-
-    label: str
-    caption: str
-    reference: str
-    rows: dict[str, str]
+    label: str  # Its label in the paper's LaTeX source; empty for ours.
+    caption: str  # What it shows.
+    reference: str  # The row that the others are held against.
+    rows: dict[str, str]  # Row to variant of the grid (a key of `trainer.grid.VARIANTS`).
+    # Row, column to the claimed accuracy in per cent; empty where there is no claimed number.
     accuracy: dict[tuple[str, str], float]
-    text: str = ""
-    note: str = ""
+    text: str = ""  # What the paper says in words; only of its curves, so a table with it is one of curves.
+    note: str = ""  # What has to be known about its row or columns here.
 
     @property
     def columns(self) -> list[str]:

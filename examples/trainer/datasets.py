@@ -27,27 +27,16 @@ IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # its channels' mean an
 
 @dataclass(frozen=True)
 class Images:
-    """A data set in memory.
+    """A data set in memory."""
 
-    Attributes:
-        name: For tables and logs.
-        classes: Class names, in label order.
-        train_x: Training images, uint8 `[N, H, W, 3]`.
-        train_y: Training labels, int64 `[N]`; `NO_LABEL` where there is none.
-        test_x: Test images.
-        test_y: Test labels.
-        flip: Whether a mirrored image is of the same class (false for digits).
-        files: Where they are from, for a folder.
-    """
-
-    name: str
-    classes: list[str]
-    train_x: Tensor
-    train_y: Tensor
-    test_x: Tensor
-    test_y: Tensor
-    flip: bool
-    files: FileRecord | None = None
+    name: str  # For tables and logs.
+    classes: list[str]  # Class names, in label order.
+    train_x: Tensor  # Training images, uint8 `[N, H, W, 3]`.
+    train_y: Tensor  # Training labels, int64 `[N]`; `NO_LABEL` where there is none.
+    test_x: Tensor  # Test images.
+    test_y: Tensor  # Test labels.
+    flip: bool  # Whether a mirrored image is of the same class (false for digits).
+    files: FileRecord | None = None  # Where they are from, for a folder.
 
     def digest(self) -> str:
         """SHA-256 of all pixels and labels."""
@@ -107,22 +96,13 @@ class Photographs:
 
 @dataclass(frozen=True)
 class PhotographFolder:
-    """A folder data set that stays on disk.
+    """A folder data set that stays on disk."""
 
-    Attributes:
-        name: For tables and logs.
-        classes: Class names, in label order.
-        train: Training photographs.
-        test: Test photographs.
-        files: What is known of them.
-        flip: True.
-    """
-
-    name: str
-    classes: list[str]
-    train: Photographs
-    test: Photographs
-    files: FileRecord
+    name: str  # For tables and logs.
+    classes: list[str]  # Class names, in label order.
+    train: Photographs  # Training photographs.
+    test: Photographs  # Test photographs.
+    files: FileRecord  # What is known of them.
     flip: bool = True
 
     @property

@@ -83,17 +83,11 @@ class Evaluated(Dataset[tuple[Tensor, Tensor, int]]):
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model gets right.
+    """What a model gets right."""
 
-    Attributes:
-        confusion: Images of class i that were taken for class j, `[K, K]`.
-        top5: Share of the images whose class is among the five first.
-        loss: Mean cross-entropy.
-    """
-
-    confusion: Tensor
-    top5: float
-    loss: float
+    confusion: Tensor  # Images of class i that were taken for class j, `[K, K]`.
+    top5: float  # Share of the images whose class is among the five first.
+    loss: float  # Mean cross-entropy.
 
     @property
     def accuracy(self) -> float:

@@ -12,26 +12,18 @@ Manifest = dict[str, tuple[int, str]]
 
 @dataclass
 class FileRecord:
-    """What is known of the files of a folder data set.
+    """What is known of the files of a folder data set."""
 
-    Attributes:
-        train: Names of the training files, below the data set's folder.
-        manifest: Label and fingerprint of every file, by name: what must be the same on resume.
-        left_out: Name to reason of files that were damaged before the first step.
-        lost: Indices of training files that went bad later, and of none of which a view is made.
-        lost_tests: The same of test files.
-        reasons: Name to reason of the lost ones.
-        notes: For people.
-        twins: Names of files that show the same image, where it was looked for.
-    """
-
-    train: list[str]
-    manifest: Manifest
+    train: list[str]  # Names of the training files, below the data set's folder.
+    manifest: Manifest  # Label and fingerprint of every file, by name: what must be the same on resume.
+    # Name to reason of files that were damaged before the first step.
     left_out: dict[str, str] = field(default_factory=dict)
+    # Indices of training files that went bad later, and of none of which a view is made.
     lost: frozenset[int] = frozenset()
-    lost_tests: frozenset[int] = frozenset()
-    reasons: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    lost_tests: frozenset[int] = frozenset()  # The same of test files.
+    reasons: dict[str, str] = field(default_factory=dict)  # Name to reason of the lost ones.
+    notes: list[str] = field(default_factory=list)  # For people.
+    # Names of files that show the same image, where it was looked for.
     twins: list[list[str]] = field(default_factory=list)
 
     def digest(self) -> str:

@@ -26,15 +26,10 @@ _SYSTEM = frozenset({"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System
 
 @dataclass(frozen=True)
 class Files:
-    """Some files of a data set.
+    """Some files of a data set."""
 
-    Attributes:
-        names: Paths below the data set's folder.
-        labels: Class of each, or `NO_LABEL`.
-    """
-
-    names: list[str]
-    labels: list[int]
+    names: list[str]  # Paths below the data set's folder.
+    labels: list[int]  # Class of each, or `NO_LABEL`.
 
     def without(self, left_out: set[str]) -> Files:
         """The same but for some names."""
@@ -44,21 +39,13 @@ class Files:
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a folder data set, in label order and then by name; those without a label come last.
+    """The files of a folder data set, in label order and then by name; those without a label come last."""
 
-    Attributes:
-        root: The folder.
-        classes: Class names in alphabetical order, in Unicode's composed form.
-        train: Training files.
-        test: Test files; none where there is no test part.
-        notes: What was found and is not used, for people.
-    """
-
-    root: Path
-    classes: list[str]
-    train: Files
-    test: Files
-    notes: list[str]
+    root: Path  # The folder.
+    classes: list[str]  # Class names in alphabetical order, in Unicode's composed form.
+    train: Files  # Training files.
+    test: Files  # Test files; none where there is no test part.
+    notes: list[str]  # What was found and is not used, for people.
 
 
 def list_folder(root: Path) -> Listing:

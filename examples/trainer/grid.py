@@ -50,24 +50,16 @@ OWN = {"preset", "seed", "output", *_TERM}
 
 @dataclass(frozen=True)
 class Budget:
-    """How much to spend on each run.
+    """How much to spend on each run."""
 
-    Attributes:
-        text: One line for `--help`.
-        seeds: Runs of each variant, unless `--seeds` says otherwise.
-        options: Of the trainer, for every run.
-        columns: Column of the paper's tables to the options of the data that stand for it.
-        seconds_per_step: On one core of an x86-64 CPU, without and with the term: a first guess for `--list`, replaced
-            by this machine's own times as soon as there are some.
-        one_thread: Images so small that more threads than one are slower.
-    """
-
-    text: str
-    seeds: int
-    options: dict[str, Any]
-    columns: dict[str, dict[str, Any]]
+    text: str  # One line for `--help`.
+    seeds: int  # Runs of each variant, unless `--seeds` says otherwise.
+    options: dict[str, Any]  # Of the trainer, for every run.
+    columns: dict[str, dict[str, Any]]  # Column of the paper's tables to the options of the data that stand for it.
+    # On one core of an x86-64 CPU, without and with the term: a first guess for `--list`, replaced by this machine's
+    # own times as soon as there are some.
     seconds_per_step: tuple[float, float]
-    one_thread: bool = False
+    one_thread: bool = False  # Images so small that more threads than one are slower.
 
     @property
     def longer(self) -> float:
@@ -122,19 +114,12 @@ BUDGETS = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the grid.
+    """One run of the grid."""
 
-    Attributes:
-        column: Column of the paper's tables.
-        variant: Key of `VARIANTS`.
-        config: Its options, resolved.
-        arguments: The trainer's command line.
-    """
-
-    column: str
-    variant: str
-    config: Config
-    arguments: tuple[str, ...]
+    column: str  # Column of the paper's tables.
+    variant: str  # Key of `VARIANTS`.
+    config: Config  # Its options, resolved.
+    arguments: tuple[str, ...]  # The trainer's command line.
 
     @property
     def folder(self) -> Path:
@@ -159,21 +144,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """All cells of some tables at one budget.
+    """All cells of some tables at one budget."""
 
-    Attributes:
-        folder: Where they are.
-        budget: Key of `BUDGETS`.
-        tables: Keys of `trainer.claims.CLAIMS`.
-        cells: Seed by seed, so that an interrupted grid has its pairs.
-        absent: Column that is not run to the reason.
-    """
-
-    folder: Path
-    budget: str
-    tables: tuple[str, ...]
-    cells: tuple[Cell, ...]
-    absent: dict[str, str]
+    folder: Path  # Where they are.
+    budget: str  # Key of `BUDGETS`.
+    tables: tuple[str, ...]  # Keys of `trainer.claims.CLAIMS`.
+    cells: tuple[Cell, ...]  # Seed by seed, so that an interrupted grid has its pairs.
+    absent: dict[str, str]  # Column that is not run to the reason.
 
     def protocol(self) -> dict[str, dict[str, Any]]:
         """Column to the options of its GGCR runs that decide numbers; the other variants change what they name."""

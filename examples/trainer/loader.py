@@ -33,23 +33,14 @@ LEFT_OUT = "left_out.jsonl"
 
 
 class StepImages(NamedTuple):
-    """The uint8 images `[*, H, W, 3]` of one batch, before normalisation, with what is known of them.
+    """The uint8 images `[*, H, W, 3]` of one batch, before normalisation, with what is known of them."""
 
-    Attributes:
-        x: Labeled images `[B, H, W, 3]`.
-        y: Their labels `[B]`.
-        weak: Weak views `[U, H, W, 3]`; U is 0 for a supervised run.
-        strong: Strong views of the same images.
-        indices: Which training images these are `[U]`.
-        truth: Their labels `[U]`, for the log only; -1 where there is none.
-    """
-
-    x: Tensor
-    y: Tensor
-    weak: Tensor
-    strong: Tensor
-    indices: Tensor
-    truth: Tensor
+    x: Tensor  # Labeled images `[B, H, W, 3]`.
+    y: Tensor  # Their labels `[B]`.
+    weak: Tensor  # Weak views `[U, H, W, 3]`; U is 0 for a supervised run.
+    strong: Tensor  # Strong views of the same images.
+    indices: Tensor  # Which training images these are `[U]`.
+    truth: Tensor  # Their labels `[U]`, for the log only; -1 where there is none.
 
 
 class Batches(Dataset[StepImages]):

@@ -13,40 +13,24 @@ MOST_POINTS = 240
 
 @dataclass(frozen=True)
 class Series:
-    """The curve of one group.
+    """The curve of one group."""
 
-    Attributes:
-        name: The group's.
-        colour: Number of its colour, the same in every panel.
-        steps: Where it has points.
-        middle: Its height there.
-        band: Lower and upper edge there; None without a band.
-    """
-
-    name: str
-    colour: int
-    steps: list[int]
-    middle: list[float]
-    band: tuple[list[float], list[float]] | None
+    name: str  # The group's.
+    colour: int  # Number of its colour, the same in every panel.
+    steps: list[int]  # Where it has points.
+    middle: list[float]  # Its height there.
+    band: tuple[list[float], list[float]] | None  # Lower and upper edge there; None without a band.
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture.
+    """One picture."""
 
-    Attributes:
-        key: For file names.
-        title: What it shows.
-        words: How to read line and band.
-        series: The curves; those of groups without such numbers are left out.
-        floor: Where the axis of heights begins; None for what the curves need.
-    """
-
-    key: str
-    title: str
-    words: str
-    series: tuple[Series, ...]
-    floor: float | None = None
+    key: str  # For file names.
+    title: str  # What it shows.
+    words: str  # How to read line and band.
+    series: tuple[Series, ...]  # The curves; those of groups without such numbers are left out.
+    floor: float | None = None  # Where the axis of heights begins; None for what the curves need.
 
 
 Curve = Callable[[Run], Mapping[int, float]]

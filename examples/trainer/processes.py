@@ -28,19 +28,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all.
+    """This process among all."""
 
-    Attributes:
-        rank: 0 to world - 1.
-        world: W, the number of processes.
-        local_world: Processes on this machine.
-        device: Where this process computes.
-    """
-
-    rank: int
-    world: int
-    local_world: int
-    device: torch.device
+    rank: int  # 0 to world - 1.
+    world: int  # W, the number of processes.
+    local_world: int  # Processes on this machine.
+    device: torch.device  # Where this process computes.
 
     @property
     def first(self) -> bool:

@@ -18,35 +18,20 @@ from trainer.statistics import FINAL
 
 @dataclass(frozen=True)
 class Run:
-    """What a run directory says about itself.
+    """What a run directory says about itself."""
 
-    Attributes:
-        folder: The run directory.
-        label: What was trained, for legends.
-        options: Its options.
-        steps: Steps of each evaluation.
-        accuracies: Test accuracy of each evaluation.
-        summary: `summary.json`, or None while the run is unfinished.
-        training: The lines of metrics.jsonl that average training steps.
-        timing: Steps and the seconds of training behind them, rising.
-        rate: Images per second of training, where it is known.
-        split: SHA-256 of the labeled split, where it is known.
-        data: SHA-256 of the data set, where it is known.
-        environment: Where it was started: device, versions, revision.
-    """
-
-    folder: Path
-    label: str
-    options: dict[str, Any]
-    steps: list[int]
-    accuracies: list[float]
-    summary: dict[str, Any] | None
-    training: list[dict[str, Any]]
-    timing: list[tuple[int, float]]
-    rate: float | None
-    split: str | None
-    data: str | None
-    environment: dict[str, Any]
+    folder: Path  # The run directory.
+    label: str  # What was trained, for legends.
+    options: dict[str, Any]  # Its options.
+    steps: list[int]  # Steps of each evaluation.
+    accuracies: list[float]  # Test accuracy of each evaluation.
+    summary: dict[str, Any] | None  # `summary.json`, or None while the run is unfinished.
+    training: list[dict[str, Any]]  # The lines of metrics.jsonl that average training steps.
+    timing: list[tuple[int, float]]  # Steps and the seconds of training behind them, rising.
+    rate: float | None  # Images per second of training, where it is known.
+    split: str | None  # SHA-256 of the labeled split, where it is known.
+    data: str | None  # SHA-256 of the data set, where it is known.
+    environment: dict[str, Any]  # Where it was started: device, versions, revision.
 
     @property
     def seed(self) -> int:
@@ -145,15 +130,10 @@ _FILES = {"data": "data_dir", "init_sha256": "init_from"}
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of the same options and data; only the seed differs.
+    """Runs of the same options and data; only the seed differs."""
 
-    Attributes:
-        name: Their label, with the options that tell them from other groups of the same label.
-        runs: By seed, rising.
-    """
-
-    name: str
-    runs: tuple[Run, ...]
+    name: str  # Their label, with the options that tell them from other groups of the same label.
+    runs: tuple[Run, ...]  # By seed, rising.
 
     @property
     def finished(self) -> tuple[Run, ...]:

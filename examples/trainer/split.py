@@ -27,19 +27,12 @@ FILES = "files.jsonl.gz"
 
 @dataclass(frozen=True)
 class Split:
-    """Which training images are for what; the unlabeled set is all but the held-out ones, the labeled ones included.
+    """Which training images are for what; the unlabeled set is all but the held-out ones, the labeled ones included."""
 
-    Attributes:
-        labeled: Sorted indices into the training images.
-        held_out: Sorted indices of labeled images that are not trained on.
-        digest: SHA-256 of the class names, all training labels and these indices.
-        data_digest: SHA-256 of the data set.
-    """
-
-    labeled: Tensor
-    held_out: Tensor
-    digest: str
-    data_digest: str
+    labeled: Tensor  # Sorted indices into the training images.
+    held_out: Tensor  # Sorted indices of labeled images that are not trained on.
+    digest: str  # SHA-256 of the class names, all training labels and these indices.
+    data_digest: str  # SHA-256 of the data set.
 
 
 def choose_labeled(data: DataSet, config: Config) -> Split:

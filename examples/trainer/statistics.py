@@ -13,34 +13,21 @@ FINAL = ("last", "median_last_20", "best")
 
 @dataclass(frozen=True)
 class Spread:
-    """Some numbers in three.
+    """Some numbers in three."""
 
-    Attributes:
-        n: How many.
-        mean: Their mean.
-        sd: Their standard deviation, with n - 1 in the denominator; None for a single number.
-    """
-
-    n: int
-    mean: float
-    sd: float | None
+    n: int  # How many.
+    mean: float  # Their mean.
+    sd: float | None  # Their standard deviation, with n - 1 in the denominator; None for a single number.
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of the differences by seed, with Student's interval for it.
+    """Mean of the differences by seed, with Student's interval for it."""
 
-    Attributes:
-        n: Seeds that both have.
-        mean: Mean difference.
-        low: Lower end of the interval at `CONFIDENCE`; None for a single seed.
-        high: Upper end.
-    """
-
-    n: int
-    mean: float
-    low: float | None
-    high: float | None
+    n: int  # Seeds that both have.
+    mean: float  # Mean difference.
+    low: float | None  # Lower end of the interval at `CONFIDENCE`; None for a single seed.
+    high: float | None  # Upper end.
 
     def contains(self, value: float) -> bool | None:
         """Whether the interval holds `value`; None where there is no interval."""
