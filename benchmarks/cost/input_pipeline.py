@@ -22,8 +22,7 @@ from harness import Row, alternate, heading, parse, parser, setting, show, timed
 
 from trainer.augment import STRONG_DRAWS, WEAK_DRAWS, strong_view, weak_view
 from trainer.config import Config, preset_config, resolve
-from trainer.datasets import Images
-from trainer.folder import load_folder
+from trainer.datasets import Images, load_images
 from trainer.loader import StepDataset, ToModel
 from trainer.split import choose_labeled
 from trainer.step import Trainer
@@ -44,10 +43,10 @@ def main() -> None:
     options = parse(made, rounds=2, step_rounds=1, arch="wrn-10-1", batch_size=2, unlabeled_ratio=2)
     clock = options.clock
     read: list[Any] = []
-    seconds = timed(lambda: read.append(load_folder(options.data_dir, None)), clock, "cpu")
-    classes, train, test = read[0]
-    images = Images("folder", classes, train[0], train[1], test[0], test[1], flip=True)
-    decoded = len(train[1]) + len(test[1])
+    folder = Config(dataset="folder", data_dir=str(options.data_dir))
+    seconds = timed(lambda: read.append(load_images(folder)), clock, "cpu")
+    images: Images = read[0]
+    classes, decoded = images.classes, len(images.train_y) + len(images.test_y)
     rows: list[Row] = [_row("decode (once a run)", decoded, {"seconds_median": seconds})]
 
     base = dataclasses.replace(

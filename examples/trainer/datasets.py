@@ -18,8 +18,7 @@ from torch import Tensor
 
 from trainer.config import Config
 from trainer.errors import DatasetError, ResumeError
-from trainer.file_record import FileRecord, twins
-from trainer.folder import NO_LABEL, Files, decode, list_folder
+from trainer.folder import NO_LABEL, FileRecord, Files, decode, list_folder, twins
 from trainer.images import CHECK_SECONDS, damaged, for_each, read_image
 
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # its channels' mean and deviation, as torchvision has them

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import collections
+import hashlib
+import json
 import os
 import unicodedata
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -232,21 +235,38 @@ def decode(root: Path, names: list[str], side: int | None, lost: dict[str, str])
     return torch.from_numpy(images), found
 
 
-def load_folder(root: Path, image_size: int | None) -> tuple[list[str], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Decode a folder data set into memory.
+Manifest = dict[str, tuple[int, str]]
 
-    Args:
-        root: As for `list_folder`.
-        image_size: Side to resize (shorter side) and centre-crop to; None: all images must have one size.
 
-    Returns:
-        Class names in alphabetical order, then images uint8 `[N, H, W, 3]` and labels int64 `[N]` of the
-        training part and of the test part.
-    """
-    listing = list_folder(root)
-    pixels, bad = decode(root, listing.train.names + listing.test.names, image_size, {})
-    if bad:
-        raise damaged(bad)
-    train = len(listing.train.names)
-    parts = [torch.tensor(part.labels, dtype=torch.int64) for part in (listing.train, listing.test)]
-    return listing.classes, (pixels[:train], parts[0]), (pixels[train:], parts[1])
+@dataclass
+class FileRecord:
+    """What is known of the files of a folder data set."""
+
+    train: list[str]  # Names of the training files, below the data set's folder.
+    manifest: Manifest  # Label and fingerprint of every file, by name: what must be the same on resume.
+    # Name to reason of files that were damaged before the first step.
+    left_out: dict[str, str] = field(default_factory=dict)
+    # Indices of training files that went bad later, and of none of which a view is made.
+    lost: frozenset[int] = frozenset()
+    lost_tests: frozenset[int] = frozenset()  # The same of test files.
+    reasons: dict[str, str] = field(default_factory=dict)  # Name to reason of the lost ones.
+    notes: list[str] = field(default_factory=list)  # For people.
+    # Names of files that show the same image, where it was looked for.
+    twins: list[list[str]] = field(default_factory=list)
+
+    def digest(self) -> str:
+        """SHA-256 of the manifest."""
+        return hashlib.sha256("".join(manifest_lines(self.manifest)).encode()).hexdigest()
+
+
+def twins(prints: Iterable[tuple[str, str | bytes]]) -> list[list[str]]:
+    """Names of equal fingerprints, where there are several."""
+    names: dict[str | bytes, list[str]] = {}
+    for name, mark in prints:
+        names.setdefault(mark, []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def manifest_lines(manifest: Manifest) -> Iterable[str]:
+    """A manifest as text, a file a line."""
+    return (json.dumps([name, label, fingerprint]) + "\n" for name, (label, fingerprint) in manifest.items())

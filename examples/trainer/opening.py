@@ -14,8 +14,7 @@ import torch
 from trainer.config import Config
 from trainer.datasets import DataSet, load_images
 from trainer.errors import OtherProcessError, ResumeError
-from trainer.file_record import FileRecord
-from trainer.folder import NO_LABEL
+from trainer.folder import NO_LABEL, FileRecord
 from trainer.loader import LEFT_OUT
 from trainer.processes import Processes
 from trainer.rundir import check_run, finished_line

@@ -18,8 +18,8 @@ from torch import Tensor
 from trainer.config import Config
 from trainer.datasets import DataSet, Images
 from trainer.errors import DatasetError, OptionError, ResumeError
-from trainer.file_record import FileRecord, manifest_lines
 from trainer.files import finite, read_json, regular_size, write_atomically, write_json
+from trainer.folder import FileRecord, manifest_lines
 from trainer.streams import Stream, permutation
 
 FILES = "files.jsonl.gz"

@@ -22,9 +22,10 @@ from support.forgeries import ARCHIVES, PICKLES
 from support.pictures import MakeFolder
 from support.runs import MakeConfig
 from trainer.checkpoint import load_latest, remove_leftovers, save_checkpoint
+from trainer.config import Config
 from trainer.datasets import load_images
 from trainer.errors import CheckpointError, DatasetError, OptionError, ResumeError
-from trainer.folder import load_folder
+from trainer.folder import list_folder
 from trainer.rundir import exclusive
 from trainer.training import main, run
 
@@ -281,10 +282,10 @@ def test_an_image_that_cannot_be_read_is_named(photo_folder: MakeFolder, become:
     root = photo_folder(train={"a": 2, "b": 1}, test={"a": 1, "b": 1})
     BECOME[become](root / "train" / "a" / "001.png")
     with pytest.raises(DatasetError, match=r"train.a.001\.png cannot be read as an image .*replace or remove it"):
-        load_folder(root, None)
+        load_images(Config(dataset="folder", data_dir=str(root)))
 
 
 def test_a_class_that_is_a_loop_is_no_class(photo_folder: MakeFolder) -> None:
     root = photo_folder(train={"a": 1, "b": 1}, test={"a": 1, "b": 1})
     (root / "train" / "c").symlink_to(root / "train" / "c")
-    assert load_folder(root, None)[0] == ["a", "b"]
+    assert list_folder(root).classes == ["a", "b"]
