@@ -26,6 +26,8 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
 _ORIENTATION, _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 0x0112, 258, 262, 339  # tags of EXIF and TIFF
+# What Pillow makes of the value 1 of a PNG's grey; the value that is transparent comes as it stands in the file.
+_PNG_GREY = {"1": 255, "L;2": 85, "L;4": 17}
 # A check that was not asked for may take so many seconds; its length is known after the first few.
 CHECK_SECONDS, JUDGED_AFTER = 60.0, 2.0
 _CHUNK = 16
@@ -49,11 +51,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """An opened image as `read_image` returns it."""
     tags = getattr(image, "tag_v2", {})  # before loading, which may drop them
     bits, white_is_zero = int(tags.get(_BITS, (16,))[0]), tags.get(_PHOTOMETRIC) == 0
+    tiles = getattr(image, "tile", None)
+    raw = str(tiles[0][3]) if tiles and image.format == "PNG" else ""
     if any(kind not in (1, 4) for kind in tags.get(_SAMPLE_FORMAT, (1,))):
         raise ValueError("its pixels are floats or signed numbers, whose range is not known: save it with 8 or 16 bits")
+    if raw.startswith("RGB;16") and "transparency" in image.info:
+        raise ValueError("its transparent colour has 16 bits, of which 8 are read: save it with 8, or with alpha")
     image.load()
     orientation = _orientation(image)
-    rgb = _eight_bits(image, bits, white_is_zero)
+    rgb = _eight_bits(image, bits, white_is_zero, _PNG_GREY.get(raw, 1))
     return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
 
 
@@ -64,7 +70,7 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _eight_bits(image: Image.Image, bits: int, white_is_zero: bool) -> Image.Image:
+def _eight_bits(image: Image.Image, bits: int, white_is_zero: bool, grey_step: int) -> Image.Image:
     mode, clear = image.mode, image.info.get("transparency")
     # Pillow gives 16-bit PNG and PPM as "I" in some releases, and scales PPM to 16 bits.
     if mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM")):
@@ -78,6 +84,10 @@ def _eight_bits(image: Image.Image, bits: int, white_is_zero: bool) -> Image.Ima
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if mode in ("I", "F") or mode.startswith("I;"):
         raise ValueError(f"its pixels are of mode {mode}, whose range is not known: save it with 8 or 16 bits")
+    if isinstance(clear, int) and mode in ("1", "L"):
+        pixels = np.array(image.convert("L"))
+        pixels[pixels == clear * grey_step] = 255
+        return Image.fromarray(pixels).convert("RGB")
     if clear is not None or mode in ("RGBA", "LA", "PA", "La", "RGBa"):
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
