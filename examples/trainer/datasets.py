@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trainer.config import Config
 from trainer.errors import DatasetError, ResumeError
-from trainer.folder import NO_LABEL, FileRecord, Files, decode, list_folder, twins
+from trainer.folder import NO_LABEL, FileRecord, Files, Manifest, decode, list_folder, twins
 from trainer.images import CHECK_SECONDS, damaged, for_each, read_image
 
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # its channels' mean and deviation, as torchvision has them
@@ -144,12 +144,13 @@ def _folder(config: Config, before: FileRecord | None) -> DataSet:
         train, test, gone = _as_before(config, before, train, test)
         lost |= gone
     names = train.names + test.names
-    pixels, same = torch.empty(0), list[list[str]]()
+    pixels, stamps, digests = torch.empty(0), dict[str, tuple[str, str]](), dict[str, str]()
     if in_memory:
         pixels, found = decode(root, names, config.image_size, lost)
+        bad = {names[index]: reason for index, reason in found.items()}
     else:
-        found, same = _check(config, root, names, lost, new=before is None)
-    bad = {names[index]: reason for index, reason in found.items()}
+        stamps = {name: _stamp(root / name) for name in names if name not in lost}
+        bad, digests = _check(config, root, stamps, before)
     if bad and not config.skip_damaged:
         raise damaged(bad)
     if before is None:
@@ -164,20 +165,22 @@ def _folder(config: Config, before: FileRecord | None) -> DataSet:
     else:
         lost |= bad
     labels = train.labels + test.labels
-    prints = _fingerprints(root, names, pixels if in_memory else None, lost)
-    manifest = {name: (label, mark) for name, label, mark in zip(names, labels, prints, strict=True)}
+    if in_memory:
+        digests = {name: _sha(image.tobytes()) for name, image in zip(names, pixels.numpy(), strict=True)}
+    marks = digests if in_memory else {name: size for name, (size, _) in stamps.items()}
+    manifest = {name: (label, marks.get(name, "")) for name, label in zip(names, labels, strict=True)}
+    contents = {name: (digests.get(name, ""), stamp) for name, (_, stamp) in stamps.items()}
     if before is not None and before.manifest:
-        changed = [name for name in names if name not in lost and manifest[name] != before.manifest[name]]
+        changed = _changed(before, [name for name in names if name not in lost], manifest, contents, listing.notes)
         if changed and not config.skip_damaged:
             raise _other_files(config, "changed", changed)
         lost |= dict.fromkeys(changed, "is another file than before")
-        manifest = before.manifest
-    if in_memory:
-        same = twins(zip(names, prints, strict=True))
+        manifest, contents = before.manifest, before.contents
     lost_train, lost_test = (
         frozenset(k for k, name in enumerate(part.names) if name in lost) for part in (train, test)
     )
-    record = FileRecord(train.names, manifest, left_out, lost_train, lost_test, lost, listing.notes, same)
+    same = twins({name: digest for name, digest in digests.items() if name not in lost})
+    record = FileRecord(train.names, manifest, left_out, lost_train, lost_test, lost, listing.notes, same, contents)
     name = f"folder {root.resolve().name}"
     if not in_memory:
         return PhotographFolder(name, listing.classes, Photographs(root, train), Photographs(root, test), record)
@@ -202,6 +205,24 @@ def _as_before(config: Config, before: FileRecord, train: Files, test: Files) ->
     return first, second, dict.fromkeys(gone, "is gone")
 
 
+def _changed(
+    before: FileRecord, names: list[str], manifest: Manifest, contents: dict[str, tuple[str, str]], notes: list[str]
+) -> list[str]:
+    """The files that are others than the run began with, by their label, pixels, size or bytes."""
+    changed, unsure = [], 0
+    for name in names:
+        (known, then), (digest, now) = before.contents.get(name, ("", "")), contents.get(name, ("", ""))
+        if manifest[name] != before.manifest[name] or (known and digest and known != digest):
+            changed.append(name)
+        unsure += bool(then) and not known and then != now
+    if unsure:
+        notes.append(
+            f"{unsure:,} files of their old sizes have other dates than when the run began, which had not read them: "
+            "they are taken for the same. A run with --check-images True knows its files"
+        )
+    return changed
+
+
 def _other_files(config: Config, what: str, names: list[str]) -> ResumeError:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     remedy = "remove them" if what == "new" else "restore them, or give --skip-damaged to go on without them"
@@ -213,35 +234,38 @@ def _other_files(config: Config, what: str, names: list[str]) -> ResumeError:
 
 
 def _check(
-    config: Config, root: Path, names: list[str], lost: dict[str, str], *, new: bool
-) -> tuple[dict[int, str], list[list[str]]]:
-    """Which files cannot be read, and which are the same; a run that goes on has checked them before."""
-    if config.check_images is False or (config.check_images is None and not new):
-        return {}, []
-    prints: dict[int, bytes] = {}
+    config: Config, root: Path, stamps: dict[str, tuple[str, str]], before: FileRecord | None
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Read files before the first step: what is wrong with the bad ones, and a digest of each good one.
+
+    A run that goes on reads those alone that may be others by now: their inodes or dates differ, as in a copy.
+    """
+    names = list(stamps) if config.check_images or (config.check_images is None and before is None) else []
+    if before is not None and not names:
+        known = before.contents
+        names = [name for name in stamps if known.get(name, ("",))[0] and known[name][1] != stamps[name][1]]
+    digests: dict[str, str] = {}
 
     def work(index: int) -> None:
-        if names[index] not in lost:
-            read_image(root / names[index])
-            prints[index] = hashlib.sha256((root / names[index]).read_bytes()).digest()[:8]
+        read_image(root / names[index])
+        digests[names[index]] = _sha((root / names[index]).read_bytes())
 
-    most = CHECK_SECONDS if config.check_images is None else None
-    bad = for_each(len(names), work, verb="checked", most_seconds=most)
-    return bad, twins((names[index], prints[index]) for index in sorted(prints))
-
-
-def _fingerprints(root: Path, names: list[str], pixels: Tensor | None, lost: dict[str, str]) -> list[str]:
-    """A hash of each image's pixels where they are in memory, else the file's size."""
-    if pixels is not None:
-        return [hashlib.sha256(image.tobytes()).hexdigest()[:16] for image in pixels.numpy()]
-    return ["" if name in lost else str(_size(root / name)) for name in names]
+    most = CHECK_SECONDS if config.check_images is None and before is None else None
+    bad = for_each(len(names), work, verb="checked", most_seconds=most) if names else {}
+    return {names[index]: reason for index, reason in bad.items()}, dict(sorted(digests.items()))
 
 
-def _size(path: Path) -> int:
+def _stamp(path: Path) -> tuple[str, str]:
+    """Size of a file, and what changes when another one is put in its place, whatever its size."""
     try:
-        return path.stat().st_size
+        found = path.stat()
     except OSError:  # a broken link, if files are not checked
-        return NO_LABEL
+        return str(NO_LABEL), ""
+    return str(found.st_size), f"{found.st_ino} {found.st_mtime_ns} {found.st_ctime_ns}"
+
+
+def _sha(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _digits() -> Images:

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import unicodedata
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -253,20 +252,18 @@ class FileRecord:
     notes: list[str] = field(default_factory=list)  # For people.
     # Names of files that show the same image, where it was looked for.
     twins: list[list[str]] = field(default_factory=list)
+    # Name to digest (empty where it was not read) and stamp of each file of a stream.
+    contents: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def digest(self) -> str:
         """SHA-256 of the manifest."""
-        return hashlib.sha256("".join(manifest_lines(self.manifest)).encode()).hexdigest()
+        lines = (json.dumps([name, *known]) + "\n" for name, known in self.manifest.items())
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def twins(prints: Iterable[tuple[str, str | bytes]]) -> list[list[str]]:
-    """Names of equal fingerprints, where there are several."""
-    names: dict[str | bytes, list[str]] = {}
-    for name, mark in prints:
-        names.setdefault(mark, []).append(name)
+def twins(digests: dict[str, str]) -> list[list[str]]:
+    """Names of equal digests, where there are several."""
+    names: dict[str, list[str]] = {}
+    for name, digest in digests.items():
+        names.setdefault(digest, []).append(name)
     return [group for group in names.values() if len(group) > 1]
-
-
-def manifest_lines(manifest: Manifest) -> Iterable[str]:
-    """A manifest as text, a file a line."""
-    return (json.dumps([name, label, fingerprint]) + "\n" for name, (label, fingerprint) in manifest.items())

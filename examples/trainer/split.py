@@ -19,7 +19,7 @@ from trainer.config import Config
 from trainer.datasets import DataSet, Images
 from trainer.errors import DatasetError, OptionError, ResumeError
 from trainer.files import finite, read_json, regular_size, write_atomically, write_json
-from trainer.folder import FileRecord, manifest_lines
+from trainer.folder import FileRecord
 from trainer.streams import Stream, permutation
 
 FILES = "files.jsonl.gz"
@@ -200,7 +200,8 @@ def store_or_check(path: Path, split: Split, data: DataSet) -> tuple[list[float]
             raise ResumeError(f"{path} is missing from a run with checkpoints: restore it, or give another --output.")
         record = split_record(split, data)
         if data.files is not None:  # first: split.json vouches for it
-            lines = "".join(manifest_lines(data.files.manifest)).encode()
+            rows = [[name, *known, *data.files.contents.get(name, ())] for name, known in data.files.manifest.items()]
+            lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
             write_atomically(path.with_name(FILES), lambda file: file.write(gzip.compress(lines, 6, mtime=0)))
         write_json(path, record)
         return record["mean"], record["std"]
@@ -261,13 +262,16 @@ def files_before(folder: Path) -> FileRecord | None:
         return None
     path = folder / FILES
     try:
-        content = gzip.decompress(path.read_bytes())
-        if hashlib.sha256(content).hexdigest() != stored["data_sha256"]:
-            raise ValueError("it is not the list that split.json names")
-        rows = [json.loads(line) for line in content.decode().splitlines()]
-        manifest = {str(name): (int(label), str(mark)) for name, label, mark in rows}
+        rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
+        manifest = {str(name): (int(label), str(mark)) for name, label, mark, *_ in rows}
+        contents = {
+            str(name): (str(digest), str(stamp)) for name, _, _, *more in rows for digest, stamp in [more] * bool(more)
+        }
         left_out = {str(name): str(reason) for name, reason in stored["left_out"].items()}
-        return FileRecord(list(manifest)[: int(stored["training_files"])], manifest, left_out)
+        record = FileRecord(list(manifest)[: int(stored["training_files"])], manifest, left_out, contents=contents)
+        if record.digest() != stored["data_sha256"]:
+            raise ValueError("it is not the list that split.json names")
+        return record
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ResumeError(f"{path} cannot be read ({error}): restore it, or give another --output.") from error
 
