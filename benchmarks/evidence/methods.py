@@ -34,7 +34,7 @@ from trainer.ema import AveragedModel
 from trainer.evaluation import Evaluated, evaluate
 from trainer.loader import StepDataset, StepImages, ToModel
 from trainer.methods import METHODS, build_method
-from trainer.schedule import build_optimizer, set_learning_rate
+from trainer.optimizer import build_optimizer, set_learning_rate
 from trainer.split import choose_labeled
 
 COLUMNS = {"variant": "<26", "mean": "8.4f", "spread": "8.4f", "milliseconds": "8.1f", "ratio": "6.2f"}

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 from gradconsist import GGCRWrapper, GradientConsistencyLoss, SSLBatch, StepOutput, ViewPair
 from gradconsist.methods import FixMatch, MeanTeacher, PseudoLabel
-from trainer.schedule import build_optimizer, set_learning_rate
+from trainer.optimizer import build_optimizer, set_learning_rate
 
 LABELED, UNLABELED = 16, 32  # images of a step
 CLASSES = ("airplane", "automobile")  # of the photographs; chosen on held-out images, without the term

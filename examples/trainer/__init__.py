@@ -4,10 +4,10 @@
 | --- | --- |
 | `launch`, `cli`, `config`, `config_file`, `option_checks`, `defaults` | the options, their defaults, what is refused |
 | `images`, `folder`, `datasets`, `split` | files as upright RGB, in memory or streamed; which are labeled |
-| `streams`, `augment`, `operations`, `randaugment`, `views` | randomness by counter, weak and strong views |
-| `loader`, `waiting` | batches by number, a part for each process, and whether a run waits for them |
-| `models`, `ema`, `schedule` | networks, the averaged model, the optimizer and its learning rate |
-| `methods`, `sam` | what is trained: supervised only, FixMatch, FixMatch with GGCR |
+| `streams`, `augment`, `randaugment`, `views` | randomness by counter, weak and strong views |
+| `loader` | batches by number, a part for each process, and whether a run waits for them |
+| `models`, `ema`, `optimizer` | networks, the averaged model, what takes a step |
+| `methods` | what is trained: supervised only, FixMatch, FixMatch with GGCR |
 | `step`, `training`, `stopping`, `evaluation` | a step, the run, its pauses, the accuracy |
 | `weights` | the averaged weights as safetensors, and runs that start from weights |
 | `processes` | the processes of a run under torchrun |

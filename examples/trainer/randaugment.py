@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as vision
 
-from trainer.operations import autocontrast, equalize
+from trainer.augment import autocontrast, equalize
 
 NUM_OPS, MAGNITUDE, BINS = 2, 10, 31
 Operation = Callable[[Image.Image, float], Image.Image]

@@ -17,14 +17,19 @@ from gradconsist.optim import SAM
 from trainer.config import Config
 from trainer.ema import AveragedModel
 from trainer.errors import CheckpointError, NonFiniteLossError, OtherProcessError, TrainerError, reason
-from trainer.half import AMP_TYPES, check_half_type, update_scale
 from trainer.loader import StepImages, ToModel
 from trainer.methods import build_method
 from trainer.models import build_network, check_forward, join_statistics
+from trainer.optimizer import (
+    AMP_TYPES,
+    build_optimizer,
+    check_half_type,
+    same_step_twice,
+    set_learning_rate,
+    update_scale,
+)
 from trainer.processes import ALONE, Processes, is_of_processes
 from trainer.runlog import Meter, Number
-from trainer.sam import same_step_twice
-from trainer.schedule import build_optimizer, set_learning_rate
 from trainer.weights import load_start
 
 # Sums over the pairs of a process; every other number of a step is a mean.

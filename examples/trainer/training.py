@@ -27,7 +27,16 @@ from trainer.evaluation import (
 )
 from trainer.files import read_json, write_json
 from trainer.launch import guarded
-from trainer.loader import LEFT_OUT, StepImages, ToModel, batches_of, spare_cores, step_batches, worker_count
+from trainer.loader import (
+    LEFT_OUT,
+    LoaderWatch,
+    StepImages,
+    ToModel,
+    batches_of,
+    spare_cores,
+    step_batches,
+    worker_count,
+)
 from trainer.loggers import Loggers, check_loggers, write_csv
 from trainer.opening import check_same_files, is_finished, load, record_left_out
 from trainer.plotting import draw_curves
@@ -38,7 +47,6 @@ from trainer.runs import read_run
 from trainer.split import Split, choose_labeled, store_or_check
 from trainer.step import Trainer
 from trainer.stopping import StopRequest
-from trainer.waiting import LoaderWatch
 from trainer.weights import describe, export_weights, read_start
 
 

@@ -7,8 +7,17 @@ from PIL import Image, ImageOps
 from torchvision.transforms import RandAugment
 
 from trainer import augment
-from trainer.augment import STRONG_DRAWS, fixmatch_policy, randaugment_policy, strong_view, weak_view
-from trainer.operations import GREY, OPERATIONS, autocontrast, equalize
+from trainer.augment import (
+    GREY,
+    OPERATIONS,
+    STRONG_DRAWS,
+    autocontrast,
+    equalize,
+    fixmatch_policy,
+    randaugment_policy,
+    strong_view,
+    weak_view,
+)
 
 Pixels = np.ndarray
 

@@ -22,8 +22,8 @@ from trainer.errors import DatasetError, OptionError, ResumeError
 from trainer.files import read_json
 from trainer.loader import StepImages, StepPhotographs, worker_count
 from trainer.models import build_network, classifier_head
+from trainer.optimizer import cosine_factor, set_learning_rate
 from trainer.processes import Processes, join
-from trainer.schedule import cosine_factor, set_learning_rate
 from trainer.split import choose_labeled
 from trainer.training import main, run
 

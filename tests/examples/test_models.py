@@ -10,7 +10,7 @@ from torch import nn
 from trainer.ema import AveragedModel
 from trainer.errors import OptionError
 from trainer.models import build_model
-from trainer.schedule import build_optimizer, cosine_factor, set_learning_rate
+from trainer.optimizer import build_optimizer, cosine_factor, set_learning_rate
 
 
 @pytest.mark.parametrize(

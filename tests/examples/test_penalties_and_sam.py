@@ -19,7 +19,7 @@ from trainer.config import method_label, resolve
 from trainer.errors import OptionError
 from trainer.methods import build_method
 from trainer.models import build_model
-from trainer.sam import same_step_twice
+from trainer.optimizer import same_step_twice
 from trainer.training import run
 
 ALL = {"optimizer": "sam", "sam_rho": 0.1, "jacobian_weight": 0.1, "ggcr_criterion": "gradient-norm"}

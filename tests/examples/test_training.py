@@ -21,7 +21,7 @@ from trainer.ema import AveragedModel
 from trainer.loader import StepDataset, ToModel
 from trainer.methods import METHODS, build_method
 from trainer.models import build_model
-from trainer.schedule import build_optimizer, set_learning_rate
+from trainer.optimizer import build_optimizer, set_learning_rate
 from trainer.split import draw_split
 from trainer.training import run
 

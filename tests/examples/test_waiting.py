@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 
-import trainer.waiting
+import trainer.loader
 from support.runs import MakeConfig
-from trainer.loader import StepDataset
+from trainer.loader import JUDGED_STEPS, WARMUP_STEPS, LoaderWatch, StepDataset
 from trainer.step import Trainer
 from trainer.training import run
-from trainer.waiting import JUDGED_STEPS, WARMUP_STEPS, LoaderWatch
 
 
 def advice(watch: LoaderWatch, waited: float, stepped: float) -> list[tuple[int, str]]:
@@ -64,8 +63,8 @@ def test_the_first_steps_do_not_count() -> None:
 def test_a_slow_data_set_is_noticed_in_a_run(
     tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], slow: bool
 ) -> None:
-    monkeypatch.setattr(trainer.waiting, "WARMUP_STEPS", 2)
-    monkeypatch.setattr(trainer.waiting, "JUDGED_STEPS", 4)
+    monkeypatch.setattr(trainer.loader, "WARMUP_STEPS", 2)
+    monkeypatch.setattr(trainer.loader, "JUDGED_STEPS", 4)
     built = StepDataset.__getitem__
 
     def delayed(self: StepDataset, step: int) -> Any:
