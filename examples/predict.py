@@ -95,12 +95,7 @@ class Classifier:
 
 
 def load(run: Path | str, device: str = "cpu") -> Classifier:
-    """Load what a run trained.
-
-    Args:
-        run: Its directory, finished or not, its `model.safetensors`, or a checkpoint `step-N.pt` in it.
-        device: Where to compute.
-    """
+    """Load what a run trained: from its directory, finished or not, its `model.safetensors`, or a checkpoint in it."""
     from trainer.weights import load_model
 
     return Classifier(*load_model(run), device)

@@ -46,11 +46,7 @@ def parse_config(
 ) -> Config:
     """Parse the trainer's command line; an unknown option or a wrong value ends the process with status 2.
 
-    Args:
-        arguments: The command line without the program's name.
-        presets: Defaults by the name of the preset; the first of them holds where none is named.
-        program: The program's name, for the usage line.
-        description: What `--help` says first.
+    The first of the presets holds where none is named; `description` is what `--help` says first.
     """
     try:
         return _parse(arguments, presets, program, description)

@@ -20,9 +20,7 @@ NOT_REPEATED = frozenset({"output", "config"})
 def read_options(path: Path, kind: type[Any]) -> dict[str, Any]:
     """Read options from a JSON or YAML object such as `{"labels": 250, "seed": 1}`, or from a run's `config.json`.
 
-    Args:
-        path: The file.
-        kind: The record of the trainer's options, whose fields and types are the ones allowed.
+    `kind` is the record of the trainer's options, whose fields and types are the ones allowed.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")

@@ -19,14 +19,8 @@ class AveragedModel:
 
     The average lives in its own module: the trained weights are never swapped in place.
 
-    Args:
-        model: The trained model.
-        decay: d, in [0, 1); 0 follows the model exactly.
-        warmup: Use `min(d, (1 + k) / (10 + k))` at step k, so that a short run forgets its initial weights.
-
-    Attributes:
-        model: The averaged copy, in eval mode, without gradients.
-        updates: Number of updates so far.
+    A decay d of 0 follows the model exactly. The warm-up uses `min(d, (1 + k) / (10 + k))` at step k, so that a short
+    run forgets its initial weights. `model` is the averaged copy, in eval mode, without gradients.
     """
 
     def __init__(self, model: nn.Module, decay: float, *, warmup: bool) -> None:

@@ -47,10 +47,10 @@ def refuse(error: BaseException) -> int:
     return getattr(error, "exit_code", 1)
 
 
-def reason(error: BaseException) -> str:
+def reason(error: BaseException, *, where: bool = True) -> str:
     """Kind, first line and place of an error that nobody foresaw, such as one in a network of the user's own."""
     frames = traceback.extract_tb(error.__traceback__)
     # What the reader can mend is the innermost line outside the libraries.
     own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
-    place = f", in {own[-1].filename}, line {own[-1].lineno}" if own else ""
+    place = f", in {own[-1].filename}, line {own[-1].lineno}" if own and where else ""
     return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}{place}"

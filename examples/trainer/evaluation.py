@@ -35,14 +35,8 @@ def shorter_side(size: int, feed: str) -> int:
 class Evaluated(Dataset[tuple[Tensor, Tensor, int]]):
     """Labeled images in batches, as a process sees them: every W-th from its rank on, none twice.
 
-    Args:
-        source: uint8 `[N, H, W, 3]`, or photographs.
-        y: Their labels `[N]`.
-        index: Which of them.
-        processes: Among whom they are shared.
-        size: Side of photographs.
-        record: Where to note photographs that cannot be read, which then do not count; None to end the run.
-        lost: Photographs that went bad before.
+    Of uint8 `[N, H, W, 3]` or photographs, cut to `size`, those of an index are seen but for the lost ones. `record` is
+    where to note photographs that cannot be read, which then do not count; without it, one of them ends the run.
     """
 
     def __init__(
@@ -171,13 +165,8 @@ def with_fresh_statistics(
     """A copy of a model whose BatchNorms hold statistics that its own weights gave, instead of a history of others'.
 
     Gradient consistency may move channel means, which BatchNorm removes in train mode; running statistics lag behind.
-
-    Args:
-        model: The model; it is not changed, and no random stream is.
-        pixels: Training images, uint8 `[N, H, W, 3]`; no label is needed.
-        to_model: Normalisation and device.
-        images: How many of them, the same ones each time.
-        batch: Images at a time; the statistics are the mean over the batches, the variance of a batch unbiased.
+    The same images are taken each time, and no random stream is changed; the statistics are the mean over the batches,
+    the variance of a batch unbiased.
     """
     fresh = copy.deepcopy(model).eval()
     for module in fresh.modules():
@@ -193,13 +182,11 @@ def with_fresh_statistics(
 
 
 def summarize(accuracies: list[float], judged: Sequence[float] = ()) -> dict[str, float]:
-    """The three numbers that papers report, from all evaluations of a run.
+    """The three numbers that papers report, from all evaluations of a run, at least one.
 
-    Args:
-        accuracies: Accuracies in the order of evaluation, at least one.
-        judged: Accuracies on held-out images at the same times; `best` is then that of the first highest of them.
+    `judged` are accuracies on held-out images at the same times; `best` is then that of the first highest of them.
     """
-    chosen = judged if judged else accuracies
+    chosen = judged or accuracies
     return {
         "last": accuracies[-1],
         "median_last_20": statistics.median(accuracies[-20:]),

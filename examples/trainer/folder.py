@@ -21,6 +21,7 @@ SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff"}
 )
 NO_LABEL = -1
+LEFT_OUT = "left_out.jsonl"  # of a run directory: the files that it goes on without
 _BROKEN = "broken links"
 # What archives, servers and disks put beside the images, thumbnails among it: hidden, whatever its name.
 _SYSTEM = frozenset({"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"})
@@ -155,13 +156,9 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def walk(root: Path, below: str, skipped: collections.Counter[str], above: frozenset[str] = frozenset()) -> list[str]:
-    """Images in a folder and its sub-folders, sorted; links are followed, but not in circles.
+    """Images in a folder below `root`, and in its sub-folders, sorted; counts what is passed over.
 
-    Args:
-        root: Where the names begin.
-        below: The folder, below it.
-        skipped: Counts what is passed over.
-        above: The folders that lead here.
+    Links are followed, but not in circles: not to the folders above, which lead here.
     """
     real = os.path.realpath(root / below)
     if real in above:
@@ -190,13 +187,9 @@ def walk(root: Path, below: str, skipped: collections.Counter[str], above: froze
 
 
 def decode(root: Path, names: list[str], side: int | None, lost: dict[str, str]) -> tuple[Tensor, dict[int, str]]:
-    """Decode images into one array.
+    """Decode images below a folder into one array; lost ones are left as zeros.
 
-    Args:
-        root: The data set's folder.
-        names: Paths below it.
-        side: Side to resize (shorter side) and centre-crop to; None: all images must have one size.
-        lost: Names that are left as zeros.
+    They are scaled by their shorter side and cut to the centre square of `side`; without it, all must have one size.
     """
     images: np.ndarray | None = None
     sizes: dict[int, tuple[int, int]] = {}

@@ -192,14 +192,9 @@ class Grid:
 def build_grid(
     folder: Path, budget: str, tables: Sequence[str], seeds: int | None, trainer_options: Sequence[str]
 ) -> Grid:
-    """Lay out the cells of some tables.
+    """Lay out the cells of some tables, with seeds 0, 1, ... of each variant, as many as the budget says by default.
 
-    Args:
-        folder: Of the grid.
-        budget: Key of `BUDGETS`.
-        tables: Keys of `trainer.claims.CLAIMS`.
-        seeds: Runs of each variant, with seeds 0, 1, ...; None for the budget's.
-        trainer_options: Options of the trainer for every run, as on its command line; they win over the budget's.
+    The trainer's options are for every run, as on its command line; they win over the budget's.
     """
     chosen, given = BUDGETS[budget], {_name(word) for word in trainer_options if word.startswith("--")}
     if own := sorted(given & OWN):

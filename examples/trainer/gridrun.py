@@ -96,12 +96,7 @@ def long_duration(seconds: float) -> str:
 
 
 def run_grid(grid: Grid, minutes: float | None) -> tuple[str | None, list[Cell]]:
-    """Run what is not finished, in order.
-
-    Args:
-        grid: The grid.
-        minutes: Stop after so long, with a checkpoint of the running cell; None for no limit.
-    """
+    """Run what is not finished, in order; stop after some minutes, with a checkpoint of the running cell."""
     times = Times(grid)
     failed: list[Cell] = []
     (grid.folder / "logs").mkdir(parents=True, exist_ok=True)

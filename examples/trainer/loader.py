@@ -24,13 +24,13 @@ from trainer.augment import STRONG_DRAWS, WEAK_DRAWS, strong_view, weak_view
 from trainer.config import Config
 from trainer.datasets import DataSet, Images, PhotographFolder
 from trainer.errors import DatasetError, TrainerError
+from trainer.folder import LEFT_OUT
 from trainer.processes import ALONE, Processes
 from trainer.runlog import append_line
 from trainer.split import Split
 from trainer.streams import EndlessOrder, Stream, raw, uniform
 from trainer.views import View, random_crop, render, strong_crop
 
-LEFT_OUT = "left_out.jsonl"
 # Steps that are left out (workers start, kernels are chosen), and steps that are judged.
 WARMUP_STEPS = 10
 JUDGED_STEPS = 40

@@ -17,13 +17,7 @@ from trainer.files import json_lines, write_atomically
 
 
 class Loggers:
-    """Those that the options ask for; none without options.
-
-    Args:
-        config: Resolved options.
-        folder: The run directory.
-        step: Steps done before; what a killed process wrote after them counts no longer.
-    """
+    """Those that the options ask for, if any; what a killed process wrote after `step` counts no longer."""
 
     def __init__(self, config: Config | None = None, folder: Path = Path(), step: int = 0) -> None:
         self.board = self.wandb = self.mlflow = None

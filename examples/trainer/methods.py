@@ -74,10 +74,8 @@ def check_method(config: Config) -> None:
 def build_method(model: nn.Module, config: Config, samples: int | None = None) -> nn.Module:
     """Build the method, with GGCR and the Jacobian penalty around it where their weights are above 0.
 
-    Args:
-        model: The network; its last linear layer is the classifier head, and all the rest the encoder.
-        config: Resolved options.
-        samples: Number of training images, for the methods that remember each of them.
+    The network's last linear layer is the classifier head, and all the rest the encoder; `samples` is the number of
+    training images, for the methods that remember each of them.
     """
     check_method(config)
     known: dict[str, Any] = {"samples": samples, "classes": classifier_head(model)[1].out_features}

@@ -36,12 +36,8 @@ class ResidualBlock(nn.Module):
     Where the shape changes, the shortcut is a 1x1 convolution. The first block of the network activates its
     input before *both* paths, as the reference network of the FixMatch line of work does.
 
-    Args:
-        channels_in: Channels of the input `[B, C, H, W]`.
-        channels_out: Channels of the output.
-        stride: Stride of the first convolution (and of the shortcut).
-        momentum: Momentum of the running statistics, in torch's sense (weight of the new value).
-        activate_shortcut: Whether the shortcut sees the activated input.
+    The stride is that of the first convolution (and of the shortcut), the momentum that of the running statistics, in
+    torch's sense (weight of the new value).
     """
 
     def __init__(
@@ -126,12 +122,8 @@ class WideResNet(nn.Module):
 def build_model(arch: str, classes: int, *, momentum: float | None = None, pretrained: bool = False) -> nn.Module:
     """Build the network that `--arch` names, for RGB images; initialised from torch's global generator.
 
-    Args:
-        arch: `wrn-DEPTH-WIDTH` (with `-gn` behind it, GroupNorm takes the place of BatchNorm), a classifier of
-            `torchvision.models`, `timm:NAME`, or `MODULE:FUNCTION`, a function of the number of classes.
-        classes: Number of classes K.
-        momentum: BatchNorm momentum, in torch's sense; None leaves the network's own.
-        pretrained: Start from the published weights, with a new head (torchvision and timm).
+    Without a momentum, BatchNorms keep the network's own. `pretrained` starts from the published weights, with a new
+    head (torchvision and timm).
     """
     if is_wide(arch):
         if pretrained:
@@ -193,8 +185,7 @@ def _of_timm(name: str, classes: int, pretrained: bool) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=classes)
     except Exception as error:  # a download can fail in any way, and with any class
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise OptionError(f"--arch timm:{name} could not be built ({reason}).") from error
+        raise OptionError(f"--arch timm:{name} could not be built ({reason(error, where=False)}).") from error
 
 
 def _of_the_user(module: str, function: str, classes: int) -> nn.Module:
@@ -204,10 +195,9 @@ def _of_the_user(module: str, function: str, classes: int) -> nn.Module:
     try:
         model = getattr(importlib.import_module(module), function)(classes)
     except Exception as error:  # the user's code can fail in any way
-        reason = (str(error) or "no reason given").splitlines()[0]
         raise OptionError(
-            f"--arch {arch}: calling {function}({classes}) failed ({type(error).__name__}: {reason}): write "
-            "MODULE:FUNCTION, a function of the number of classes that returns the network."
+            f"--arch {arch}: calling {function}({classes}) failed ({reason(error)}): write MODULE:FUNCTION, a function "
+            "of the number of classes that returns the network."
         ) from error
     if not isinstance(model, nn.Module):
         raise OptionError(f"--arch {arch} returned a {type(model).__name__}: return the network, an nn.Module.")
@@ -237,11 +227,7 @@ def build_network(config: Config, classes: int, processes: Processes = ALONE) ->
 def check_forward(model: nn.Module, config: Config, classes: int, size: Sequence[int]) -> None:
     """Try the network on two images in both modes, so that one that does not fit is refused before the first step.
 
-    Args:
-        model: The network; it and the random stream are left as they are, but for layers that learn their shapes.
-        config: Resolved options.
-        classes: Number of classes K.
-        size: Height and width of the images.
+    It and the random stream are left as they are, but for layers that learn their shapes.
     """
     images, state = torch.zeros(2, 3, *size, device=next(model.parameters()).device), torch.get_rng_state()
     mode = "eval"

@@ -14,8 +14,7 @@ import torch
 from trainer.config import Config
 from trainer.datasets import DataSet, load_images
 from trainer.errors import OtherProcessError, ResumeError
-from trainer.folder import NO_LABEL, FileRecord
-from trainer.loader import LEFT_OUT
+from trainer.folder import LEFT_OUT, NO_LABEL, FileRecord
 from trainer.processes import Processes
 from trainer.rundir import check_run, finished_line
 from trainer.runlog import append_line

@@ -28,14 +28,9 @@ def cosine_factor(step: int, steps: int) -> float:
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float, step: int, steps: int, warmup: int = 0) -> float:
-    """Set the learning rate of step k, a function of k alone.
+    """Set the learning rate of step k from 0, about to be taken: a function of k alone.
 
-    Args:
-        optimizer: Whose rate to set.
-        lr: The rate without factor.
-        step: k, the step about to be taken, from 0.
-        steps: The length of the run.
-        warmup: W; the factor is `(k + 1) / W` in the first W steps, and the cosine of the steps after them.
+    With W the warm-up, the factor of `lr` is `(k + 1) / W` in the first W steps, then the cosine of the steps after.
     """
     value = lr * ((step + 1) / warmup if step < warmup else cosine_factor(step - warmup, steps - warmup))
     for group in optimizer.param_groups:
@@ -90,7 +85,7 @@ def _load(method: nn.Module, state: tuple[dict[str, Any], torch.Tensor, list[tor
     torch.cuda.set_rng_state_all(cuda)
 
 
-def check_half_type(amp: str, device: torch.device) -> None:
+def check_half(amp: str, device: torch.device) -> None:
     """Refuse a device that cannot compute in the half type: torch may raise, or warn and go on in float32."""
     if amp == "off":
         return

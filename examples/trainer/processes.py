@@ -131,11 +131,7 @@ class Processes:
         return answer["result"]  # type: ignore[return-value]
 
     def together(self, action: Callable[[], T]) -> T:
-        """Do something on every process, and go on only if all of them could.
-
-        Args:
-            action: What to do. Where it communicates, it must not fail before it has.
-        """
+        """Do something on every process, and go on only if all could; one that communicates fails only after that."""
         error: Exception | None = None
         try:
             result = action()

@@ -83,10 +83,7 @@ def _floats(values: list[Number]) -> list[float]:
 class MetricsFile:
     """metrics.jsonl: one JSON object per line, a function of the run's options alone.
 
-    Args:
-        path: The file.
-        keep: Bytes that belong to the checkpoint being resumed; what a killed process wrote after it is cut off.
-        sha256: Of these bytes, where the checkpoint knows it.
+    So many bytes with this SHA-256 belong to the checkpoint being resumed; what a killed process wrote later goes.
     """
 
     def __init__(self, path: Path, keep: int, sha256: str | None = None) -> None:

@@ -114,16 +114,8 @@ def make_split(data: DataSet, labeled: Tensor, held_out: Tensor | None = None) -
 def read_list(path: Path, data: DataSet) -> Tensor:
     """Read a list of labeled images, such as the published ones of 1 % and 10 % of ImageNet.
 
-    Args:
-        path: Text, one name a line: `n01440764_10026.JPEG`, `n01440764/n01440764_10026.JPEG` or a longer path that
-            ends like this; or the number of a training image, where the data set has no files. Empty lines do not
-            count.
-        data: The data set.
-
-    Raises:
-        DatasetError: The file cannot be read, names an image twice, or one that is not there or not the only one of
-            its name.
-        OptionError: A class has no labeled image.
+    It is a text, one name a line: `n01440764_10026.JPEG`, `n01440764/n01440764_10026.JPEG` or a longer path that ends
+    like this; or the number of a training image, where the data set has no files. Empty lines do not count.
     """
     try:
         lines = _lines(path)

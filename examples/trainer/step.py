@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -20,14 +19,7 @@ from trainer.errors import CheckpointError, NonFiniteLossError, OtherProcessErro
 from trainer.loader import StepImages, ToModel
 from trainer.methods import build_method
 from trainer.models import build_network, check_forward, join_statistics
-from trainer.optimizer import (
-    AMP_TYPES,
-    build_optimizer,
-    check_half_type,
-    same_step_twice,
-    set_learning_rate,
-    update_scale,
-)
+from trainer.optimizer import AMP_TYPES, build_optimizer, check_half, same_step_twice, set_learning_rate, update_scale
 from trainer.processes import ALONE, Processes, is_of_processes
 from trainer.runlog import Meter, Number
 from trainer.weights import load_start
@@ -53,7 +45,7 @@ class Trainer:
     ) -> None:
         self.config, self.to_model, self.processes = config, to_model, processes
         device = to_model.device
-        processes.together(lambda: check_half_type(config.amp, device))
+        processes.together(lambda: check_half(config.amp, device))
         self.model = model.to(device)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
@@ -156,7 +148,8 @@ class Trainer:
         """The loss with its graph, and the numbers of the log."""
         batch: SSLBatch = self.to_model.batch(images)
         try:
-            with self._autocast():
+            amp = self.config.amp
+            with torch.autocast(self.to_model.device.type, dtype=AMP_TYPES.get(amp), enabled=amp != "off"):
                 out: StepOutput = self.whole_step(batch)
         except NonFiniteError as error:
             raise NonFiniteLossError(self._non_finite(f"the gradient consistency failed ({error})")) from error
@@ -186,11 +179,6 @@ class Trainer:
     def _same_everywhere(self, error: TrainerError) -> TrainerError:
         """The error on process 0, and on the others that it has told why."""
         return error if self.processes.first else OtherProcessError("process 0 failed")
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.config.amp == "off":
-            return contextlib.nullcontext()
-        return torch.autocast(self.to_model.device.type, dtype=AMP_TYPES[self.config.amp])
 
     def _name_the_network(self, fault: Exception) -> None:
         """Raise what a fault of the network's own code is called; other faults of a step speak for themselves."""
@@ -247,9 +235,8 @@ class Trainer:
                 raise ValueError(f"it is of step {self.step} of {self.config.steps}")
             self._load_random(state)
         except Exception as error:  # what a foreign state holds can fail in any way where it is used
-            reason = (str(error) or "no reason given").splitlines()[0]
             raise CheckpointError(
-                f"the checkpoint does not fit this run ({type(error).__name__}: {reason}): "
+                f"the checkpoint does not fit this run ({reason(error, where=False)}): "
                 "it was written by another version of the trainer, or for another model. Use another --output."
             ) from error
 

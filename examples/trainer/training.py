@@ -18,25 +18,11 @@ from trainer.checkpoint import forget_older, load_latest, remove_leftovers, save
 from trainer.config import Config, method_label, resolve
 from trainer.datasets import DataSet, Images
 from trainer.errors import TrainerError
-from trainer.evaluation import (
-    PROTOCOL,
-    evaluate,
-    images_of,
-    summarize,
-    with_fresh_statistics,
-)
+from trainer.evaluation import PROTOCOL, evaluate, images_of, summarize, with_fresh_statistics
 from trainer.files import read_json, write_json
+from trainer.folder import LEFT_OUT
 from trainer.launch import guarded
-from trainer.loader import (
-    LEFT_OUT,
-    LoaderWatch,
-    StepImages,
-    ToModel,
-    batches_of,
-    spare_cores,
-    step_batches,
-    worker_count,
-)
+from trainer.loader import LoaderWatch, StepImages, ToModel, batches_of, spare_cores, step_batches, worker_count
 from trainer.loggers import Loggers, check_loggers, write_csv
 from trainer.opening import check_same_files, is_finished, load, record_left_out
 from trainer.plotting import draw_curves

@@ -42,12 +42,9 @@ def _fixmatch(image: Image.Image) -> Image.Image:
 
 
 def render(view: View, image: Image.Image, seed: int) -> Pixels:
-    """Apply a view.
+    """Apply a view to an RGB image.
 
-    Args:
-        view: From image to image; may draw from torch's default CPU generator, as torchvision's transforms do.
-        image: In RGB.
-        seed: Decides all its draws; the generator's state is what it was afterwards.
+    The seed decides all that it draws from torch's default CPU generator, whose state is afterwards what it was.
     """
     with _seeded(seed):
         return np.asarray(view(image))

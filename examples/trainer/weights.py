@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from trainer.checkpoint import load_latest, read_checkpoint
 from trainer.config import Config
-from trainer.errors import CheckpointError, OptionError
+from trainer.errors import CheckpointError, OptionError, reason
 from trainer.evaluation import shorter_side
 from trainer.files import read_json, regular_size, write_atomically
 from trainer.models import PRETRAINED, build_network, classifier_head
@@ -24,13 +24,7 @@ from trainer.split import normalisation
 
 
 def export_weights(path: Path, model: nn.Module, about: dict[str, Any]) -> None:
-    """Write parameters and buffers as safetensors, atomically.
-
-    Args:
-        path: The file.
-        model: The model.
-        about: What one must know to use them; stored as JSON under the metadata key `about`.
-    """
+    """Write parameters and buffers as safetensors, atomically; what one must know of them is JSON under `about`."""
     # Plain memory layout: the format knows no other, and the file does not depend on --channels-last. Each tensor on
     # its own: the format refuses tied ones.
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
@@ -42,8 +36,7 @@ def export_weights(path: Path, model: nn.Module, about: dict[str, Any]) -> None:
 def load_model(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
     """Build the model that a run trained, ready for inference.
 
-    Args:
-        path: A run's directory, finished or not, its `model.safetensors`, or a checkpoint `step-N.pt` in it.
+    The path is a run's directory, finished or not, its `model.safetensors`, or a checkpoint `step-N.pt` in it.
 
     Returns:
         The averaged model in eval mode, from images `[N, 3, H, W]` normalised by `mean` and `std` to logits `[N, K]`;
@@ -69,9 +62,8 @@ def load_model(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
         model = build_network(config, len(about["classes"]))
         model.load_state_dict(weights)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        reason = (str(error) or "no reason given").splitlines()[0]
         raise CheckpointError(
-            f"{path} is not the export of a run ({type(error).__name__}: {reason}): "
+            f"{path} is not the export of a run ({reason(error, where=False)}): "
             "give a run's directory, its model.safetensors or a checkpoints/step-N.pt."
         ) from error
     return model.eval().requires_grad_(False), about
@@ -110,14 +102,8 @@ def describe(options: dict[str, Any], split: dict[str, Any], steps: int) -> dict
 def read_start(config: Config) -> tuple[Config, dict[str, Tensor] | None]:
     """Read the weights that `--init-from` names, and settle `--init-sha256`.
 
-    Returns:
-        The options with the file's digest, and the weights by name; None without `--init-from`, or where the network
-        brings its own.
-
-    Raises:
-        OptionError: Where the file is absent, of neither kind, holds values that are not finite, or is another one
-            than `--init-sha256` says.
-        CheckpointError: Where a checkpoint holds more than tensors and plain values.
+    Returns the options with the file's digest, and the weights by name; None without `--init-from`, or where the
+    network brings its own.
     """
     if config.init_from is None:
         for name in ("init_part", "init_sha256"):
