@@ -37,7 +37,7 @@ def _demo(options: argparse.Namespace) -> int:
     import torch
 
     from trainer.config import preset_config
-    from trainer.plotting import draw_curves, table
+    from trainer.panels import draw_curves, table
     from trainer.runs import read_run
     from trainer.training import main as train
 

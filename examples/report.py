@@ -37,8 +37,7 @@ def main(arguments: Sequence[str]) -> int:
 def _report(options: argparse.Namespace) -> int:
     from trainer.files import write_atomically
     from trainer.page import page
-    from trainer.panels import panels
-    from trainer.plotting import draw_curves, draw_panel, shared_title, table
+    from trainer.panels import draw_curves, draw_panel, panels, shared_title, table
     from trainer.runs import group_runs, read_run
 
     output: Path = options.output

@@ -55,8 +55,7 @@ def _run(options: argparse.Namespace) -> int:
     from trainer.grid import build_grid
     from trainer.gridrun import listing, run_grid, say
     from trainer.rundir import exclusive
-    from trainer.tables import measure
-    from trainer.tabletext import markdown, text
+    from trainer.tables import markdown, measure, text
 
     for name in ("seeds", "stop_after_minutes"):
         value = getattr(options, name)
@@ -89,8 +88,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _draw(grid: Grid, path: Path) -> None:
     """The picture beside the table of curves."""
-    from trainer.panels import accuracy_panel
-    from trainer.plotting import draw_panel
+    from trainer.panels import accuracy_panel, draw_panel
     from trainer.runs import group_runs, read_run
 
     claim = CLAIMS["curves"]

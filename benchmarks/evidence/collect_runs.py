@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks/shared", "examples")]
 from environment import write_result
 
-from trainer.plotting import draw_curves, table
+from trainer.panels import draw_curves, table
 from trainer.runs import read_run
 
 PATHS = {"data_dir", "output"}

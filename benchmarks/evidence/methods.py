@@ -30,11 +30,10 @@ from harness import Row, parse, show
 
 from trainer.config import Config, preset_config, resolve
 from trainer.datasets import Images, load_images
-from trainer.ema import AveragedModel
 from trainer.evaluation import Evaluated, evaluate
 from trainer.loader import StepDataset, StepImages, ToModel
 from trainer.methods import METHODS, build_method
-from trainer.optimizer import build_optimizer, set_learning_rate
+from trainer.optimizer import AveragedModel, build_optimizer, set_learning_rate
 from trainer.split import choose_labeled
 
 COLUMNS = {"variant": "<26", "mean": "8.4f", "spread": "8.4f", "milliseconds": "8.1f", "ratio": "6.2f"}

@@ -27,7 +27,7 @@ from help_rows import (
 from shared import APPENDIX, command, made, result_of
 
 from trainer.runlog import shown
-from trainer.tabletext import difference_text, spread_text
+from trainer.statistics import difference_text, spread_text
 
 _QUANTITIES = {
     "mask": "confident", "cosine_all": "GC", "strong_all": "norm, strong", "ratio": "L_g / rest",

@@ -16,8 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 from shared import RESULTS, result_of
 
 from trainer.claims import CLAIMS
-from trainer.statistics import Difference, paired_difference, spread
-from trainer.tabletext import difference_text, spread_text
+from trainer.statistics import Difference, difference_text, paired_difference, spread, spread_text
 
 Result = dict[str, Any]
 Ends = dict[str, dict[int, float]]

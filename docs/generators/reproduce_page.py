@@ -19,7 +19,7 @@ def grid_tables(result: dict[str, Any]) -> str:
     Returns:
         Markdown.
     """
-    from trainer.tabletext import markdown
+    from trainer.tables import markdown
 
     places = [{key: value for key, value in place.items() if key != "gradconsist"} for place in result["environments"]]
     return markdown({**result, "environments": places}, level=3)

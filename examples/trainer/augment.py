@@ -1,7 +1,9 @@
-"""Weak and strong views of a batch, from draws that the caller supplies: no hidden random state.
+"""Weak and strong views of images, from draws or seeds that the caller supplies: no hidden random state.
 
 weak:   mirror (where a mirrored image is of the same class), then a random crop after reflection padding.
 strong: a weak view of its own, then one of the `POLICIES`.
+
+Those of whole photographs are random crops by torchvision's transforms, scaled to the network's size.
 
 `OPERATIONS` are the fourteen of the FixMatch reference: a name, and a function of (image, magnitude 1..9, sign). Those
 that move pixels fill with mid-grey, which is what a transparent pixel becomes after the reference's normalisation to
@@ -12,12 +14,14 @@ Index letters: N images, H and W their sides; images are uint8 `[N, H, W, 3]`, d
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
+from torchvision import transforms
 
 Pixels = NDArray[np.uint8]
 Draws = NDArray[np.float64]
@@ -170,3 +174,46 @@ POLICIES: dict[str, Callable[[Pixels, Draws], Pixels]] = {
     "fixmatch": fixmatch_policy,
     "weak": lambda views, draws: views,  # a second weak view, by draws of its own
 }
+
+
+View = Callable[[Image.Image], Image.Image]
+
+
+def random_crop(size: int, crop_scale: float, *, flip: bool) -> View:
+    """Random crop of at least `crop_scale` of the area, scaled to `size`, and mirrored or not."""
+    crop = transforms.RandomResizedCrop(size, scale=(crop_scale, 1.0))
+    return transforms.Compose([crop, transforms.RandomHorizontalFlip()]) if flip else crop
+
+
+def strong_crop(policy: str, size: int, crop_scale: float, *, flip: bool) -> View:
+    """A weak view with a strong policy on it: `randaugment` is two operations of magnitude 10 of 30."""
+    weak = random_crop(size, crop_scale, flip=flip)
+    if policy == "weak":
+        return weak
+    strong = transforms.RandAugment(num_ops=2, magnitude=10) if policy == "randaugment" else _fixmatch
+    return transforms.Compose([weak, strong])
+
+
+def _fixmatch(image: Image.Image) -> Image.Image:
+    draws = torch.rand(1, STRONG_DRAWS - WEAK_DRAWS, dtype=torch.float64).numpy()
+    return Image.fromarray(fixmatch_policy(np.asarray(image)[None], draws)[0])
+
+
+def render(view: View, image: Image.Image, seed: int) -> Pixels:
+    """Apply a view to an RGB image.
+
+    The seed decides all that it draws from torch's default CPU generator, whose state is afterwards what it was.
+    """
+    with _seeded(seed):
+        return np.asarray(view(image))
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    generator = torch.default_generator
+    state = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(state)

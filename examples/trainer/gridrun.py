@@ -8,12 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from trainer.errors import ResumeError
 from trainer.files import json_lines, read_json
 from trainer.grid import BUDGETS, Cell, Grid
+from trainer.launch import Signals
 from trainer.runlog import append_line, duration
 
 TRAINER = Path(__file__).parents[1] / "fixmatch_cifar.py"
@@ -101,7 +101,7 @@ def run_grid(grid: Grid, minutes: float | None) -> tuple[str | None, list[Cell]]
     failed: list[Cell] = []
     (grid.folder / "logs").mkdir(parents=True, exist_ok=True)
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    with _Stop() as stop:
+    with Signals() as stop:
         for number, cell in enumerate(grid.cells, 1):
             if cell.is_finished():
                 continue
@@ -114,8 +114,8 @@ def run_grid(grid: Grid, minutes: float | None) -> tuple[str | None, list[Cell]]
             status = _run_cell(grid, cell, deadline, stop)
             seconds = time.monotonic() - started
             times.add(cell, seconds, max(0, cell.steps_done() - before), status)
-            if stop.signal is not None:
-                return signal.Signals(stop.signal).name, failed
+            if stop.received:
+                return signal.Signals(stop.received[0]).name, failed
             if cell.is_finished():
                 say(f"  test accuracy {read_json(cell.folder / 'summary.json')['last']:.4f} after {duration(seconds)}")
             elif status != 0:
@@ -136,7 +136,7 @@ def _log(grid: Grid, cell: Cell) -> Path:
     return grid.folder / "logs" / f"{cell.folder.name}.log"
 
 
-def _run_cell(grid: Grid, cell: Cell, deadline: float | None, stop: _Stop) -> int:
+def _run_cell(grid: Grid, cell: Cell, deadline: float | None, stop: Signals) -> int:
     command = [sys.executable, str(TRAINER), *cell.arguments]
     if deadline is not None:
         command += ["--stop-after-minutes", f"{max(0.001, (deadline - time.monotonic()) / 60):.4f}"]
@@ -156,7 +156,7 @@ def _run_cell(grid: Grid, cell: Cell, deadline: float | None, stop: _Stop) -> in
                 process.wait()
 
 
-def _wait(process: subprocess.Popen[bytes], cell: Cell, stop: _Stop) -> int:
+def _wait(process: subprocess.Popen[bytes], cell: Cell, stop: Signals) -> int:
     started = said = time.monotonic()
     first, asked = cell.steps_done(), None
     while True:
@@ -164,33 +164,14 @@ def _wait(process: subprocess.Popen[bytes], cell: Cell, stop: _Stop) -> int:
             return process.wait(timeout=0.2)
         except subprocess.TimeoutExpired:
             now = time.monotonic()
-        if stop.signal is not None and asked is None:
+        if stop.received and asked is None:
             asked = now
             process.send_signal(signal.SIGINT)
             say("  stopping: the running cell writes a checkpoint; once more to kill it")
-        elif asked is not None and (stop.count > 1 or now - asked > PATIENCE):
+        elif asked is not None and (len(stop.received) > 1 or now - asked > PATIENCE):
             process.kill()
         if now - said > SAY_EVERY:
             said, done = now, cell.steps_done()
             rate = (done - first) / (now - started)
             left = f", about {long_duration((cell.config.steps - done) / rate)} left" if rate else ""
             say(f"  step {done}/{cell.config.steps}{left}")
-
-
-class _Stop:
-    """Counts SIGINT and SIGTERM instead of dying of them."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self.count = 0
-
-    def __enter__(self) -> _Stop:
-        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.signal, self.count = number, self.count + 1

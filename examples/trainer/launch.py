@@ -1,4 +1,4 @@
-"""How a program of this folder starts and ends: its options, and every refusal on one line.
+"""How a program of this folder starts, pauses and ends: its options, signals, and every refusal on one line.
 
 Only the standard library is imported at once, so that a missing package can be named and `--help` is quick.
 """
@@ -9,11 +9,20 @@ import argparse
 import importlib
 import io
 import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
-from typing import NoReturn
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from trainer.errors import OptionError, OtherProcessError, TrainerError, reason, refuse
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from trainer.config import Config
 
 # Set, it makes an error that nobody foresaw show where it came from.
 TRACEBACK = "GRADCONSIST_TRACEBACK"
@@ -80,3 +89,53 @@ def start(program: str, description: str, presets: str) -> int:
         return int(importlib.import_module("trainer.training").main(config))
 
     return guarded(action)
+
+
+class Signals:
+    """Notes SIGINT and SIGTERM instead of ending of them."""
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python forbids handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received.append(number)
+
+
+class StopRequest(Signals):
+    """When a run pauses before its last step: at a signal (a second one kills), or after some steps or minutes."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.steps, self.minutes = config.stop_after_steps, config.stop_after_minutes
+        self.started, self.taken = time.monotonic(), 0
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        super()._receive(number, frame)
+        self.__exit__()
+
+    @property
+    def exit_code(self) -> int:
+        """Exit status of the process: 0, or 128 + the signal's number."""
+        return 128 + self.received[0] if self.received else 0
+
+    def after_step(self) -> str | None:
+        """Count a step; return why to stop, or None."""
+        self.taken += 1
+        if self.received:
+            return signal.Signals(self.received[0]).name
+        if self.steps is not None and self.taken >= self.steps:
+            return f"--stop-after-steps {self.steps}"
+        if self.minutes is not None and time.monotonic() - self.started >= 60 * self.minutes:
+            return f"--stop-after-minutes {self.minutes:g}"
+        return None

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from gradconsist import SSLBatch
-from trainer.augment import STRONG_DRAWS, WEAK_DRAWS, strong_view, weak_view
+from trainer.augment import STRONG_DRAWS, WEAK_DRAWS, View, random_crop, render, strong_crop, strong_view, weak_view
 from trainer.config import Config
 from trainer.datasets import DataSet, Images, PhotographFolder
 from trainer.errors import DatasetError, TrainerError
@@ -29,7 +29,6 @@ from trainer.processes import ALONE, Processes
 from trainer.runlog import append_line
 from trainer.split import Split
 from trainer.streams import EndlessOrder, Stream, raw, uniform
-from trainer.views import View, random_crop, render, strong_crop
 
 # Steps that are left out (workers start, kernels are chosen), and steps that are judged.
 WARMUP_STEPS = 10

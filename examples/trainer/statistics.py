@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 CONFIDENCE = 0.95
 # The accuracies of a finished run.
@@ -58,3 +59,26 @@ def paired_difference(values: Mapping[int, float], reference: Mapping[int, float
     quantile = float(stdtrit(differences.n - 1, 0.5 + CONFIDENCE / 2))
     half = quantile * differences.sd / math.sqrt(differences.n)
     return Difference(differences.n, differences.mean, differences.mean - half, differences.mean + half)
+
+
+def spread_text(numbers: dict[str, Any] | None, *, digits: int = 1) -> str:
+    """Mean, deviation and number: `57.1 ± 1.2 (5)`; a dash for None."""
+    if numbers is None:
+        return "-"
+    deviation = "" if numbers["sd"] is None else f" ± {numbers['sd']:.{digits}f}"
+    return f"{numbers['mean']:.{digits}f}{deviation} ({numbers['n']})"
+
+
+def difference_text(numbers: dict[str, Any] | None, *, digits: int = 1) -> str:
+    """Mean difference, interval and number: `+0.3 [-1.2, +1.8] (5)`; a dash for None."""
+    if numbers is None:
+        return "-"
+    interval = ""
+    if numbers["low"] is not None:
+        interval = f" [{signed(numbers['low'], digits=digits)}, {signed(numbers['high'], digits=digits)}]"
+    return f"{signed(numbers['mean'], digits=digits)}{interval} ({numbers['n']})"
+
+
+def signed(value: float | None, *, digits: int = 1) -> str:
+    """A difference with its sign; a dash for None."""
+    return "-" if value is None else f"{round(value, digits) + 0.0:+.{digits}f}"  # 0.0 instead of -0.0

@@ -14,12 +14,19 @@ from gradconsist import GGCRWrapper, SSLBatch, StepOutput
 from gradconsist.errors import GradConsistError, NonFiniteError
 from gradconsist.optim import SAM
 from trainer.config import Config
-from trainer.ema import AveragedModel
 from trainer.errors import CheckpointError, NonFiniteLossError, OtherProcessError, TrainerError, reason
 from trainer.loader import StepImages, ToModel
 from trainer.methods import build_method
 from trainer.models import build_network, check_forward, join_statistics
-from trainer.optimizer import AMP_TYPES, build_optimizer, check_half, same_step_twice, set_learning_rate, update_scale
+from trainer.optimizer import (
+    AMP_TYPES,
+    AveragedModel,
+    build_optimizer,
+    check_half,
+    same_step_twice,
+    set_learning_rate,
+    update_scale,
+)
 from trainer.processes import ALONE, Processes, is_of_processes
 from trainer.runlog import Meter, Number
 from trainer.weights import load_start

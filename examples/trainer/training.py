@@ -21,18 +21,16 @@ from trainer.errors import TrainerError
 from trainer.evaluation import PROTOCOL, evaluate, images_of, summarize, with_fresh_statistics
 from trainer.files import read_json, write_json
 from trainer.folder import LEFT_OUT
-from trainer.launch import guarded
+from trainer.launch import StopRequest, guarded
 from trainer.loader import LoaderWatch, StepImages, ToModel, batches_of, spare_cores, step_batches, worker_count
 from trainer.loggers import Loggers, check_loggers, write_csv
-from trainer.opening import check_same_files, is_finished, load, record_left_out
-from trainer.plotting import draw_curves
+from trainer.panels import draw_curves
 from trainer.processes import is_of_processes, join, leave
-from trainer.rundir import check_run, create_run, exclusive
+from trainer.rundir import check_run, check_same_files, create_run, exclusive, is_finished, load, record_left_out
 from trainer.runlog import MetricsFile, Progress, append_line, books, duration
 from trainer.runs import read_run
 from trainer.split import Split, choose_labeled, store_or_check
 from trainer.step import Trainer
-from trainer.stopping import StopRequest
 from trainer.weights import describe, export_weights, read_start
 
 

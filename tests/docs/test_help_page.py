@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pages import program
 
-from trainer.tabletext import difference_text
+from trainer.statistics import difference_text
 
 pytest.importorskip("scipy", reason="intervals need scipy (extra: examples)")
 

@@ -49,14 +49,14 @@ def test_every_preset_has_a_row() -> None:
 
 
 def test_the_defaults_of_methods_and_presets_are_those_of_the_trainer() -> None:
-    from trainer.defaults import METHODS, PRESETS, RAMP_SHARE
+    from trainer.config import METHOD_DEFAULTS, PRESET_DEFAULTS, RAMP_SHARE
 
     columns = ("threshold", "temperature", "method_decay", "unlabeled_weight", "ramp", "unlabeled_ratio")
     rows = {}
     for line in PAGE.read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         rows[cells[0].strip("`"), len(cells)] = cells[1:]
-    for method, values in METHODS.items():
+    for method, values in METHOD_DEFAULTS.items():
         if method == "supervised":
             continue
         shown = dict(zip(columns, rows[method, 9], strict=False))
@@ -66,7 +66,7 @@ def test_the_defaults_of_methods_and_presets_are_those_of_the_trainer() -> None:
         assert ("40 % of the run" in shown["ramp"]) == (values.get("unlabeled_ramp") == RAMP_SHARE), method
         assert rows[method, 9][6] == {True: "yes", False: "no", None: ""}[values.get("joint_forward")], method
         assert rows[method, 9][7].startswith("`weak`" if values.get("strong") == "weak" else "preset"), method
-    for preset, values in PRESETS.items():
+    for preset, values in PRESET_DEFAULTS.items():
         ramp, ratio, strong = rows[preset, 4]
         assert ramp == (f"{values['unlabeled_ramp']:,} steps" if values["unlabeled_ramp"] else "none")
         assert (ratio, strong) == (str(values["unlabeled_ratio"]), f"`{values['strong']}`")

@@ -7,10 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.ema import AveragedModel
 from trainer.errors import OptionError
 from trainer.models import build_model
-from trainer.optimizer import build_optimizer, cosine_factor, set_learning_rate
+from trainer.optimizer import AveragedModel, build_optimizer, cosine_factor, set_learning_rate
 
 
 @pytest.mark.parametrize(

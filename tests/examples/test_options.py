@@ -10,7 +10,7 @@ import torch
 import torchvision.datasets
 
 import gradconsist.methods
-import trainer.defaults
+import trainer.config
 import trainer.methods
 from gradconsist import SSLBatch
 from gradconsist.errors import GradConsistError
@@ -81,8 +81,8 @@ def test_a_method_brings_its_own_defaults() -> None:
 
 def test_every_method_of_the_library_is_one_of_the_trainer() -> None:
     names = {name.lower() for name in gradconsist.methods.__all__} | {"supervised"}
-    assert names == set(trainer.methods.METHODS) == set(trainer.defaults.METHODS)
-    assert set(trainer.defaults.PRESETS) == set(PRESETS)
+    assert names == set(trainer.methods.METHODS) == set(trainer.config.METHOD_DEFAULTS)
+    assert set(trainer.config.PRESET_DEFAULTS) == set(PRESETS)
 
 
 def test_the_fixmatch_preset_is_the_reference_recipe() -> None:

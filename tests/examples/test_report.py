@@ -14,10 +14,9 @@ import report
 from support.run_folders import write_run
 from support.runs import MakeConfig
 from trainer.errors import DatasetError
-from trainer.page import page
+from trainer.page import number, page, svg, ticks
 from trainer.panels import Panel, Series, panels, thinned
 from trainer.runs import group_runs, read_run
-from trainer.svg import number, svg, ticks
 from trainer.training import run
 
 BROWSER = next(

@@ -24,8 +24,7 @@ from trainer.grid import BUDGETS, VARIANTS, build_grid, papers_protocol
 from trainer.gridrun import Times, listing
 from trainer.models import build_model
 from trainer.statistics import paired_difference, spread
-from trainer.tables import measure
-from trainer.tabletext import markdown, text
+from trainer.tables import markdown, measure, text
 from trainer.training import main as train
 
 Reproduce = Callable[..., int]

@@ -17,11 +17,10 @@ from support.runs import MakeConfig, stepped
 from trainer.checkpoint import load_latest
 from trainer.config import Config, resolve
 from trainer.datasets import load_images
-from trainer.ema import AveragedModel
 from trainer.loader import StepDataset, ToModel
 from trainer.methods import METHODS, build_method
 from trainer.models import build_model
-from trainer.optimizer import build_optimizer, set_learning_rate
+from trainer.optimizer import AveragedModel, build_optimizer, set_learning_rate
 from trainer.split import draw_split
 from trainer.training import run
 

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from victims import ROOT
 
 from trainer.checkpoint import load_latest, save_checkpoint
+from trainer.cli import read_options
 from trainer.config import HARMLESS, Config, preset_config, resolve
-from trainer.config_file import read_options
 from trainer.datasets import load_images
 from trainer.errors import CheckpointError, ResumeError, TrainerError
 from trainer.loader import ToModel
