@@ -27,12 +27,7 @@ if TYPE_CHECKING:
 
 
 class Classifier:
-    """A trained model with the preprocessing that belongs to it.
-
-    Attributes:
-        classes: Class names, in the order of the probabilities.
-        size: Height and width of the images that the model takes.
-    """
+    """A trained model with the preprocessing that belongs to it; `classes` are in the order of the probabilities."""
 
     def __init__(self, model: nn.Module, about: dict[str, Any], device: str = "cpu") -> None:
         from trainer.loader import ToModel
@@ -40,7 +35,7 @@ class Classifier:
 
         place = usable_device(device)
         self.model, self.about, self.classes = model.to(place), about, list(about["classes"])
-        self.size: tuple[int, int] = tuple(about["image_size"])
+        self.size: tuple[int, int] = tuple(about["image_size"])  # height and width
         self.to_model = ToModel(about["mean"], about["std"], place)
 
     def pixels(self, image: Image.Image | Path | str) -> Tensor:

@@ -42,11 +42,7 @@ def parser() -> Parser:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the grid as far as it goes, then print and write the tables.
-
-    Returns:
-        The exit status: 0, 1 where a cell failed, 2 for a refused option, 128 + the signal that stopped it.
-    """
+    """Run the grid as far as it goes, then print and write the tables; the exit status is 1 where a cell failed."""
     return guarded(lambda: _run(parser().parse_args(arguments)))
 
 

@@ -66,22 +66,13 @@ def main() -> int:
     torch.manual_seed(options.seed)
     config = get_config(
         {
-            "algorithm": options.algorithm,
-            "net": "wrn_28_2",
+            "algorithm": options.algorithm, "net": "wrn_28_2", "num_classes": 10,
             "dataset": "none",  # the loaders are ours
-            "num_classes": 10,
-            "num_train_iter": options.steps,
-            "num_eval_iter": options.steps,
-            "num_log_iter": 50,
-            "batch_size": 8,
-            "uratio": 7,
-            "ulb_dest_len": 1497,
-            "gpu": 0,
-            "distributed": False,
-            "world_size": 1,
-            "rank": 0,
+            "num_train_iter": options.steps, "num_eval_iter": options.steps, "num_log_iter": 50,
+            "batch_size": 8, "uratio": 7, "ulb_dest_len": 1497,
+            "gpu": 0, "distributed": False, "world_size": 1, "rank": 0,
         }
-    )
+    )  # fmt: skip
     algorithm = get_algorithm(config, get_net_builder(config.net, from_name=False), tb_log=None, logger=None)
     algorithm.model.cuda(config.gpu)
     algorithm.ema_model.cuda(config.gpu)

@@ -35,11 +35,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
         path.with_suffix(".json").unlink(missing_ok=True)
         write_atomically(path, lambda file: file.write(content))
         write_json(path.with_suffix(".json"), record)
-        # A later one was damaged, and skipped on resuming: it must not count as one of those kept.
-        upto = [other for other in sorted(folder.glob("step-*.pt")) if other.name <= path.name]
-        for old in set(folder.glob("step-*.pt")) - set(upto[-KEEP:]):
-            old.with_suffix(".json").unlink(missing_ok=True)
-            old.unlink()
+        forget_older(folder, step, later=True)  # which were damaged, and skipped on resuming
     except OSError as error:
         raise CheckpointError(
             f"{path} could not be written ({error}). Earlier checkpoints are untouched: "
@@ -48,10 +44,11 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     return path
 
 
-def forget_older(folder: Path, step: int) -> None:
-    """Remove what a kill between writing a checkpoint and forgetting an old one left: all but the last two."""
-    upto = [path for path in sorted(folder.glob("step-*.pt")) if path.name <= f"step-{step:08d}.pt"]
-    for old in upto[:-KEEP]:
+def forget_older(folder: Path, step: int, *, later: bool = False) -> None:
+    """Keep the last two checkpoints up to a step; a kill after writing one may have left more."""
+    found = sorted(folder.glob("step-*.pt"))
+    upto = [path for path in found if path.name <= f"step-{step:08d}.pt"]
+    for old in upto[:-KEEP] + (found[len(upto) :] if later else []):
         old.with_suffix(".json").unlink(missing_ok=True)
         old.unlink()
 

@@ -71,15 +71,10 @@ class Photographs:
 
     Names are kept in one array of bytes: a million Python strings in every loader worker would be copied there, because
     counting references writes to their memory.
-
-    Attributes:
-        y: Labels int64 `[N]`; `NO_LABEL` where there is none.
     """
 
-    def __init__(self, root: Path, files: Files) -> None:
-        self.root = str(root)
-        self.names = np.array([os.fsencode(name) for name in files.names], dtype=bytes)
-        self.y = torch.tensor(files.labels, dtype=torch.int64)
+    def __init__(self, root: Path, names: list[str]) -> None:
+        self.root, self.names = str(root), np.array([os.fsencode(name) for name in names], dtype=bytes)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -100,19 +95,11 @@ class PhotographFolder:
     name: str  # For tables and logs.
     classes: list[str]  # Class names, in label order.
     train: Photographs  # Training photographs.
+    train_y: Tensor  # Their labels, int64 `[N]`; `NO_LABEL` where there is none.
     test: Photographs  # Test photographs.
+    test_y: Tensor  # Test labels.
     files: FileRecord  # What is known of them.
     flip: bool = True
-
-    @property
-    def train_y(self) -> Tensor:
-        """Training labels, int64 `[N]`."""
-        return self.train.y
-
-    @property
-    def test_y(self) -> Tensor:
-        """Test labels."""
-        return self.test.y
 
     def digest(self) -> str:
         """SHA-256 of the names, labels and sizes of all files."""
@@ -182,9 +169,10 @@ def _folder(config: Config, before: FileRecord | None) -> DataSet:
     same = twins({name: digest for name, digest in digests.items() if name not in lost})
     record = FileRecord(train.names, manifest, left_out, lost_train, lost_test, lost, listing.notes, same, contents)
     name = f"folder {root.resolve().name}"
-    if not in_memory:
-        return PhotographFolder(name, listing.classes, Photographs(root, train), Photographs(root, test), record)
     y, count = torch.tensor(labels, dtype=torch.int64), len(train.names)
+    if not in_memory:
+        photographs = [Photographs(root, part.names) for part in (train, test)]
+        return PhotographFolder(name, listing.classes, photographs[0], y[:count], photographs[1], y[count:], record)
     tests = torch.tensor([name not in lost for name in test.names], dtype=torch.bool)
     x_test, y_test = pixels[count:][tests], y[count:][tests]
     return Images(name, listing.classes, pixels[:count], y[:count], x_test, y_test, flip=True, files=record)
@@ -288,13 +276,8 @@ def _digits() -> Images:
 
 
 def _torchvision(name: str, folder: Path) -> Images:
-    try:
-        from torchvision import datasets
-    except (ImportError, RuntimeError) as error:
-        raise DatasetError(
-            f"--dataset {name} needs a torchvision that matches the installed torch ({error}): "
-            "pip install torch torchvision, both from the same release."
-        ) from error
+    from torchvision import datasets
+
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     try:
         # torchvision unpacks the archive, and unpickles the batches in it, only where its MD5 of them holds.

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from trainer.datasets import DataSet, Images, Photographs
 from trainer.errors import DatasetError, TrainerError
 from trainer.images import fit
-from trainer.loader import ToModel, init_worker
+from trainer.loader import ToModel, in_order
 from trainer.processes import ALONE, Processes
 from trainer.runlog import append_line
 
@@ -113,19 +113,12 @@ def evaluate(
 ) -> Scores:
     """Classify images."""
     processes.copy_from_first(model.state_dict().values())
-    batches = DataLoader(
-        images,
-        batch_size=None,
-        num_workers=workers,
-        worker_init_fn=init_worker if workers else None,
-        generator=torch.Generator(),
-    )
     confusion = torch.zeros(classes * classes, dtype=torch.int64)
     top5, loss, skipped = 0, 0.0, 0
 
     def go() -> None:
         nonlocal top5, loss, skipped
-        for pixels, labels, unread in batches:
+        for pixels, labels, unread in in_order(images, workers):
             skipped += unread
             if not len(labels):
                 continue

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
+
+from trainer.errors import ResumeError
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -63,6 +66,15 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"it holds {constant}")
+
+
+@contextlib.contextmanager
+def readable(path: Path, remedy: str = "restore it, or give another --output") -> Iterator[None]:
+    """Refuse a file of a run that cannot be read, or that holds something else than is looked for."""
+    try:
+        yield
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ResumeError(f"{path} cannot be read ({error}): {remedy}.") from error
 
 
 def finite(value: Any, above: float = -math.inf) -> float:

@@ -12,7 +12,7 @@ from trainer.claims import CIFAR10, CIFAR100, CLAIMS, IMAGENET
 from trainer.cli import parse_config
 from trainer.config import HARMLESS, Config, preset_config, resolve
 from trainer.errors import OptionError, ResumeError
-from trainer.files import json_lines, read_json, write_json
+from trainer.files import json_lines, read_json, readable, write_json
 from trainer.option_checks import parse_arch
 
 # What makes each row. Tables share them: a run is made once.
@@ -172,13 +172,11 @@ class Grid:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(path, now)
             return
-        try:
+        with readable(path):
             stored = read_json(path)
             different = [f"--budget: {stored['budget']} there, {self.budget} now"] * (stored["budget"] != self.budget)
             columns = {**stored["protocol"]}
             different += list(_differences(columns, now["protocol"]))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ResumeError(f"{path} cannot be read ({error}): restore it, or give another --output.") from error
         if different:
             raise ResumeError(
                 f"{self.folder} holds a grid with another protocol, and tables must not mix them:\n  "

@@ -10,8 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import ResumeError
-from trainer.files import json_lines, read_json
+from trainer.files import json_lines, read_json, readable
 from trainer.grid import BUDGETS, Cell, Grid
 from trainer.launch import Signals
 from trainer.runlog import append_line, duration
@@ -27,11 +26,9 @@ class Times:
 
     def __init__(self, grid: Grid) -> None:
         self.grid, self.path = grid, grid.folder / "journal.jsonl"
-        try:
+        with readable(self.path, "remove it; times alone are lost"):
             self.entries = json_lines(self.path) if self.path.exists() else []
             sum(entry["seconds"] + entry["steps"] for entry in self.entries)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ResumeError(f"{self.path} cannot be read ({error!r}): remove it; times alone are lost.") from error
 
     def add(self, cell: Cell, seconds: float, steps: int, status: int) -> None:
         """Note one call of the trainer."""

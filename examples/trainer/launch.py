@@ -6,7 +6,6 @@ Only the standard library is imported at once, so that a missing package can be 
 from __future__ import annotations
 
 import argparse
-import importlib
 import io
 import os
 import signal
@@ -82,11 +81,12 @@ def start(program: str, description: str, presets: str) -> int:
     """Parse the command line and train."""
 
     def action() -> int:
-        known = getattr(importlib.import_module("trainer.config"), presets)
-        parse = importlib.import_module("trainer.cli").parse_config
-        config = parse(sys.argv[1:], known, program=program, description=description)
-        # Only now: it imports torch, which --help does without.
-        return int(importlib.import_module("trainer.training").main(config))
+        from trainer import cli, config
+
+        options = cli.parse_config(sys.argv[1:], getattr(config, presets), program=program, description=description)
+        from trainer import training  # only now: it imports torch, which --help does without
+
+        return training.main(options)
 
     return guarded(action)
 

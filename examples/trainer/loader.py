@@ -12,7 +12,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -183,6 +183,13 @@ def worker_count(config: Config, local_world: int = 1) -> int:
     return min(8 if config.feed == "stream" else 4, max(0, spare_cores(local_world)))
 
 
+def in_order(dataset: Dataset[Any], workers: int, **options: Any) -> DataLoader[Any]:
+    """The items of a data set, prepared by workers, which change no random stream."""
+    start = init_worker if workers else None
+    own = torch.Generator()  # else the loader draws a seed from the global generator
+    return DataLoader(dataset, None, num_workers=workers, worker_init_fn=start, generator=own, **options)
+
+
 def init_worker(_: int) -> None:
     """Leave signals to the trainer."""
     # Ctrl-C and a scheduler's SIGTERM reach the whole process group: only the trainer answers them. A worker that died
@@ -208,17 +215,8 @@ def step_batches(
     dataset: Dataset[StepImages], first: int, last: int, *, workers: int, pin: bool, ahead: int = 4
 ) -> Iterator[StepImages]:
     """Yield the images of the batches `first .. last - 1`, in order."""
-    loader = DataLoader(
-        _Caught(dataset),
-        batch_size=None,
-        sampler=range(first, last),
-        num_workers=workers,
-        prefetch_factor=ahead if workers else None,
-        pin_memory=pin,
-        worker_init_fn=init_worker if workers else None,
-        generator=torch.Generator(),  # else the loader draws a seed from the global generator
-    )
-    for images in loader:
+    more = {"sampler": range(first, last), "prefetch_factor": ahead if workers else None, "pin_memory": pin}
+    for images in in_order(_Caught(dataset), workers, **more):
         if isinstance(images, TrainerError):
             raise images
         yield images

@@ -115,17 +115,10 @@ def _with_ggcr(method: nn.Module, model: nn.Module, config: Config) -> nn.Module
     if config.ggcr_through_statistics and not any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
         raise OptionError(f"--ggcr-through-statistics: --arch {config.arch} has no BatchNorm; leave it out.")
     term = GradientConsistencyLoss if config.ggcr_criterion == "cosine" else GradientNormPenalty
-    consistency = term(
-        model,
-        encoder=_compared(model, config.ggcr_encoder),
-        engine=config.ggcr_engine,
-        max_pairs=config.ggcr_max_pairs,
-        projection=projection(config),
-        stop_gradient=config.ggcr_stop_gradient,
-        batchnorm=config.ggcr_batchnorm,
-        through_statistics=config.ggcr_through_statistics,
-        chunk_size=config.ggcr_chunk_size,
-    )
+    own = ("engine", "max_pairs", "stop_gradient", "batchnorm", "through_statistics", "chunk_size")
+    options = {name: getattr(config, f"ggcr_{name}") for name in own}
+    encoder = _compared(model, config.ggcr_encoder)
+    consistency = term(model, encoder=encoder, projection=projection(config), **options)
     if config.ggcr_weight == 0:  # after the term is built: its options are checked in any case
         return method
     return GGCRWrapper(

@@ -70,38 +70,20 @@ class WideEncoder(nn.Sequential):
     """Everything but the classifier: `[B, C, H, W]` to pooled features `[B, 64 * width]`."""
 
     def __init__(self, depth: int, width: int, channels: int, momentum: float) -> None:
-        blocks_per_group = (depth - 4) // 6
-        sizes = [16, 16 * width, 32 * width, 64 * width]
-        layers: list[nn.Module] = [nn.Conv2d(channels, sizes[0], 3, padding=1, bias=False)]
-        for group in range(3):
-            for block in range(blocks_per_group):
-                first = block == 0
-                layers.append(
-                    ResidualBlock(
-                        sizes[group] if first else sizes[group + 1],
-                        sizes[group + 1],
-                        stride=2 if first and group > 0 else 1,
-                        momentum=momentum,
-                        activate_shortcut=first and group == 0,
-                    )
-                )
-        layers += [
-            nn.BatchNorm2d(sizes[3], momentum=momentum),
-            nn.LeakyReLU(_NEGATIVE_SLOPE),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-        ]
-        super().__init__(*layers)
+        before, layers = 16, list[nn.Module]([nn.Conv2d(channels, 16, 3, padding=1, bias=False)])
+        for group, size in enumerate((16 * width, 32 * width, 64 * width)):
+            for block in range((depth - 4) // 6):
+                stride = 2 if block == 0 and group > 0 else 1
+                layers.append(ResidualBlock(before, size, stride, momentum, activate_shortcut=len(layers) == 1))
+                before = size
+        norm = nn.BatchNorm2d(before, momentum=momentum)
+        super().__init__(*layers, norm, nn.LeakyReLU(_NEGATIVE_SLOPE), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 class WideResNet(nn.Module):
     """WRN-depth-width: a wide encoder and a linear head.
 
     Reference: Zagoruyko and Komodakis, "Wide Residual Networks" (2016), with leaky ReLU (slope 0.1).
-
-    Attributes:
-        encoder: All but the head.
-        head: The linear classifier.
     """
 
     def __init__(self, depth: int, width: int, classes: int, *, channels: int = 3, momentum: float = 0.001) -> None:

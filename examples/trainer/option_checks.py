@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,27 @@ if TYPE_CHECKING:
     from trainer.config import Config
 
 GROUP_NORM = "-gn"
+# What numbers must be, and of which options.
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "must be above 0": (
+        lambda x: x > 0,
+        "image_size steps batch_size unlabeled_ratio lr bn_momentum jacobian_projections sam_rho ggcr_every "
+        "ggcr_max_pairs eval_every checkpoint_every log_every temperature stop_after_steps stop_after_minutes "
+        "clip_norm accumulate",
+    ),
+    "must be 0 or more": (
+        lambda x: x >= 0,
+        "seed workers unlabeled_weight unlabeled_ramp brier_weight weight_decay jacobian_weight ggcr_weight "
+        "ggcr_warmup ggcr_ramp",
+    ),
+    "must be below 2^63": (lambda x: x < 2**63, "seed"),
+    "is a decay in [0, 1), for example 0.999": (lambda x: 0 <= x < 1, "ema method_decay"),
+    "is a probability in [0, 1]": (lambda x: 0 <= x <= 1, "threshold"),
+    "is in (0, 1] (weight of the new statistics)": (lambda x: x <= 1, "bn_momentum"),
+    "is a share in (0, 1], for example 0.01": (lambda x: 0 < x <= 1, "label_fraction"),
+    "is a share in [0, 1), for example 0.2": (lambda x: 0 <= x < 1, "hold_out"),
+    "is a share in (0, 1], for example 0.08": (lambda x: 0 < x <= 1, "crop_scale"),
+}
 
 
 def is_wide(name: str) -> bool:
@@ -52,37 +74,13 @@ def projection(config: Config) -> RandomProjection | None:
 
 def check_options(config: Config, processes: int) -> None:
     """Refuse values that the trainer cannot honour."""
-
-    def positive(*names: str) -> None:
-        for name in names:
+    for words, (fits, names) in _RANGES.items():
+        for name in names.split():
             value = getattr(config, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise OptionError(f"--{name.replace('_', '-')} must be above 0; found {value}.")
-
-    def not_negative(*names: str) -> None:
-        for name in names:
-            value = getattr(config, name)
-            if value is not None and not (value >= 0 and math.isfinite(value)):
-                raise OptionError(f"--{name.replace('_', '-')} must be 0 or more; found {value}.")
-
-    positive("image_size", "steps", "batch_size", "unlabeled_ratio", "lr", "bn_momentum")
-    positive("jacobian_projections", "sam_rho")
-    positive("ggcr_every", "ggcr_max_pairs", "eval_every", "checkpoint_every", "log_every")
-    positive("temperature", "stop_after_steps", "stop_after_minutes", "clip_norm", "accumulate")
-    not_negative("seed", "workers", "unlabeled_weight", "unlabeled_ramp", "brier_weight", "weight_decay")
-    not_negative("jacobian_weight", "ggcr_weight", "ggcr_warmup", "ggcr_ramp")
+            if value is not None and not (math.isfinite(value) and fits(value)):
+                raise OptionError(f"--{name.replace('_', '-')} {words}; found {value}.")
     if config.ggcr_through_statistics and config.amp == "fp16":
         raise OptionError("--ggcr-through-statistics has not been verified in float16: use --amp bf16 or off.")
-    if config.seed >= 2**63:
-        raise OptionError(f"--seed must be below 2^63; found {config.seed}.")
-    if not 0 <= config.ema < 1:
-        raise OptionError(f"--ema is a decay in [0, 1), for example 0.999; found {config.ema}.")
-    if config.threshold is not None and not 0 <= config.threshold <= 1:
-        raise OptionError(f"--threshold is a probability in [0, 1]; found {config.threshold}.")
-    if config.method_decay is not None and not 0 <= config.method_decay < 1:
-        raise OptionError(f"--method-decay is a decay in [0, 1), for example 0.999; found {config.method_decay}.")
-    if config.bn_momentum is not None and config.bn_momentum > 1:
-        raise OptionError(f"--bn-momentum is in (0, 1] (weight of the new statistics); found {config.bn_momentum}.")
     if config.optimizer != "sam" and config.sam_rho != type(config).sam_rho:
         raise OptionError(f"--sam-rho {config.sam_rho}: --optimizer {config.optimizer} has no ball; leave it out.")
     if config.jacobian_weight == 0 and config.jacobian_projections != type(config).jacobian_projections:
@@ -109,12 +107,6 @@ def _check_data(config: Config) -> None:
     given = [f"--{name.replace('_', '-')} {value}" for name, value in ways.items() if value is not None]
     if len(given) > 1:
         raise OptionError(f"{' and '.join(given)}: give one of them.")
-    if config.label_fraction is not None and not 0 < config.label_fraction <= 1:
-        raise OptionError(f"--label-fraction is a share in (0, 1], for example 0.01; found {config.label_fraction}.")
-    if not 0 <= config.hold_out < 1:
-        raise OptionError(f"--hold-out is a share in [0, 1), for example 0.2; found {config.hold_out}.")
-    if not 0 < config.crop_scale <= 1:
-        raise OptionError(f"--crop-scale is a share in (0, 1], for example 0.08; found {config.crop_scale}.")
     if config.image_size is not None and config.dataset != "folder":
         raise OptionError(f"--image-size is for --dataset folder; --dataset {config.dataset} has a size of its own.")
     if config.feed == "memory":

@@ -15,7 +15,7 @@ import torch
 from trainer.config import HARMLESS, Config, method_label
 from trainer.datasets import DataSet, load_images
 from trainer.errors import OptionError, OtherProcessError, ResumeError
-from trainer.files import read_json, write_json
+from trainer.files import read_json, readable, write_json
 from trainer.folder import LEFT_OUT, NO_LABEL, FileRecord
 from trainer.processes import Processes
 from trainer.runlog import append_line, environment, software
@@ -34,15 +34,13 @@ def check_run(config: Config, device: torch.device) -> bool:
         return False
     if config.resume == "never":
         raise ResumeError(f"--resume never, but {folder} holds a run: give another --output, or --resume auto.")
-    try:
+    with readable(path):
         stored = read_json(path)
         options, place = stored["options"], stored["environment"]
         if not isinstance(options, dict) or not isinstance(place, dict):
             raise ValueError("its options or its environment are no object")
         if stored["format"] != FORMAT:
             raise ValueError(f"its format is {stored['format']!r}, this trainer reads {FORMAT}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ResumeError(f"{path} cannot be read ({error}): restore it, or give another --output.") from error
     before = options.get("processes")
     if before != config.processes and not config.elastic:
         raise ResumeError(
@@ -53,17 +51,6 @@ def check_run(config: Config, device: torch.device) -> bool:
     check_same_run(options, config)
     _compare_environment(place, environment(device))
     return True
-
-
-def finished_line(folder: Path) -> str:
-    """What to say of a finished run."""
-    try:
-        last = read_json(folder / "summary.json")["last"]
-        return f"{folder} is finished" + ("" if last is None else f": last accuracy {float(last):.4f}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ResumeError(
-            f"{folder / 'summary.json'} cannot be read ({error}): remove it, and the same command writes it anew."
-        ) from error
 
 
 def create_run(config: Config, device: torch.device) -> None:
@@ -141,9 +128,12 @@ def is_finished(folder: Path, config: Config, processes: Processes) -> bool:
     """Whether the run directory holds this run, finished; refuses one that holds another."""
     if not check_run(config, processes.device) or not (folder / "summary.json").exists():
         return False
+    with readable(folder / "summary.json", "remove it, and the same command writes it anew"):
+        last = read_json(folder / "summary.json")["last"]
+        accuracy = "" if last is None else f": last accuracy {float(last):.4f}"
     print(
-        f"{finished_line(folder)}. Give another --output for a new run; to train longer, start one with --init-from "
-        f"{folder} and as many --steps as you want to add."
+        f"{folder} is finished{accuracy}. Give another --output for a new run; to train longer, start one with "
+        f"--init-from {folder} and as many --steps as you want to add."
     )
     return True
 

@@ -148,11 +148,10 @@ def _deciding(run: Run) -> dict[str, Any]:
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """What tells runs apart, without their seeds.
+    """What tells runs apart, without their seeds: option to its text for each run.
 
-    Returns:
-        Option to its text for each run: the same text where, and only where, the value is the same. Files are named,
-        with digits of their SHA-256 only where their paths are the same.
+    The text is the same where, and only where, the value is the same. Files are named, with digits of their SHA-256
+    only where their paths are the same.
     """
     deciding, found = [_deciding(run) for run in runs], {}
     for name in dict.fromkeys(name for one in deciding for name in one):

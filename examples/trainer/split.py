@@ -18,7 +18,7 @@ from torch import Tensor
 from trainer.config import Config
 from trainer.datasets import DataSet, Images
 from trainer.errors import DatasetError, OptionError, ResumeError
-from trainer.files import finite, read_json, regular_size, write_atomically, write_json
+from trainer.files import finite, read_json, readable, regular_size, write_atomically, write_json
 from trainer.folder import FileRecord
 from trainer.streams import Stream, permutation
 
@@ -253,7 +253,7 @@ def files_before(folder: Path) -> FileRecord | None:
     if "training_files" not in stored:
         return None
     path = folder / FILES
-    try:
+    with readable(path):
         rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
         manifest = {str(name): (int(label), str(mark)) for name, label, mark, *_ in rows}
         contents = {
@@ -263,16 +263,12 @@ def files_before(folder: Path) -> FileRecord | None:
         record = FileRecord(list(manifest)[: int(stored["training_files"])], manifest, left_out, contents=contents)
         if record.digest() != stored["data_sha256"]:
             raise ValueError("it is not the list that split.json names")
-        return record
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ResumeError(f"{path} cannot be read ({error}): restore it, or give another --output.") from error
+    return record
 
 
 def _stored(path: Path) -> dict[str, Any]:
-    try:
+    with readable(path):
         stored = read_json(path)
         if not isinstance(stored, dict):
             raise ValueError(f"it holds a {type(stored).__name__}")
-    except (OSError, ValueError) as error:
-        raise ResumeError(f"{path} cannot be read ({error}): restore it, or give another --output.") from error
     return stored

@@ -40,11 +40,6 @@ class Trainer:
 
     With several processes, DDP is around the whole step, so that the gradients that are compared stay on their process
     and the gradient of the loss is the mean over the processes: that of one process with the joined batch.
-
-    Attributes:
-        step: Steps done.
-        meter: Means for the log, over all processes.
-        evaluations: The numbers of each evaluation so far.
     """
 
     def __init__(
@@ -75,9 +70,9 @@ class Trainer:
         self.optimizer: Any = self.sam or base
         self.average = AveragedModel(self.model, config.ema, warmup=bool(config.ema_warmup))
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
-        self.step = 0
-        self.meter = Meter()
-        self.evaluations: list[dict[str, float]] = []
+        self.step = 0  # steps done
+        self.meter = Meter()  # over all processes
+        self.evaluations: list[dict[str, float]] = []  # so far
         self._fresh_pairs = self._pair_generator()  # of this process's seed; a checkpoint overwrites it
 
     @classmethod
@@ -102,13 +97,7 @@ class Trainer:
         return cls(config, processes.together(build), to_model, samples, processes)
 
     def train_step(self, images: Callable[[], StepImages]) -> None:
-        """Take one step, on all processes or on none.
-
-        Raises:
-            NonFiniteLossError: Where the loss or its gradient is NaN or infinite; nothing is updated then.
-            DatasetError: An image cannot be read.
-            OtherProcessError: One of these happened to another process.
-        """
+        """Take one step, on all processes or on none: nothing is updated where loss or gradient are not finite."""
         config = self.config
         lr = set_learning_rate(self.optimizer, float(config.lr or 0.0), self.step, config.steps, config.lr_warmup)
         fetched = self.processes.together(images)  # before any process waits for the others in its forward

@@ -79,7 +79,7 @@ def _rows(claim: Claim, runs: Runs, metric: str) -> Iterator[dict[str, Any]]:
         reference = _values(runs, column, claim.rows[claim.reference], metric)
         for row, variant in claim.rows.items():
             claimed, values = claim.accuracy.get((row, column)), _values(runs, column, variant, metric)
-            measured = dataclasses.asdict(spread(list(values.values()))) if values else None
+            measured = _spread_of(values)
             own = row == claim.reference
             difference = None if own else paired_difference(values, reference)
             apart = None if claimed is None or own else round(claimed - claim.accuracy[claim.reference, column], 6)
@@ -87,10 +87,18 @@ def _rows(claim: Claim, runs: Runs, metric: str) -> Iterator[dict[str, Any]]:
                 "row": row, "column": column, "variant": variant, "claim": claimed, "by_seed": _keys(values),
                 "measured": measured,
                 "deviation": measured["mean"] - claimed if measured and claimed is not None else None,
-                "difference": dataclasses.asdict(difference) if difference else None,
+                "difference": _record(difference),
                 "claimed_difference": apart,
                 "interval_holds_claim": difference.contains(apart) if difference and apart is not None else None,
             }  # fmt: skip
+
+
+def _record(numbers: Any) -> dict[str, Any] | None:
+    return dataclasses.asdict(numbers) if numbers else None
+
+
+def _spread_of(by_seed: dict[int, float]) -> dict[str, Any] | None:
+    return _record(spread(list(by_seed.values())) if by_seed else None)
 
 
 def _values(runs: Runs, column: str, variant: str, metric: str) -> dict[int, float]:
@@ -113,21 +121,17 @@ def _curve_rows(claim: Claim, runs: Runs) -> list[dict[str, Any]]:
     }
     rows = []
     for row, by_seed in curves.items():
-        differences: dict[str, dict[str, Any] | None] = {"difference": None, "steps_difference": None}
-        if row != claim.reference:
-            differences = {
-                name: dataclasses.asdict(found) if found else None
-                for name, found in (
-                    ("difference", paired_difference(height[row], height[claim.reference])),
-                    ("steps_difference", paired_difference(reached[row], reached[claim.reference])),
-                )
-            }
+        own = row == claim.reference
+        differences = {
+            name: None if own else _record(paired_difference(values[row], values[claim.reference]))
+            for name, values in (("difference", height), ("steps_difference", reached))
+        }
         rows.append(
             {
                 "row": row, "column": column, "variant": claim.rows[row],
                 "at": [[share, _at(list(by_seed.values()), share)] for share in SHARES],
-                "over_run": dataclasses.asdict(spread(list(height[row].values()))) if by_seed else None,
-                "steps_to_level": dataclasses.asdict(spread(list(reached[row].values()))) if seeds else None,
+                "over_run": _spread_of(height[row]),
+                "steps_to_level": _spread_of(reached[row]),
                 "by_seed": {"over_run": _keys(height[row]), "steps_to_level": _keys(reached[row])},
                 **differences,
             }

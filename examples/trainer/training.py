@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from trainer.rundir import check_run, check_same_files, create_run, exclusive, i
 from trainer.runlog import MetricsFile, Progress, append_line, books, duration
 from trainer.runs import read_run
 from trainer.split import Split, choose_labeled, store_or_check
+from trainer.statistics import FINAL
 from trainer.step import Trainer
 from trainer.weights import describe, export_weights, read_start
 
@@ -265,35 +265,33 @@ class _Execution:
         known = describe(dataclasses.asdict(self.config), read_json(self.folder / "split.json"), trainer.step)
         known["method"] = method_label(self.config)
         export_weights(self.folder / "model.safetensors", self._evaluated_model(), known)
-        kind = "test" if "test" in self.evaluated else "held_out"
-        judged = [numbers["held_out"] for numbers in trainer.evaluations if "held_out" in numbers]
-        protocol = f"{PROTOCOL}; BatchNorm statistics {self.config.eval_statistics}"
-        if judged:
-            protocol = protocol.replace("on the test images, so it is optimistic", "on held-out training images")
-        if kind == "held_out":
-            protocol = protocol.replace("test accuracy", "accuracy on held-out training images")
-        numbers: dict[str, Any] = dict.fromkeys(("last", "median_last_20", "best"))
+        numbers: dict[str, Any] = dict.fromkeys(FINAL)
+        protocol, said, curves = "no test images", "", ""
         if trainer.evaluations:
+            kind = "test" if "test" in self.evaluated else "held_out"
+            what = {"test": "test accuracy", "held_out": "accuracy on held-out images"}[kind]
+            judged = [numbers["held_out"] for numbers in trainer.evaluations if "held_out" in numbers]
+            protocol = f"{PROTOCOL}; BatchNorm statistics {self.config.eval_statistics}"
+            if judged:
+                protocol = protocol.replace("on the test images, so it is optimistic", "on held-out training images")
+            if kind == "held_out":
+                protocol = protocol.replace("test accuracy", "accuracy on held-out training images")
             numbers = dict(summarize([numbers[kind] for numbers in trainer.evaluations], judged))
+            texts = zip(("last", "median of last 20 evaluations", "best"), numbers.values(), strict=True)
+            said = f": {what} " + ", ".join(f"{name} {value:.4f}" for name, value in texts)
+            curves = f"curves: {self.folder / 'curves.png'}, "
+            draw_curves([read_run(self.folder)], self.folder / "curves.png")
         summary: dict[str, Any] = {
-            "protocol": protocol if trainer.evaluations else "no test images",
+            "protocol": protocol,
             **{key: known[key] for key in ("method", "dataset", "labels", "arch", "seed", "steps")},
             "processes": self.processes.world,
             "evaluations": len(trainer.evaluations),
             **numbers,
             "seconds": round(self.seconds, 1),
         }
-        if trainer.evaluations:
-            draw_curves([read_run(self.folder)], self.folder / "curves.png")
         write_json(self.folder / "summary.json", summary)  # last: its presence says that the run is finished
-        what = "test accuracy" if kind == "test" else "accuracy on held-out images"
-        said = (
-            f": {what} last {numbers['last']:.4f}, median of last 20 evaluations {numbers['median_last_20']:.4f}, "
-            f"best {numbers['best']:.4f}"
-        ) if trainer.evaluations else ""  # fmt: skip
         self.progress.say(f"finished in {duration(self.seconds)} of training{said}")
-        curves = f"curves: {os.path.join(self.folder, 'curves.png')}, " if trainer.evaluations else ""
-        self.progress.say(f"{curves}weights: {os.path.join(self.folder, 'model.safetensors')}")
+        self.progress.say(f"{curves}weights: {self.folder / 'model.safetensors'}")
 
 
 def main(config: Config) -> int:
