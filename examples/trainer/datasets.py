@@ -145,7 +145,7 @@ def _folder(config: Config, before: FileRecord | None) -> DataSet:
         kept = torch.tensor([name not in bad for name in names])
         pixels = pixels[kept] if in_memory and bad else pixels
         train, test = train.without(set(bad)), test.without(set(bad))
-        empty = [name for k, name in enumerate(listing.classes) if k not in set(train.labels)]
+        empty = [listing.classes[k] for k in sorted(set(range(len(listing.classes))) - set(train.labels))]
         if empty:
             raise DatasetError(f"no image of {', '.join(empty)} in {root / 'train'} can be read: replace them.")
         names = train.names + test.names

@@ -128,19 +128,23 @@ def for_each(
     threads = min(32, 4 * (os.cpu_count() or 1))
     hidden = not sys.stderr.isatty()
     with ThreadPoolExecutor(threads) as pool, tqdm(total=count, desc=verb, unit="image", disable=hidden) as bar:
-        for first in range(0, count, _CHUNK):
-            waiting.append(pool.submit(some, first))
-            while waiting and (len(waiting) > 4 * threads or first + _CHUNK >= count):
-                waiting.popleft().result()
-                bar.update(min(_CHUNK, count - done))
-                done = min(done + _CHUNK, count)
-            now = time.monotonic()
-            whole = (now - start) * count / max(done, 1)
-            if most_seconds is not None and now - start > JUDGED_AFTER and whole > most_seconds:
-                break
-            if hidden and now - said > 5:
-                said = now
-                print(f"{verb} {done:,} of {count:,} images", file=sys.stderr, flush=True)
+        try:
+            for first in range(0, count, _CHUNK):
+                waiting.append(pool.submit(some, first))
+                while waiting and (len(waiting) > 4 * threads or first + _CHUNK >= count):
+                    waiting.popleft().result()
+                    bar.update(min(_CHUNK, count - done))
+                    done = min(done + _CHUNK, count)
+                now = time.monotonic()
+                whole = (now - start) * count / max(done, 1)
+                if most_seconds is not None and now - start > JUDGED_AFTER and whole > most_seconds:
+                    break
+                if hidden and now - said > 5:
+                    said = now
+                    print(f"{verb} {done:,} of {count:,} images", file=sys.stderr, flush=True)
+        except BaseException:  # at a Ctrl-C, do not wait until all that is in the queue is read
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     seconds = time.monotonic() - start
     more = "" if done + _CHUNK * len(waiting) >= count else (
         f"; all of them would take about {duration(whole)}: give --check-images True for that"

@@ -57,7 +57,8 @@ def guarded(action: Callable[[], int], extra: str = "examples") -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        return action()
+        with Interrupts():
+            return action()
     except OtherProcessError as error:  # that process has said why
         return error.exit_code
     except BrokenPipeError:  # the reader, such as `head`, has enough
@@ -94,13 +95,17 @@ def start(program: str, description: str, presets: str) -> int:
 class Signals:
     """Notes SIGINT and SIGTERM instead of ending of them."""
 
+    numbers: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
+
     def __init__(self) -> None:
         self.received: list[int] = []
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
+        if Interrupts.raised:  # and nothing came of it
+            raise KeyboardInterrupt
         if threading.current_thread() is threading.main_thread():  # elsewhere Python forbids handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in self.numbers:
                 self._previous[number] = signal.signal(number, self._receive)
         return self
 
@@ -110,6 +115,21 @@ class Signals:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received.append(number)
+
+
+class Interrupts(Signals):
+    """Raises at Ctrl-C and remembers it: libraries, mpmath for one, take that for an error of their own and go on."""
+
+    numbers = (signal.SIGINT,)
+    raised = False
+
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__()
+        Interrupts.raised = False
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        Interrupts.raised = True
+        raise KeyboardInterrupt
 
 
 class StopRequest(Signals):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import multiprocessing
 import time
 from pathlib import Path
 from typing import Any
@@ -296,6 +297,7 @@ class _Execution:
 
 def main(config: Config) -> int:
     """Run, and turn what is refused into one line and an exit status."""
+    before = set(multiprocessing.active_children())
 
     def action() -> int:
         try:
@@ -315,5 +317,8 @@ def main(config: Config) -> int:
             raise TrainerError(f"another process is gone ({text}). Checkpoints are untouched.") from error
         finally:
             leave()
+            # Workers leave signals to this process: one that a dead disk holds would keep it from ending for ever.
+            for worker in set(multiprocessing.active_children()) - before:
+                worker.kill()
 
     return guarded(action)
