@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from predict import files, load, parser, say_unused
+from predict import files, load, parser
 from trainer.errors import DatasetError, OptionError
 from trainer.files import write_atomically
 from trainer.launch import guarded
@@ -34,7 +34,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     from trainer.evaluation import Scores
-    from trainer.folder import class_folders
+    from trainer.folder import class_folders, say_unused
     from trainer.images import damaged
 
     kinds = sorted(FigureCanvasAgg.filetypes)

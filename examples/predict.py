@@ -104,14 +104,6 @@ def files(given: Iterable[Path], skipped: collections.Counter[str]) -> Iterator[
         yield from (path / name for name in walk(path, "", skipped)) if path.is_dir() else [path]
 
 
-def say_unused(skipped: collections.Counter[str]) -> None:
-    """Print what was passed over."""
-    from trainer.folder import unused
-
-    for note in unused(skipped):
-        print(f"note: {note}", file=sys.stderr)
-
-
 def parser(program: str, description: str | None) -> Parser:
     """A command line that begins with a run, and the options of every program that uses one."""
     words = Parser(program, description)
@@ -131,6 +123,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
+    from trainer.folder import say_unused
+
     classifier, status = load(options.run, options.device), 0
     skipped: collections.Counter[str] = collections.Counter()
     top, paths = min(options.top, len(classifier.classes)), list(files(options.images, skipped))

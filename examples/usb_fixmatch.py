@@ -79,9 +79,7 @@ def main() -> int:
     algorithm.loader_dict = digits(config)
 
     consistency = GradientConsistencyLoss(
-        algorithm.model,
-        encoder=lambda name: not name.startswith("classifier."),
-        max_pairs=16,
+        algorithm.model, encoder=lambda name: not name.startswith("classifier."), max_pairs=16
     )
     handle = usb.attach(algorithm, consistency, weight=0.1, warmup_steps=options.steps // 4)
     algorithm.train()

@@ -54,7 +54,7 @@ def main() -> None:
         batch_size=options.batch_size, unlabeled_ratio=options.unlabeled_ratio,
     )  # fmt: skip
     device = torch.device(options.device)
-    to_model = ToModel(*images.channel_statistics(), device, channels_last=False)
+    to_model = ToModel(*images.channel_statistics, device, channels_last=False)
     calls, counts = _stages(images, base, to_model)
     timing = alternate(calls, options.rounds, clock=clock, device=options.device)
     rows += [_row(name, counts[name], timing.row(name)) for name in calls]

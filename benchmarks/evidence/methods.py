@@ -97,7 +97,7 @@ def train(config: Config) -> tuple[float, float]:
 def trained(config: Config) -> tuple[nn.Module, AveragedModel, ToModel, float]:
     """One run: the network, its average, what normalises its images, and seconds of all steps after the warm-up."""
     data = images()
-    to_model = ToModel(*data.channel_statistics(), torch.device("cpu"), channels_last=False)
+    to_model = ToModel(*data.channel_statistics, torch.device("cpu"), channels_last=False)
     torch.manual_seed(config.seed)
     model = SmallNet(len(data.classes))
     method = build_method(model, config, len(data.train_y)).train()

@@ -45,7 +45,7 @@ def main() -> None:
         state = load_latest(folder / "checkpoints")
         if state is None:
             raise SystemExit(f"{folder} has no checkpoint")
-        mean, deviation = images.channel_statistics()
+        mean, deviation = images.channel_statistics
         to_model = ToModel(mean, deviation, torch.device("cpu"), channels_last=config.channels_last)
         for weights, tensors in (("trained", _model_of(state["method"])), ("averaged", state["average"]["model"])):
             model = build_model(config.arch, len(images.classes), momentum=0.1)

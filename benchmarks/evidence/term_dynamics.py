@@ -141,7 +141,7 @@ def follow(cell: Cell, images: Images, looks: int) -> list[Row]:
         One row a look.
     """
     config = cell.config
-    to_model = ToModel(*images.channel_statistics(), torch.device("cpu"), channels_last=config.channels_last)
+    to_model = ToModel(*images.channel_statistics, torch.device("cpu"), channels_last=config.channels_last)
     trainer = Trainer.fresh(config, len(images.classes), to_model, len(images.train_y), None)
     dataset = StepDataset(images, choose_labeled(images, config), config)
     rows = []

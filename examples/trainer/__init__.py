@@ -4,7 +4,7 @@
 | --- | --- |
 | `launch`, `cli`, `config`, `option_checks` | programs, their options and defaults, what is refused |
 | `images`, `folder`, `datasets`, `split` | files as upright RGB, in memory or streamed; which are labeled |
-| `streams`, `augment`, `randaugment` | randomness by counter, weak and strong views |
+| `streams`, `augment` | randomness by counter, weak and strong views |
 | `loader` | batches by number, a part for each process, and whether a run waits for them |
 | `models`, `methods`, `optimizer` | networks; supervised only, FixMatch, FixMatch with GGCR; what takes a step |
 | `step`, `training`, `evaluation` | a step, the run, the accuracy |

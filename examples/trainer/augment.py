@@ -15,6 +15,8 @@ Index letters: N images, H and W their sides; images are uint8 `[N, H, W, 3]`, d
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -22,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 from torchvision import transforms
+from torchvision.transforms import functional as vision
 
 Pixels = NDArray[np.uint8]
 Draws = NDArray[np.float64]
@@ -30,6 +33,8 @@ Operation = Callable[[Image.Image, int, int], Image.Image]
 WEAK_DRAWS = 3
 STRONG_DRAWS = WEAK_DRAWS + 2 * 4 + 2  # weak, two operations of four draws each, the cutout's centre
 GREY = (127, 127, 127)
+NUM_OPS, MAGNITUDE, BINS = 2, 10, 31  # of torchvision's RandAugment
+Levelled = Callable[[Image.Image, float], Image.Image]
 MAX_MAGNITUDE = 10  # the scale of the magnitudes; the reference draws 1..9
 
 
@@ -157,10 +162,65 @@ def _cutout(image: Pixels, vertical: float, horizontal: float) -> None:
     image[max(0, y - half_y) : y + half_y, max(0, x - half_x) : x + half_x] = GREY
 
 
+def randaugment(image: Image.Image, generator: torch.Generator) -> Image.Image:
+    """Torchvision's `RandAugment(num_ops=2, magnitude=10)`, bit for bit, in a fraction of its time.
+
+    Torchvision builds a table of tensors for every image, and PIL loops over colour tables in Python. Here the table is
+    built once for each image size, and the loops are NumPy's. `tests/examples/test_augment.py` holds the two equal.
+    """
+    table = _table(*image.size)
+    for _ in range(NUM_OPS):
+        operation, level, signed = table[int(torch.randint(len(table), (1,), generator=generator))]
+        if signed and torch.randint(2, (1,), generator=generator):
+            level = -level
+        image = operation(image, level)
+    return image
+
+
+@functools.cache
+def _table(width: int, height: int) -> list[tuple[Levelled, float, bool]]:
+    """Each operation with its level at the magnitude, and whether the sign is random; the order is torchvision's."""
+
+    def level(first: float, last: float) -> float:
+        return float(torch.linspace(first, last, BINS)[MAGNITUDE])
+
+    return [
+        (lambda image, level: image, 0.0, False),
+        (lambda image, level: _turned(image, shear=[_degrees(level), 0.0], center=[0, 0]), level(0.0, 0.3), True),
+        (lambda image, level: _turned(image, shear=[0.0, _degrees(level)], center=[0, 0]), level(0.0, 0.3), True),
+        (lambda image, level: _turned(image, translate=[int(level), 0]), level(0.0, 150.0 / 331.0 * width), True),
+        (lambda image, level: _turned(image, translate=[0, int(level)]), level(0.0, 150.0 / 331.0 * height), True),
+        (vision.rotate, level(0.0, 30.0), True),
+        (lambda image, level: vision.adjust_brightness(image, 1.0 + level), level(0.0, 0.9), True),
+        (lambda image, level: vision.adjust_saturation(image, 1.0 + level), level(0.0, 0.9), True),
+        (lambda image, level: vision.adjust_contrast(image, 1.0 + level), level(0.0, 0.9), True),
+        (lambda image, level: vision.adjust_sharpness(image, 1.0 + level), level(0.0, 0.9), True),
+        (_posterize, 8.0 - round(4 * MAGNITUDE / (BINS - 1)), False),
+        (_solarize, level(255.0, 0.0), False),
+        (lambda image, level: autocontrast(image), 0.0, False),
+        (lambda image, level: equalize(image), 0.0, False),
+    ]
+
+
+def _posterize(image: Image.Image, bits: float) -> Image.Image:
+    return Image.fromarray(np.asarray(image) & np.uint8(256 - 2 ** (8 - int(bits))))
+
+
+def _solarize(image: Image.Image, threshold: float) -> Image.Image:
+    pixels = np.asarray(image)
+    return Image.fromarray(np.where(pixels < threshold, pixels, 255 - pixels))
+
+
+def _degrees(level: float) -> float:
+    return math.degrees(math.atan(level))
+
+
+def _turned(image: Image.Image, **changes: list[int] | list[float]) -> Image.Image:
+    return vision.affine(image, **{"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0], **changes})
+
+
 def randaugment_policy(images: Pixels, draws: Draws) -> Pixels:
     """Torchvision's `RandAugment(num_ops=2, magnitude=10)`, each image with a seed of its own."""
-    from trainer.randaugment import randaugment  # here, for it imports torchvision, which a run may do without
-
     out = np.empty_like(images)
     generator = torch.Generator()
     for n, draw in enumerate(draws[:, 0].tolist()):

@@ -10,7 +10,6 @@ import collections
 import contextlib
 import dataclasses
 import difflib
-import functools
 import io
 import itertools
 import json
@@ -37,6 +36,8 @@ _EXPLAINED = {
     "num_classes": "the classes are those of the data set",
     "num_workers": "write --workers",
 }
+
+_KINDS = typing.get_type_hints(Config)  # of each option
 
 
 def parse_config(
@@ -80,19 +81,13 @@ def _parse(arguments: Sequence[str], presets: Mapping[str, Config], program: str
     return config
 
 
-@functools.cache
-def _kinds() -> dict[str, Any]:
-    """The type of each option."""
-    return typing.get_type_hints(Config)
-
-
 def _switches(arguments: Sequence[str]) -> list[str]:
     """Let every option that is true or false be written as `--flip`, `--no-flip` and `--flip False` alike."""
     rest, words = list(arguments), list[str]()
     while rest:
         word = rest.pop(0)
         option = word.removeprefix("--no-").removeprefix("--").replace("_", "-")
-        kind = _kinds().get(option.replace("-", "_"))
+        kind = _KINDS.get(option.replace("-", "_"))
         if kind not in (bool, bool | None) or not word.startswith("--"):
             words.append(word)
             continue
@@ -106,7 +101,7 @@ def _switches(arguments: Sequence[str]) -> list[str]:
 def _wrong_value(words: list[str], text: str) -> str | None:
     """What to say of an option whose value is none; None where the parser's own words are to be kept."""
     option = re.search(r"(?:parsing|argument) '?(--[\w-]+)", text)
-    kind = _kinds().get(option[1][2:].replace("-", "_")) if option else None
+    kind = _KINDS.get(option[1][2:].replace("-", "_")) if option else None
     if option is None or kind is None:
         return None
     given = [word.partition("=")[2] for word in words if word.startswith(f"{option[1]}=")]
@@ -121,7 +116,7 @@ def _check_name(word: str) -> None:
         return
     name = word[2:].split("=")[0].replace("-", "_")
     fields = {field.name for field in dataclasses.fields(Config)} - {"recipe", "processes"}
-    switches = {f"no_{name}" for name, kind in _kinds().items() if kind in (bool, bool | None)}
+    switches = {f"no_{name}" for name, kind in _KINDS.items() if kind in (bool, bool | None)}
     if name in fields | switches | {"help"}:
         return
     hint = _EXPLAINED.get(name)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,6 @@ import tyro
 from trainer.option_checks import check_options
 
 Preset = Literal["paper", "fixmatch", "demo"]
-DatasetName = Literal["cifar10", "cifar100", "digits", "folder"]
 
 # Options that change no trained number: a resumed run may differ in them.
 HARMLESS = frozenset(
@@ -39,7 +39,7 @@ class Config:
     preset: Preset = "paper"  # Defaults to start from; options given explicitly win.
     config: str | None = None  # JSON or YAML file of options, or the config.json of a run to repeat; options given win.
     # folder: DATA_DIR/train/CLASS/**, and perhaps test/CLASS/** (or val/) and unlabeled/**.
-    dataset: DatasetName = "cifar10"
+    dataset: Literal["cifar10", "cifar100", "digits", "folder"] = "cifar10"
     # memory: images are decoded once, to one size. stream: they are decoded whenever they are needed, and views are
     # random crops of the whole photograph; folder only.
     feed: Literal["memory", "stream"] = "memory"
@@ -265,3 +265,11 @@ def method_label(config: Config) -> str:
     parts += ["jacobian"] if config.jacobian_weight > 0 else []
     parts += [config.optimizer] if config.optimizer != "sgd" else []
     return "+".join(parts)
+
+
+def option_differences(there: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """What differs between two runs' options, as `--lr: 0.1 there, 0.2 now`."""
+    for name in sorted(there.keys() | now.keys()):
+        before, after = (options.get(name, "(absent)") for options in (there, now))
+        if before != after:
+            yield f"--{name.replace('_', '-')}: {before} there, {after} now"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trainer.config import Config
 from trainer.errors import DatasetError, ResumeError
-from trainer.folder import NO_LABEL, FileRecord, Files, Manifest, decode, list_folder, twins
+from trainer.folder import NO_LABEL, FileRecord, Files, Listing, Manifest, decode, list_folder, twins
 from trainer.images import CHECK_SECONDS, damaged, for_each, read_image
 
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # its channels' mean and deviation, as torchvision has them
@@ -47,12 +47,9 @@ class Images:
             digest.update(np.ascontiguousarray(part.numpy()).data)
         return digest.hexdigest()
 
+    @functools.cached_property
     def channel_statistics(self) -> tuple[list[float], list[float]]:
         """Mean and deviation of each channel over the training images, in units of 255; no deviation is below 1/255."""
-        return self._statistics
-
-    @functools.cached_property
-    def _statistics(self) -> tuple[list[float], list[float]]:
         # Exact: a histogram of 256 values per channel, so that neither order nor threads can change a digit.
         means, deviations = [], []
         for channel in range(3):
@@ -105,6 +102,7 @@ class PhotographFolder:
         """SHA-256 of the names, labels and sizes of all files."""
         return self.files.digest()
 
+    @property
     def channel_statistics(self) -> tuple[list[float], list[float]]:
         """ImageNet's: those of the photographs would need a pass over all of them."""
         return IMAGENET
@@ -128,8 +126,8 @@ def _folder(config: Config, before: FileRecord | None) -> DataSet:
     left_out, lost = (dict(before.left_out), dict(before.reasons)) if before else ({}, {})
     train, test = (part.without(set(left_out)) for part in (listing.train, listing.test))
     if before is not None and before.manifest:
-        train, test, gone = _as_before(config, before, train, test)
-        lost |= gone
+        train, test, absent = _as_before(config, before, train, test)
+        lost |= absent
     names = train.names + test.names
     pixels, stamps, digests = torch.empty(0), dict[str, tuple[str, str]](), dict[str, str]()
     if in_memory:
@@ -144,10 +142,7 @@ def _folder(config: Config, before: FileRecord | None) -> DataSet:
         left_out |= bad
         kept = torch.tensor([name not in bad for name in names])
         pixels = pixels[kept] if in_memory and bad else pixels
-        train, test = train.without(set(bad)), test.without(set(bad))
-        empty = [listing.classes[k] for k in sorted(set(range(len(listing.classes))) - set(train.labels))]
-        if empty:
-            raise DatasetError(f"no image of {', '.join(empty)} in {root / 'train'} can be read: replace them.")
+        train, test = _without(listing, bad)
         names = train.names + test.names
     else:
         lost |= bad
@@ -163,9 +158,7 @@ def _folder(config: Config, before: FileRecord | None) -> DataSet:
             raise _other_files(config, "changed", changed)
         lost |= dict.fromkeys(changed, "is another file than before")
         manifest, contents = before.manifest, before.contents
-    lost_train, lost_test = (
-        frozenset(k for k, name in enumerate(part.names) if name in lost) for part in (train, test)
-    )
+    lost_train, lost_test = (frozenset(k for k, n in enumerate(part.names) if n in lost) for part in (train, test))
     same = twins({name: digest for name, digest in digests.items() if name not in lost})
     record = FileRecord(train.names, manifest, left_out, lost_train, lost_test, lost, listing.notes, same, contents)
     name = f"folder {root.resolve().name}"
@@ -176,6 +169,15 @@ def _folder(config: Config, before: FileRecord | None) -> DataSet:
     tests = torch.tensor([name not in lost for name in test.names], dtype=torch.bool)
     x_test, y_test = pixels[count:][tests], y[count:][tests]
     return Images(name, listing.classes, pixels[:count], y[:count], x_test, y_test, flip=True, files=record)
+
+
+def _without(listing: Listing, bad: dict[str, str]) -> tuple[Files, Files]:
+    """Training and test files but for the damaged ones."""
+    train, test = (part.without(set(bad)) for part in (listing.train, listing.test))
+    empty = [listing.classes[k] for k in sorted(set(range(len(listing.classes))) - set(train.labels))]
+    if empty:
+        raise DatasetError(f"no image of {', '.join(empty)} in {listing.root / 'train'} can be read: replace them.")
+    return train, test
 
 
 def _as_before(config: Config, before: FileRecord, train: Files, test: Files) -> tuple[Files, Files, dict[str, str]]:

@@ -6,6 +6,7 @@ import collections
 import hashlib
 import json
 import os
+import sys
 import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,6 +102,11 @@ def unused(skipped: collections.Counter[str]) -> list[str]:
     """What was passed over, as a note for people; none where it is nothing."""
     found = ", ".join(f"{count:,} {what}" for what, count in sorted(skipped.items()))
     return [f"not used: {found}"] if found else []
+
+
+def say_unused(skipped: collections.Counter[str]) -> None:
+    """Print what was passed over."""
+    print("".join(f"note: {note}\n" for note in unused(skipped)), end="", file=sys.stderr)
 
 
 def _is_hidden(name: str) -> bool:

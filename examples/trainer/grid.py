@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.claims import CIFAR10, CIFAR100, CLAIMS, IMAGENET
 from trainer.cli import parse_config
-from trainer.config import HARMLESS, Config, preset_config, resolve
+from trainer.config import HARMLESS, Config, option_differences, preset_config, resolve
 from trainer.errors import OptionError, ResumeError
 from trainer.files import json_lines, read_json, readable, write_json
 from trainer.option_checks import parse_arch
@@ -176,7 +176,9 @@ class Grid:
             stored = read_json(path)
             different = [f"--budget: {stored['budget']} there, {self.budget} now"] * (stored["budget"] != self.budget)
             columns = {**stored["protocol"]}
-            different += list(_differences(columns, now["protocol"]))
+            for column in sorted(columns.keys() & now["protocol"].keys()):
+                told = option_differences(columns[column], now["protocol"][column])
+                different += [f"{column}, {text}" for text in told]
         if different:
             raise ResumeError(
                 f"{self.folder} holds a grid with another protocol, and tables must not mix them:\n  "
@@ -213,10 +215,10 @@ def build_grid(
     )
     bases: dict[tuple[str, str], tuple[Config, tuple[str, ...]]] = {}
     common = {name: (*_arguments({**chosen.options, **columns[name]}), *trainer_options) for name, _ in wanted}
-    parsed = {name: _parse(words) for name, words in common.items()}
+    parsed = {name: parse_config(words) for name, words in common.items()}
     for column, variant in wanted:
         arguments = (*common[column], *_arguments(_own_options(variant, parsed[column], chosen.longer)))
-        bases[column, variant] = (_parse(arguments), arguments)
+        bases[column, variant] = (parse_config(arguments), arguments)
     cells = []
     for seed in range(chosen.seeds if seeds is None else seeds):
         for (column, variant), (config, arguments) in bases.items():
@@ -224,10 +226,6 @@ def build_grid(
             settled = resolve(dataclasses.replace(config, seed=seed, output=place))
             cells.append(Cell(column, variant, settled, (*arguments, *_arguments({"seed": seed, "output": place}))))
     return Grid(folder, budget, tuple(tables), tuple(cells), absent)
-
-
-def _parse(arguments: Sequence[str]) -> Config:
-    return parse_config(arguments, program="fixmatch_cifar.py", description="The trainer of one cell.")
 
 
 def _own_options(variant: str, common: Config, longer: float) -> dict[str, Any]:
@@ -252,11 +250,3 @@ def _name(word: str) -> str:
 
 def _arguments(options: dict[str, Any]) -> list[str]:
     return [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-
-
-def _differences(there: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]) -> Iterator[str]:
-    for column in sorted(there.keys() & now.keys()):
-        for name in sorted(there[column].keys() | now[column].keys()):
-            before, after = (options.get(name, "(absent)") for options in (there[column], now[column]))
-            if before != after:
-                yield f"{column}, --{name.replace('_', '-')}: {before} there, {after} now"

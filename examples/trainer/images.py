@@ -25,7 +25,7 @@ _UPRIGHT = {
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
-_ORIENTATION, _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 0x0112, 258, 262, 339  # tags of EXIF and TIFF
+_ORIENTATION, _BITS, _PHOTOMETRIC, _PLANES, _SAMPLE_FORMAT = 0x0112, 258, 262, 284, 339  # tags of EXIF and TIFF
 # What Pillow makes of the value 1 of a PNG's grey; the value that is transparent comes as it stands in the file.
 _PNG_GREY = {"1": 255, "L;2": 85, "L;4": 17}
 # A check that was not asked for may take so many seconds; its length is known after the first few.
@@ -55,6 +55,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     raw = str(tiles[0][3]) if tiles and image.format == "PNG" else ""
     if any(kind not in (1, 4) for kind in tags.get(_SAMPLE_FORMAT, (1,))):
         raise ValueError("its pixels are floats or signed numbers, whose range is not known: save it with 8 or 16 bits")
+    if tiles and tiles[0][0] == "raw" and tags.get(_PLANES) == 2 and bits != 8:
+        raise ValueError(
+            f"its channels of {bits} bits lie one after another, of which half is read: save it with 8 bits"
+        )
     if raw.startswith("RGB;16") and "transparency" in image.info:
         raise ValueError("its transparent colour has 16 bits, of which 8 are read: save it with 8, or with alpha")
     image.load()

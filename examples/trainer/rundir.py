@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from trainer.config import HARMLESS, Config, method_label
+from trainer.config import HARMLESS, Config, method_label, option_differences
 from trainer.datasets import DataSet, load_images
 from trainer.errors import OptionError, OtherProcessError, ResumeError
 from trainer.files import read_json, readable, write_json
@@ -109,14 +109,8 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 def check_same_run(stored: dict[str, Any], config: Config) -> None:
     """Refuse to continue a run with options that would make it another run."""
-    wanted = dataclasses.asdict(config)
-    keys = sorted((stored.keys() | wanted.keys()) - HARMLESS)
-    missing = "(absent)"
-    different = [
-        f"--{key.replace('_', '-')}: {stored.get(key, missing)} there, {wanted.get(key, missing)} now"
-        for key in keys
-        if stored.get(key, missing) != wanted.get(key, missing)
-    ]
+    deciding = ({k: v for k, v in one.items() if k not in HARMLESS} for one in (stored, dataclasses.asdict(config)))
+    different = list(option_differences(*deciding))
     if different:
         raise ResumeError(
             f"{config.output} holds a run with other options ({'; '.join(different)}): "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -50,7 +51,9 @@ class Meter:
 
     def state_dict(self) -> dict[str, list[float]]:
         """All values since the last flush, as floats."""
-        self.values = {name: list[Number](_floats(values)) for name, values in self.values.items()}
+        for name, values in self.values.items():
+            each = (value.flatten().tolist() if isinstance(value, Tensor) else [value] for value in values)
+            self.values[name] = list(itertools.chain.from_iterable(each))
         return {name: list(values) for name, values in self.values.items()}  # type: ignore[arg-type]
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
@@ -71,13 +74,6 @@ class Meter:
                 numbers[name] = math.fsum(real) / len(real) if real else None
         self.values = {}
         return numbers
-
-
-def _floats(values: list[Number]) -> list[float]:
-    floats: list[float] = []
-    for value in values:
-        floats += value.flatten().tolist() if isinstance(value, Tensor) else [value]
-    return floats
 
 
 class MetricsFile:

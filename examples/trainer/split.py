@@ -225,7 +225,7 @@ def normalisation(stored: dict[str, Any]) -> tuple[list[float], list[float]]:
 
 def split_record(split: Split, data: DataSet) -> dict[str, Any]:
     """What `split.json` holds."""
-    mean, deviation = data.channel_statistics()
+    mean, deviation = data.channel_statistics
     record: dict[str, Any] = {
         "sha256": split.digest,
         "data_sha256": split.data_digest,

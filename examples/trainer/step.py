@@ -168,8 +168,9 @@ class Trainer:
             counts = {name: value * self.processes.world for name, value in means.items() if name in _COUNTS}
             self.meter.add({**means, **counts})
         if "ggcr_cosine" in numbers:
-            cosines = last_cosines(self.method)
-            many = self.processes.world > 1
+            wrapper = next(module for module in self.method.modules() if isinstance(module, GGCRWrapper))
+            record, many = wrapper.consistency.last, self.processes.world > 1
+            cosines = torch.empty(0) if record is None else record.cosine
             self.meter.add({"ggcr_cosine_sample": self.processes.gather(cosines.cpu()) if many else cosines})
 
     def _same_everywhere(self, error: TrainerError) -> TrainerError:
@@ -253,13 +254,6 @@ class Trainer:
             mine = rows["pairs"][rank] if known else self._fresh_pairs
             consistency = self.method.consistency
             consistency.load_state_dict({**consistency.state_dict(), "generator": mine})
-
-
-def last_cosines(method: nn.Module) -> Tensor:
-    """GC of each pair `[B]` of the last step; NaN for pairs that were not compared or are degenerate."""
-    wrapper = next(module for module in method.modules() if isinstance(module, GGCRWrapper))
-    record = wrapper.consistency.last
-    return torch.empty(0) if record is None else record.cosine
 
 
 def non_finite_gradient(model: nn.Module) -> str | None:

@@ -49,7 +49,7 @@ def run(config: Config) -> int:
     split = processes.together(lambda: choose_labeled(data, config))
     check_same_files(processes, split)
     size = data.train_x.shape[1:3] if isinstance(data, Images) else [int(config.image_size or 0)] * 2
-    to_model = ToModel(*data.channel_statistics(), processes.device, channels_last=config.channels_last)
+    to_model = ToModel(*data.channel_statistics, processes.device, channels_last=config.channels_last)
     count, samples = len(data.classes), len(data.train_y)
     trainer = Trainer.fresh(config, count, to_model, samples, start, processes=processes, size=size)
     with contextlib.ExitStack() as stack:

@@ -58,7 +58,7 @@ def test_the_statistics_that_are_evaluated_are_exported(tiny: MakeConfig) -> Non
         assert summary["protocol"].endswith(f"BatchNorm statistics {statistics}")
         model, _ = load_model(folder / "model.safetensors")
         images = load_images(resolve(config))
-        to_model = ToModel(*images.channel_statistics(), torch.device("cpu"), channels_last=False)
+        to_model = ToModel(*images.channel_statistics, torch.device("cpu"), channels_last=False)
         assert evaluate(model, Evaluated(images.test_x, images.test_y), to_model, 10).accuracy == summary["last"]
         buffers[statistics] = model.state_dict()
     same = {name for name, value in buffers["anew"].items() if torch.equal(value, buffers["averaged"][name])}

@@ -90,7 +90,7 @@ def test_supervised_prepares_no_unlabeled_images(random_images: Images, tiny: Ma
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_normalisation(random_images: Images, channels_last: bool) -> None:
-    mean, deviation = random_images.channel_statistics()
+    mean, deviation = random_images.channel_statistics
     to_model = ToModel(mean, deviation, torch.device("cpu"), channels_last=channels_last)
     x = to_model.images(random_images.train_x)
     assert x.shape == (60, 3, 32, 32)
@@ -101,7 +101,7 @@ def test_normalisation(random_images: Images, channels_last: bool) -> None:
 
 def test_a_constant_channel_stays_finite(random_images: Images) -> None:
     random_images.train_x[..., 1] = 7
-    mean, deviation = random_images.channel_statistics()
+    mean, deviation = random_images.channel_statistics
     x = ToModel(mean, deviation, torch.device("cpu"), channels_last=False).images(random_images.train_x)
     assert torch.isfinite(x).all()
 

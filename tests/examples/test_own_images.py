@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -168,6 +169,20 @@ def test_every_depth_mode_and_orientation_comes_out_right(
     if name == "clear.png":
         expected[0, 0] = 255
     assert np.array_equal(np.asarray(read_image(path)), expected)
+
+
+def test_channels_of_16_bits_one_after_another_are_refused(tmp_path: Path) -> None:
+    """Pillow reads every other byte of them; one that libtiff decodes is right."""
+    tags = [(256, 4, 8), (257, 4, 8), (258, 3, 3, 134), (259, 3, 1), (262, 3, 2), (273, 4, 3, 140), (277, 3, 3),
+            (278, 4, 8), (279, 4, 3, 152), (284, 3, 2)]  # fmt: skip
+    rows = [(tag, kind, *(rest if len(rest) == 2 else (1, *rest))) for tag, kind, *rest in tags]
+    directory = struct.pack("<H", len(rows)) + b"".join(struct.pack("<HHII", *row) for row in rows) + bytes(4)
+    places = struct.pack("<3H", 16, 16, 16) + struct.pack("<3I", 164, 292, 420) + struct.pack("<3I", 128, 128, 128)
+    (tmp_path / "planes.tif").write_bytes(b"II*\0\x08\0\0\0" + directory + places + 3 * DEEP.astype("<u2").tobytes())
+    with Image.open(tmp_path / "planes.tif") as opened:
+        assert opened.mode == "RGB"
+    with pytest.raises(DatasetError, match=r"planes.tif cannot be read .*channels of 16 bits lie one after another"):
+        read_image(tmp_path / "planes.tif")
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.int32])

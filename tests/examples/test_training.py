@@ -39,7 +39,7 @@ def plain_fixmatch(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
     """FixMatch by hand: the library's method in a loop of six lines, with no trainer and no wrapper."""
     config = resolve(config)
     images = load_images(config)
-    to_model = ToModel(*images.channel_statistics(), torch.device("cpu"), channels_last=False)
+    to_model = ToModel(*images.channel_statistics, torch.device("cpu"), channels_last=False)
     dataset = StepDataset(images, draw_split(images, config.labels, config.seed), config)
     torch.manual_seed(config.seed)
     model = build_model(config.arch, 10, momentum=float(config.bn_momentum or 0))

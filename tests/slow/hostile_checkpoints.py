@@ -213,7 +213,7 @@ def fuzz(work: Path, quick: bool) -> Iterator[Case]:
     whole = {name: (run / name).read_bytes() for name in ("config.json", "split.json")}
     record = json.loads((folder / "step-00000006.json").read_text())
     trainer = Trainer.fresh(
-        settled, 10, ToModel(*images.channel_statistics(), torch.device("cpu"), channels_last=False), 10
+        settled, 10, ToModel(*images.channel_statistics, torch.device("cpu"), channels_last=False), 10
     )
     canonical = json.loads(whole["config.json"])
 

@@ -24,7 +24,7 @@ def stepped(config: Config, steps: int) -> tuple[Trainer, StepDataset]:
     config = resolve(config)
     images = load_images(config)
     dataset = StepDataset(images, draw_split(images, config.labels, config.seed), config)
-    to_model = ToModel(*images.channel_statistics(), torch.device("cpu"), channels_last=config.channels_last)
+    to_model = ToModel(*images.channel_statistics, torch.device("cpu"), channels_last=config.channels_last)
     trainer = Trainer.fresh(config, len(images.classes), to_model, len(images.train_y))
     take(trainer, dataset, range(steps))
     return trainer, dataset
