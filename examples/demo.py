@@ -47,11 +47,9 @@ def _demo(options: argparse.Namespace) -> int:
     folders = []
     for seed in range(options.seeds):
         for name, changes in METHODS.items():
-            config = dataclasses.replace(
-                preset_config("demo"), seed=seed, output=str(options.output / f"{name}-seed{seed}"), **changes
-            )
-            if options.steps is not None:
-                config = dataclasses.replace(config, steps=options.steps)
+            steps = {} if options.steps is None else {"steps": options.steps}
+            output = str(options.output / f"{name}-seed{seed}")
+            config = dataclasses.replace(preset_config("demo"), seed=seed, output=output, **changes, **steps)
             print(f"\n== {name}, seed {seed}", flush=True)
             status = train(config)
             if status:

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from predict import files, load, parser
 from trainer.errors import DatasetError, OptionError
-from trainer.files import write_atomically
 from trainer.launch import guarded
 
 
@@ -90,6 +89,8 @@ def draw_confusion(confusion: list[list[int]], classes: Sequence[str], path: Pat
     """Draw a confusion matrix: a row per true class, its shares as shades."""
     from matplotlib.figure import Figure
 
+    from trainer.panels import save_figure
+
     count = len(classes)
     side = min(3 + 0.45 * count, 24)
     figure = Figure(figsize=(side, side), layout="constrained")
@@ -106,7 +107,7 @@ def draw_confusion(confusion: list[list[int]], classes: Sequence[str], path: Pat
             for j, value in enumerate(row):
                 color = "white" if shares[i][j] > 0.5 else "black"
                 axes.text(j, i, str(value), ha="center", va="center", color=color)
-    write_atomically(path, lambda file: figure.savefig(file, format=path.suffix[1:].lower()))
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -45,10 +45,9 @@ def build_optimizer(model: nn.Module, *, lr: float, weight_decay: float, adamw: 
     A kernel is a parameter of two or more dimensions: names would miss the BatchNorm of a shortcut.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    kernels = [parameter for parameter in trained if parameter.ndim > 1]
-    others = [parameter for parameter in trained if parameter.ndim <= 1]
-    groups = [{"params": kernels, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
+    kernels, others = ([p for p in trained if (p.ndim > 1) == kernel] for kernel in (True, False))
+    decays = ((kernels, weight_decay), (others, 0.0))
+    groups = [{"params": own, "weight_decay": decay} for own, decay in decays if own]
     return AdamW(groups, lr=lr) if adamw else SGD(groups, lr=lr, momentum=0.9, nesterov=True)
 
 

@@ -77,7 +77,7 @@ def check_options(config: Config, processes: int) -> None:
     for words, (fits, names) in _RANGES.items():
         for name in names.split():
             value = getattr(config, name)
-            if value is not None and not (math.isfinite(value) and fits(value)):
+            if value is not None and not (-math.inf < value < math.inf and fits(value)):
                 raise OptionError(f"--{name.replace('_', '-')} {words}; found {value}.")
     if config.ggcr_through_statistics and config.amp == "fp16":
         raise OptionError("--ggcr-through-statistics has not been verified in float16: use --amp bf16 or off.")

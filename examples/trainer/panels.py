@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +149,16 @@ def draw_panel(panel: Panel, path: Path, *, title: str | None = None) -> None:
             text.set_parse_math(False)
     figure.text(0.01, 0.005, "\n".join(textwrap.wrap(panel.words, 110)), fontsize="x-small", color="0.35")
     figure.get_layout_engine().set(rect=(0, 0.06, 1, 0.94))
-    write_atomically(path, lambda file: figure.savefig(file, format="png"))
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a picture. Letters that no font here has are boxes in it, which is said once, and not letter by letter."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        write_atomically(path, lambda file: figure.savefig(file, format=path.suffix[1:].lower()))
+    if any("missing from font" in str(warning.message) for warning in caught):
+        print(f"note: {path} has boxes for letters that no font of this machine has", file=sys.stderr)
 
 
 def shared_title(runs: list[Run]) -> str:

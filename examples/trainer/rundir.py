@@ -56,13 +56,8 @@ def check_run(config: Config, device: torch.device) -> bool:
 def create_run(config: Config, device: torch.device) -> None:
     """Write the `config.json` of a new run."""
     folder = Path(str(config.output))
-    record = {
-        "format": FORMAT,
-        "label": method_label(config),
-        "options": dataclasses.asdict(config),
-        "environment": environment(device),
-        "software": software(),
-    }
+    record = {"format": FORMAT, "label": method_label(config), "options": dataclasses.asdict(config)}
+    record |= {"environment": environment(device), "software": software()}
     try:
         write_json(folder / "config.json", record)
     except OSError as error:

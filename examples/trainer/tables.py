@@ -239,11 +239,10 @@ def _cells(table: dict[str, Any]) -> list[list[str]]:
 
 
 def _own_cells(table: dict[str, Any], *, several: bool) -> list[list[str]]:
-    cells = [["row", *(["column"] if several else []), "here", f"here - {table['reference']}"]]
-    for row in table["rows"]:
-        column = [row["column"]] if several else []
-        cells.append([row["row"], *column, spread_text(row["measured"]), difference_text(row["difference"])])
-    return cells
+    head = ["row", *(["column"] if several else []), "here", f"here - {table['reference']}"]
+    texts = [[spread_text(row["measured"]), difference_text(row["difference"])] for row in table["rows"]]
+    places = [[row["row"], *([row["column"]] if several else [])] for row in table["rows"]]
+    return [head, *(place + text for place, text in zip(places, texts, strict=True))]
 
 
 def _curve_cells(table: dict[str, Any]) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import io
@@ -237,13 +238,9 @@ class _Execution:
         per_step = self.config.accumulate * (self.config.batch_size + self.dataset.unlabeled_batch)
         rate = per_step * self.trainer.step / max(self.seconds, 1e-9)
         if self.processes.first:
-            line = {
-                "step": self.trainer.step,
-                "seconds": round(self.seconds, 3),
-                "images_per_second": round(rate, 1),
-                "waiting": round(self.watch.share, 4),
-            }
-            append_line(self.folder / "timing.jsonl", line)
+            done = {"step": self.trainer.step, "seconds": round(self.seconds, 3)}
+            speed = {"images_per_second": round(rate, 1), "waiting": round(self.watch.share, 4)}
+            append_line(self.folder / "timing.jsonl", done | speed)
         return rate
 
     def _save(self) -> None:
@@ -295,9 +292,15 @@ class _Execution:
         self.progress.say(f"{curves}weights: {self.folder / 'model.safetensors'}")
 
 
+@atexit.register
+def _end_workers() -> None:
+    """Workers leave signals to the trainer: one that a dead disk holds would keep Python from ending for ever."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
 def main(config: Config) -> int:
     """Run, and turn what is refused into one line and an exit status."""
-    before = set(multiprocessing.active_children())
 
     def action() -> int:
         try:
@@ -317,8 +320,5 @@ def main(config: Config) -> int:
             raise TrainerError(f"another process is gone ({text}). Checkpoints are untouched.") from error
         finally:
             leave()
-            # Workers leave signals to this process: one that a dead disk holds would keep it from ending for ever.
-            for worker in set(multiprocessing.active_children()) - before:
-                worker.kill()
 
     return guarded(action)

@@ -147,6 +147,7 @@ def test_help_shows_the_defaults_of_the_preset(capsys: pytest.CaptureFixture[str
         ({"ggcr_every": 0}, "--ggcr-every must be above 0"),
         ({"seed": -1}, "--seed must be 0 or more"),
         ({"seed": 2**63}, r"--seed must be below 2\^63"),
+        ({"seed": 10**400}, r"--seed must be below 2\^63"),  # more than a float can be
         ({"ema": 1.0}, r"--ema is a decay in \[0, 1\), for example 0.999; found 1.0"),
         ({"threshold": 1.5}, "--threshold is a probability"),
         ({"bn_momentum": 2.0}, "--bn-momentum is in"),

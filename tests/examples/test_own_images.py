@@ -356,6 +356,13 @@ def test_predict_and_evaluate_read_a_run_and_its_checkpoints(
         load_model(tmp_path)
 
 
+def test_letters_that_no_font_has_are_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate.draw_confusion([[2, 1], [0, 3]], ["\ue000", "\ue001\ue002"], tmp_path / "confusion.png")
+    assert (tmp_path / "confusion.png").stat().st_size > 1000
+    said = f"note: {tmp_path / 'confusion.png'} has boxes for letters that no font of this machine has\n"
+    assert capsys.readouterr().err == said
+
+
 # -- comfort -----------------------------------------------------------------------------------------------------------
 
 
