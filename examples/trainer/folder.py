@@ -128,6 +128,8 @@ def class_folders(part: Path, skipped: collections.Counter[str]) -> dict[str, st
             except UnicodeDecodeError as error:
                 shown = os.fsencode(entry.name).decode(errors="backslashreplace")
                 raise DatasetError(f"{part} has a class folder {shown!r} that is no UTF-8: rename it.") from error
+            if any(unicodedata.category(letter) in ("Cc", "Zl", "Zp") for letter in own):
+                raise DatasetError(f"{part} has a class folder {own!r}, with a line break or the like: rename it.")
             name = unicodedata.normalize("NFC", own)
             if name in folders:
                 raise DatasetError(

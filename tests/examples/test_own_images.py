@@ -89,6 +89,17 @@ def test_the_same_class_in_two_unicode_forms(photo_folder: MakeFolder) -> None:
         list_folder(root)
 
 
+def test_class_names_in_any_script_but_of_one_line(photo_folder: MakeFolder) -> None:
+    names = {
+        "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645": 1,
+        "\u732b": 1,
+        "a\u00a0b": 1,
+    }  # joiners and spaces, too
+    assert list_folder(photo_folder(train=names, test=names)).classes == sorted(names)
+    with pytest.raises(DatasetError, match=r"class folder 'cat\\ndog', with a line break or the like: rename it"):
+        list_folder(photo_folder(train={"cat\ndog": 1, "b": 1}, test={}))
+
+
 def test_held_out_images_choose_the_best_and_are_not_trained_on(mine: MakeConfig) -> None:
     config = resolve(mine(hold_out=0.25))
     data = load_images(config)
