@@ -40,13 +40,15 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2] / folder) for folder in ("benchmarks/shared", "examples")]
 import short_runs
+import small_images
 from environment import write_result
-from short_runs import CLAIM, SETTINGS, Images, Setting, accuracy, digits, photographs, train
+from short_runs import CLAIM, SETTINGS, Setting, accuracy, train
+from small_images import Images, digits, photographs
 
 import gradconsist
 from trainer.statistics import paired_difference, spread
 
-PROGRAM = __file__, short_runs.__file__
+PROGRAM = __file__, short_runs.__file__, small_images.__file__
 TIMED = 5  # fresh seeds whose times say how much longer the base trains
 Runs = dict[str, dict[str, dict[str, list[float]]]]  # stage, name, seed: accuracy, seconds, steps
 
