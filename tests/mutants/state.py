@@ -11,7 +11,7 @@ FORWARD, RANDOMNESS, GRAPH, PROBES = (
     "_refusals/graphs.py",
     "_consistency/trial.py",
 )
-PROBED = "_consistency/probed.py"
+PROBED, INDEPENDENCE = "_consistency/probed.py", "_consistency/independence.py"
 REMEMBERED, FUNCTIONS = "_forward/remembered.py", "_consistency/custom_functions.py"
 NO_TRACE = "test_state.py::test_a_successful_call_leaves_no_trace test_state.py"
 
@@ -103,7 +103,7 @@ BUGS = [
         "a forward that draws with dropout='off' is refused",
         "test_trust.py::test_chance_inside_the_model_is_named",
         RANDOMNESS, "if seed is None and not _same(before, _state(device)):", "if seed is not None and before is None:",
-        PROBES, "run(first), 0.0):", "run(first), float('inf')):",
+        INDEPENDENCE, "run(first), 0.0):", "run(first), float('inf')):",
     ),
     Bug(
         "training modes and attributes not restored",
@@ -198,22 +198,20 @@ BUGS = [
         "neighbours not noticed",
         "a sample's output that depends on its neighbours is refused",
         "refusals/test_errors.py::test_a_model_that_mixes_samples_is_refused",
-        PROBES,
-        "if changed and not _only_rounding(",
-        "if False and not _only_rounding(",
+        INDEPENDENCE, "                return place\n", "                return None\n",
     ),
     Bug(
         "a loss that mixes the batch not noticed",
         "a sample's loss that depends on its neighbours is refused",
         "refusals/test_errors.py::test_a_model_that_mixes_samples_is_refused",
-        PROBES, "return [losses] if logits is None or not logits.is_floating_point() else [logits, losses]",
+        INDEPENDENCE, "return [losses] if logits is None or not logits.is_floating_point() else [logits, losses]",
         "return [losses] if logits is None or not logits.is_floating_point() else [logits]",
     ),
     Bug(
         "identical samples settle independence",
         "two equal samples cannot tell whether neighbours matter",
         "test_trust.py::test_equal_samples_do_not_settle_independence",
-        PROBES, "        return False\n    order = ", "        return True\n    order = ",
+        INDEPENDENCE, "        return False\n    order = ", "        return True\n    order = ",
     ),
     Bug(
         "what was found out outlives a change of mode",
@@ -324,13 +322,25 @@ BUGS = [
         "only the first of two samples is looked at",
         "a model in which a sample changes a later one is refused",
         "refusals/test_errors.py::test_a_model_that_mixes_samples_is_refused",
-        PROBES, "in sorted({0, 1, *range(0, size, max(1, size // 8)), size - 1}):", "in (0,):",
+        INDEPENDENCE, "in sorted({0, 1, *range(0, size, max(1, size // 8)), size - 1}):", "in (0,):",
     ),
     Bug(
         "two samples only run together",
         "a model that mixes three samples or more is refused",
         "refusals/test_errors.py::test_a_model_that_mixes_three_samples_or_more_is_refused",
-        PROBES, "for size in sorted({2, most}):", "for size in {2, min(2, most)}:",
+        INDEPENDENCE, "for size in sorted({2, most}):", "for size in {2, min(2, most)}:",
+    ),
+    Bug(
+        "samples that answer a condition otherwise taken for mixed ones",
+        "every sample gets the answer that it would get alone",
+        "refusals/test_errors.py::test_a_condition_is_answered_for_each_sample",
+        INDEPENDENCE, "groups.setdefault(tuple(found.answers), [])", "groups.setdefault((), [])",
+    ),
+    Bug(
+        "nothing compared beside a condition",
+        "a model that mixes samples of one answer is refused",
+        "refusals/test_errors.py::test_samples_of_one_answer_must_not_mix",
+        INDEPENDENCE, "if len(places) > 1]", "if not places]",
     ),
     Bug(
         "what was found out holds for longer inputs",

@@ -232,7 +232,7 @@ def soak(variant: str, steps: int, leak: str | None = None) -> dict[str, Any]:
     gc.freeze()
     run = Soak(variant, leak, aside=max(5, steps // 200))
     every = max(1, steps // (10 * BLOCKS))
-    first, settled = steps // 20, steps // 4
+    first, settled = max(steps // 20, 24), steps // 4  # by then the loss has repeated its checks
     points = [step for step in range(settled + 1, steps + 1) if step % every == 0]
     series = {name: array.array("d", bytes(8 * len(points))) for name in LIMITS}  # nothing grows while it runs
     early: dict[str, Any] = {}

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradconsist._consistency.independence import rounding
 from gradconsist._consistency.probed import Probed
 from gradconsist._consistency.settings import Settings
-from gradconsist._consistency.trial import rounding
 from gradconsist._forward.batchnorm import STRONG, BatchNormCalls, StatisticsMissingError, needs_statistics
 from gradconsist._forward.functional_call import call_with, copied
 from gradconsist._forward.isolation import one_comparison

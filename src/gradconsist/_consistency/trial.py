@@ -17,17 +17,16 @@ from gradconsist._consistency.advice import (
     warn_of_unreached,
 )
 from gradconsist._consistency.custom_functions import check_custom_functions, custom_functions
-from gradconsist._consistency.mixing import mixing_refusal
+from gradconsist._consistency.independence import independent, samples_together
 from gradconsist._consistency.probed import Probed
 from gradconsist._forward.batchnorm import STRONG, WEAK
 from gradconsist._forward.per_sample import PerSampleForward
 from gradconsist._forward.randomness import preserved_randomness
 from gradconsist._forward.sandbox import comparison_scope
 from gradconsist._forward.sparse import sparse_parameters
-from gradconsist._inputs.batch import concatenable, concatenate, doubled, leaves, map_members, take
+from gradconsist._inputs.batch import concatenable, concatenate, leaves, take
 from gradconsist._inputs.cross_entropy import check_several, cross_entropy, find_logits
 from gradconsist._inputs.pairs import Pairs
-from gradconsist._inputs.precision import has_float64
 from gradconsist._refusals.graphs import check_first_derivative, keys_of, leaves_of, used_otherwise
 from gradconsist.engines.base import Engine, Problem
 from gradconsist.errors import (
@@ -35,9 +34,7 @@ from gradconsist.errors import (
     InputValueError,
     LossContractError,
     NonFiniteError,
-    UnsupportedModuleError,
 )
-from gradconsist.types import Inputs
 
 
 def probe_model(
@@ -62,7 +59,7 @@ def probe_model(
     forward_fact = Probed.fact("forward", forward.model, pairs.weak, pairs.strong)
     functions_fact = ("functions", *forward_fact[1:])
     differentiated = torch.is_grad_enabled() and not probed.report_only  # `measure` needs no second derivative
-    if probed.outgrown(forward.model, _together(2 * len(index))):
+    if probed.outgrown(forward.model, samples_together(2 * len(index))):
         probed.passed.discard(forward_fact)  # now already, so that a refusal holds on the next call, too
     wanted = ({forward_fact} | ({functions_fact} if differentiated else set())) - probed.passed
     if wanted:
@@ -162,100 +159,8 @@ def _try_forward(forward: PerSampleForward, pairs: Pairs, probed: Probed) -> boo
         _check_classes(forward, pairs.target, probed.classes)
         if logits is not None and probed.classes and forward.loss_fn is cross_entropy and "softmax" not in probed.told:
             probed.told |= {"softmax"} if warn_of_probabilities(logits) else set()
-        conclusive = [_try_together(quiet, *part, chance=forward.dropout) for part in parts]
+        conclusive = [independent(quiet, *part, chance=forward.dropout) for part in parts]
     return all(conclusive)
-
-
-def _together(available: int) -> int:
-    """Returns how many samples to run together: multiples of small numbers, by which a model may reshape a batch."""
-    return next((size for size in (48, 24, 12, 6, 4, 3) if size <= available), 2)
-
-
-def _try_together(quiet: PerSampleForward, inputs: Inputs, target: Tensor, *, chance: bool) -> bool:
-    """Checks that samples have the same numbers alone, with one other and with many; returns as `_try_forward` does."""
-    singles: dict[int, list[Tensor]] = {}
-
-    def run(rows: Tensor) -> list[Tensor]:
-        return _numbers(quiet, take(inputs, rows), target[rows])
-
-    first = torch.tensor([0], device=target.device)
-    singles[0] = run(first)
-    if differ(singles[0], run(first), 0.0):
-        if chance:  # allowed, and hides any effect of neighbours
-            return False
-        raise UnsupportedModuleError(
-            "the model gives one sample different outputs in two calls: it draws random numbers that"
-            " `dropout='off'` does not reach, or keeps a state. Put that part in eval mode, or use `dropout='on'`."
-        )
-    other = _first_different(inputs)
-    if other is None:
-        return False
-    order = torch.tensor([0, other, *(row for row in range(1, len(target)) if row != other)], device=target.device)
-    most, tolerance = _together(len(order)), rounding(quiet, singles[0])
-    for size in sorted({2, most}):  # two first, which shows best where they mix
-        rows = order[:size]
-        together = run(rows)
-        # Not the first one only, since it may change others: along the batch as time, or by its larger maximum.
-        for place in sorted({0, 1, *range(0, size, max(1, size // 8)), size - 1}):
-            row = int(rows[place])
-            single = singles[row] if row in singles else singles.setdefault(row, run(rows[place : place + 1]))
-            changed = differ(single, [part[place : place + 1] for part in together], tolerance)
-            if changed and not _only_rounding(quiet, inputs, target, rows, place):
-                alone = partial(run, rows[place : place + 1])
-                raise mixing_refusal(quiet.model, alone, partial(run, rows), tolerance, place, size)
-    return bool(torch.isfinite(torch.cat([single[-1] for single in singles.values()])).all())  # NaN shows nothing
-
-
-def rounding(forward: PerSampleForward, numbers: list[Tensor]) -> float:
-    """Returns how much results in a batch may differ from those of one sample, given the coarsest dtype used."""
-    dtypes = {tensor.dtype for tensor in (*forward.model.parameters(), *numbers)}
-    if forward.autocast is not None or dtypes & {torch.float16, torch.bfloat16}:
-        return 5e-2
-    return 1e-3 if torch.float32 in dtypes else 1e-8
-
-
-def _only_rounding(forward: PerSampleForward, inputs: Inputs, target: Tensor, rows: Tensor, place: int) -> bool:
-    """Tells whether a sample among `rows` differed only by rounding, which deep models amplify: tries in float64."""
-    tensors = {**dict(forward.model.named_buffers()), **dict(forward.model.named_parameters())}
-    if all(tensor.dtype == torch.float64 for tensor in tensors.values() if tensor.is_floating_point()):
-        return False  # the difference was in float64 already
-    if not has_float64(target.device):
-        return False
-    # Integer buffers are left out: a BatchNorm given the user's own counter would count these forwards in it.
-    double = {name: doubled(tensor) for name, tensor in tensors.items() if tensor.is_floating_point()}
-    exact = PerSampleForward(forward.model, forward.loss_fn, forward.batchnorm, parameters=double)
-    inputs, target = map_members(doubled, take(inputs, rows)), doubled(target[rows])
-    try:
-        with torch.no_grad(), torch.autocast(target.device.type, enabled=False):
-            one = slice(place, place + 1)
-            alone = _numbers(exact, take(inputs, one), target[one])
-            together = _numbers(exact, inputs, target)
-    except RuntimeError:  # a model that insists on its dtype
-        return False
-    return alone[0].dtype == torch.float64 and not differ(alone, [part[one] for part in together], 1e-8)
-
-
-def _numbers(forward: PerSampleForward, inputs: Inputs, target: Tensor) -> list[Tensor]:
-    """Returns what must not depend on neighbours: the logits, if there are any, and the losses."""
-    # All samples get the weak view's constants, because views do not matter here.
-    logits = find_logits(forward.output(inputs, WEAK))
-    losses = forward.losses(inputs, target, view=WEAK)
-    return [losses] if logits is None or not logits.is_floating_point() else [logits, losses]
-
-
-def differ(first: list[Tensor], second: list[Tensor], tolerance: float) -> bool:
-    """Tells whether finite numbers differ by more than `tolerance` of the largest, or shapes do."""
-    for a, b in zip(first, second, strict=True):
-        finite = torch.isfinite(a) & torch.isfinite(b)  # NaN has another cause, and raises another error
-        if a.shape != b.shape or bool(((a - b).abs() > tolerance * b.abs().amax().clamp(min=1e-3))[finite].any()):
-            return True
-    return False
-
-
-def _first_different(inputs: Inputs) -> int | None:
-    """Returns the index of the first sample that differs from sample 0, or None."""
-    different = torch.stack([(leaf != leaf[:1]).reshape(len(leaf), -1).any(1) for leaf in leaves(inputs)]).any(0)
-    return int(different.nonzero()[0]) if bool(different.any()) else None
 
 
 def _equal_views(pairs: Pairs) -> bool:

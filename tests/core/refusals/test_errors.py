@@ -658,6 +658,49 @@ def test_a_way_that_only_some_data_take_is_looked_for_now_and_then() -> None:
         gc(99 * x, 99 * x.flip(0), target)
 
 
+class Asks(nn.Module):
+    """Does something to the batch if all samples begin with a positive number."""
+
+    def __init__(self, then: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head, self.then = nn.Linear(5, 6).double(), nn.Linear(6, 3).double(), then
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(x)
+        return self.head(torch.tanh(self.then(h) if bool((x[:, 0] > 0).all()) else h))
+
+
+class Decides(Asks):
+    """The same by sample, without a condition."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(x)
+        return self.head(torch.tanh(torch.where(x[:, :1] > 0, self.then(h), h)))
+
+
+def _signs() -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs of which the first two begin with different signs."""
+    x = torch.randn(8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x[:, 0] = torch.tensor([1.0, -1.0] * 4)
+    return x, x + 0.3 * x.flip(1), torch.arange(8) % 3
+
+
+@pytest.mark.parametrize("engine", ["auto", "ghost", "vmap", "loop"])
+def test_a_condition_is_answered_for_each_sample(engine: str) -> None:
+    found = []
+    for kind, own in ((Asks, engine), (Decides, "loop")):
+        model = kind(lambda h: 3 * h)
+        loss = GradientConsistencyLoss(model, engine=own)(*_signs())
+        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+
+def test_samples_of_one_answer_must_not_mix() -> None:
+    with pytest.raises(UnsupportedModuleError, match="changes with the other samples"):
+        GradientConsistencyLoss(Asks(lambda h: h - 0.5 * h.mean(0)))(*_signs())
+
+
 @pytest.mark.parametrize("part", ["function", "module"])
 def test_a_part_at_the_address_of_an_earlier_one_is_tried_too(part: str) -> None:
     """A check that passed belongs to the object, not to its place in memory."""
@@ -676,7 +719,7 @@ def test_a_part_at_the_address_of_an_earlier_one_is_tried_too(part: str) -> None
         gc(x, x.flip(0), torch.arange(5) % 3)
     setattr(owner, name, neutral)
     made = [mixing()]
-    while id(made[-1]) not in places and len(made) < 200:  # those that are kept leave the old places to the next ones
+    while id(made[-1]) not in places and len(made) < 20_000:  # those that are kept leave the old places to the next
         made.append(mixing())
     assert id(made[-1]) in places
     setattr(owner, name, made[-1])
