@@ -223,7 +223,7 @@ BUGS = [
         "what was found out outlives other constants",
         "a model that is called with other constants is tried again",
         "test_trust.py::test_a_model_that_is_called_with_other_constants_is_tried_again",
-        PROBED, "return check, modules, trained, constants(views[0]), ", "return check, modules, trained, ",
+        PROBED, "state = modules, trained, constants(views[0]), ", "state = modules, trained, ",
     ),
     Bug(
         "a flag and a number taken for one constant",
@@ -346,7 +346,7 @@ BUGS = [
         "what was found out holds for longer inputs",
         "a way that only long inputs take is tried too",
         "refusals/test_errors.py::test_a_way_that_only_a_later_call_takes_is_tried_too[length]",
-        PROBED, "tuple(map(shapes, views)), ", "len(views), ",
+        PROBED, "setdefault(state, state), tuple(map(shapes, views))", "setdefault(state, state), len(views)",
     ),
     Bug(
         "what was found out holds for other numbers",

@@ -22,6 +22,7 @@ class Probed:
         classes: number of columns of the logits; None if there are no logits, or before the first call.
         functions: custom autograd Functions that the model runs, and whether their second derivative was tested.
         met: keys of the custom Functions that were met so far, see `keys_of`.
+        states: states of the model that were met, each for itself.
         told: warnings that were given.
         report_only: whether a Function with a wrong second derivative goes into a report instead of raising an error.
         dense: weights of sparse embeddings that have another use in the forward, so their gradient is dense.
@@ -38,6 +39,7 @@ class Probed:
     classes: int | None = None
     functions: dict[str, bool] = field(default_factory=dict)
     met: set[str] = field(default_factory=set)
+    states: dict[Hashable, Hashable] = field(default_factory=dict)
     told: set[str] = field(default_factory=set)
     report_only: bool = False
     dense: set[str] = field(default_factory=set)
@@ -70,8 +72,7 @@ class Probed:
         self.calls += 1
         return more or (changed and self.changes <= 8) or (changed and _is_power(self.changes)) or _is_power(self.calls)
 
-    @staticmethod
-    def fact(check: str, model: nn.Module, *views: Inputs) -> tuple[Hashable, ...]:
+    def fact(self, check: str, model: nn.Module, *views: Inputs) -> tuple[Hashable, ...]:
         """Returns a key for `check` with what may change the model's code: modules, modes, switches, and its inputs'.
 
         Of `views`, which have the same constants, these and the shapes count, since a model may take another way for
@@ -79,7 +80,9 @@ class Probed:
         """
         modules = tuple((identity(module), module.training) for module in model.modules())
         trained = tuple(parameter.requires_grad for parameter in model.parameters())
-        return check, modules, trained, constants(views[0]), tuple(map(shapes, views)), switches(model)
+        state = modules, trained, constants(views[0]), switches(model)
+        # One object for equal ones: a state is large, and texts come in hundreds of lengths.
+        return check, self.states.setdefault(state, state), tuple(map(shapes, views))
 
 
 def _is_power(count: int) -> bool:

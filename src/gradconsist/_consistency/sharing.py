@@ -121,7 +121,7 @@ def difference(settings: Settings, probed: Probed, inputs: Inputs, *, demanded: 
     # What a model computes may depend on attributes: a dropout's probability, a switch, a list of layers to skip.
     present = switches(settings.model, numbers=True)
     check = f"same in the method: {settings.batchnorm}, {settings.dropout}, {region}, {demanded}, {present}"
-    fact = Probed.fact(check, settings.model, inputs)
+    fact = probed.fact(check, settings.model, inputs)
     if fact not in probed.differences:
         # Attributes may change at every step, so that earlier findings would pile up.
         probed.differences = {known: found for known, found in probed.differences.items() if known[0] == check}

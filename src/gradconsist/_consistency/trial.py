@@ -56,7 +56,7 @@ def probe_model(
         InputValueError: a class index is outside the model's classes.
         InputShapeError: probabilities and logits differ in their number of columns.
     """
-    forward_fact = Probed.fact("forward", forward.model, pairs.weak, pairs.strong)
+    forward_fact = probed.fact("forward", forward.model, pairs.weak, pairs.strong)
     functions_fact = ("functions", *forward_fact[1:])
     differentiated = torch.is_grad_enabled() and not probed.report_only  # `measure` needs no second derivative
     if probed.outgrown(forward.model, samples_together(2 * len(index))):
@@ -104,7 +104,7 @@ def probe_engine(
         RuntimeError: the engine or the derivative failed.
     """
     # The engine is part of the key, because the automatic one may have changed.
-    derivative = Probed.fact(f"derivative by {engine!r}", model, problem.weak, problem.strong)
+    derivative = probed.fact(f"derivative by {engine!r}", model, problem.weak, problem.strong)
     sketched = problem.projection and (problem.projection.kind, problem.projection.dim)
     memory = (derivative, problem.graph_weak, problem.graph_strong, sketched)
     differentiated = problem.graph_weak or problem.graph_strong  # `measure` has nothing to differentiate

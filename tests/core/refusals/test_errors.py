@@ -649,6 +649,16 @@ def test_a_way_that_only_a_later_call_takes_is_tried_too(change: str) -> None:
             gc(weak, strong, target)
 
 
+def test_many_lengths_are_remembered_in_little_room() -> None:
+    gc, target = GradientConsistencyLoss(Later()), torch.arange(6) % 3
+    for length in (1, 2, 3, 4):
+        ids = torch.randint(9, (6, length), generator=torch.Generator().manual_seed(length))
+        gc(ids, ids.roll(1, 0), target)
+    states = {id(fact[1]) for fact in gc._probed.passed if isinstance(fact, tuple)}
+    assert len(gc._probed.passed) >= 8
+    assert len(states) == 1
+
+
 def test_a_way_that_only_some_data_take_is_looked_for_now_and_then() -> None:
     model, target = _between(Own(lambda h: torch.where(h.abs().amax() > 9, h + h.flip(0), h))), torch.arange(4) % 3
     gc, x = GradientConsistencyLoss(model), torch.randn(4, 5)
