@@ -31,6 +31,7 @@ class Probed:
         numbers: what `switches` last found with numbers.
         changes: how often that has changed.
         calls: number of calls that were checked.
+        due: whether many samples must show that they are independent, as none did since `outgrown` asked for it.
         differences: what the model computes otherwise in the method than in the comparison, or None, by its state.
         fitted: pairs of the chunk that fitted after the device ran out of memory; None if it never did.
     """
@@ -48,6 +49,7 @@ class Probed:
     numbers: Hashable = None
     changes: int = 0
     calls: int = 0
+    due: bool = False
     differences: dict[tuple[Hashable, ...], str | None] = field(default_factory=dict)
     fitted: int | None = None
 

@@ -36,6 +36,8 @@ from gradconsist.errors import (
     NonFiniteError,
 )
 
+_FEW = 3  # pairs that are tried where many were tried before, with inputs of another length, say
+
 
 def probe_model(
     forward: PerSampleForward, pairs: Pairs, index: Tensor, probed: Probed, compared: Collection[str] = ()
@@ -59,10 +61,12 @@ def probe_model(
     forward_fact = probed.fact("forward", forward.model, pairs.weak, pairs.strong)
     functions_fact = ("functions", *forward_fact[1:])
     differentiated = torch.is_grad_enabled() and not probed.report_only  # `measure` needs no second derivative
-    if probed.outgrown(forward.model, samples_together(2 * len(index))):
+    probed.due |= probed.outgrown(forward.model, samples_together(2 * len(index)))
+    if probed.due:
         probed.passed.discard(forward_fact)  # now already, so that a refusal holds on the next call, too
     wanted = ({forward_fact} | ({functions_fact} if differentiated else set())) - probed.passed
     if wanted:
+        index = index if probed.due else index[:_FEW]
         weak, strong = take(pairs.weak, index), take(pairs.strong, index)
         taken = replace(pairs, weak=weak, strong=strong, target=pairs.target[index])
         # With separate random numbers, so that a first call draws the same masks as any other call.
@@ -72,6 +76,7 @@ def probe_model(
                     conclusive = _try_forward(forward, taken, probed)
                 _try_derivative(forward, taken, probed, compared)
                 probed.passed |= {forward_fact} if conclusive else set()
+                probed.due = probed.due and not conclusive
             if functions_fact in wanted:
                 _try_functions(forward, _one_loss(forward, taken, {}), lambda: _one_loss(forward, taken, {}), probed)
                 probed.passed.add(functions_fact)
