@@ -235,7 +235,9 @@ BUGS = [
         "a refusal holds for one call only",
         "what failed is tried again on every call",
         "test_trust.py::test_a_refusal_holds_on_every_call",
-        PROBES, "    if wanted:\n", "    if wanted and not probed.passed.add(forward_fact):\n",
+        PROBES, "        index = index if probed.due else index[:_FEW]\n",
+        "        index = index if probed.due else index[:_FEW]\n        probed.passed.add(forward_fact)\n",
+        PROBES, "    probed.due |= ", "    probed.due = ",
     ),
     Bug(
         "a class beyond the model's taken for the last",
