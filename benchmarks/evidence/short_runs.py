@@ -2,8 +2,8 @@
 
 A network of two or three convolutions, 16 labeled and 32 unlabeled images a step, SGD with the schedule of FixMatch.
 Runs of one seed share labeled images, initial weights, batches and views, whatever else their settings are; with fewer
-labels, a part of the labeled images. BatchNorm's statistics are taken anew in the end, as the weights move faster than
-they.
+labels, a part of the labeled images. BatchNorm's running statistics lag behind the weights, so they are recomputed at
+the end.
 """
 
 from __future__ import annotations

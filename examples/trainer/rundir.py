@@ -117,7 +117,7 @@ def is_finished(folder: Path, config: Config, processes: Processes) -> bool:
     """Whether the run directory holds this run, finished; refuses one that holds another."""
     if not check_run(config, processes.device) or not (folder / "summary.json").exists():
         return False
-    with readable(folder / "summary.json", "remove it, and the same command writes it anew"):
+    with readable(folder / "summary.json", "remove it, and the same command writes it again"):
         last = read_json(folder / "summary.json")["last"]
         accuracy = "" if last is None else f": last accuracy {float(last):.4f}"
     print(

@@ -336,7 +336,13 @@ BUGS = [
         "samples that answer a condition otherwise taken for mixed ones",
         "every sample gets the answer that it would get alone",
         "refusals/test_errors.py::test_a_condition_is_answered_for_each_sample",
-        INDEPENDENCE, "groups.setdefault(tuple(found.answers), [])", "groups.setdefault((), [])",
+        INDEPENDENCE, "groups.setdefault(tuple(map(repr, found.answers)), [])", "groups.setdefault((), [])",
+    ),
+    Bug(
+        "nothing compared beside a number that is read",
+        "a number that is the same for all samples is no condition",
+        "refusals/test_errors.py::test_a_model_that_mixes_three_samples_or_more_is_refused",
+        INDEPENDENCE, "if reads_floats and len(groups) > 1:", "if reads_floats:",
     ),
     Bug(
         "nothing compared beside a condition",

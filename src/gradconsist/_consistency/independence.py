@@ -6,7 +6,7 @@ give each sample the answer that it would get alone, so samples are compared amo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -29,7 +29,7 @@ class _Answers(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.answers: list[Hashable] = []
+        self.answers: list[bool | int | float] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
@@ -59,7 +59,7 @@ def independent(quiet: PerSampleForward, inputs: Inputs, target: Tensor, *, chan
 
     first = torch.tensor([0], device=target.device)
     singles[0] = run(first)
-    if differ(singles[0], run(first), 0.0):
+    if _differ(singles[0], run(first), 0.0):
         if chance:  # allowed, and hides any effect of neighbours
             return False
         raise UnsupportedModuleError(
@@ -79,8 +79,8 @@ def independent(quiet: PerSampleForward, inputs: Inputs, target: Tensor, *, chan
         for place in sorted({0, 1, *range(0, size, max(1, size // 8)), size - 1}):
             row = int(rows[place])
             single = singles[row] if row in singles else singles.setdefault(row, run(rows[place : place + 1]))
-            other = [part[place : place + 1] for part in together]
-            if differ(single, other, tolerance) and not _only_rounding(quiet, inputs, target, rows, place):
+            beside = [part[place : place + 1] for part in together]
+            if _differ(single, beside, tolerance) and not _only_rounding(quiet, inputs, target, rows, place):
                 return place
         return None
 
@@ -97,16 +97,18 @@ def independent(quiet: PerSampleForward, inputs: Inputs, target: Tensor, *, chan
 def _of_one_answer(run: Callable[[Tensor], object], rows: Tensor) -> list[Tensor]:
     """Groups rows by what the model's conditions answer for each of them alone, as the engines split a chunk.
 
-    A floating point number that the model reads may be a part of its result, not a condition (``x / x.max().item()``).
-    So two such rows stay together; of more, only the first two say whether the model mixes.
+    A floating point number that depends on the sample may be a part of its result, not a condition
+    (``x / x.max().item()``). So two such rows stay together; of more, only the first two say whether the model mixes.
     """
-    groups: dict[tuple[Hashable, ...], list[int]] = {}
+    groups: dict[tuple[str, ...], list[int]] = {}
+    reads_floats = False
     for place in range(len(rows)):
         with _Answers() as found:
             run(rows[place : place + 1])
-        if any(isinstance(answer, float) for answer in found.answers):
-            return [rows] if len(rows) == 2 else []
-        groups.setdefault(tuple(found.answers), []).append(place)
+        reads_floats |= any(isinstance(answer, float) for answer in found.answers)
+        groups.setdefault(tuple(map(repr, found.answers)), []).append(place)  # in which nan equals nan
+    if reads_floats and len(groups) > 1:
+        return [rows] if len(rows) == 2 else []
     return [rows[places] for places in groups.values() if len(places) > 1]
 
 
@@ -136,7 +138,7 @@ def _only_rounding(forward: PerSampleForward, inputs: Inputs, target: Tensor, ro
             together = _numbers(exact, inputs, target)
     except RuntimeError:  # a model that insists on its dtype
         return False
-    return alone[0].dtype == torch.float64 and not differ(alone, [part[one] for part in together], 1e-8)
+    return alone[0].dtype == torch.float64 and not _differ(alone, [part[one] for part in together], 1e-8)
 
 
 def _numbers(forward: PerSampleForward, inputs: Inputs, target: Tensor) -> list[Tensor]:
@@ -147,7 +149,7 @@ def _numbers(forward: PerSampleForward, inputs: Inputs, target: Tensor) -> list[
     return [losses] if logits is None or not logits.is_floating_point() else [logits, losses]
 
 
-def differ(first: list[Tensor], second: list[Tensor], tolerance: float) -> bool:
+def _differ(first: list[Tensor], second: list[Tensor], tolerance: float) -> bool:
     """Tells whether finite numbers differ by more than `tolerance` of the largest, or shapes do."""
     for a, b in zip(first, second, strict=True):
         finite = torch.isfinite(a) & torch.isfinite(b)  # NaN has another cause, and raises another error

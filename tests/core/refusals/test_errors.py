@@ -597,6 +597,7 @@ MANY: dict[str, Callable[[Tensor], Tensor]] = {
     if len(x) > 2 else x,
     "rows in fours": lambda x: x.view(-1, 4, 6).cumsum(1).view(-1, 6) if len(x) % 4 == 0 else x,
     "halves exchanged": lambda x: x.view(2, -1, 6).flip(0).reshape(-1, 6) if len(x) % 4 == 0 else x,
+    "rolled, times a number that is read": lambda x: (x.roll(2, 0) if len(x) > 2 else x) * torch.tensor(2.0).item(),
     "scaled in large batches": lambda x: x * (1.5 if len(x) > 4 else 1.0),
     "sorted from four on": lambda x: x.sort(0).values if len(x) > 3 else x,
     "the last one by the first": lambda x: torch.cat([x[:-1], x[-1:] + x[:1]]) if len(x) > 3 else x,
