@@ -21,7 +21,7 @@ BUGS = [
         "attributes that switch a layer are not looked at",
         "the step is shared only while the model computes the same in both",
         "test_sharing.py::test_a_switch_that_is_turned_later_is_noticed",
-        SHARING, "present = switches(settings.model, numbers=True)", "present = None",
+        SHARING, "demanded, state.attributes", "demanded",
     ),
     Bug(
         "attributes that a forward changes are not looked at",

@@ -318,7 +318,7 @@ BUGS = [
         "functions among the attributes are known by their type",
         "a layer that gets another function is tried again",
         "test_sharing.py::test_another_function_or_option_of_a_layer_is_noticed[function]",
-        REMEMBERED, "            found.append(identity(value))\n", "            found.append(type(value))\n",
+        REMEMBERED, "note(identity(value), switch)", "note(kind, switch)",
     ),
     Bug(
         "only the first of two samples is looked at",
@@ -360,7 +360,7 @@ BUGS = [
         "what was found out holds for other numbers",
         "a way that an attribute or the number of calls chooses is tried too",
         "refusals/test_errors.py::test_a_way_that_only_a_later_call_takes_is_tried_too",
-        PROBED, "numbers != self.numbers", "numbers != numbers",
+        PROBED, "attributes != self.attributes", "attributes != attributes",
     ),
     Bug(
         "what was found out holds for all data",

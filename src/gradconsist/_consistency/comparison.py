@@ -145,7 +145,8 @@ class _Run:
         return Compared(total, record, loss, losses)
 
     def _loss(self) -> Tensor:
-        probe_model(self.forward, self.pairs, self.selection.index, self.options.probed, self.options.compared)
+        options, index = self.options, self.selection.index
+        self.state = probe_model(self.forward, self.pairs, index, options.probed, options.compared)
         self.sparse -= self.options.probed.dense  # in place, because the aliases read this set
         problem = Problem(
             losses=self.forward.losses,
@@ -307,7 +308,7 @@ class _Run:
         engine, probed = self.settings.engine, self.options.probed
         # For the stand-ins: for the parameters themselves, gradient hooks of the user would run here.
         expected = [*self.aliases.values(), *self.through]
-        kept = probe_engine(self.settings.model, engine, problem, terms, expected, probed)
+        kept = probe_engine(self.state, engine, problem, terms, expected, probed)
         everything, size = len(index), self.settings.chunk_size
         if size != "auto":
             return size or everything

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import nn
 
-from gradconsist._forward.remembered import switches
+from gradconsist._forward.remembered import attributes
 from gradconsist._inputs.batch import constants, shapes
 from gradconsist._inputs.identity import identity
 from gradconsist.types import Inputs
+
+
+class State(NamedTuple):
+    """The state of a model at one call.
+
+    Attributes:
+        key: what may change its code, other than numbers, with the shapes and constants of its inputs.
+        attributes: all of its attributes that may matter, numbers too.
+    """
+
+    key: tuple[Hashable, ...]
+    attributes: Hashable
 
 
 @dataclass
@@ -28,8 +41,8 @@ class Probed:
         dense: weights of sparse embeddings that have another use in the forward, so their gradient is dense.
         kept: bytes that the graph of one pair keeps, by engine, shapes and constants.
         samples: the most samples that ran together in a check of their independence.
-        numbers: what `switches` last found with numbers.
-        changes: how often that has changed.
+        attributes: all attributes of the model that may matter, at the last call.
+        changes: how often these have changed.
         calls: number of calls that were checked.
         due: whether many samples must show that they are independent, as none did since `outgrown` asked for it.
         differences: what the model computes otherwise in the method than in the comparison, or None, by its state.
@@ -46,7 +59,7 @@ class Probed:
     dense: set[str] = field(default_factory=set)
     kept: dict[Hashable, int] = field(default_factory=dict)
     samples: int = 0
-    numbers: Hashable = None
+    attributes: Hashable = None
     changes: int = 0
     calls: int = 0
     due: bool = False
@@ -59,7 +72,7 @@ class Probed:
         self.told.add(warning)
         return first
 
-    def outgrown(self, model: nn.Module, samples: int) -> bool:
+    def outgrown(self, attributes: Hashable, samples: int) -> bool:
         """Tells whether samples must show again that they are independent, although they did before.
 
         That is so for more samples together than ever, since some models mix three or more only, and for other numbers
@@ -67,24 +80,24 @@ class Probed:
         first eight, then the 16th, the 32nd, and so on. So do the calls from the 16th on, whose data may be of another
         kind.
         """
-        numbers = switches(model, numbers=True)
-        more, changed = samples > self.samples, numbers != self.numbers
-        self.samples, self.numbers = max(samples, self.samples), numbers
+        more, changed = samples > self.samples, attributes != self.attributes
+        self.samples, self.attributes = max(samples, self.samples), attributes
         self.changes += changed
         self.calls += 1
         return more or (changed and self.changes <= 8) or (changed and _is_power(self.changes)) or _is_power(self.calls)
 
-    def fact(self, check: str, model: nn.Module, *views: Inputs) -> tuple[Hashable, ...]:
-        """Returns a key for `check` with what may change the model's code: modules, modes, switches, and its inputs'.
+    def state(self, model: nn.Module, *views: Inputs) -> State:
+        """Looks at what may change the code that a model runs: its modules, modes and attributes, and its inputs.
 
         Of `views`, which have the same constants, these and the shapes count, since a model may take another way for
         long sequences or large images.
         """
         modules = tuple((identity(module), module.training) for module in model.modules())
         trained = tuple(parameter.requires_grad for parameter in model.parameters())
-        state = modules, trained, constants(views[0]), switches(model)
+        found = attributes(model)
+        state = modules, trained, constants(views[0]), found.switches
         # One object for equal ones: a state is large, and texts come in hundreds of lengths.
-        return check, self.states.setdefault(state, state), tuple(map(shapes, views))
+        return State((self.states.setdefault(state, state), tuple(map(shapes, views))), found.everything)
 
 
 def _is_power(count: int) -> bool:

@@ -22,7 +22,7 @@ from gradconsist._forward.functional_call import call_with, copied
 from gradconsist._forward.isolation import one_comparison
 from gradconsist._forward.per_sample import PerSampleForward
 from gradconsist._forward.randomness import preserved_randomness
-from gradconsist._forward.remembered import Memory, nothing_kept, switches
+from gradconsist._forward.remembered import Memory, nothing_kept
 from gradconsist._forward.sandbox import autocast_region, comparison_scope
 from gradconsist._inputs.batch import check_inputs, leaves, map_leaves, take
 from gradconsist._inputs.cross_entropy import find_logits
@@ -119,9 +119,9 @@ def difference(settings: Settings, probed: Probed, inputs: Inputs, *, demanded: 
     inputs = check_inputs("strong", inputs)
     region = autocast_region(leaves(inputs)[0].device)
     # What a model computes may depend on attributes: a dropout's probability, a switch, a list of layers to skip.
-    present = switches(settings.model, numbers=True)
-    check = f"same in the method: {settings.batchnorm}, {settings.dropout}, {region}, {demanded}, {present}"
-    fact = probed.fact(check, settings.model, inputs)
+    state = probed.state(settings.model, inputs)
+    check = settings.batchnorm, settings.dropout, region, demanded, state.attributes
+    fact = check, state.key
     if fact not in probed.differences:
         # Attributes may change at every step, so that earlier findings would pile up.
         probed.differences = {known: found for known, found in probed.differences.items() if known[0] == check}

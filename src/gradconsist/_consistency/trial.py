@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradconsist._consistency.advice import (
     warn_of_equal_views,
@@ -18,7 +18,7 @@ from gradconsist._consistency.advice import (
 )
 from gradconsist._consistency.custom_functions import check_custom_functions, custom_functions
 from gradconsist._consistency.independence import independent, samples_together
-from gradconsist._consistency.probed import Probed
+from gradconsist._consistency.probed import Probed, State
 from gradconsist._forward.batchnorm import STRONG, WEAK
 from gradconsist._forward.per_sample import PerSampleForward
 from gradconsist._forward.randomness import preserved_randomness
@@ -41,7 +41,7 @@ _FEW = 3  # pairs that are tried where many were tried before, with inputs of an
 
 def probe_model(
     forward: PerSampleForward, pairs: Pairs, index: Tensor, probed: Probed, compared: Collection[str] = ()
-) -> None:
+) -> State:
     """Tries the model on a pair of the call unless it passed before, and checks the targets on every call.
 
     Args:
@@ -51,6 +51,9 @@ def probe_model(
         probed: results so far; passed checks are added.
         compared: names of the parameters whose gradients are compared.
 
+    Returns:
+        The model's state in this call.
+
     Raises:
         LossContractError: the loss depends on no parameter of the model, or on no compared one.
         UnsupportedModuleError: a sample's loss depends on its neighbours, on chance, or on a parameter used outside its
@@ -58,10 +61,10 @@ def probe_model(
         InputValueError: a class index is outside the model's classes.
         InputShapeError: probabilities and logits differ in their number of columns.
     """
-    forward_fact = probed.fact("forward", forward.model, pairs.weak, pairs.strong)
-    functions_fact = ("functions", *forward_fact[1:])
+    state = probed.state(forward.model, pairs.weak, pairs.strong)
+    forward_fact, functions_fact = ("forward", *state.key), ("functions", *state.key)
     differentiated = torch.is_grad_enabled() and not probed.report_only  # `measure` needs no second derivative
-    probed.due |= probed.outgrown(forward.model, samples_together(2 * len(index)))
+    probed.due |= probed.outgrown(state.attributes, samples_together(2 * len(index)))
     if probed.due:
         probed.passed.discard(forward_fact)  # now already, so that a refusal holds on the next call, too
     wanted = ({forward_fact} | ({functions_fact} if differentiated else set())) - probed.passed
@@ -81,10 +84,11 @@ def probe_model(
                 _try_functions(forward, _one_loss(forward, taken, {}), lambda: _one_loss(forward, taken, {}), probed)
                 probed.passed.add(functions_fact)
     _check_classes(forward, pairs.target, probed.classes)
+    return state
 
 
 def probe_engine(
-    model: nn.Module,
+    state: State,
     engine: Engine,
     problem: Problem,
     terms: Iterable[Callable[[], Tensor]],
@@ -94,7 +98,7 @@ def probe_engine(
     """Tries engine and derivative on a pair unless they passed before, and measures the memory that a pair needs.
 
     Args:
-        model: the model.
+        state: the model's state in this call.
         engine: the engine.
         problem: the call's pairs.
         terms: a function per compared pair that computes its term. The first term with a graph decides: in float16 a
@@ -109,7 +113,7 @@ def probe_engine(
         RuntimeError: the engine or the derivative failed.
     """
     # The engine is part of the key, because the automatic one may have changed.
-    derivative = probed.fact(f"derivative by {engine!r}", model, problem.weak, problem.strong)
+    derivative = (f"derivative by {engine!r}", *state.key)
     sketched = problem.projection and (problem.projection.kind, problem.projection.dim)
     memory = (derivative, problem.graph_weak, problem.graph_strong, sketched)
     differentiated = problem.graph_weak or problem.graph_strong  # `measure` has nothing to differentiate
@@ -118,7 +122,7 @@ def probe_engine(
     with preserved_randomness(problem.target.device, seed=0):  # a trial must not use up random numbers of the call
         for term in terms:
             with suppress(NonFiniteError):  # of this pair or of others, which the call itself reports
-                value, probed.kept[memory] = _weighed(term, problem, model)
+                value, probed.kept[memory] = _weighed(term, problem)
                 if value.requires_grad:
                     # If this fails, it must fail here with a clear error, not in the user's backward.
                     torch.autograd.grad(value.sum(), expected, allow_unused=True, retain_graph=True)
@@ -128,10 +132,11 @@ def probe_engine(
     return probed.kept.get(memory, 0)
 
 
-def _weighed(term: Callable[[], Tensor], problem: Problem, model: nn.Module) -> tuple[Tensor, int]:
+def _weighed(term: Callable[[], Tensor], problem: Problem) -> tuple[Tensor, int]:
     """Computes a term, and the bytes that its graph keeps besides the model's own tensors, which all pairs share."""
     kept: dict[int, int] = {}
-    shared = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    models_own = () if problem.model is None else (*problem.model.parameters(), *problem.model.buffers())
+    shared = {tensor.untyped_storage().data_ptr() for tensor in models_own}
 
     def weigh(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

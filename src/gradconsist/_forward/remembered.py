@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -101,46 +101,56 @@ def nothing_kept(module: nn.Module) -> Iterator[None]:
                 del registry[name]
 
 
-def switches(model: nn.Module, *, numbers: bool = False) -> tuple[Any, ...]:
-    """Returns what may change the code that a model runs, without a change of its modules, as a key.
+class Attributes(NamedTuple):
+    """What may change the code that a model runs, without a change of its modules, as keys.
 
-    These are the flags, strings and functions among its attributes, also in containers and in objects that hold
-    options, and the number of hooks.
-
-    Args:
-        model: the model.
-        numbers: whether to include numbers and the types of everything else, too. A model may count its calls.
+    Attributes:
+        switches: the flags, strings and functions among its attributes, also in containers and in objects that hold
+            options, and the number of hooks.
+        everything: these, numbers, and the types of everything else. A model may count its calls.
     """
-    found: list[Any] = []
+
+    switches: tuple[Any, ...]
+    everything: tuple[Any, ...]
+
+
+def attributes(model: nn.Module) -> Attributes:
+    """Looks at the attributes of a model, except those that every module has."""
+    switches: list[Any] = []
+    everything: list[Any] = []
     known: set[int] = set()  # objects of options, which all modules may hold
 
-    def look(value: Any, *, inside: bool = False) -> None:
+    def note(value: Any, switch: bool) -> None:
+        everything.append(value)
+        if switch:
+            switches.append(value)
+
+    def look(value: Any, switch: bool = True, inside: bool = False) -> None:
         kind = type(value)
-        if kind in _FLAGS or (numbers and kind in (int, float)):
-            found.append(value)
+        if kind in _FLAGS:
+            note(value, switch)
+        elif kind in (int, float):
+            note(value, False)
         elif isinstance(value, dict | list | tuple | set | deque):
-            if numbers or len(value) <= _MOST_SWITCHES:
-                for each in value.items() if isinstance(value, dict) else value:
-                    look(each)
+            for each in value.items() if isinstance(value, dict) else value:
+                look(each, switch and len(value) <= _MOST_SWITCHES)
         elif isinstance(value, Tensor | nn.Module):
-            if numbers:
-                found.append(kind)
+            note(kind, False)
         elif callable(value) or isinstance(value, Enum):
-            found.append(identity(value))
+            note(identity(value), switch)
         else:
-            if numbers:
-                found.append(kind)
+            note(kind, False)
             if not inside and id(value) not in known:
                 known.add(id(value))
                 for each in getattr(value, "__dict__", {}).values():
-                    look(each, inside=True)
+                    look(each, switch, inside=True)
 
     for owner in model.modules():
-        found.append(len(owner._forward_hooks) + len(owner._forward_pre_hooks))
+        note(len(owner._forward_hooks) + len(owner._forward_pre_hooks), True)
         for name, value in vars(owner).items():
             if name not in _OF_EVERY_MODULE:
                 look(value)
-    return tuple(found)
+    return Attributes(tuple(switches), tuple(everything))
 
 
 def _holds_tensors(value: Any) -> bool:

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from gradconsist._forward.batchnorm import STRONG, WEAK
 from gradconsist._forward.randomness import preserved_randomness
-from gradconsist._forward.remembered import switches
+from gradconsist._forward.remembered import attributes
 from gradconsist._inputs.batch import constants, leaves, rebuilt, take
 from gradconsist._refusals.graphs import check_batched, check_scripts
 from gradconsist.engines.base import Problem, inner
@@ -47,7 +47,7 @@ class VmapEngine:
         """See `Engine.products`."""
         graph, model = problem.graph_weak or problem.graph_strong, problem.model
         # With other constants or switches the model may run other code.
-        called = (constants(problem.weak), () if model is None else switches(model))
+        called = (constants(problem.weak), () if model is None else attributes(model).switches)
         if graph and (model is None or called not in self._looked_at.get(model, ())):
             _refuse_scripts(problem, problem.weak, problem.target, WEAK)
         try:
