@@ -9,6 +9,7 @@ Index letters: N samples, k = dim, [n, m] a weight read as a matrix, P entries o
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,10 +28,6 @@ KINDS = ("kronecker", "gaussian")
 _REMOVED = ("rademacher", "sparse")
 
 _BLOCK = 2**22  # entries of a projection matrix in memory at a time
-
-# SplitMix64 (Steele, Lea and Flood, 2014), a 64-bit hash.
-_GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-_MASK = 2**64 - 1
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,7 @@ class RandomProjection:
             The projector that engines use.
         """
         draw = call // self.resample_every if self.resample_every else 0
-        return Projector(self.kind, self.dim, _derive(self.seed, draw))
+        return Projector(self.kind, self.dim, (self.seed, draw))
 
     def matrix(self, shapes: Sequence[Sequence[int]], *, call: int = 0) -> Tensor:
         """Returns P as one matrix, for inspection and tests; it is large except for small models.
@@ -148,12 +145,12 @@ class Projector:
     Attributes:
         kind: as in `RandomProjection`.
         dim: k.
-        key: seed of this call's matrices.
+        key: seed, and number of the draw.
     """
 
     kind: Kind
     dim: int
-    key: int
+    key: tuple[int, int]
     _factors: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -218,11 +215,15 @@ class Projector:
         """
         key = (start, tuple(shape), dtype, device)
         if key not in self._factors:
-            sides = enumerate((shape[0], math.prod(shape[1:])))
-            drawn = [_signs(_derive(self.key, start, side), size, self.dim, device) for side, size in sides]
-            left, right = (part.T.to(dtype) / math.sqrt(self.dim) for part in drawn)
-            self._factors[key] = left, right
+            left, right = self._signs(shape[0], start, 0), self._signs(math.prod(shape[1:]), start, 1)
+            self._factors[key] = left.to(device, dtype), right.to(device, dtype)
         return self._factors[key]
+
+    def _signs(self, size: int, start: int, side: int) -> Tensor:
+        """Draws a factor [k, size]: independent signs, divided by sqrt(k)."""
+        generator = _generator(*self.key, start, side)
+        signs = torch.randint(2, (self.dim, size), generator=generator, dtype=torch.float64, device="cpu") * 2 - 1
+        return signs / math.sqrt(self.dim)
 
     def blocks(self, like: Tensor, start: int, size: int) -> Iterator[tuple[slice, Tensor]]:
         """Yields the columns of "gaussian" for one parameter, in blocks of bounded size.
@@ -236,7 +237,7 @@ class Projector:
             A slice of columns, and that block [k, n] of P. It is drawn on the CPU in float64, so that P does not depend
             on dtype or device.
         """
-        generator = torch.Generator(device="cpu").manual_seed(_derive(self.key, start))
+        generator = _generator(*self.key, start)
         step = max(1, _BLOCK // self.dim)
         for first in range(0, size, step):
             place = slice(first, min(first + step, size))
@@ -267,31 +268,7 @@ class _Projected(torch.autograd.Function):
         return projected, None, None, None
 
 
-def _derive(key: int, *parts: int) -> int:
-    """Derives a key in [0, 2^64) from `key`; different non-negative integers `parts` give different keys."""
-    for part in (0, *parts):
-        z = (key + (part + 1) * _GOLDEN) & _MASK
-        z = ((z ^ (z >> 30)) * _FIRST) & _MASK
-        z = ((z ^ (z >> 27)) * _SECOND) & _MASK
-        key = z ^ (z >> 31)
-    return key
-
-
-def _signs(key: int, size: int, width: int, device: torch.device) -> Tensor:
-    """Draws independent signs, int8 [size, width] of -1 and 1: bits of a hash of (key, position), on any device."""
-    per_row = -(-width // 64)
-    z = torch.arange(1, size * per_row + 1, device=device) * _signed(_GOLDEN) + _signed(key)
-    z = (z ^ _shifted(z, 30)) * _signed(_FIRST)
-    z = (z ^ _shifted(z, 27)) * _signed(_SECOND)
-    bits = (z ^ _shifted(z, 31)).view(-1, per_row, 1)
-    place = torch.arange(min(width, 64), device=device)
-    return (((bits >> place) & 1).to(torch.int8).flatten(1)[:, :width] * 2).sub_(1)
-
-
-def _signed(value: int) -> int:
-    return value - 2**64 if value >= 2**63 else value
-
-
-def _shifted(z: Tensor, by: int) -> Tensor:
-    """Shifts to the right and fills with zeros; torch's shift repeats the sign bit."""
-    return (z >> by) & ((1 << (64 - by)) - 1)
+def _generator(*key: int) -> torch.Generator:
+    """Returns a generator on the CPU, so that its numbers depend on `key` but on no device."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:4], "big"))  # torch takes 32 bits

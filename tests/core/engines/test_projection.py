@@ -119,7 +119,7 @@ def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_signs_of_the_kronecker_kind() -> None:
     left, right = RandomProjection(70).projector().factors((400, 90), 0, torch.float64, torch.device("cpu"))
     for factor, size in ((left, 400), (right, 90)):
-        assert factor.shape == (70, size)  # more than 64 rows, so that a column takes two words
+        assert factor.shape == (70, size)
         assert torch.allclose(factor.abs(), torch.full_like(factor, 70**-0.5))
         assert abs(float(factor.sign().mean())) < 0.05
         assert float((factor.T @ factor - torch.eye(size)).abs().max()) < 0.6  # no two columns alike
@@ -247,6 +247,6 @@ def test_a_resumed_run_of_the_wrapper_is_bitwise_the_uninterrupted_one(kind: Any
 
 def test_a_projector_is_the_same_in_float32() -> None:
     """Matrices do not depend on the dtype of what they multiply."""
-    projector = Projector("gaussian", 3, 17)
+    projector = Projector("gaussian", 3, (17, 0))
     g = torch.randn(2, 40).double()
     assert compare.relative(projector.sketch(g.float(), 0), projector.sketch(g, 0)) <= 1e-6
