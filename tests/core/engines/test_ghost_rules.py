@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gradconsist._forward.batchnorm import Statistics, affine
 from gradconsist.engines.ghost import conv, gram, parts, pointwise, rules
@@ -162,6 +164,27 @@ def test_pixel_and_patch_form_against_unfolded_patches(layer: Any) -> None:
     theirs = torch.autograd.grad(expected, (x, gy), cotangent)
     for a, b in zip(ours, theirs, strict=True):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-11)
+
+
+class _Largest(TorchDispatchMode):
+    """Keeps the size of the largest tensor that an operator returns."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        self.numbers = max([self.numbers, *(each.numel() for each in tree_leaves(found) if isinstance(each, Tensor))])
+        return found
+
+
+def test_a_dilation_beyond_the_map_takes_no_memory() -> None:
+    """As in segmentation, whose last layers have dilations of up to 36: a padded Gram matrix would be 78^4 large."""
+    x, weight = _normal(4, 2, 6, 6), (2, 2, 3, 3)
+    rule = rules.ConvolutionWeight(weight, conv.Geometry((1, 1), (36, 36), (36, 36)))
+    with _Largest() as largest:
+        gram = rule.gram(x[:, None], _normal(4, 2, 6, 6))
+        torch.autograd.grad(gram.sum(), x)
+    assert largest.numbers <= 6 * 36**2  # three blocks per pair
 
 
 @pytest.mark.parametrize(

@@ -136,16 +136,19 @@ def _diagonal_sums(
     """Sums p[t + o, t' + o] over kernel offsets o, zero outside; p [B, g, T, T] with T = prod(size)."""
     dims = len(size)
     p = p.view(*p.shape[:2], *size, *size)
-    if any(padding):
-        # Pairs of F.pad start at the last dimension, and rows and columns have the same padding.
-        p = F.pad(p, [side for each in (*reversed(padding), *reversed(padding)) for side in (each, each)])
     for axis in range(dims):
         row, column = 2 + axis, 2 + dims + axis
-        length = p.shape[row] - dilation[axis] * (kernel[axis] - 1)
-        shape, stride = list(p.shape), list(p.stride())
-        shape[row] = shape[column] = length
-        # The offsets as a first dimension: a view of overlapping parts, summed by one kernel.
-        step = dilation[axis] * (stride[row] + stride[column])
-        p = p.as_strided([kernel[axis], *shape], [step, *stride], p.storage_offset()).sum(0)
+        length, step = p.shape[row], dilation[axis]
+        count = length + 2 * padding[axis] - step * (kernel[axis] - 1)
+        shape = list(p.shape)
+        shape[row] = shape[column] = count
+        total = p.new_zeros(shape)
+        # By parts that lie inside, since a padded p would be many times as large where the dilation is.
+        for shift in range(-padding[axis], step * kernel[axis] - padding[axis], step):
+            first, last = max(0, -shift), min(count, length - shift)
+            if first < last:
+                inside = p.narrow(row, first + shift, last - first).narrow(column, first + shift, last - first)
+                total.narrow(row, first, last - first).narrow(column, first, last - first).add_(inside)
+        p = total
     positions = math.prod(p.shape[2 : 2 + dims])
     return p.reshape(*p.shape[:2], positions, positions)
