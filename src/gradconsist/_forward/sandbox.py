@@ -76,14 +76,14 @@ def _refusal(
     return limit or model_failure(error, model, views, partial(_works, model, device))
 
 
-def _works(model: nn.Module, device: torch.device, inputs: Inputs) -> bool:
-    """Tells whether the model by itself runs on `inputs`."""
+def _works(model: nn.Module, device: torch.device, inputs: Inputs) -> bool | None:
+    """Tells whether the model by itself runs on `inputs`; None if something else keeps it from running."""
     forward = PerSampleForward(model, lambda output, target: target, BatchNormCalls("auto"))
     try:
         with preserved_randomness(device, seed=0), comparison_scope(model, dropout=False), torch.no_grad():
             forward.output(inputs, WEAK, record=True)
     except (GradConsistError, torch.OutOfMemoryError):
-        return True  # refused for another reason, or only too large
+        return None  # refused for another reason, or only too large
     except Exception:
         return False
     return True

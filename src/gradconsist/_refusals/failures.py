@@ -17,8 +17,8 @@ from gradconsist._inputs.model_with_loss import ModelWithLoss
 from gradconsist.errors import GradConsistError, InputTypeError, ModelError, UnsupportedModuleError
 from gradconsist.types import Inputs
 
-Works = Callable[[Inputs], bool]
-"""Tells whether the model runs on these inputs."""
+Works = Callable[[Inputs], "bool | None"]
+"""Tells whether the model runs on these inputs; None if something else keeps it from running."""
 
 _RAW = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
 # Torch's words for an input of the wrong width, the attributes that hold the right width, and where it belongs.
@@ -188,14 +188,15 @@ def _other_arguments(model: nn.Module, name: str, view: Inputs) -> str | None:
 
 def _tried(views: Mapping[str, Inputs], works: Works) -> tuple[dict[str, Inputs], str | None]:
     """Returns the views on which the model fails, and the batch sizes that work if only some do."""
-    failing = {name: view for name, view in views.items() if not works(view)}
+    failing = {name: view for name, view in views.items() if works(view) is False}
     for view in (failing or views).values():
         first, count = leaves(view)[0], len(leaves(view)[0])
         sizes = sorted({1, 2, count, 2 * count})
         # One sample repeated: if the model fails for some of these sizes, only the size can be the cause.
         rows = {size: torch.zeros(size, dtype=torch.long, device=first.device) for size in sizes}
-        taken = [size for size in sizes if works(take(view, rows[size]))]
-        if 0 < len(taken) < len(sizes):
+        answers = {size: works(take(view, rows[size])) for size in sizes}
+        taken = [size for size in sizes if answers[size]]
+        if taken and False in answers.values():
             return failing, "2 or more" if taken == sizes[1:] else " or ".join(map(str, taken))
     return failing, None
 

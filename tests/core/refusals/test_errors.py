@@ -219,6 +219,8 @@ FAILS = [
           InputTypeError, TypeError),
     Fails("two for one", _mlp, (VECTORS, VECTORS), (VECTORS, VECTORS), "`weak` gives the model 2 tensors.*takes 'in",
           InputTypeError, TypeError),
+    Fails("width after a BatchNorm", lambda: nn.Sequential(nn.BatchNorm1d(5), nn.Linear(4, 3)), VECTORS, VECTORS,
+          r"`model\.1` \(Linear\).*in_features=4"),  # one sample alone fails in the BatchNorm, which says nothing
     Fails("batches of 5", lambda: OneSize(lambda x: x.view(5, 5)), VECTORS, VECTORS, "batches of size 5,.*any batch",
           UnsupportedModuleError),
     Fails("batches of 1", lambda: OneSize(lambda x: x.view(1, 5)), VECTORS, VECTORS, "batches of size 1,.*any batch",
