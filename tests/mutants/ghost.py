@@ -160,13 +160,13 @@ BUGS = [
         "border of the box sum",
         "outside the image there are zeros",
         PIXELS,
-        PIXEL, "total = p.new_zeros(shape)", "total = p.new_ones(shape)",
+        PIXEL, "total = p.new_zeros(", "total = p.new_ones(",
     ),
     Bug(
         "box sum one offset short",
         "K[t, t'] sums over all kernel offsets",
         PIXELS,
-        PIXEL, "step * kernel[axis] - padding", "step * max(1, kernel[axis] - 1) - padding",
+        PIXEL, "for offset in range(kernel[axis])]", "for offset in range(max(1, kernel[axis] - 1))]",
     ),
     Bug(
         "box sum without dilation",

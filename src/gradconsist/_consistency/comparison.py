@@ -115,9 +115,8 @@ class _Run:
         self.joined: list[Tensor] = []  # or those that lead to the parameters themselves, past the aliases
         self.wide = options.wide
         count = len(pairs)
-        self.cosine = torch.full([count], torch.nan, dtype=self.wide, device=pairs.device)
-        self.norm_weak = self.cosine.clone()
-        self.norm_strong = self.cosine.clone()
+        unknown = torch.full([3, count], torch.nan, dtype=self.wide, device=pairs.device)
+        self.cosine, self.norm_weak, self.norm_strong = unknown
         self.degenerate = torch.zeros(count, dtype=torch.bool, device=pairs.device)
         self.scales = torch.full_like(self.cosine, self.scale)
         self._forget_losses()

@@ -134,7 +134,7 @@ class PerSampleForward:
                 f"`loss_fn` returned {found}, expected one loss per sample, shape {tuple(target.shape[:1])}: use"
                 " reduction='none' and reduce over everything but the batch (each sample comes as a batch of one)."
             )
-        return wide(value) * self.loss_scale
+        return wide(value) if self.loss_scale == 1.0 else wide(value) * self.loss_scale
 
     def _run(
         self,

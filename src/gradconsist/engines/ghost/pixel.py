@@ -14,6 +14,7 @@ itself.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,8 +111,12 @@ def _summed(x: Tensor, gy: Tensor, kernel: tuple[int, ...], geometry: Geometry) 
     """Computes K at output positions, its counterpart for output gradients at input positions, and their blocks."""
     back = [d * (k - 1) - pad for d, k, pad in zip(geometry.dilation, kernel, geometry.padding, strict=True)]
     inputs, outputs = (_blocks(_positions(tensor, geometry)) for tensor in (x, gy))
-    patches = _diagonal_sums(inputs, tuple(x.shape[2:]), kernel, geometry.dilation, geometry.padding)
-    return patches, _diagonal_sums(outputs, tuple(gy.shape[2:]), kernel, geometry.dilation, back), outputs
+    sums = partial(_diagonal_sums, kernel=kernel, dilation=geometry.dilation)
+    if x.shape[2:] == gy.shape[2:] and back == list(geometry.padding):  # alike, so with one call
+        patches, pixels = sums(torch.cat([inputs, outputs]), tuple(x.shape[2:]), padding=back).chunk(2)
+        return patches, pixels, outputs
+    patches = sums(inputs, tuple(x.shape[2:]), padding=geometry.padding)
+    return patches, sums(outputs, tuple(gy.shape[2:]), padding=back), outputs
 
 
 def _blocks(a: Tensor) -> Tensor:
@@ -140,11 +145,16 @@ def _diagonal_sums(
         row, column = 2 + axis, 2 + dims + axis
         length, step = p.shape[row], dilation[axis]
         count = length + 2 * padding[axis] - step * (kernel[axis] - 1)
-        shape = list(p.shape)
-        shape[row] = shape[column] = count
-        total = p.new_zeros(shape)
+        shifts = [offset * step - padding[axis] for offset in range(kernel[axis])]
+        if shifts == [0]:
+            continue
+        if count == length and 0 in shifts:  # all of p, as in the middle of a kernel
+            shifts.remove(0)
+            total = p.clone()
+        else:
+            total = p.new_zeros([count if dim in (row, column) else size for dim, size in enumerate(p.shape)])
         # By parts that lie inside, since a padded p would be many times as large where the dilation is.
-        for shift in range(-padding[axis], step * kernel[axis] - padding[axis], step):
+        for shift in shifts:
             first, last = max(0, -shift), min(count, length - shift)
             if first < last:
                 inside = p.narrow(row, first + shift, last - first).narrow(column, first + shift, last - first)
