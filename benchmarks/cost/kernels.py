@@ -114,7 +114,7 @@ def main() -> None:
     for count, features, positions in EMBEDDING[:: 3 if options.quick else 1]:
         x = torch.randint(count, (samples // 2, positions)).repeat_interleave(2, 0).to(options.device)
         d = _views(samples, positions, features).to(options.device)
-        rule_ = EmbeddingWeight((count, features), None)
+        rule_ = EmbeddingWeight((count, features))
         rows += _case(f"embedding {count}x{features}, {positions} positions", rule_, x, d, {}, options)
     losses = [row["loss"] for row in rows if row.get("choice")]
     wrong = sum(loss > 1.1 for loss in losses)

@@ -100,6 +100,19 @@ def _by_hand(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return F.linear(x, v * (w[:, None] / v.square().sum(1, keepdim=True).sqrt()))
 
 
+def _ids(x: Tensor) -> Tensor:
+    return (3 + 3 * x.detach()).long().clamp(0, 5)
+
+
+def _table_by_hand(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    table = torch.outer(w, b)
+    return torch.where(_ids(x).unsqueeze(2) == 4, table.detach()[_ids(x)], table[_ids(x)]).sum(1) * x
+
+
+def _column_by_hand(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return torch.stack([x[:, :2] * w[:2], (x * b)[:, :2], x[:, 2:4] * w[2:4]], 2).flatten(1).sin()
+
+
 ATEN: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "layer_norm": (lambda x, w, b: torch.ops.aten.layer_norm.default(x, [6], w, b), _layer_norm),
     "layer_norm packet": (lambda x, w, b: torch.ops.aten.layer_norm(x, [6], w, b), _layer_norm),
@@ -108,6 +121,25 @@ ATEN: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
         _by_hand,
     ),
     "dropout": (lambda x, w, b: torch.ops.aten.dropout.default(x, 0.5, True) * w + b, lambda x, w, b: x * w + b),
+    "padding of a computed table": (
+        lambda x, w, b: F.embedding(_ids(x), torch.outer(w, b), padding_idx=-2).sum(1) * x,
+        _table_by_hand,
+    ),
+    "torch.embedding": (lambda x, w, b: torch.embedding(torch.outer(w, b), _ids(x), 4).sum(1) * x, _table_by_hand),
+    "embedding": (
+        lambda x, w, b: torch.ops.aten.embedding.default(torch.outer(w, b), _ids(x), 4).sum(1) * x,
+        _table_by_hand,
+    ),
+    "select_scatter": (
+        lambda x, w, b: (
+            torch.select_scatter(
+                torch.stack([x[:, :2] * w[:2], x[:, :2], x[:, 2:4] * w[2:4]], 2), (x * b)[:, :2], 2, -2
+            )
+            .flatten(1)
+            .sin()
+        ),
+        _column_by_hand,
+    ),
     "eval batch_norm": (
         lambda x, w, b: torch.ops.aten.batch_norm.default(x, w, b, b.detach(), w.detach(), False, 0.1, 1e-5, False),
         lambda x, w, b: (x - b.detach()) / (w.detach() + 1e-5).sqrt() * w + b,

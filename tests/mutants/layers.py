@@ -7,6 +7,7 @@ from mutants.bug import Bug
 CONV, OPERATORS, RULES, POINTWISE, DECOMPOSED, LAYERS = (
     f"engines/ghost/{name}.py" for name in ("conv", "operators", "rules", "pointwise", "decomposed", "registered")
 )
+EXACT = "_forward/exact_operators.py"
 EVERY_FORM = "engines/test_ghost.py::test_every_model_is_exact_in_every_form"
 FUNCTIONS = "engines/test_ghost_rules.py::test_the_three_convolution_functions engines/test_ghost_rules.py"
 NORMAL_FORM = "engines/test_ghost_rules.py::test_the_normal_form_of_a_call " + EVERY_FORM
@@ -86,16 +87,26 @@ BUGS = [
     Bug(
         "padding row counted",
         "the row of the padding index has no gradient",
-        "engines/test_ghost_rules.py::test_embedding_against_dense_one_hot",
-        RULES, "if self.padding is not None:", "if self.padding == -1:",
+        "test_hazards.py::test_operators_as_an_exported_model_calls_them",
+        EXACT, "return torch.where(padding, y.detach(), y)", "return y",
     ),
     Bug(
         "negative padding index taken as it is",
         "padding_idx=-1 is the last row",
-        "engines/test_ghost.py::test_every_model_is_exact_in_every_form[text_negative_padding_tied]"
-        " engines/test_ghost.py::test_every_model_is_exact_in_every_form[text_negative_padding_tied]",
-        OPERATORS, "padding = w.shape[0] + padding_idx if padding_idx is not None and padding_idx < 0 else padding_idx",
-        "padding = padding_idx",
+        "test_hazards.py::test_operators_as_an_exported_model_calls_them",
+        EXACT, "(input == padding_idx + (len(weight) if padding_idx < 0 else 0))", "(input == padding_idx)",
+    ),
+    Bug(
+        "padding of a table that differs between samples left to torch",
+        "under vmap torch ignores the padding index of a table with one row per sample",
+        "test_hazards.py::test_operators_as_an_exported_model_calls_them",
+        EXACT, "    torch.embedding: _torch_embedding,\n", "",
+    ),
+    Bug(
+        "select_scatter left to torch",
+        "its derivative for what is written is wrong under vmap",
+        "test_hazards.py::test_operators_as_an_exported_model_calls_them",
+        EXACT, "    **dict.fromkeys((torch.select_scatter, Tensor.select_scatter), _select_scatter),\n", "",
     ),
     Bug(
         "a product with the weight on the right as one with its transpose",

@@ -114,8 +114,30 @@ def _embedding(
         raise UnsupportedModuleError(
             "Embedding(scale_grad_by_freq=True) scales a sample's gradient by the rest of the batch: switch it off."
         )
-    del sparse  # inner products of sparse gradients cannot be differentiated; the value is the same
-    return F.embedding(input, weight, padding_idx, None, norm_type, False, False)
+    del sparse, norm_type  # inner products of sparse gradients cannot be differentiated; the value is the same
+    y = F.embedding(input, weight)
+    if padding_idx is None:
+        return y
+    # Not torch's `padding_idx`, which vmap ignores if each sample has its own table, as a parametrized weight has.
+    padding = (input == padding_idx + (len(weight) if padding_idx < 0 else 0)).unsqueeze(-1)
+    return torch.where(padding, y.detach(), y)
+
+
+def _torch_embedding(
+    weight: Tensor,
+    indices: Tensor,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    padding = padding_idx if padding_idx >= 0 else None
+    return _embedding(indices, weight, padding, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse)
+
+
+def _select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
+    """Writes `src` at one place; under vmap torch's own has a wrong derivative for `src` (seen in torch 2.14)."""
+    place = index % input.shape[dim]
+    return torch.slice_scatter(input, src.unsqueeze(dim), dim, place, place + 1)
 
 
 def _embedding_bag(*args: Any, **kwargs: Any) -> Tensor:
@@ -189,9 +211,12 @@ EXACT: dict[Any, Callable[..., Any]] = {
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
     torch._weight_norm: _weight_norm,
+    **dict.fromkeys((torch.select_scatter, Tensor.select_scatter), _select_scatter),
     F.hardsigmoid: _hardsigmoid,
     F.embedding: _embedding,
+    torch.embedding: _torch_embedding,
     F.embedding_bag: _embedding_bag,
+    torch.embedding_bag: _embedding_bag,
     Tensor.norm: _tensor_norm,
     torch.norm: _torch_norm,
     torch.linalg.vector_norm: _vector_norm,

@@ -51,7 +51,8 @@ class _ComparisonMode(TorchFunctionMode):
         if not dropout:
             self._rules |= WITHOUT_DROPOUT
         # An exported model calls the same functions by these names.
-        for name in ("batch_norm", "instance_norm", "layer_norm", "_weight_norm", "dropout", "feature_dropout"):
+        exported = ("batch_norm", "instance_norm", "layer_norm", "_weight_norm", "dropout", "feature_dropout")
+        for name in (*exported, "embedding", "embedding_bag", "select_scatter"):
             rule, packet = self._rules.get(getattr(torch, name)), getattr(torch.ops.aten, name)
             if rule is not None:
                 self._rules |= {packet: rule, packet.default: rule}

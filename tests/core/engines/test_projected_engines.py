@@ -189,7 +189,7 @@ def test_factors_of_linear_layers_and_embeddings_against_formed_gradients() -> N
     _against_formed(LinearWeight(transposed=True), x, d, torch.Size((4, 7)))
     ids = torch.tensor([[1, 2, 2], [0, 4, 1]])
     d = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
-    _against_formed(EmbeddingWeight((5, 4), 2), ids, d, torch.Size((5, 4)))
+    _against_formed(EmbeddingWeight((5, 4)), ids, d, torch.Size((5, 4)))
     with pytest.raises(ValueError, match="this rule needs the layer's input"):
         of_use(ConvolutionWeight((4, 4, 3), Geometry((1,), (0,), (1,))), None, d, torch.Size((4, 4, 3)), 0,
                RandomProjection(2).projector())  # fmt: skip

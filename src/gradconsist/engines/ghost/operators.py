@@ -87,16 +87,15 @@ class Operators(Record):
         y = self._below(compute, _autocast(input))
         return y if bias is None or b is not None else y + _autocast(bias)
 
-    def _embedding(self, input: Tensor, weight: Tensor, padding_idx: int | None = None, **options: Any) -> Tensor:
+    def _embedding(self, input: Tensor, weight: Tensor, **defaults: Any) -> Tensor:
         name, w = self._own(weight)
         if w is None:
-            return F.embedding(input, weight, padding_idx, **options)
-        padding = w.shape[0] + padding_idx if padding_idx is not None and padding_idx < 0 else padding_idx
+            return F.embedding(input, weight, **defaults)
 
         def compute(n: int, per_sample: list[bool], ids: Tensor) -> Tensor:
             ids = rows(ids, per_sample[0], n)
-            y = F.embedding(ids, w, padding_idx, **options)
-            self._note(name, w, EmbeddingWeight(tuple(w.shape), padding), (ids,), y)
+            y = F.embedding(ids, w, **defaults)
+            self._note(name, w, EmbeddingWeight(tuple(w.shape)), (ids,), y)
             return y
 
         return self._below(compute, input)

@@ -170,10 +170,9 @@ class Bias(Rule):
 
 @dataclass(frozen=True)
 class EmbeddingWeight(Rule):
-    """Rule for y_t = W[id_t], with no gradient for the row of the padding index."""
+    """Rule for y_t = W[id_t]."""
 
     shape: tuple[int, ...]
-    padding: int | None
     name: str = "embedding"
 
     def gradients(self, x: Tensor | None, d: Tensor) -> Tensor:
@@ -203,14 +202,10 @@ class EmbeddingWeight(Rule):
         return _PASS * 6.0 * math.prod(self.shape), 12.0 * positions**2 * (d.shape[2] + _PASS)
 
     def positions(self, x: Tensor | None, d: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns ids [N, T] and output gradients [N, T, features], zero at the padding index, in float32 at least."""
+        """Returns ids [N, T] and output gradients [N, T, features], in float32 at least."""
         x = _given(x)
         ids = x.reshape(x.shape[0], -1)
-        d = d.reshape(*ids.shape, -1)
-        d = wide(d)
-        if self.padding is not None:
-            d = d.masked_fill((ids == self.padding).unsqueeze(2), 0.0)
-        return ids, d
+        return ids, wide(d.reshape(*ids.shape, -1))
 
     def rows(self, x: Tensor | None, d: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the use as one of a linear layer: W[id_t] takes d_t where y = x W^T takes x_t, with 1 at id_t."""
