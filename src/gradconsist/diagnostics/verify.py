@@ -182,7 +182,10 @@ class _Trial:
         loss._calls = 0  # with a projection, use the matrices of that call again
         named = dict(loss.settings.model.named_parameters())
         self.parameters = {name: p for name, p in named.items() if p.requires_grad}
-        self._gradient = {name: p.grad.to_dense().clone() for name, p in self.parameters.items() if p.grad is not None}
+        self._gradient = {  # none for a parameter that the forward does not use
+            name: torch.zeros_like(p) if p.grad is None else p.grad.to_dense().clone()
+            for name, p in self.parameters.items()
+        }
         self._weight = arguments[3]
         self._padding = {
             id(module.weight): module.padding_idx

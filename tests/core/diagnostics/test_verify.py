@@ -35,6 +35,12 @@ def test_it_passes_on_the_zoo(name: str) -> None:
     assert state.differences(before, {**state.of_process(), **state.of_model(p.model)}) == []
 
 
+def test_it_passes_with_a_parameter_that_the_forward_does_not_use() -> None:
+    p = CASES["mlp"].problem()
+    p.model.unused = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    assert diagnostics.verify(GradientConsistencyLoss(p.model), *p.views).ok
+
+
 @pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
 def test_it_passes_with_both_engines(engine: str) -> None:
     p = CASES["cnn_batchnorm_train"].problem()
