@@ -32,7 +32,7 @@ from gradconsist.errors import UnsupportedModuleError
 
 _STEPS = (1e-5, 1e-6, 1e-7)  # relative to the inputs; the smallest error counts, since a step may cross a kink
 _TOLERANCE = 1e-4
-_MOST_CALLS = 4  # calls of one Function that differ in their non-tensor arguments
+_MOST_CALLS = 4  # calls of one Function that differ in their non-tensor arguments or shapes
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def check_custom_functions(loss: Tensor, model: nn.Module, again: Callable[[], o
 
 @contextmanager
 def _recorded(functions: Iterable[type[Function]], model: nn.Module) -> Iterator[list[Call]]:
-    """Records calls of these Functions inside the block: the first few of each that differ in more than tensors."""
+    """Records calls of these Functions inside the block: the first few of each that differ in more than numbers."""
     paths = {id(module): path for path, module in model.named_modules()}
     calls: list[Call] = []
     own = [(function, vars(function).get("forward")) for function in functions]
@@ -129,7 +129,7 @@ def _recorder(function: type[Function], paths: dict[int, str], calls: list[Call]
     def record(*args: Any) -> Any:
         own = args[1:] if with_context else args
         trained = tuple(isinstance(arg, Tensor) and arg.requires_grad for arg in own)
-        kind = str([type(arg) if isinstance(arg, Tensor) else arg for arg in own])
+        kind = str([(type(arg), arg.shape) if isinstance(arg, Tensor) else arg for arg in own])
         # A call on inputs alone has no derivative to test.
         if any(trained) and kind not in seen and len(seen) < _MOST_CALLS:
             seen.add(kind)

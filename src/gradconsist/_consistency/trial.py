@@ -64,7 +64,10 @@ def probe_model(
     state = probed.state(forward.model, pairs.weak, pairs.strong)
     forward_fact, functions_fact = ("forward", *state.key), ("functions", *state.key)
     differentiated = torch.is_grad_enabled() and not probed.report_only  # `measure` needs no second derivative
-    probed.due |= probed.outgrown(state.attributes, samples_together(2 * len(index)))
+    outgrown = probed.outgrown(state.attributes, samples_together(2 * len(index)))
+    probed.due |= outgrown
+    if outgrown:
+        probed.passed.discard(functions_fact)  # a second derivative may be wrong for other data
     if probed.due:
         probed.passed.discard(forward_fact)  # now already, so that a refusal holds on the next call, too
     wanted = ({forward_fact} | ({functions_fact} if differentiated else set())) - probed.passed

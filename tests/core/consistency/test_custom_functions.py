@@ -229,6 +229,32 @@ def test_a_call_without_a_derivative_is_not_the_one_that_is_tested() -> None:
     assert gc._probed.functions == {"Swish (in its forward)": True}
 
 
+class WrongSometimes(Swish):
+    """Right for eight small numbers at a time."""
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        x = x if x.shape[-1] == 8 and x.abs().max() < 50 else x.detach()
+        s = x.sigmoid()
+        return g * (s + x * s * (1 - s))
+
+
+def test_a_function_is_tested_for_every_shape() -> None:
+    model = nn.Sequential(nn.Linear(9, 8), Applies(WrongSometimes), nn.Linear(8, 4), Applies(WrongSometimes)).double()
+    with pytest.raises(UnsupportedModuleError, match=r"WrongSometimes \(in '3'\) has a wrong second derivative"):
+        GradientConsistencyLoss(model)(*views())
+
+
+def test_a_function_is_tested_again_with_other_data() -> None:
+    weak, strong, target = views()
+    gc = GradientConsistencyLoss(network(Applies(WrongSometimes)).double())
+    for _ in range(15):
+        gc(weak, strong, target)
+    with pytest.raises(UnsupportedModuleError, match=r"WrongSometimes \(in '1'\) has a wrong second derivative"):
+        gc(weak * 100, strong * 100, target)
+
+
 def test_a_function_that_raises_something_else_in_float64_is_told(caplog: pytest.LogCaptureFixture) -> None:
     class Picky(Swish):
         @staticmethod
