@@ -109,12 +109,14 @@ class _Probe(nn.Module):
     def __init__(self, layer: nn.Module, shared: bool, seed: int) -> None:
         super().__init__()
         self.layer = layer
+        self.factor = nn.Parameter(next(layer.parameters()).new_ones(()))  # for a derivative through the inputs
         self.shared = shared
         self.seed = seed
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Computes a smooth number per sample: [B]."""
-        leaves = [leaf.reshape(len(inputs[0]), -1) for leaf in tree_leaves(self.layer(*inputs))]
+        outputs = self.layer(*(x * self.factor if x.is_floating_point() else x for x in inputs))
+        leaves = [leaf.reshape(len(inputs[0]), -1) for leaf in tree_leaves(outputs)]
         value = (torch.sin(_waves(torch.cat(leaves, 1), 3.0 + self.seed)) * 2.0).sum(1)
         if self.shared:
             own = sum(_waves(p.reshape(1, -1), 7.0 + self.seed).sum() for p in self.layer.parameters())
@@ -128,12 +130,12 @@ def _waves(flat: Tensor, frequency: float) -> Tensor:
     return flat * torch.cos(frequency * (position + 0.5))
 
 
-def _evaluate(
-    model: nn.Module, weak: tuple[Tensor, ...], strong: tuple[Tensor, ...], engine: Engine
-) -> dict[str, Tensor]:
-    """Computes norms and cosines, and the gradient of L_g."""
+def _evaluate(model: _Probe, weak: tuple[Tensor, ...], strong: tuple[Tensor, ...], engine: Engine) -> dict[str, Tensor]:
+    """Computes norms and cosines of the layer's gradients, and the gradient of L_g."""
     model.zero_grad()
-    loss = GradientConsistencyLoss(model, loss_fn=lambda output, target: output, engine=engine, chunk_size=None)
+    loss = GradientConsistencyLoss(
+        model, encoder=model.layer, loss_fn=lambda output, target: output, engine=engine, chunk_size=None
+    )
     target = torch.zeros(len(weak[0]), dtype=torch.long, device=weak[0].device)
     loss(weak, strong, target).backward()
     record = loss.measure(weak, strong, target)
