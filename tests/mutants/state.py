@@ -323,14 +323,32 @@ BUGS = [
     Bug(
         "only the first of two samples is looked at",
         "a model in which a sample changes a later one is refused",
-        "refusals/test_errors.py::test_a_model_that_mixes_samples_is_refused",
-        INDEPENDENCE, "in sorted({0, 1, *range(0, size, max(1, size // 8)), size - 1}):", "in (0,):",
+        "refusals/test_errors.py::test_every_sample_is_looked_at",
+        INDEPENDENCE, "{0, 1, *range(0, size, max(1, size // 8)), size - 1} if first", "{0} if first",
     ),
     Bug(
         "two samples only run together",
         "a model that mixes three samples or more is refused",
         "refusals/test_errors.py::test_a_model_that_mixes_three_samples_or_more_is_refused",
-        INDEPENDENCE, "for size in sorted({2, most}):", "for size in {2, min(2, most)}:",
+        INDEPENDENCE, "[order[:2], *order.split(most)]", "[order[:2]]",
+    ),
+    Bug(
+        "only the first of many samples are looked at",
+        "a model that changes rare samples only is refused",
+        "refusals/test_errors.py::test_every_sample_is_looked_at",
+        INDEPENDENCE, "*order.split(most)]", "order[:most]]",
+    ),
+    Bug(
+        "only some of the samples that run together are looked at",
+        "a model that changes rare samples only is refused",
+        "refusals/test_errors.py::test_every_sample_is_looked_at",
+        INDEPENDENCE, "        if size > 3:", "        if size > 99:",
+    ),
+    Bug(
+        "nothing said of a condition that changes samples",
+        "a model whose batch answers otherwise than its samples is told",
+        "refusals/test_errors.py::test_a_condition_that_changes_samples_is_told",
+        INDEPENDENCE, "        split = True\n", "",
     ),
     Bug(
         "samples that answer a condition otherwise taken for mixed ones",

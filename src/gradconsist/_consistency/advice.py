@@ -59,6 +59,15 @@ def warn_of_equal_views() -> None:
     )
 
 
+def warn_of_conditions() -> None:
+    """Warns of a model whose conditions depend on the batch, so that a sample alone is computed otherwise."""
+    logger.warning(
+        "the model asks something of its whole batch (a longest length, `.any()`, a largest value) and then gives a"
+        " sample other numbers than alone. Each sample is compared by what it gives alone, your method trains on what"
+        " it gives in a batch: mask the padding, or decide by sample (`torch.where`)."
+    )
+
+
 class IdleCalls:
     """Warns if no pair had a cosine for several calls, since L_g is then exactly 0 and trains nothing."""
 

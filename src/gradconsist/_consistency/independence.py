@@ -43,8 +43,12 @@ def samples_together(available: int) -> int:
     return next((size for size in (48, 24, 12, 6, 4, 3) if size <= available), 2)
 
 
-def independent(quiet: PerSampleForward, inputs: Inputs, target: Tensor, *, chance: bool) -> bool:
+def independent(
+    quiet: PerSampleForward, inputs: Inputs, target: Tensor, *, chance: bool, tell: Callable[[], None]
+) -> bool:
     """Checks that samples have the same numbers alone, with one other and with many.
+
+    Calls `tell` if a batch has other numbers because its samples answer conditions differently.
 
     Returns:
         Whether that is certain. It is not where the samples are equal, where numbers are not finite, or with `chance`.
@@ -72,11 +76,15 @@ def independent(quiet: PerSampleForward, inputs: Inputs, target: Tensor, *, chan
     order = torch.tensor([0, other, *(row for row in range(1, len(target)) if row != other)], device=target.device)
     most, tolerance = samples_together(len(order)), rounding(quiet, singles[0])
 
-    def changed(rows: Tensor) -> int | None:
+    def changed(rows: Tensor, *, first: bool = True) -> int | None:
         """Finds a place whose sample has other numbers among these rows than alone."""
         together, size = run(rows), len(rows)
         # Not the first one only, since it may change others: along the batch as time, or by its larger maximum.
-        for place in sorted({0, 1, *range(0, size, max(1, size // 8)), size - 1}):
+        places = {0, 1, *range(0, size, max(1, size // 8)), size - 1} if first else set()
+        if size > 3:  # rare samples may be the only ones that change, so those with other numbers in half of the rows
+            for start, half in ((0, rows[: size // 2]), (size // 2, rows[size // 2 :])):
+                places |= _unlike(together, run(half), start, tolerance)
+        for place in sorted(places):
             row = int(rows[place])
             single = singles[row] if row in singles else singles.setdefault(row, run(rows[place : place + 1]))
             beside = [part[place : place + 1] for part in together]
@@ -84,13 +92,18 @@ def independent(quiet: PerSampleForward, inputs: Inputs, target: Tensor, *, chan
                 return place
         return None
 
-    for size in sorted({2, most}):  # two first, which shows best where they mix
-        groups = _of_one_answer(run, order[:size]) if changed(order[:size]) is not None else []
-        for rows in groups:
+    split = False
+    for number, some in enumerate([order[:2], *order.split(most)]):  # two first, which shows best where they mix
+        if changed(some, first=number < 2) is None:
+            continue
+        for rows in _of_one_answer(run, some):
             place = changed(rows)
             if place is not None:
                 alone = partial(run, rows[place : place + 1])
                 raise mixing_refusal(quiet.model, alone, partial(run, rows), tolerance, place, len(rows))
+        split = True
+    if split:
+        tell()
     return bool(torch.isfinite(torch.cat([single[-1] for single in singles.values()])).all())  # NaN shows nothing
 
 
@@ -156,6 +169,18 @@ def _differ(first: list[Tensor], second: list[Tensor], tolerance: float) -> bool
         if a.shape != b.shape or bool(((a - b).abs() > tolerance * b.abs().amax().clamp(min=1e-3))[finite].any()):
             return True
     return False
+
+
+def _unlike(together: list[Tensor], half: list[Tensor], start: int, tolerance: float) -> set[int]:
+    """Returns the first few places whose sample has other numbers in `half`, which begins at place `start`."""
+    found: set[int] = set()
+    for a, b in zip(together, half, strict=True):
+        a = a[start : start + len(b)]
+        if a.shape == b.shape:
+            a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
+            differ = ((a - b).abs() > tolerance * b.abs().amax(1, keepdim=True).clamp(min=1e-3)).any(1)
+            found |= {start + int(place) for place in differ.nonzero()[:2]}
+    return found
 
 
 def _first_different(inputs: Inputs) -> int | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gradconsist._consistency.advice import (
+    warn_of_conditions,
     warn_of_equal_views,
     warn_of_functions,
     warn_of_probabilities,
@@ -172,7 +173,8 @@ def _try_forward(forward: PerSampleForward, pairs: Pairs, probed: Probed) -> boo
         _check_classes(forward, pairs.target, probed.classes)
         if logits is not None and probed.classes and forward.loss_fn is cross_entropy and "softmax" not in probed.told:
             probed.told |= {"softmax"} if warn_of_probabilities(logits) else set()
-        conclusive = [independent(quiet, *part, chance=forward.dropout) for part in parts]
+        tell = lambda: warn_of_conditions() if probed.once("conditions") else None  # noqa: E731
+        conclusive = [independent(quiet, *part, chance=forward.dropout, tell=tell) for part in parts]
     return all(conclusive)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -615,6 +616,17 @@ def test_a_model_that_mixes_three_samples_or_more_is_refused(name: str, engine: 
             GradientConsistencyLoss(model, engine=engine)(x, x.flip(0), torch.arange(6) % 3)
 
 
+@pytest.mark.parametrize("name", ["a rare sample by the mean", "rows in twos"])
+def test_every_sample_is_looked_at(name: str) -> None:
+    weak = torch.randn(60 if "rare" in name else 12, 5, generator=torch.Generator().manual_seed(0))
+    function = lambda h: h.view(-1, 2, 6).cumsum(1).view(-1, 6) if len(h) % 2 == 0 else h  # noqa: E731
+    if "rare" in name:
+        weak[53] *= 999
+        function = lambda h: torch.where(h.abs().amax(1, keepdim=True) > 99, h.mean(0, keepdim=True), h)  # noqa: E731
+    with pytest.raises(UnsupportedModuleError, match="changes with the other samples"):
+        GradientConsistencyLoss(_between(Own(function)))(weak, weak.flip(0), torch.arange(len(weak)) % 3)
+
+
 class Later(nn.Module):
     """Mixes samples in long sequences, at a level, in every third call, or of large values."""
 
@@ -707,6 +719,16 @@ def test_a_condition_is_answered_for_each_sample(engine: str) -> None:
         loss = GradientConsistencyLoss(model, engine=own)(*_signs())
         found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("factor", [3, 1])
+def test_a_condition_that_changes_samples_is_told(factor: int, caplog: pytest.LogCaptureFixture) -> None:
+    """The batch has one answer for all; that matters only if it changes the numbers."""
+    gc = GradientConsistencyLoss(Asks(lambda h: factor * h))
+    with caplog.at_level(logging.WARNING, "gradconsist"):
+        for _ in range(2):
+            gc(*_signs())
+    assert caplog.text.count("asks something of its whole batch") == (factor == 3)
 
 
 def test_samples_of_one_answer_must_not_mix() -> None:
