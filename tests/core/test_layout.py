@@ -30,7 +30,8 @@ ORDER = [
 ]
 #: What stands beside that line: the parts of it that each may import, and no other of these.
 BESIDE = {
-    "methods/": ["errors", "types", "_inputs", "_refusals"],
+    # MixMatch keeps running statistics as SAM does.
+    "methods/": ["errors", "types", "_inputs", "_refusals", "optim"],
     "optim/": ["errors", "types", "_inputs"],
     "regularizers/": ["errors", "types", "_inputs", "_refusals", "_forward", "_consistency", "loss"],
     "diagnostics/": ["errors", "types", "_inputs", "_refusals", "_forward", "engines", "_consistency", "loss"],

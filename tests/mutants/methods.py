@@ -88,7 +88,7 @@ BUGS = [
         "MixMatch's guess recorded in the running statistics",
         "guessing leaves no trace",
         "methods/test_mixmatch.py",
-        MIX, "with unrecorded(self.model):\n            one, two", "if True:\n            one, two",
+        MIX, "with kept_running_statistics(self.model):\n            one, two", "if True:\n            one, two",
     ),
     Bug(
         "MixMatch's generator not in the state",

@@ -2,7 +2,24 @@
 
 A method is a module around the model. It computes its loss and also returns the pair of views that gradient consistency
 may compare, with the pseudo-labels and mask that it used. Another argument than an `SSLBatch` raises an
-`InputTypeError`; parts that are empty, or do not belong together row by row, raise an `InputShapeError`.
+`InputTypeError`; parts that are empty, or do not belong together row by row, raise an `InputShapeError`. An option that
+is out of range raises a `ConfigError`.
+
+Arguments that several methods share are described here, and the others with each class:
+
+- `model`: any module from inputs to logits [B, C].
+- `unlabeled_weight`: mu after its ramp.
+- `unlabeled_ramp_steps`: number of train-mode steps over which mu grows from 0, linearly unless the class has another
+  formula; 0 means no ramp. TorchSSL uses 40 % of the run for `PseudoLabel`, `PiModel` and `MeanTeacher`.
+- `joint`: True forwards labeled, weak and strong inputs as one batch, so that BatchNorm sees all of them, as in
+  FixMatch's reference code. False forwards labeled and strong inputs together and the weak ones separately without a
+  graph, which is cheaper. `PiModel` and `MixMatch` describe their own.
+- `logits_fn`: function from the model's output to logits [B, C], for models that return a tuple or another object. None
+  takes the output itself, or its attribute or key ``logits``.
+
+Logs are loss_supervised, loss_unsupervised and unlabeled_weight, and with pseudo-labels mask_rate, the mean of their
+weights. Each method counts its calls in train mode in ``step``. That and all attributes listed with a class are part of
+``state_dict()``. With several processes they cover all of them, and numbers that are not finite do not change them.
 
     >>> import torch
     >>> from gradconsist import SSLBatch

@@ -26,11 +26,7 @@ LogitsFunction = Callable[[Any], Tensor]
 
 
 class Method(nn.Module):
-    """Computes L = L_s + mu(t) * L_u with a model, and counts the steps in train mode.
-
-    Each method documents its arguments. If `logits_fn` is None, the logits are the model's output itself, or its
-    attribute or key ``logits``.
-    """
+    """Computes L = L_s + mu(t) * L_u with a model, and counts the steps in train mode."""
 
     _ramp: Callable[[int, int], float] = staticmethod(linear_ramp)
 

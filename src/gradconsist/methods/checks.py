@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gradconsist._inputs.batch import check_alike, check_inputs, is_constant, leaves, members, places
+from gradconsist._inputs.batch import check_alike, check_inputs, leaves, places
+from gradconsist._inputs.pairs import check_one_device
 from gradconsist._refusals.failures import innermost, model_failure
 from gradconsist.errors import (
     ConfigError,
@@ -18,7 +19,7 @@ from gradconsist.errors import (
     InputTypeError,
     InputValueError,
 )
-from gradconsist.types import Inputs, SSLBatch
+from gradconsist.types import SSLBatch
 
 _PARTS = ("x", "y", "weak", "strong")
 
@@ -39,34 +40,24 @@ def check_batch(batch: SSLBatch) -> None:
     """Checks that a batch is an `SSLBatch` with labeled and unlabeled inputs, whose parts match row by row."""
     if not isinstance(batch, SSLBatch):
         raise InputTypeError(f"`batch` is a {type(batch).__name__}: pass SSLBatch(x, y, weak, strong).")
-    for name, part in zip(_PARTS, batch[:4], strict=True):
-        if not isinstance(part, Tensor if name == "y" else Tensor | Mapping | Sequence):
-            remedy = "pass class indices [n]" if name == "y" else "pass a tensor, or a mapping or sequence with tensors"
-            remedy += " (for NumPy arrays: torch.from_numpy)" if hasattr(part, "__array__") else ""
-            raise InputTypeError(
-                f"`batch.{name}` is a {type(part).__name__}: {remedy}; a method that trains on one view needs `strong`"
-                " for the pair that gradient consistency compares."
-            )
     _check_labels(batch.y)
-    x, y, weak, strong = (_rows(f"batch.{name}", getattr(batch, name)) for name in _PARTS)
-    if x != y or weak != strong:
+    labeled, *views = (check_inputs(f"batch.{name}", getattr(batch, name)) for name in ("x", "weak", "strong"))
+    x, weak, strong = (len(leaves(part)[0]) for part in (labeled, *views))
+    if x != len(batch.y) or weak != strong:
         raise InputShapeError(
-            f"`batch` has {x} labeled inputs x, {y} labels y, {weak} weak and {strong} strong views: x and y, weak and"
-            " strong belong together row by row. (A sequence is one tensor for each argument of the model, not a list"
-            " of samples.)"
+            f"`batch` has {x} labeled inputs x, {len(batch.y)} labels y, {weak} weak and {strong} strong views: x and"
+            " y, weak and strong belong together row by row. (A sequence is one tensor for each argument of the model,"
+            " not a list of samples.)"
         )
-    if x == 0 or weak == 0:
-        raise InputShapeError(
-            f"`batch` has {x} labeled and {weak} unlabeled inputs, but a mean over none is NaN: give at least one of"
-            " each; drop the loader's last batch if it is empty."
-        )
-    labeled = check_inputs("batch.x", batch.x)
-    for name, view in (("batch.weak", batch.weak), ("batch.strong", batch.strong)):
-        check_alike("batch.x", labeled, name, check_inputs(name, view))
+    for name, view in zip(("batch.weak", "batch.strong"), views, strict=True):
+        check_alike("batch.x", labeled, name, view)
 
 
-def _check_labels(y: Tensor) -> None:
+def _check_labels(y: Any) -> None:
     """Checks that labels are whole numbers [n]; torch's cross-entropy checks rows of probabilities."""
+    if not isinstance(y, Tensor):
+        remedy = " (for NumPy arrays: torch.from_numpy)" if hasattr(y, "__array__") else ""
+        raise InputTypeError(f"`batch.y` is a {type(y).__name__}: pass class indices [n]{remedy}.")
     if y.is_floating_point() and y.dim() == 2 and y.shape[1] > 1:
         return
     if y.dtype not in (torch.int64, torch.uint8):
@@ -78,13 +69,6 @@ def _check_labels(y: Tensor) -> None:
             f"`batch.y` has shape {tuple(y.shape)}, expected class indices [n]: pass `y.flatten()` for [n, 1], or"
             " `y.argmax(1)` for rows with a single 1."
         )
-
-
-def _rows(name: str, inputs: Inputs) -> int:
-    parts = [member for member in members(inputs) if not is_constant(member)]
-    if not parts or not all(isinstance(part, Tensor) and part.dim() for part in parts):
-        check_inputs(name, inputs)  # raises the error that fits
-    return len(parts[0])
 
 
 def check_index(batch: SSLBatch, samples: int) -> Tensor:
@@ -122,17 +106,11 @@ def step_failure(method: nn.Module, error: Exception, batch: Any) -> GradConsist
     said = str(error)
     parts = {f"batch.{name}": getattr(batch, name) for name in _PARTS}
     if isinstance(error, RuntimeError) and "device" in said:
-        devices = {
-            place: str(leaf.device)
-            for name, part in parts.items()
-            for place, leaf in places(name, tuple(part) if isinstance(part, list) else part)
-            if isinstance(leaf, Tensor)
-        }
-        models = sorted({str(parameter.device) for parameter in method.parameters()})
-        if len({*devices.values(), *models}) > 1:
-            found = ", ".join(f"`{name}` on {device}" for name, device in devices.items())
-            found += f", the model on {' and '.join(models)}"
-            return DeviceError(f"the step needs tensors on one device, but has {found}: move them with `.to(device)`.")
+        members = [member for name, part in parts.items() for member in places(name, part)]
+        try:
+            check_one_device(method, {place: leaf for place, leaf in members if isinstance(leaf, Tensor)})
+        except DeviceError as found:
+            return found
     place = innermost(method, error)
     if place is not None and place[0] != "":
         del parts["batch.y"]

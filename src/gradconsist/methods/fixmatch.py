@@ -23,25 +23,11 @@ class FixMatch(WeakToStrong):
     wider: near 0.95, bfloat16 has steps of 0.004, so the mask would flip.
 
     Args:
-        model: any module from inputs to logits [B, C].
         threshold: a pseudo-label counts if its confidence is at least this.
-        unlabeled_weight: mu.
-        unlabeled_ramp_steps: number of train-mode steps over which mu grows linearly from 0; 0 means no ramp.
         brier_weight: weight of the squared error of the labeled probabilities.
-        joint: True forwards labeled, weak and strong inputs as one batch, so that BatchNorm sees all of them, as in
-            the reference code. False forwards labeled and strong inputs together and the weak ones separately without
-            a graph, which is cheaper.
-        logits_fn: function from the model's output to logits [B, C], for models that return a tuple or another object.
-
-    Logs: loss_supervised, loss_unsupervised, mask_rate (the mean weight of a pseudo-label) and unlabeled_weight.
-
-    Attributes:
-        step: number of calls in train mode so far; part of ``state_dict()``.
-
-    Raises:
-        ConfigError: an option is out of range.
 
     Source: Sohn et al., FixMatch (2020), algorithm 1 and eq. (3) and (4).
+    `gradconsist.methods` describes the arguments, logs and errors that methods share.
     """
 
     _shares = True

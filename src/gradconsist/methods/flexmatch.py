@@ -27,30 +27,24 @@ class FlexMatch(WeakToStrong):
     every threshold is 0 and every pseudo-label counts. The paper wants it so; `unlabeled_ramp_steps` can soften it.
 
     There is one deviation from the reference code: it does not update beta while all N entries of `selected` are equal;
-    here the formula always holds. With several processes, `selected` covers the samples of all of them.
+    here the formula always holds.
 
     Args:
-        model: any module from inputs to logits [B, C].
         samples: N, the number of unlabeled samples; ``batch.index`` holds positions in range(N).
         threshold: a sample is selected if its confidence is at least this; also the largest T(c).
-        unlabeled_weight: mu.
-        unlabeled_ramp_steps: number of train-mode steps over which mu grows linearly from 0; 0 means no ramp.
         threshold_warmup: whether samples without a selected label count in beta's denominator.
-        joint: True forwards labeled, weak and strong inputs as one batch, as in `FixMatch`.
-        logits_fn: function from the model's output to logits [B, C], for models that return a tuple or another object.
 
-    Logs: those of `FixMatch` and threshold_mean.
+    Logs: threshold_mean, besides those of all methods.
 
     Attributes:
-        step: number of calls in train mode so far.
-        selected: [N] int64. Both are part of ``state_dict()``.
+        selected: see above, [N] int64.
 
     Raises:
-        ConfigError: an option is out of range.
         InputTypeError: a batch has no index.
         InputValueError: an index is outside range(N).
 
     Source: Zhang et al., FlexMatch (2021), algorithm 1, and the authors' code in TorchSSL.
+    `gradconsist.methods` describes the arguments, logs and errors that methods share.
     """
 
     selected: Tensor

@@ -28,32 +28,26 @@ class FreeMatch(WeakToStrong):
     where hist gives the relative frequencies of classes, norm(v) = v / sum v, and dividing by a frequency of 0 gives 0.
     All three averages start at 1 / C and are updated *before* the mask is computed. L_f is the negative cross-entropy
     of a and b, so it is at most 0, and training *raises* that cross-entropy. If no sample passes the mask, L_f is 0.
-    With several processes, the averages, mean q and its histogram cover all of them. A step whose p is not finite does
-    not change the averages.
+    With several processes, mean q and its histogram cover all of them.
 
     Args:
-        model: any module from inputs to logits [B, C].
         classes: C.
-        unlabeled_weight: mu.
-        unlabeled_ramp_steps: number of train-mode steps over which mu grows linearly from 0; 0 means no ramp.
         ema_decay: d.
         fairness_weight: weight of L_f.
         threshold_range: clamps T(c) to this range; the paper uses (0.9, 0.95) on SVHN. None does not clamp.
-        joint: True forwards labeled, weak and strong inputs as one batch, as in `FixMatch`.
-        logits_fn: function from the model's output to logits [B, C], for models that return a tuple or another object.
 
-    Logs: those of `FixMatch`, threshold_mean, and loss_fairness unless its weight is 0.
+    Logs: threshold_mean, and loss_fairness unless its weight is 0, besides those of all methods.
 
     Attributes:
-        step: number of calls in train mode so far.
         confidence: tau.
         probability: p~ [C].
-        histogram: h~ [C]. All four are part of ``state_dict()``.
+        histogram: h~ [C].
 
     Raises:
-        ConfigError: an option is out of range, or the model does not return `classes` logits per sample.
+        ConfigError: the model does not return `classes` logits per sample.
 
     Source: Wang et al., FreeMatch (2023), algorithm 1, and the authors' code in USB.
+    `gradconsist.methods` describes the arguments, logs and errors that methods share.
     """
 
     confidence: Tensor

@@ -28,9 +28,6 @@ class MeanTeacher(Method):
     exact copy of the student, so weights that you load into the model after creating the method reach the teacher, too.
     Averages need float32 parameters: use autocast, not a 16-bit model.
 
-    With gradient accumulation over k batches, the teacher is updated k times, towards the same student, for one update
-    of the student. To average over the same time as with a, pass `ema_decay` = a ** (1 / k).
-
     The authors' code also compares labeled inputs, and divides the classification loss by the whole batch. A batch here
     has only one view of labeled inputs, so L_u is a mean over the unlabeled inputs and L_s over the labeled ones. For
     the paper's setting, pass a second weak view as `strong`.
@@ -39,23 +36,16 @@ class MeanTeacher(Method):
     teacher's output; its weight is the share of unlabeled_weight that the ramp has reached.
 
     Args:
-        model: the student: any module from inputs to logits [B, C] that can be copied.
-        unlabeled_weight: mu after its ramp.
-        unlabeled_ramp_steps: number of train-mode steps of the ramp; 0 means no ramp. TorchSSL uses 40 % of the run.
-        ema_decay: the largest a. With gradient accumulation over k batches, pass its k-th root.
-        logits_fn: function from the model's output to logits [B, C], for models that return a tuple or another object.
-
-    Logs: loss_supervised, loss_unsupervised and unlabeled_weight.
+        model: the student, which must allow a deep copy.
+        ema_decay: the largest a. With gradient accumulation over k batches, the teacher is updated k times for one
+            update of the student: pass the k-th root to average over the same time.
 
     Attributes:
-        step: number of calls in train mode so far.
         teacher: the averaged model, without gradients; often the better one to evaluate. Its average includes the
-            student up to the last call. Both are part of ``state_dict()``.
-
-    Raises:
-        ConfigError: an option is out of range.
+            student up to the last call.
 
     Source: Tarvainen and Valpola, Mean teachers (2017), section 2.
+    `gradconsist.methods` describes the arguments, logs and errors that methods share.
     """
 
     _ramp = staticmethod(sigmoid_ramp)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from gradconsist._inputs.options import check_choice, check_number
 from gradconsist.errors import InputTypeError, StateError
 from gradconsist.methods.base import LogitsFunction, Method
 from gradconsist.methods.checks import check_batch
+from gradconsist.optim import kept_running_statistics
 from gradconsist.types import Inputs, SSLBatch, StepOutput, ViewPair
 
 
@@ -36,31 +36,22 @@ class MixMatch(Method):
     statistics. ``joint=True`` forwards all rows at once instead, and they all do.
 
     The pair is (weak, strong) before mixing, with target q and weight 1. If temperature is 1 or more, nothing is
-    sharpened, and the pair's target is argmax q instead. With the plain mean of both predictions as target, their
-    residuals would be exactly opposite: the cosine of close views would be -1, and the term would drive them apart. L_u
-    always uses q.
+    sharpened, and the pair's target is argmax q instead, as in `PiModel`; L_u always uses q.
+
+    l and the order come from the method's own generator, which is seeded from torch's initial seed, never draws from
+    the global one, and is part of ``state_dict()``.
 
     Args:
-        model: any module from inputs to logits [B, C]; inputs must hold exactly one tensor, of floating point.
+        model: see above; inputs must hold exactly one tensor, of floating point.
         unlabeled_weight: mu after its ramp; 100 on CIFAR-10, 150 on CIFAR-100 in later comparisons.
-        unlabeled_ramp_steps: number of train-mode steps over which mu grows linearly from 0; 0 means no ramp.
         temperature: temperature of the sharpening.
         alpha: parameter of the Beta distribution; 0 mixes nothing. The paper uses 0.75, USB 0.5.
-        joint: see above.
-        logits_fn: function from the model's output to logits [B, C], for models that return a tuple or another object.
-
-    Logs: loss_supervised, loss_unsupervised and unlabeled_weight.
-
-    Attributes:
-        step: number of calls in train mode so far; part of ``state_dict()``, as is the state of the generator that
-            draws l and the order. That generator is seeded from torch's initial seed and never draws from the global
-            one.
 
     Raises:
-        ConfigError: an option is out of range.
         InputTypeError: the inputs of a batch are not one floating-point tensor each.
 
     Source: Berthelot et al., MixMatch (2019), algorithm 1, and the authors' code.
+    `gradconsist.methods` describes the arguments, logs and errors that methods share.
     """
 
     def __init__(
@@ -89,7 +80,7 @@ class MixMatch(Method):
         check_batch(batch)
         x, *tensors = (self._mixable(part) for part in (batch.x, batch.weak, batch.strong))
         views = batch.weak, batch.strong
-        with unrecorded(self.model):
+        with kept_running_statistics(self.model):
             one, two = (self._without_graph(view).softmax(1) for view in views)
         guess = (((one + two) / 2).log() / self.temperature).softmax(1)  # a small T would underflow as a power
         onehot = F.one_hot(batch.y, guess.shape[1]).to(guess.dtype)
@@ -140,7 +131,7 @@ class MixMatch(Method):
         sources = torch.arange(len(mixed), device=mixed.device).split([n, *[(len(mixed) - n) // 2] * 2])
         parts = [part for k in range(3) if len(part := torch.cat([source[k::3] for source in sources]))]
         logits = self._joint_logits(take(inputs, parts[0]))
-        with unrecorded(self.model):
+        with kept_running_statistics(self.model):
             logits += [self._joint_logits(take(inputs, part))[0] for part in parts[1:]]
         return torch.cat(logits)[torch.cat(parts).argsort()]
 
@@ -154,20 +145,3 @@ class MixMatch(Method):
         if not isinstance(state, Mapping) or not isinstance(state.get("generator"), Tensor):
             raise StateError("`state_dict` holds no generator for MixMatch: load the method's own.")
         self._random = state["generator"].cpu()
-
-
-@contextmanager
-def unrecorded(model: nn.Module) -> Iterator[None]:
-    """Stops BatchNorm layers in train mode from updating running statistics; they still normalise by the batch."""
-    layers = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and module.track_running_stats
-    ]
-    for layer in layers:
-        layer.track_running_stats = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.track_running_stats = True

@@ -29,23 +29,12 @@ class PiModel(Method):
     share of unlabeled_weight that the ramp has reached.
 
     Args:
-        model: any module from inputs to logits [B, C].
-        unlabeled_weight: mu after its ramp.
-        unlabeled_ramp_steps: number of train-mode steps of the ramp; 0 means no ramp. TorchSSL uses 40 % of the run.
         joint: True forwards labeled, weak and strong inputs as one batch. False forwards labeled and weak inputs
             together and the strong ones separately, each with its own BatchNorm statistics, like the paper's two
             passes.
-        logits_fn: function from the model's output to logits [B, C], for models that return a tuple or another object.
-
-    Logs: loss_supervised, loss_unsupervised and unlabeled_weight.
-
-    Attributes:
-        step: number of calls in train mode so far; part of ``state_dict()``.
-
-    Raises:
-        ConfigError: an option is out of range.
 
     Source: Laine and Aila, Temporal Ensembling (2017), algorithm 1.
+    `gradconsist.methods` describes the arguments, logs and errors that methods share.
     """
 
     _ramp = staticmethod(sigmoid_ramp)

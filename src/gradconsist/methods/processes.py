@@ -1,4 +1,4 @@
-"""Gathers and sums statistics over all processes of a job; in a single process, it returns them unchanged.
+"""Gathers statistics over all processes of a job; in a single process, it returns them unchanged.
 
 Gather only in train mode: evaluation often runs on one rank alone, which would wait for the others forever.
 """
@@ -24,12 +24,6 @@ def gather(rows: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in counts]
     distributed.all_gather(parts, padded)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-
-
-def total(value: Tensor) -> Tensor:
-    """Sums a tensor over all processes, without graph."""
-    value = value.detach()
-    return value if process_count() == 1 else gather(value[None]).sum(0)
 
 
 def last_rows(index: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,22 +23,10 @@ class PseudoLabel(Method):
     uses every pseudo-label (threshold 0) and lets mu grow; the threshold came later, with TorchSSL and USB.
 
     Args:
-        model: any module from inputs to logits [B, C].
         threshold: a pseudo-label counts if its confidence is at least this.
-        unlabeled_weight: mu.
-        unlabeled_ramp_steps: number of train-mode steps over which mu grows linearly from 0; 0 means no ramp. TorchSSL
-            uses 40 % of the run.
-        logits_fn: function from the model's output to logits [B, C], for models that return a tuple or another object.
-
-    Logs: those of `FixMatch`.
-
-    Attributes:
-        step: number of calls in train mode so far; part of ``state_dict()``.
-
-    Raises:
-        ConfigError: an option is out of range.
 
     Source: Lee, Pseudo-Label (2013); TorchSSL's code.
+    `gradconsist.methods` describes the arguments, logs and errors that methods share.
     """
 
     def __init__(

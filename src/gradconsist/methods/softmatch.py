@@ -24,32 +24,26 @@ class SoftMatch(WeakToStrong):
 
     The alignment only affects the weight; the pseudo-label comes from p. All averages are updated before the weights
     are computed. The variance of a step is the unbiased one, so a step with one sample does not update it. mean starts
-    at 1 / C, variance at 1, and p~ at the first step's mean, as in the authors' code. With several processes, the
-    averages cover all of them. A step whose p is not finite does not change them.
+    at 1 / C, variance at 1, and p~ at the first step's mean, as in the authors' code.
 
     Args:
-        model: any module from inputs to logits [B, C].
         classes: C.
-        unlabeled_weight: mu.
-        unlabeled_ramp_steps: number of train-mode steps over which mu grows linearly from 0; 0 means no ramp.
         ema_decay: d.
         width: n in the paper; a confidence one standard deviation below the mean has w = exp(-width^2 / 2).
         align: whether to align p'; False uses p itself.
-        joint: True forwards labeled, weak and strong inputs as one batch, as in `FixMatch`.
-        logits_fn: function from the model's output to logits [B, C], for models that return a tuple or another object.
 
-    Logs: those of `FixMatch` and confidence_mean.
+    Logs: confidence_mean, besides those of all methods.
 
     Attributes:
-        step: number of calls in train mode so far.
         probability: p~ [C].
         mean: average of the confidences.
-        variance: variance of the confidences. All four are part of ``state_dict()``.
+        variance: variance of the confidences.
 
     Raises:
-        ConfigError: an option is out of range, or the model does not return `classes` logits per sample.
+        ConfigError: the model does not return `classes` logits per sample.
 
     Source: Chen et al., SoftMatch (2023), and the authors' code in USB.
+    `gradconsist.methods` describes the arguments, logs and errors that methods share.
     """
 
     probability: Tensor

@@ -27,8 +27,7 @@ class TemporalEnsembling(Method):
     same, because a row of Z is read only when its sample comes again. It also needs no epochs, so it works for loaders
     that drop the last samples or mix the end of one epoch with the start of the next. A first visit has weight 0, like
     the paper's first epoch, whose targets are 0. If a batch (or several processes together) holds a sample more than
-    once, that counts as one visit with the mean of its z; a z that is not finite counts as none. With several
-    processes, Z covers all of them.
+    once, that counts as one visit with the mean of its z; a z that is not finite counts as none.
 
     Labeled and weak inputs share one forward. The method does not use `strong`; it only passes it on in the pair, for
     gradient consistency. The pair's target is the ensemble's prediction. Its weight is the share of unlabeled_weight
@@ -36,27 +35,24 @@ class TemporalEnsembling(Method):
     paper also compares labeled inputs; here L_u is a mean over the unlabeled inputs, which usually include them.
 
     Args:
-        model: any module from inputs to logits [B, C].
         samples: N, the number of unlabeled samples; ``batch.index`` holds positions in range(N).
         classes: C.
         unlabeled_weight: mu after its ramp. Multiply the paper's 30 by the share of labeled samples in your data.
-        unlabeled_ramp_steps: number of train-mode steps of the ramp; 0 means no ramp.
         ema_decay: a.
-        logits_fn: function from the model's output to logits [B, C], for models that return a tuple or another object.
 
-    Logs: those of `FixMatch`, where mask_rate is the share of samples that have been seen before.
+    Logs: mask_rate is the share of samples that have been seen before.
 
     Attributes:
-        step: number of calls in train mode so far.
         ensemble: Z [N, C].
-        visits: v [N], int64. All three are part of ``state_dict()``.
+        visits: v [N], int64.
 
     Raises:
-        ConfigError: an option is out of range, or the model does not return `classes` logits per sample.
+        ConfigError: the model does not return `classes` logits per sample.
         InputTypeError: a batch has no index.
         InputValueError: an index is outside range(N).
 
     Source: Laine and Aila, Temporal Ensembling (2017), algorithm 2.
+    `gradconsist.methods` describes the arguments, logs and errors that methods share.
     """
 
     ensemble: Tensor

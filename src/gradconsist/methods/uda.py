@@ -13,7 +13,7 @@ from gradconsist._inputs.options import check_choice, check_count, check_number
 from gradconsist._refusals.models import process_count
 from gradconsist.errors import ConfigError
 from gradconsist.methods.base import LogitsFunction
-from gradconsist.methods.processes import total
+from gradconsist.methods.processes import gather
 from gradconsist.methods.weak_to_strong import Logs, WeakToStrong
 from gradconsist.types import SSLBatch
 
@@ -36,25 +36,18 @@ class UDA(WeakToStrong):
     divides by all); with several processes, by the number kept in all of them.
 
     Args:
-        model: any module from inputs to logits [B, C].
         threshold: an unlabeled sample counts if its confidence is at least this.
         temperature: temperature of the sharpening; 1 does not change p.
-        unlabeled_weight: mu.
-        unlabeled_ramp_steps: number of train-mode steps over which mu grows linearly from 0; 0 means no ramp.
         annealing: schedule of TSA; None switches TSA off.
         annealing_steps: T; only with `annealing`.
-        joint: True forwards labeled, weak and strong inputs as one batch, as in `FixMatch`.
-        logits_fn: function from the model's output to logits [B, C], for models that return a tuple or another object.
 
-    Logs: those of `FixMatch` and labeled_rate, the share of labeled samples that TSA kept.
-
-    Attributes:
-        step: number of calls in train mode so far; part of ``state_dict()``.
+    Logs: labeled_rate, the share of labeled samples that TSA kept, besides those of all methods.
 
     Raises:
-        ConfigError: an option is out of range, or only one of `annealing` and `annealing_steps` is given.
+        ConfigError: only one of `annealing` and `annealing_steps` is given.
 
     Source: Xie et al., Unsupervised Data Augmentation (2020), and the authors' code.
+    `gradconsist.methods` describes the arguments, logs and errors that methods share.
     """
 
     _shares = True
@@ -99,6 +92,6 @@ class UDA(WeakToStrong):
         eta = signal * (1 - 1 / logits.shape[1]) + 1 / logits.shape[1]
         keep = ((-losses.detach()).exp() <= eta).to(losses.dtype)
         # The mean of the processes' losses must be the sum over all of them, divided by the number that all kept.
-        count = total(keep.sum()) if self.training else keep.sum()
+        count = gather(keep).sum() if self.training else keep.sum()
         processes = process_count() if self.training else 1
         return processes * (keep * losses).sum() / count.clamp(min=1), {"labeled_rate": keep.mean()}

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from gradconsist.methods.processes import gather, last_rows, total
+from gradconsist.methods.processes import gather, last_rows
 from support import ddp_workers
 from support import methods as m
 from support.processes import Processes
@@ -52,7 +52,6 @@ def test_in_one_process_nothing_is_gathered() -> None:
     rows = torch.randn(3, 2, requires_grad=True)
     assert torch.equal(gather(rows), rows)
     assert not gather(rows).requires_grad
-    assert torch.equal(total(rows), rows)
 
 
 def test_the_last_of_repeated_entries() -> None:
