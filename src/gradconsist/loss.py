@@ -144,7 +144,7 @@ class GradientConsistencyLoss(OwnState):
             its gradient.
 
         Raises:
-            GradConsistError: or a subclass. The message names the argument or module path, the problem and the remedy.
+            GradConsistError: or a subclass, such as `GradModeError` where no graph can be built.
         """
         return self.evaluate(weak, strong, target, weight, generator=generator)
 
@@ -163,14 +163,8 @@ class GradientConsistencyLoss(OwnState):
         ``(weight * losses).mean()`` is FixMatch's unlabeled loss. The model runs as in the comparison: BatchNorm's
         statistics are constants, and random layers are off unless ``dropout="on"``. Each loss may get any factor
         afterwards, so both results keep an ordinary graph over all pairs, as with ``fused=False``. `GGCRWrapper`
-        knows the factors beforehand and keeps one chunk at a time.
-
-        Args:
-            weak: as in `__call__`.
-            strong: as in `__call__`.
-            target: as in `__call__`.
-            weight: as in `__call__`; a pair of weight 0 is left out, and its loss is 0.
-            generator: as in `__call__`.
+        knows the factors beforehand and keeps one chunk at a time. The arguments are those of `__call__`; a pair of
+        weight 0 is left out, and its loss is 0.
 
         Returns:
             L_g as in `__call__`, and the losses ``loss_fn(model(strong), target)`` [B]; both are differentiable.
@@ -188,19 +182,7 @@ class GradientConsistencyLoss(OwnState):
 
     @uncompiled
     def blended(self, pair: ViewPair, blend: Blend, statistics: Constants | None = None) -> Compared:
-        """Computes the sum ``blend.term * L_g + (blend.losses * losses).sum()`` from one pass, for `GGCRWrapper`.
-
-        Args:
-            pair: the views of a step.
-            blend: the factors.
-            statistics: as in `evaluate`.
-
-        Returns:
-            The sum with its graph, the record, and the values of both parts.
-
-        Raises:
-            GradConsistError: as in `__call__`.
-        """
+        """Computes ``blend.term * L_g + (blend.losses * losses).sum()`` from one pass, for `GGCRWrapper`."""
         return self._compared(pair, None, statistics, losses=True, blend=blend)
 
     @uncompiled
@@ -216,20 +198,8 @@ class GradientConsistencyLoss(OwnState):
     ) -> Tensor:
         """Computes L_g like `__call__`, with BatchNorm statistics that you pass in.
 
-        Args:
-            weak: as in `__call__`.
-            strong: as in `__call__`.
-            target: as in `__call__`.
-            weight: as in `__call__`.
-            generator: as in `__call__`.
-            statistics: used instead of this call's own statistics by BatchNorm calls in batch mode. One list with an
-                entry per BatchNorm call of a forward, or a tuple of two such lists, for the weak and the strong views.
-
-        Returns:
-            As in `__call__`.
-
-        Raises:
-            GradModeError: no graph can be built here: under ``no_grad``, inside a transform or another comparison.
+        `statistics` are used by BatchNorm calls in batch mode: one list with an entry per BatchNorm call of a forward,
+        or a tuple of two such lists, for the weak and the strong views.
         """
         return self._compared(ViewPair(weak, strong, target, weight), generator, statistics).loss
 
@@ -246,13 +216,7 @@ class GradientConsistencyLoss(OwnState):
     ) -> ConsistencyRecord:
         """Measures cosines and norms without a graph, for monitoring; works in any mode, also under ``no_grad``.
 
-        Args:
-            weak: as in `__call__`.
-            strong: as in `__call__`.
-            target: as in `__call__`.
-            weight: as in `__call__`; pairs of weight 0 are not compared.
-            generator: as in `__call__`.
-            statistics: as in `evaluate`.
+        The arguments are those of `__call__` (and `evaluate`); pairs of weight 0 are not compared.
 
         Returns:
             The record, also kept in `last`.
@@ -272,20 +236,9 @@ class GradientConsistencyLoss(OwnState):
     def try_on_one_pair(self, pair: ViewPair, statistics: Constants | None = None) -> bool:
         """Evaluates the loss and its gradient on one pair, to find mistakes early.
 
-        Without it, they would show only after a long warm-up. All views, targets and weights are checked. The pair is
-        the first one of positive weight, or else the first one, since a method may trust no sample at the start.
-        Nothing changes except what is cached about the model: not the record, generator or number of calls, nor the
-        model or the random state.
-
-        Args:
-            pair: the views of a step.
-            statistics: as in `evaluate`.
-
-        Returns:
-            Whether the trial was conclusive. Numbers that are not finite say nothing about the model.
-
-        Raises:
-            GradConsistError: any error that the loss itself would raise for such a step.
+        The pair is the first one of positive weight, or else the first one, since a method may trust no sample at the
+        start. Nothing changes except what is cached about the model. The result tells whether the trial was conclusive:
+        numbers that are not finite say nothing about the model.
         """
         with one_comparison():
             pairs = self._check(*pair, fused=self.settings.fused)

@@ -44,13 +44,7 @@ class ConsistencyCall:
 
 @dataclass
 class Listener:
-    """Records what the algorithm itself calls.
-
-    Attributes:
-        algorithm: the algorithm.
-        losses: its calls of ``consistency_loss``, in order.
-        probabilities: return values of its calls of ``compute_prob``, in order.
-    """
+    """Records the algorithm's calls of ``consistency_loss``, and the results of its calls of ``compute_prob``."""
 
     algorithm: Any
     losses: list[ConsistencyCall] = field(default_factory=list)
@@ -118,11 +112,7 @@ def _teacher(algorithm: Any, heard: Listener) -> tuple[Tensor, Tensor | None]:
 
 
 def _two_passes(algorithm: Any, heard: Listener) -> tuple[Tensor, Tensor | None]:
-    """Finds the class that both passes together find most likely; the weight is the ramp of L_u.
-
-    With the first pass's probabilities as target, the weak view's gradient would be zero. With the mean of both, the
-    two residuals would be opposite: the cosine of close views would be -1, and the term would push them apart.
-    """
+    """Finds the class that both passes together find most likely, as `PiModel` does; the weight is the ramp of L_u."""
     call = heard.losses[0]
     mean = call.targets + call.logits.detach().to(call.targets.dtype).softmax(dim=-1)
     return mean.argmax(dim=-1), _ramp(algorithm, call.targets)
@@ -131,8 +121,7 @@ def _two_passes(algorithm: Any, heard: Listener) -> tuple[Tensor, Tensor | None]
 def _guess(algorithm: Any, heard: Listener) -> tuple[Tensor, Tensor | None]:
     """Computes the sharpened guess of both views before MixUp (L_u sees it only mixed), or its class if T >= 1.
 
-    With T >= 1 nothing is sharpened: the plain mean of both predictions would make their residuals opposite, as in
-    `_two_passes`.
+    With T >= 1 nothing is sharpened, and the plain mean has the fault that `methods.PiModel` explains.
     """
     first, second = heard.probabilities[:2]
     mean = (first + second) / 2

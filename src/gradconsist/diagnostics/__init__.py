@@ -9,13 +9,15 @@ what you train. `check_rule` tests a layer, and a rule registered for it, agains
     >>> import torch
     >>> from gradconsist import GradientConsistencyLoss, diagnostics
     >>> _ = torch.manual_seed(0)
-    >>> model, weak = torch.nn.Linear(4, 3), torch.randn(8, 4)
-    >>> gc = GradientConsistencyLoss(model)
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+    >>> gc, weak = GradientConsistencyLoss(model, encoder=model[0]), torch.randn(8, 4)
     >>> print(diagnostics.check(gc, weak, weak + 0.1, model(weak).argmax(1)))
     exact, by GhostEngine(form='auto')
       parameter  in      entries  compared by
-      weight     Linear       12  linear, gram form
-      bias       Linear        3  bias, gradient form
+      0.weight   Linear       32  linear, gram form
+      0.bias     Linear        8  bias, gradient form
+      2.weight   Linear       24  not compared; L_g is differentiated for it
+      2.bias     Linear        3  not compared; L_g is differentiated for it
     >>> diagnostics.verify(gc, weak, weak + 0.1, model(weak).argmax(1)).ok
     True
 """

@@ -100,14 +100,9 @@ def check(consistency: GradientConsistencyLoss, weak: Inputs, strong: Inputs, ta
     - the reason why the parameter is not compared.
 
     With a projection, the route also says what is projected: the "factors" before the gradient is formed, or the
-    "gradient" after it. Neither the loss nor its model changes.
-
-    Args:
-        consistency: the loss, with the options that you will train with. ``batchnorm="observed"`` is tried with joint
-            statistics, since there is no method here to observe.
-        weak: weak views, as for the loss; BatchNorm's statistics come from all of them.
-        strong: strong views, as for the loss.
-        target: targets, as for the loss.
+    "gradient" after it. Neither the loss nor its model changes. `weak`, `strong` and `target` are those of a call;
+    BatchNorm's statistics come from all of them. ``batchnorm="observed"`` is tried with joint statistics, since there
+    is no method here to observe.
 
     Returns:
         The report; ``print(report)`` shows it as a table. The first line is the most serious finding. An error of the
@@ -115,19 +110,6 @@ def check(consistency: GradientConsistencyLoss, weak: Inputs, strong: Inputs, ta
 
     Raises:
         ConfigError: `consistency` is not a GradientConsistencyLoss.
-
-    Example:
-        >>> import torch
-        >>> _ = torch.manual_seed(0)
-        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
-        >>> x = torch.randn(2, 4)
-        >>> print(check(GradientConsistencyLoss(model, encoder=model[0]), x, x + 1, torch.tensor([0, 1])))
-        exact, by GhostEngine(form='auto')
-          parameter  in      entries  compared by
-          0.weight   Linear       32  linear, gram form
-          0.bias     Linear        8  bias, gradient form
-          2.weight   Linear       24  not compared; L_g is differentiated for it
-          2.bias     Linear        3  not compared; L_g is differentiated for it
     """
     own = unobserved(consistency)
     model, projection = own.model, own.projection

@@ -23,7 +23,7 @@ class SharpnessReport:
         loss: L(w).
         worst: the largest loss along the ascent.
         rho: radius of the ball.
-        ascent_steps: number of ascent steps; SAM uses 1.
+        ascent_steps: number of ascent steps.
         gradient_norm: ||dL/dw||.
         path: the loss after every ascent step.
     """
@@ -157,20 +157,10 @@ def top_eigenvalue(
 
     Each step computes one product H v, by differentiating ⟨dL/dw, v⟩, and keeps its vector. So memory grows by one copy
     of the moved parameters per step. The basis is fully orthogonalised, twice. The residual in the report comes from a
-    separate product, so it is measured, not estimated by the recurrence. The loss, and what is constant in it, are the
-    same as in `sharpness`.
+    separate product, so it is measured, not estimated by the recurrence.
 
-    Args:
-        model: your model; it does not change.
-        inputs: as for `sharpness`.
-        target: as for `sharpness`.
-        max_steps: maximal number of Lanczos steps.
-        tolerance: bound on the residual; float32 reaches about 1e-5.
-        seed: seed of the random start vector.
-        parameters: the parameters to move, selected like `encoder` of the loss; None moves every trainable one.
-        loss_fn: as for the loss.
-        batchnorm: as for `sharpness`.
-        chunk_size: number of samples at a time; None means all.
+    The loss, what is constant in it, and all arguments but three are those of `sharpness`: `max_steps` bounds the
+    number of Lanczos steps, `tolerance` the residual (float32 reaches about 1e-5), and `seed` draws the start vector.
 
     Returns:
         The report; ``report.converged`` says whether the tolerance was met. That proves that an eigenvalue lies near

@@ -22,17 +22,11 @@ from gradconsist.types import ViewPair
 
 @dataclass(frozen=True)
 class CostRow:
-    """One setting and its cost.
+    """One setting, with the names of `memory_report`'s arguments, and its cost.
 
     Attributes:
-        encoder: name of the compared part, as you gave it.
-        engine: as for the loss.
-        chunk_size: as for the loss.
-        max_pairs: as for the loss.
-        every: as for `GGCRWrapper`; `seconds` is then for an average step.
-        stop_gradient: as for the loss.
         pairs: number of pairs that a call compares.
-        seconds: time of a whole call and its backward, divided by `every`; None if it was not run.
+        seconds: time of a whole call and its backward, per average step (divided by `every`); None if it was not run.
         bytes: peak memory of a whole call and its backward; None if it was not run.
         reason: why it was not run, or the error.
     """

@@ -1,9 +1,4 @@
-"""`verify`: tests the gradient of L_g on your own model.
-
-It compares the gradient of L_g, which needs torch's second derivatives of every operator in the model, with finite
-differences of L_g, which need first derivatives only. Some of torch's second derivatives have been silently wrong; a
-list of them goes stale, a measurement on your model does not.
-"""
+"""`verify`: tests the gradient of L_g on your own model, since a list of torch's wrong derivatives goes stale."""
 
 from __future__ import annotations
 
@@ -109,7 +104,9 @@ def verify(
 ) -> VerifyReport:
     """Tests the gradient of a loss on its own model by directional finite differences in float64.
 
-    For random directions v, scaled per tensor to the norm of the parameter, it compares
+    The gradient needs torch's second derivatives of every operator in the model, some of which have been silently
+    wrong; the differences need first derivatives only. For random directions v, scaled per tensor to the norm of the
+    parameter, it compares
 
         ⟨dL_g/dtheta, v⟩    with    (L_g(theta + h v) - L_g(theta - h v)) / (2 h),    h = 1e-4, 1e-5, 1e-6
 
@@ -140,14 +137,6 @@ def verify(
     Raises:
         ConfigError: an option is out of range, or `consistency` is not a GradientConsistencyLoss.
         InputValueError: no pair is left to compare, or all are degenerate.
-
-    Example:
-        >>> _ = torch.manual_seed(0)
-        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
-        >>> x = torch.randn(3, 4)
-        >>> gc = GradientConsistencyLoss(model)
-        >>> verify(gc, x, x + 0.1 * torch.randn(3, 4), torch.tensor([0, 1, 2])).ok
-        True
     """
     check_count("directions", directions)
     check_number("tolerance", tolerance, least=1e-12)

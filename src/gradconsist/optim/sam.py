@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from gradconsist._inputs.options import check_choice, check_number
@@ -92,13 +93,7 @@ class SAM(Optimizer):
 
     @torch.no_grad()
     def first_step(self, *, zero_grad: bool = True) -> Tensor:
-        """Moves the weights by e.
-
-        Args:
-            zero_grad: clear the gradients, since the second pass computes them again.
-
-        Returns:
-            ||g|| (adaptive: || |w| g ||), as a scalar tensor.
+        """Moves the weights by e, clears the gradients unless ``zero_grad=False``, and returns ||g|| (|| |w| g ||).
 
         Raises:
             ConfigError: the weights are already moved.
@@ -111,7 +106,7 @@ class SAM(Optimizer):
             for parameter in group["params"]
             if parameter.grad is not None
         ]
-        norm = _norm([length for _, _, (_, length) in scaled])
+        norm = get_total_norm([length for _, _, (_, length) in scaled])
         if float(norm) > 0 and bool(torch.isfinite(norm)):
             for parameter, group, (direction, _) in scaled:
                 self._before[parameter] = parameter.detach().clone()
@@ -135,14 +130,10 @@ class SAM(Optimizer):
         self.base.step()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Takes one whole step.
+        """Takes one whole step, and returns the closure's first return value: the loss at the weights themselves.
 
-        Args:
-            closure: clears the gradients, computes the loss, calls backward and returns the loss. It is called twice:
-                if your method counts its calls or remembers something, restore its state before the second call.
-
-        Returns:
-            The return value of the first call: the loss at the weights themselves.
+        `closure` clears the gradients, computes the loss, calls backward and returns the loss. It is called twice: if
+        your method counts its calls or remembers something, restore its state before the second call.
 
         Raises:
             ConfigError: there is no closure.
@@ -213,25 +204,12 @@ def _ascent(parameter: Tensor, adaptive: bool) -> tuple[Tensor, Tensor]:
     return size.square() * gradient, torch.linalg.vector_norm(size * gradient)
 
 
-def _norm(lengths: list[Tensor]) -> Tensor:
-    """Computes the norm of a vector from the norms of its parts, on the first part's device."""
-    if not lengths:
-        return torch.zeros(())
-    dtype = torch.float64 if any(length.dtype == torch.float64 for length in lengths) else torch.float32
-    return torch.linalg.vector_norm(torch.stack([length.to(lengths[0].device, dtype) for length in lengths]))
-
-
 @contextmanager
 def kept_running_statistics(model: nn.Module) -> Iterator[None]:
     """Keeps forwards in the block from changing the running statistics of BatchNorm and InstanceNorm layers.
 
     The layers still normalise as in their mode, but update copies. The backward may run inside or after the block.
-
-    Args:
-        model: any module, also one wrapped by DDP.
-
-    Yields:
-        None.
+    `model` is any module, also one wrapped by DDP.
 
     Example:
         >>> norm = nn.BatchNorm1d(3)
