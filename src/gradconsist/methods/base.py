@@ -20,7 +20,7 @@ from gradconsist._inputs.schedules import linear_ramp
 from gradconsist._refusals.loading import check_keys
 from gradconsist.errors import ConfigError, InputShapeError, LossContractError, StateError
 from gradconsist.methods.checks import check_call, step_failure
-from gradconsist.types import Inputs, StepOutput, ViewPair
+from gradconsist.types import Inputs, SSLBatch, StepOutput, ViewPair
 
 LogitsFunction = Callable[[Any], Tensor]
 
@@ -53,11 +53,11 @@ class Method(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs one step, see `forward`. If torch fails, the error names the part of the batch and the layer."""
-        check_call(type(self).__name__, args, kwargs)
+        batch = check_call(type(self).__name__, args, kwargs)
         try:
             return super().__call__(*args, **kwargs)
         except Exception as error:
-            refusal = step_failure(self, error, args[0] if args else kwargs["batch"])
+            refusal = step_failure(self, error, batch)
             if refusal is None:
                 raise
             raise refusal from error
@@ -121,12 +121,15 @@ class Method(nn.Module):
             torch.clear_autocast_cache()
         return logits
 
-    def _finish(self, supervised: Tensor, unsupervised: Tensor, pair: ViewPair, **logs: float | Tensor) -> StepOutput:
-        """Builds the step's output and counts the step."""
+    def _finish(
+        self, batch: SSLBatch, supervised: Tensor, unsupervised: Tensor, target: Tensor, weight: Tensor, **logs: Tensor
+    ) -> StepOutput:
+        """Builds the step's output with target and weight [m] of the pair, and counts the step."""
         mu = self._mu()
         if self.training:
             self.step += 1
         shown = {"loss_supervised": supervised.detach(), "loss_unsupervised": unsupervised.detach()}
+        pair = ViewPair(batch.weak, batch.strong, target, weight)
         return StepOutput(supervised + mu * unsupervised, pair, {**shown, **logs, "unlabeled_weight": mu})
 
     @staticmethod

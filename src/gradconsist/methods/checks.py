@@ -24,10 +24,10 @@ from gradconsist.types import SSLBatch
 _PARTS = ("x", "y", "weak", "strong")
 
 
-def check_call(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Checks that a method of class `name` is called with one argument, ``batch``, and not with its parts."""
+def check_call(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> SSLBatch:
+    """Checks that a method of class `name` is called with one argument, a batch that fits, and returns that."""
     if (len(args) == 1 and not kwargs) or (not args and set(kwargs) == {"batch"}):
-        return
+        return _checked(args[0] if args else kwargs["batch"])
     given = [f"{len(args)} positional argument{'s' if len(args) > 1 else ''}"] if args else []
     given += [f"the keyword{'s' if len(kwargs) > 1 else ''} {', '.join(map(repr, kwargs))}"] if kwargs else []
     raise InputTypeError(
@@ -36,7 +36,7 @@ def check_call(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> N
     )
 
 
-def check_batch(batch: SSLBatch) -> None:
+def _checked(batch: object) -> SSLBatch:
     """Checks that a batch is an `SSLBatch` with labeled and unlabeled inputs, whose parts match row by row."""
     if not isinstance(batch, SSLBatch):
         raise InputTypeError(f"`batch` is a {type(batch).__name__}: pass SSLBatch(x, y, weak, strong).")
@@ -51,6 +51,7 @@ def check_batch(batch: SSLBatch) -> None:
         )
     for name, view in zip(("batch.weak", "batch.strong"), views, strict=True):
         check_alike("batch.x", labeled, name, view)
+    return batch
 
 
 def _check_labels(y: Any) -> None:
@@ -99,9 +100,9 @@ def check_classes(logits: Tensor, classes: int) -> None:
         raise ConfigError(f"`classes` is {classes}, but the model gives {logits.shape[1]} logits: make them equal.")
 
 
-def step_failure(method: nn.Module, error: Exception, batch: Any) -> GradConsistError | None:
+def step_failure(method: nn.Module, error: Exception, batch: SSLBatch) -> GradConsistError | None:
     """Turns an error that torch raised in a method's step into one of this library's; None if it is to pass."""
-    if isinstance(error, GradConsistError) or not isinstance(batch, SSLBatch):
+    if isinstance(error, GradConsistError):
         return None
     said = str(error)
     parts = {f"batch.{name}": getattr(batch, name) for name in _PARTS}
@@ -115,11 +116,11 @@ def step_failure(method: nn.Module, error: Exception, batch: Any) -> GradConsist
     if place is not None and place[0] != "":
         del parts["batch.y"]
         return model_failure(error, method, parts, root="")
-    if isinstance(batch.y, Tensor) and ("out of bounds" in said or "Class values must be" in said):
+    if "out of bounds" in said or "Class values must be" in said:
         return InputValueError(
             f"`batch.y` has classes from {int(batch.y.min())} to {int(batch.y.max())}, but the model has fewer logits"
             f" ({said.rstrip('.')}): give class indices from 0 to the number of logits - 1."
         )
-    if isinstance(batch.y, Tensor) and "one_hot is only applicable" in said:
+    if "one_hot is only applicable" in said:
         return InputTypeError(f"`batch.y` is {batch.y.dtype}, but this method needs class indices [n] of torch.int64.")
     return None

@@ -10,7 +10,7 @@ from gradconsist.methods.base import LogitsFunction
 from gradconsist.methods.checks import check_index
 from gradconsist.methods.processes import gather, last_rows
 from gradconsist.methods.weak_to_strong import Logs, WeakToStrong
-from gradconsist.types import SSLBatch
+from gradconsist.types import SSLBatch, StepOutput
 
 
 class FlexMatch(WeakToStrong):
@@ -81,8 +81,9 @@ class FlexMatch(WeakToStrong):
         beta = sigma / largest.clamp(min=1.0)  # largest is 0 only where sigma is
         return self.threshold * beta / (2 - beta)
 
-    def _checked(self, batch: SSLBatch) -> SSLBatch:
-        return super()._checked(batch)._replace(index=check_index(batch, self.samples))
+    def forward(self, batch: SSLBatch) -> StepOutput:
+        """Computes the loss of one step."""
+        return super().forward(batch._replace(index=check_index(batch, self.samples)))
 
     def _targets(self, weak: Tensor, batch: SSLBatch) -> tuple[Tensor, Tensor, Logs]:
         confidence, target = weak.softmax(1).max(1)

@@ -11,8 +11,7 @@ from torch import nn
 from gradconsist._inputs.options import check_number
 from gradconsist._inputs.schedules import sigmoid_ramp
 from gradconsist.methods.base import LogitsFunction, Method
-from gradconsist.methods.checks import check_batch
-from gradconsist.types import SSLBatch, StepOutput, ViewPair
+from gradconsist.types import SSLBatch, StepOutput
 
 
 class MeanTeacher(Method):
@@ -66,14 +65,13 @@ class MeanTeacher(Method):
 
     def forward(self, batch: SSLBatch) -> StepOutput:
         """Computes the loss of one step."""
-        check_batch(batch)
         if self.training:
             self._update_teacher()
         target = self._without_graph(batch.weak, self.teacher).softmax(1)
         labeled, strong = self._joint_logits(batch.x, batch.strong)
         unsupervised = (strong.softmax(1) - target).square().mean()
-        pair = ViewPair(batch.weak, batch.strong, target, target.new_full((len(target),), self.ramp()))
-        return self._finish(F.cross_entropy(labeled, batch.y), unsupervised, pair)
+        weight = target.new_full((len(target),), self.ramp())
+        return self._finish(batch, F.cross_entropy(labeled, batch.y), unsupervised, target, weight)
 
     @torch.no_grad()
     def _update_teacher(self) -> None:

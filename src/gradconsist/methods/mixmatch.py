@@ -13,9 +13,8 @@ from gradconsist._inputs.batch import leaves, rebuilt, take
 from gradconsist._inputs.options import check_choice, check_number
 from gradconsist.errors import InputTypeError, StateError
 from gradconsist.methods.base import LogitsFunction, Method
-from gradconsist.methods.checks import check_batch
 from gradconsist.optim import kept_running_statistics
-from gradconsist.types import Inputs, SSLBatch, StepOutput, ViewPair
+from gradconsist.types import Inputs, SSLBatch, StepOutput
 
 
 class MixMatch(Method):
@@ -77,11 +76,9 @@ class MixMatch(Method):
 
     def forward(self, batch: SSLBatch) -> StepOutput:
         """Computes the loss of one step."""
-        check_batch(batch)
         x, *tensors = (self._mixable(part) for part in (batch.x, batch.weak, batch.strong))
-        views = batch.weak, batch.strong
         with kept_running_statistics(self.model):
-            one, two = (self._without_graph(view).softmax(1) for view in views)
+            one, two = (self._without_graph(view).softmax(1) for view in (batch.weak, batch.strong))
         guess = (((one + two) / 2).log() / self.temperature).softmax(1)  # a small T would underflow as a power
         onehot = F.one_hot(batch.y, guess.shape[1]).to(guess.dtype)
         n = len(x)
@@ -91,8 +88,7 @@ class MixMatch(Method):
         supervised = F.cross_entropy(logits[:n], targets[:n])
         unsupervised = (logits[n:].softmax(1) - targets[n:]).square().mean()
         target = guess if self.temperature < 1 else guess.argmax(1)
-        pair = ViewPair(*views, target, guess.new_ones(len(guess)))
-        return self._finish(supervised, unsupervised, pair)
+        return self._finish(batch, supervised, unsupervised, target, guess.new_ones(len(guess)))
 
     @staticmethod
     def _mixable(inputs: Inputs) -> Tensor:

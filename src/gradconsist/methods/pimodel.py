@@ -8,8 +8,7 @@ from torch import nn
 from gradconsist._inputs.options import check_choice
 from gradconsist._inputs.schedules import sigmoid_ramp
 from gradconsist.methods.base import LogitsFunction, Method
-from gradconsist.methods.checks import check_batch
-from gradconsist.types import SSLBatch, StepOutput, ViewPair
+from gradconsist.types import SSLBatch, StepOutput
 
 
 class PiModel(Method):
@@ -54,7 +53,6 @@ class PiModel(Method):
 
     def forward(self, batch: SSLBatch) -> StepOutput:
         """Computes the loss of one step."""
-        check_batch(batch)
         if self.joint:
             labeled, *views = self._joint_logits(batch.x, batch.weak, batch.strong)
         else:
@@ -62,5 +60,5 @@ class PiModel(Method):
             views = [first, *self._joint_logits(batch.strong)]
         one, two = (view.softmax(1) for view in views)
         target = (one + two).detach().argmax(1)
-        pair = ViewPair(batch.weak, batch.strong, target, one.new_full((len(one),), self.ramp()))
-        return self._finish(F.cross_entropy(labeled, batch.y), (one - two).square().mean(), pair)
+        weight = one.new_full((len(one),), self.ramp())
+        return self._finish(batch, F.cross_entropy(labeled, batch.y), (one - two).square().mean(), target, weight)

@@ -7,8 +7,7 @@ from torch import nn
 
 from gradconsist._inputs.options import check_number
 from gradconsist.methods.base import LogitsFunction, Method
-from gradconsist.methods.checks import check_batch
-from gradconsist.types import SSLBatch, StepOutput, ViewPair
+from gradconsist.types import SSLBatch, StepOutput
 
 
 class PseudoLabel(Method):
@@ -44,11 +43,9 @@ class PseudoLabel(Method):
 
     def forward(self, batch: SSLBatch) -> StepOutput:
         """Computes the loss of one step."""
-        check_batch(batch)
         labeled, weak = self._joint_logits(batch.x, batch.weak)
         confidence, target = weak.detach().softmax(1).max(1)
         mask = (confidence >= self.threshold).to(weak.dtype)
         supervised = F.cross_entropy(labeled, batch.y)
         unsupervised = (mask * F.cross_entropy(weak, target, reduction="none")).mean()
-        pair = ViewPair(batch.weak, batch.strong, target, mask)
-        return self._finish(supervised, unsupervised, pair, mask_rate=mask.mean())
+        return self._finish(batch, supervised, unsupervised, target, mask, mask_rate=mask.mean())

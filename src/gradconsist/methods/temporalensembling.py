@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from gradconsist._inputs.options import check_count, check_number
 from gradconsist._inputs.schedules import sigmoid_ramp
 from gradconsist.methods.base import LogitsFunction, Method
-from gradconsist.methods.checks import check_batch, check_classes, check_index
+from gradconsist.methods.checks import check_classes, check_index
 from gradconsist.methods.processes import gather
-from gradconsist.types import SSLBatch, StepOutput, ViewPair
+from gradconsist.types import SSLBatch, StepOutput
 
 
 class TemporalEnsembling(Method):
@@ -82,7 +82,6 @@ class TemporalEnsembling(Method):
 
     def forward(self, batch: SSLBatch) -> StepOutput:
         """Computes the loss of one step."""
-        check_batch(batch)
         index = check_index(batch, self.samples)
         labeled, weak = self._joint_logits(batch.x, batch.weak)
         check_classes(weak, self.classes)
@@ -93,8 +92,8 @@ class TemporalEnsembling(Method):
         unsupervised = (known[:, None] * (z - target).square()).mean()
         if self.training:
             self._visit(gather(index), gather(z))
-        pair = ViewPair(batch.weak, batch.strong, target, known * self.ramp())
-        return self._finish(F.cross_entropy(labeled, batch.y), unsupervised, pair, mask_rate=known.mean())
+        supervised, weight = F.cross_entropy(labeled, batch.y), known * self.ramp()
+        return self._finish(batch, supervised, unsupervised, target, weight, mask_rate=known.mean())
 
     def _targets(self, index: Tensor, visits: Tensor) -> Tensor:
         """Computes Z / (1 - a^v) of the samples; uniform where v is 0."""

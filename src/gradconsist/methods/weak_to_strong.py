@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from gradconsist._inputs.options import check_choice
 from gradconsist.methods.base import LogitsFunction, Method
-from gradconsist.methods.checks import check_batch
-from gradconsist.types import SSLBatch, StepOutput, UnlabeledLoss, ViewPair
+from gradconsist.types import SSLBatch, StepOutput, UnlabeledLoss
 
 Logs = dict[str, Tensor]
 
@@ -43,21 +42,14 @@ class WeakToStrong(Method):
 
     def forward(self, batch: SSLBatch) -> StepOutput:
         """Computes the loss of one step."""
-        batch = self._checked(batch)
         labeled, weak, strong = self._view_logits(batch)
         target, weight, logs = self._targets(weak, batch)
         supervised, labeled_logs = self._supervised(labeled, batch.y)
         unsupervised = self._unlabeled_loss(strong, target, weight)
         third = self._third_loss(strong, weight)
         logs = {"mask_rate": weight.mean(), **logs, **labeled_logs, **(third[1] if third else {})}
-        pair = ViewPair(batch.weak, batch.strong, target, weight)
-        out = self._finish(supervised, unsupervised, pair, **logs)
+        out = self._finish(batch, supervised, unsupervised, target, weight, **logs)
         return out._replace(loss=out.loss + third[0]) if third else out
-
-    def _checked(self, batch: SSLBatch) -> SSLBatch:
-        """Checks a batch before the model sees it."""
-        check_batch(batch)
-        return batch
 
     def _targets(self, weak: Tensor, batch: SSLBatch) -> tuple[Tensor, Tensor, Logs]:
         """Returns targets, their weights [m] in the dtype of `weak`, and logs, from the weak views' logits [m, C]."""
