@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gradconsist._inputs.batch import call, concatenable, concatenate, leaves
 from gradconsist._inputs.cross_entropy import described, find_logits
-from gradconsist._inputs.options import check_count, check_number
+from gradconsist._inputs.options import check_choice, check_count, check_number
 from gradconsist._inputs.parametrized import nothing_cached
 from gradconsist._inputs.precision import wide, wide_dtype
 from gradconsist._inputs.schedules import linear_ramp
@@ -35,11 +35,13 @@ class Method(nn.Module):
         model: nn.Module,
         unlabeled_weight: float,
         unlabeled_ramp_steps: int,
-        logits_fn: LogitsFunction | None = None,
+        logits_fn: LogitsFunction | None,
+        joint: bool = True,
     ) -> None:
         super().__init__()
         check_number("unlabeled_weight", unlabeled_weight, least=0.0)
         check_count("unlabeled_ramp_steps", unlabeled_ramp_steps, least=0)
+        check_choice("joint", joint, (True, False))
         if logits_fn is not None and (not callable(logits_fn) or isinstance(logits_fn, type | nn.Module)):
             raise ConfigError(
                 f"`logits_fn` is {logits_fn!r:.80}: pass a function from the model's output to logits [B, C], or None"
@@ -49,6 +51,7 @@ class Method(nn.Module):
         self.logits_fn = logits_fn
         self.unlabeled_weight = unlabeled_weight
         self.unlabeled_ramp_steps = unlabeled_ramp_steps
+        self.joint = joint
         self.step = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

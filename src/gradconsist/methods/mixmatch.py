@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradconsist._inputs.batch import leaves, rebuilt, take
-from gradconsist._inputs.options import check_choice, check_number
+from gradconsist._inputs.options import check_number
 from gradconsist.errors import InputTypeError, StateError
 from gradconsist.methods.base import LogitsFunction, Method
 from gradconsist.optim import kept_running_statistics
@@ -64,13 +64,11 @@ class MixMatch(Method):
         joint: bool = False,
         logits_fn: LogitsFunction | None = None,
     ) -> None:
-        super().__init__(model, unlabeled_weight, unlabeled_ramp_steps, logits_fn)
+        super().__init__(model, unlabeled_weight, unlabeled_ramp_steps, logits_fn, joint)
         check_number("temperature", temperature, least=1e-3)
         check_number("alpha", alpha, least=0.0)
-        check_choice("joint", joint, (True, False))
         self.temperature = temperature
         self.alpha = alpha
-        self.joint = joint
         # Keeps the state, not the generator, so that the method can be copied and pickled.
         self._random = torch.Generator().manual_seed(torch.initial_seed() % 2**63).get_state()
 

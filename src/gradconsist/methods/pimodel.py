@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import nn
 
-from gradconsist._inputs.options import check_choice
 from gradconsist._inputs.schedules import sigmoid_ramp
 from gradconsist.methods.base import LogitsFunction, Method
 from gradconsist.types import SSLBatch, StepOutput
@@ -47,9 +46,7 @@ class PiModel(Method):
         joint: bool = True,
         logits_fn: LogitsFunction | None = None,
     ) -> None:
-        super().__init__(model, unlabeled_weight, unlabeled_ramp_steps, logits_fn)
-        check_choice("joint", joint, (True, False))
-        self.joint = joint
+        super().__init__(model, unlabeled_weight, unlabeled_ramp_steps, logits_fn, joint)
 
     def forward(self, batch: SSLBatch) -> StepOutput:
         """Computes the loss of one step."""

@@ -7,10 +7,9 @@ from contextlib import contextmanager
 from typing import ClassVar
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from gradconsist._inputs.options import check_choice
-from gradconsist.methods.base import LogitsFunction, Method
+from gradconsist.methods.base import Method
 from gradconsist.types import SSLBatch, StepOutput, UnlabeledLoss
 
 Logs = dict[str, Tensor]
@@ -27,18 +26,6 @@ class WeakToStrong(Method):
     # Whether all of the step is known: a subclass may compute another unlabeled loss, so each class says so itself.
     _shares: ClassVar[bool] = False
     _elsewhere: UnlabeledLoss | None = None  # set while the caller computes the unlabeled loss
-
-    def __init__(
-        self,
-        model: nn.Module,
-        unlabeled_weight: float,
-        unlabeled_ramp_steps: int,
-        logits_fn: LogitsFunction | None,
-        joint: bool,
-    ) -> None:
-        super().__init__(model, unlabeled_weight, unlabeled_ramp_steps, logits_fn)
-        check_choice("joint", joint, (True, False))
-        self.joint = joint
 
     def forward(self, batch: SSLBatch) -> StepOutput:
         """Computes the loss of one step."""

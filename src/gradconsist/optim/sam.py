@@ -66,25 +66,9 @@ class SAM(Optimizer):
         for group in base.param_groups:
             check_number("rho", group["rho"], least=0.0)
 
-    # Always read groups and state from the base optimizer, since it may replace them.
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The parameter groups of `base`."""
-        return self.base.param_groups
-
-    @param_groups.setter
-    def param_groups(self, _: Any) -> None:
-        pass  # torch's constructor assigns an empty list
-
-    @property
-    def state(self) -> Any:
-        """The state of `base`."""
-        return self.base.state
-
-    @state.setter
-    def state(self, _: Any) -> None:
-        pass
+    # Read from the base optimizer each time, since it may replace them; torch's constructor assigns empty ones.
+    param_groups: Any = property(lambda self: self.base.param_groups, lambda self, _: None)
+    state: Any = property(lambda self: self.base.state, lambda self, _: None)
 
     @property
     def perturbed(self) -> bool:
