@@ -124,17 +124,10 @@ def consistency_bound(
     - **sigma** is the distance ||s - w|| of the drawn views: one draw per pair, no expectation over augmentations.
     - **||g||** is ||g_w|| of each pair.
 
-    Everything runs in float64 on a copy of the model, with dropout off. BatchNorm's statistics of both views stay
-    constant, also along the segments. It costs `segments` + 1 calls of ``measure``, in float64.
-
-    Args:
-        consistency: the loss, whose `loss_fn` must work in float64. Its model is copied and does not change.
-            ``batchnorm="observed"`` is replaced by joint statistics, ``dropout="on"`` by no dropout.
-        weak: weak views, as for the loss.
-        strong: strong views, as for the loss.
-        target: targets, as for the loss.
-        weight: pairs of weight 0 are left out; other weights count as 1.
-        segments: number of parts into which the segment from w to s is cut.
+    `weak`, `strong`, `target` and `weight` are those of a call of the loss; pairs of weight 0 are left out, and other
+    weights count as 1. Everything runs in float64 on a copy of the model, so the `loss_fn` must work in float64.
+    Dropout is off. BatchNorm's statistics of both views stay constant, also along the segments; joint ones replace
+    ``batchnorm="observed"``. It costs `segments` + 1 calls of ``measure``.
 
     Returns:
         The report; ``print(report)`` shows whether the bound is vacuous.

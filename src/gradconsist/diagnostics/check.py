@@ -164,11 +164,10 @@ class _Witness:
 
 
 def _rows(model: nn.Module, routes: dict[str, str], compared: set[str], engine: str) -> list[CheckRow]:
-    modules = dict(model.named_modules())
     rows = []
     for name, parameter in model.named_parameters():
         path = name.rpartition(".")[0]
-        kind = type(modules.get(path, model)).__name__
+        kind = type(model.get_submodule(path)).__name__
         rows.append(CheckRow(path, kind, name, parameter.numel(), _route(name, parameter, routes, compared, engine)))
     return rows
 

@@ -16,7 +16,8 @@ from gradconsist._forward.batchnorm import BatchNormCalls, BatchNormPolicy
 from gradconsist._forward.isolation import one_comparison
 from gradconsist._forward.per_sample import PerSampleForward
 from gradconsist._forward.sandbox import autocast_region, our_rules
-from gradconsist._inputs.batch import check_inputs, concatenate, leaves, map_leaves, take
+from gradconsist._forward.statistics import take_statistics
+from gradconsist._inputs.batch import check_inputs, leaves, map_leaves, take
 from gradconsist._inputs.cross_entropy import cross_entropy
 from gradconsist._inputs.options import check_choice, check_count
 from gradconsist._inputs.pairs import Pairs, check_one_device, check_target
@@ -122,8 +123,6 @@ def landscape(
         model, loss_fn or cross_entropy, BatchNormCalls(batchnorm), autocast=autocast_region(device)
     )
     with one_comparison(), torch.inference_mode(False), our_rules(model, device, {"inputs": inputs}):
-        with torch.no_grad():
-            # Twice the batch has the same statistics, and shows which calls normalise over samples.
-            forward.output(concatenate(inputs, inputs), record=True)
+        take_statistics(forward, inputs, inputs)  # twice, which shows the calls that normalise over samples
         probe_model(forward, pairs, torch.arange(size, device=device), Probed())
         yield Landscape(forward, own, pairs, chunk_size or size)

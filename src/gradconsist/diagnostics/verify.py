@@ -119,17 +119,10 @@ def verify(
     handful of pairs is enough. A model with kinks (ReLU, max-pooling) may fail at some step sizes; only the smallest
     error counts.
 
-    Args:
-        consistency: the loss, with the options that you train with, and a `loss_fn` that works in float64. All pairs
-            are compared and both views differentiated, regardless of `max_pairs` and `stop_gradient`.
-            ``batchnorm="observed"`` is tried with joint statistics.
-        weak: weak views, as for the loss.
-        strong: strong views, as for the loss.
-        target: targets, as for the loss.
-        weight: weights, as for the loss.
-        directions: number of random directions.
-        seed: seed of the directions.
-        tolerance: bound on the relative error.
+    The loss has the options that you train with, and a `loss_fn` that works in float64; `weak`, `strong`, `target` and
+    `weight` are those of a call. All pairs are compared and both views differentiated, regardless of `max_pairs` and
+    `stop_gradient`. ``batchnorm="observed"`` is tried with joint statistics. `directions` is the number of random
+    directions, drawn by `seed`, and `tolerance` the bound on the relative error.
 
     Returns:
         The report; ``report.ok`` is the verdict, ``print(report)`` shows the evidence.

@@ -14,12 +14,16 @@ Arguments that several methods share are described here, and the others with eac
 - `joint`: True forwards labeled, weak and strong inputs as one batch, so that BatchNorm sees all of them, as in
   FixMatch's reference code. False forwards labeled and strong inputs together and the weak ones separately without a
   graph, which is cheaper. `PiModel` and `MixMatch` describe their own.
+- `classes`: C, which must be the number of the model's logits; otherwise a step raises a `ConfigError`.
+- `samples`: N, the number of unlabeled samples. ``batch.index`` holds their positions in range(N); without it a step
+  raises an `InputTypeError`, and outside that range an `InputValueError`.
 - `logits_fn`: function from the model's output to logits [B, C], for models that return a tuple or another object. None
   takes the output itself, or its attribute or key ``logits``.
 
 Logs are loss_supervised, loss_unsupervised and unlabeled_weight, and with pseudo-labels mask_rate, the mean of their
 weights. Each method counts its calls in train mode in ``step``. That and all attributes listed with a class are part of
-``state_dict()``. With several processes they cover all of them, and numbers that are not finite do not change them.
+``state_dict()``. What a method remembers of predictions covers all processes, and those that are not finite leave it as
+it is.
 
     >>> import torch
     >>> from gradconsist import SSLBatch

@@ -30,7 +30,6 @@ class FlexMatch(WeakToStrong):
     here the formula always holds.
 
     Args:
-        samples: N, the number of unlabeled samples; ``batch.index`` holds positions in range(N).
         threshold: a sample is selected if its confidence is at least this; also the largest T(c).
         threshold_warmup: whether samples without a selected label count in beta's denominator.
 
@@ -38,10 +37,6 @@ class FlexMatch(WeakToStrong):
 
     Attributes:
         selected: see above, [N] int64.
-
-    Raises:
-        InputTypeError: a batch has no index.
-        InputValueError: an index is outside range(N).
 
     Source: Zhang et al., FlexMatch (2021), algorithm 1, and the authors' code in TorchSSL.
     `gradconsist.methods` describes the arguments, logs and errors that methods share.

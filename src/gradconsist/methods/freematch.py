@@ -31,7 +31,6 @@ class FreeMatch(WeakToStrong):
     With several processes, mean q and its histogram cover all of them.
 
     Args:
-        classes: C.
         ema_decay: d.
         fairness_weight: weight of L_f.
         threshold_range: clamps T(c) to this range; the paper uses (0.9, 0.95) on SVHN. None does not clamp.
@@ -42,9 +41,6 @@ class FreeMatch(WeakToStrong):
         confidence: tau.
         probability: p~ [C].
         histogram: h~ [C].
-
-    Raises:
-        ConfigError: the model does not return `classes` logits per sample.
 
     Source: Wang et al., FreeMatch (2023), algorithm 1, and the authors' code in USB.
     `gradconsist.methods` describes the arguments, logs and errors that methods share.

@@ -27,7 +27,6 @@ class SoftMatch(WeakToStrong):
     at 1 / C, variance at 1, and p~ at the first step's mean, as in the authors' code.
 
     Args:
-        classes: C.
         ema_decay: d.
         width: n in the paper; a confidence one standard deviation below the mean has w = exp(-width^2 / 2).
         align: whether to align p'; False uses p itself.
@@ -38,9 +37,6 @@ class SoftMatch(WeakToStrong):
         probability: p~ [C].
         mean: average of the confidences.
         variance: variance of the confidences.
-
-    Raises:
-        ConfigError: the model does not return `classes` logits per sample.
 
     Source: Chen et al., SoftMatch (2023), and the authors' code in USB.
     `gradconsist.methods` describes the arguments, logs and errors that methods share.

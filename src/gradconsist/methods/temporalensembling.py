@@ -35,8 +35,6 @@ class TemporalEnsembling(Method):
     paper also compares labeled inputs; here L_u is a mean over the unlabeled inputs, which usually include them.
 
     Args:
-        samples: N, the number of unlabeled samples; ``batch.index`` holds positions in range(N).
-        classes: C.
         unlabeled_weight: mu after its ramp. Multiply the paper's 30 by the share of labeled samples in your data.
         ema_decay: a.
 
@@ -45,11 +43,6 @@ class TemporalEnsembling(Method):
     Attributes:
         ensemble: Z [N, C].
         visits: v [N], int64.
-
-    Raises:
-        ConfigError: the model does not return `classes` logits per sample.
-        InputTypeError: a batch has no index.
-        InputValueError: an index is outside range(N).
 
     Source: Laine and Aila, Temporal Ensembling (2017), algorithm 2.
     `gradconsist.methods` describes the arguments, logs and errors that methods share.

@@ -16,7 +16,8 @@ from gradconsist._forward.per_sample import PerSampleForward
 from gradconsist._forward.randomness import GeneratorOwner, restore_generator
 from gradconsist._forward.sandbox import autocast_region, our_rules
 from gradconsist._forward.sparse import aliases, sparse_parameters
-from gradconsist._inputs.batch import check_inputs, concatenate, leaves, map_leaves
+from gradconsist._forward.statistics import take_statistics
+from gradconsist._inputs.batch import check_inputs, leaves, map_leaves
 from gradconsist._inputs.cross_entropy import find_logits
 from gradconsist._inputs.options import check_choice, check_count
 from gradconsist._inputs.pairs import Pairs, check_one_device, check_weight
@@ -146,9 +147,7 @@ class JacobianPenalty(GeneratorOwner):
         source = generator or self._generator  # may be the global one, which nothing below may draw from
         own = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=source, device=source.device)))
         with one_comparison(), our_rules(self.model, device, {"inputs": inputs}):
-            with torch.no_grad():
-                # Twice the batch has the same statistics, and shows which calls normalise over samples.
-                forward.output(concatenate(inputs, inputs), record=True)
+            take_statistics(forward, inputs, inputs)  # twice, which shows the calls that normalise over samples
             probe_model(forward, pairs, torch.arange(size, device=device), self._probed)
             sparse -= self._probed.dense  # in place, because the aliases share this set
             return self._penalty(forward, pairs, own)
