@@ -181,9 +181,9 @@ class GradientConsistencyLoss(OwnState):
         return found.loss, found.losses
 
     @uncompiled
-    def blended(self, pair: ViewPair, blend: Blend, statistics: Constants | None = None) -> Compared:
+    def blended(self, pair: ViewPair, blend: Blend) -> Compared:
         """Computes ``blend.term * L_g + (blend.losses * losses).sum()`` from one pass, for `GGCRWrapper`."""
-        return self._compared(pair, None, statistics, losses=True, blend=blend)
+        return self._compared(pair, None, None, losses=True, blend=blend)
 
     @uncompiled
     def evaluate(

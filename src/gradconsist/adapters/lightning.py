@@ -25,7 +25,7 @@ from gradconsist.wrapper import GGCRWrapper
 CHECKPOINT_KEY = "gradconsist"
 """Key of the attachment's state in Lightning's checkpoint."""
 
-_NEEDED = ("training_step", "manual_backward", "on_save_checkpoint", "on_load_checkpoint", "log_dict")
+_REPLACED = ("training_step", "manual_backward", "on_save_checkpoint", "on_load_checkpoint")
 
 
 def attach(module: Any, consistency: GradientConsistencyLoss, **options: Any) -> Attachment:
@@ -53,7 +53,9 @@ def attach(module: Any, consistency: GradientConsistencyLoss, **options: Any) ->
         ConfigError: `module` is not a LightningModule, is compiled, already has a term or does not hold the parameters
             of ``consistency.model``, or an option has an invalid value.
     """
-    if not isinstance(module, nn.Module) or not all(callable(getattr(module, name, None)) for name in _NEEDED):
+    if not isinstance(module, nn.Module) or not all(
+        callable(getattr(module, name, None)) for name in (*_REPLACED, "log_dict")
+    ):
         raise ConfigError(
             f"`module` is a {type(module).__name__}: pass a LightningModule. For a method that you call once per step,"
             " use GGCRWrapper."
@@ -111,15 +113,9 @@ class Attachment:
         self._replaced = {}
 
     def _replace(self) -> None:
-        functions: dict[str, Callable[..., Any]] = {
-            "training_step": self._training_step,
-            "manual_backward": self._manual_backward,
-            "on_save_checkpoint": self._on_save_checkpoint,
-            "on_load_checkpoint": self._on_load_checkpoint,
-        }
-        self._replaced = {name: _Replacement(self.module, name, function) for name, function in functions.items()}
-        for name, replacement in self._replaced.items():
-            setattr(self.module, name, replacement)
+        for name in _REPLACED:
+            self._replaced[name] = _Replacement(self.module, name, getattr(self, f"_{name}"))
+            setattr(self.module, name, self._replaced[name])
 
     def _original(self, name: str) -> Callable[..., Any]:
         return self._replaced[name].__wrapped__
