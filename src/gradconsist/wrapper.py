@@ -129,7 +129,7 @@ class GGCRWrapper(nn.Module):
         self.unshared: str | None = None
         self._tried = False
         if share is True:
-            self._check_shared(self._obstacle())
+            self._shares((), {})  # raises what shows without a batch
 
     def current_weight(self) -> float:
         """Returns lambda for the next step: 0 in the warm-up, in eval mode and on steps that `every` skips."""
@@ -138,11 +138,7 @@ class GGCRWrapper(nn.Module):
         return self.every * warmup_then_ramp(self.step, self.weight, self.warmup_steps, self.ramp_steps)
 
     def forward(self, *args: Any, **kwargs: Any) -> StepOutput:
-        """Runs one step of the method and adds the term if it is due.
-
-        Args:
-            *args: the method's arguments.
-            **kwargs: the method's keyword arguments.
+        """Runs one step of the method with the same arguments, and adds the term if it is due.
 
         Returns:
             The loss, the method's pair and its logs. ``ggcr_weight`` is added to the logs, and if the term was
@@ -209,8 +205,8 @@ class GGCRWrapper(nn.Module):
             except Exception as error:  # of the model, say, which the ordinary step will raise, too
                 obstacle = f"the model could not be tried ({type(error).__name__}: {error})"
         self.unshared = obstacle
-        if self.share is True:
-            self._check_shared(obstacle)
+        if obstacle is not None and self.share is True:
+            raise ConfigError(f'`share=True` is impossible: {obstacle}. Remove that, or use `share="auto"`.')
         return obstacle is None
 
     def _obstacle(self) -> str | None:
@@ -220,11 +216,6 @@ class GGCRWrapper(nn.Module):
         if type(self.consistency).evaluate is not GradientConsistencyLoss.evaluate:
             return f"{type(self.consistency).__name__} overrides `evaluate`"
         return sharing_obstacle(self.method, self.consistency.settings, demanded=self.share is True)
-
-    @staticmethod
-    def _check_shared(obstacle: str | None) -> None:
-        if obstacle is not None:
-            raise ConfigError(f'`share=True` is impossible: {obstacle}. Remove that, or use `share="auto"`.')
 
     def _try(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, base: StepOutput, observer: object
