@@ -91,12 +91,9 @@ class MixMatch(Method):
     @staticmethod
     def _mixable(inputs: Inputs) -> Tensor:
         tensors = leaves(inputs)
-        if len(tensors) != 1:
-            raise InputTypeError(
-                f"`batch` holds a {type(inputs).__name__} of {len(tensors)} tensors: MixUp mixes one tensor of each."
-            )
-        if not tensors[0].is_floating_point():
-            raise InputTypeError("`batch` holds inputs that are not floating point: MixUp cannot mix them.")
+        if len(tensors) != 1 or not tensors[0].is_floating_point():
+            found = ", ".join(str(tensor.dtype) for tensor in tensors)
+            raise InputTypeError(f"`batch` holds inputs of {found}: MixUp mixes one floating-point tensor of each.")
         return tensors[0]
 
     def _mixed(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
