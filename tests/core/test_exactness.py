@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gradconsist import GradientConsistencyLoss
 from gradconsist.errors import UnsupportedModuleError
 from support import compare
+from support.models import Layers
 from support.oracle import Judge
-from support.zoo import CASES, PAIRS, Problem
+from support.zoo import CASES, PAIRS, Problem, weight_norm_by_hand
 
 DOUBLE, SINGLE = torch.float64, torch.float32
 CHUNKS = (1, 3, None, "auto")
@@ -134,25 +135,17 @@ def test_many_pairs_in_odd_chunks(engine: str) -> None:
         compare.assert_agrees(gc.last, loss, gradient, problem.judge().verdict(), dtype=torch.float64)
 
 
-class _Difference(nn.Module):
+def _difference() -> nn.Module:
     """Two inputs of one shape that must not be mixed up; a BatchNorm, so that statistics are taken from both views."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.plus, self.minus, self.norm, self.head = (
-            *(nn.Linear(4, 5) for _ in "ab"),
-            nn.BatchNorm1d(5),
-            nn.Linear(5, 3),
-        )
-
-    def forward(self, one: Tensor, other: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.norm(self.plus(one) - 2 * self.minus(other))))
+    inner = lambda m, one, other: torch.tanh(m.norm(m.plus(one) - 2 * m.minus(other)))  # noqa: E731
+    layers = {"plus": nn.Linear(4, 5), "minus": nn.Linear(4, 5), "norm": nn.BatchNorm1d(5), "head": nn.Linear(5, 3)}
+    return Layers(lambda m, **views: m.head(inner(m, **views)), **layers)
 
 
 @pytest.mark.parametrize("stop", [None, "strong"])
 @pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
 def test_views_are_paired_by_key_in_whatever_order_they_were_built(engine: str, stop: str | None) -> None:
-    model = _Difference().double()
+    model = _difference().double()
     weak, strong = ({key: torch.randn(4, 4).double() for key in ("one", "other")} for _ in "ws")
     target = torch.tensor([0, 1, 2, 0])
     verdict = Judge(model, weak, strong, target, stop_gradient=stop).verdict()
@@ -173,14 +166,10 @@ def test_old_style_weight_norm() -> None:
         return
     plain = CASES["mlp"].problem()
     torch.nn.utils.parametrizations.weight_norm(plain.model[0])
-    by_hand = plain.judge(reference=_weight_norm_by_hand).verdict().gradient
+    by_hand = plain.judge(reference=weight_norm_by_hand).verdict().gradient
     names = {"0.weight_g": "0.parametrizations.weight.original0", "0.weight_v": "0.parametrizations.weight.original1"}
     expected = [by_hand[names.get(n, n)].reshape(-1) for n, _ in problem.model.named_parameters()]
     assert compare.relative(gradient, torch.cat(expected)) <= 1e-8
-
-
-def _weight_norm_by_hand(model: torch.nn.Module, tape: object) -> None:
-    model[0].parametrizations.weight[0].forward = lambda g, v: v * (g / v.square().sum(1, keepdim=True).sqrt())
 
 
 @pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])

@@ -51,25 +51,16 @@ class Convolutional(nn.Module):
         return self.head(torch.tanh(self.norm(self.stem(x[:, None]))).flatten(1))
 
 
-class Unused(nn.Module):
-    """A layer that no forward touches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.spare, self.head = nn.Linear(5, 6), nn.Linear(2, 2), nn.Linear(6, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.stem(x)))
-
-
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "mlp": lambda: nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, CLASSES)),
     "dropout": lambda: nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, CLASSES)),
     "batchnorm in eval mode": lambda: Convolutional(frozen=True),
     "batchnorm": lambda: Convolutional(frozen=False),
-    "checkpointed": models.Checkpointed,
-    "reused layer": models.Reused,
-    "layer without use": Unused,
+    "checkpointed": models.checkpointed,
+    "reused layer": models.reused,
+    "layer without use": lambda: models.Layers(
+        lambda m, x: m.head(m.stem(x).tanh()), stem=nn.Linear(5, 6), spare=nn.Linear(2, 2), head=nn.Linear(6, CLASSES)
+    ),
 }
 
 

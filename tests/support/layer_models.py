@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .models import Layers
 
 
 class Network(nn.Module):
@@ -32,33 +35,29 @@ class Apply(nn.Module):
         return self.function(self.layer, x)
 
 
-class Frames(nn.Module):
+def frames() -> Layers:
     """Video: a sample's frames are folded into the batch, [B, T, 3, H, W] -> [B T, 3, H, W]."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 2, stride=2)
-        self.norm, self.mix, self.head = nn.BatchNorm2d(4), nn.Linear(4, 5), nn.Linear(5, 3)
+    def forward(m: Any, x: Tensor) -> Tensor:
+        each = torch.relu(m.norm(m.first(x.flatten(0, 1))))
+        features = m.mix(torch.tanh(m.second(each)).mean((2, 3)))  # [B T, 5]
+        return m.head(torch.tanh(features.unflatten(0, x.shape[:2])).mean(1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        frames = torch.relu(self.norm(self.first(x.flatten(0, 1))))
-        features = self.mix(torch.tanh(self.second(frames)).mean((2, 3)))  # [B T, 5]
-        return self.head(torch.tanh(features.unflatten(0, x.shape[:2])).mean(1))
+    layers = {"first": nn.Conv2d(3, 4, 3, padding=1), "second": nn.Conv2d(4, 4, 2, stride=2)}
+    return Layers(forward, **layers, norm=nn.BatchNorm2d(4), mix=nn.Linear(4, 5), head=nn.Linear(5, 3))
 
 
-class SequenceFirst(nn.Module):
+def sequence_first() -> Layers:
     """[T, B, D] inside, as the classical recurrent and attention layers take it."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.attention, self.head = nn.Linear(4, 6), nn.MultiheadAttention(6, 2), nn.Linear(6, 3)
-        self.convolution = nn.Conv1d(6, 6, 2)
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = torch.tanh(m.stem(x.transpose(0, 1)))
+        y = y + m.attention(y, y, y, need_weights=False)[0]
+        y = torch.tanh(m.convolution(y.permute(1, 2, 0)))  # [B, D, T - 1]
+        return m.head(y.permute(2, 0, 1)).mean(0)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.tanh(self.stem(x.transpose(0, 1)))
-        y = y + self.attention(y, y, y, need_weights=False)[0]
-        y = torch.tanh(self.convolution(y.permute(1, 2, 0)))  # [B, D, T - 1]
-        return self.head(y.permute(2, 0, 1)).mean(0)
+    layers = {"stem": nn.Linear(4, 6), "attention": nn.MultiheadAttention(6, 2), "head": nn.Linear(6, 3)}
+    return Layers(forward, **layers, convolution=nn.Conv1d(6, 6, 2))
 
 
 class CrossAttention(nn.Module):
@@ -103,18 +102,16 @@ class Recurrence(nn.Module):
         return self.head(output).square().mean(1) + last.sum((0, 2))[:, None] * output.mean((1, 2))[:, None]
 
 
-class Cell(nn.Module):
+def cell(kind: type[nn.RNNCellBase]) -> Layers:
     """A recurrence written as a loop over a cell."""
 
-    def __init__(self, kind: type[nn.RNNCellBase]) -> None:
-        super().__init__()
-        self.cell, self.head = kind(4, 5), nn.Linear(5, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(m: Any, x: Tensor) -> Tensor:
         state = None
         for step in x.unbind(1):
-            state = self.cell(step, state)
-        return self.head(state[0] if isinstance(state, tuple) else state)
+            state = m.cell(step, state)
+        return m.head(state[0] if isinstance(state, tuple) else state)
+
+    return Layers(forward, cell=kind(4, 5), head=nn.Linear(5, 3))
 
 
 class Text(nn.Module):
@@ -241,12 +238,8 @@ class BasicBlock(nn.Module):
         return self.relu(y)
 
 
-class SqueezeExcite(nn.Module):
+def squeeze_excite(channels: int) -> Layers:
     """1x1 convolutions of 1x1 images, whose result gates the channels."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.reduce, self.expand = nn.Conv2d(channels, 2, 1), nn.Conv2d(2, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(self.expand(F.silu(self.reduce(x.mean((2, 3), keepdim=True)))))
+    gate = lambda m, x: m.expand(F.silu(m.reduce(x.mean((2, 3), keepdim=True))))  # noqa: E731
+    layers = {"reduce": nn.Conv2d(channels, 2, 1), "expand": nn.Conv2d(2, channels, 1)}
+    return Layers(lambda m, x: x * torch.sigmoid(gate(m, x)), **layers)

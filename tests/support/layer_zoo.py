@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from . import layer_models as models
-from .oracle import Tape
-from .zoo import VECTOR, Case, Mean, conv_stack, mlp, normal, tokens
+from .zoo import VECTOR, Case, Mean, conv_stack, mlp, normal, tokens, weight_norm_by_hand
 
 OBLONG = normal(3, 5, 4)
 SEQUENCE = normal(3, 4)
@@ -72,12 +71,6 @@ def _weight_norm_conv() -> nn.Module:
     return model
 
 
-def _weight_norm_by_hand(model: nn.Module, tape: Tape) -> None:
-    """Torch's second derivative of weight_norm is wrong; v (g / |v|) written out is right."""
-    norm = lambda g, v: v * (g / v.square().sum((1, 2, 3), keepdim=True).sqrt())  # noqa: E731
-    model[2].parametrizations.weight[0].forward = norm  # type: ignore[index]
-
-
 def _freeze_weights(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(("0.", "2.")) or name.endswith("bias"))
@@ -133,8 +126,8 @@ _TABLE = [
     Case("conv3d_mixed", lambda: stack3d(nn.Conv3d(4, 4, (1, 2, 3), 1, (0, 1, 1), groups=2), 4), normal(2, 2, 3, 3)),
     Case("conv3d_stride", lambda: stack3d(nn.Conv3d(4, 5, 2, (1, 2, 1), dilation=(1, 1, 2)), 5), normal(2, 2, 3, 3)),
     Case("transposed3d", lambda: stack3d(nn.ConvTranspose3d(4, 4, 2, 2, 1, (0, 1, 0), 2), 4), normal(2, 2, 3, 2)),
-    Case("frames", models.Frames, normal(2, 3, 4, 5)),
-    Case("sequence_first", models.SequenceFirst, SEQUENCE),
+    Case("frames", models.frames, normal(2, 3, 4, 5)),
+    Case("sequence_first", models.sequence_first, SEQUENCE),
     after("unbatched_conv", lambda: models.Apply(nn.Conv2d(1, 4, 2, padding=1), _unbatched), 4, SEQUENCE),
     after("linear_folded", lambda: models.Apply(nn.Linear(6, 5), _folded), 5, SEQUENCE),
     after("linear_3d", lambda: nn.Linear(6, 5), 5, SEQUENCE),
@@ -159,8 +152,8 @@ _TABLE = [
     after("layernorm_2d", lambda: nn.LayerNorm((3, 6)), 6, SEQUENCE),
     Case("idle", models.Idle, VECTOR),
     Case("basic_block", lambda: nn.Sequential(models.BasicBlock(3, 4, 2), Mean(), nn.Linear(4, 3)), normal(3, 4, 4)),
-    Case("squeeze_excite", lambda: conv_stack(models.SqueezeExcite(4)), OBLONG),
-    Case("weight_norm_conv", _weight_norm_conv, OBLONG, reference=_weight_norm_by_hand),
+    Case("squeeze_excite", lambda: conv_stack(models.squeeze_excite(4)), OBLONG),
+    Case("weight_norm_conv", _weight_norm_conv, OBLONG, reference=weight_norm_by_hand),
     Case("frozen_weights", lambda: conv_stack(nn.Conv2d(4, 4, 2)), OBLONG, prepare=_freeze_weights),
     Case("frozen_biases", lambda: conv_stack(nn.ConvTranspose2d(4, 4, 2)), OBLONG, prepare=_freeze_biases),
     Case("only_biases", lambda: conv_stack(nn.Conv2d(4, 4, 2)), OBLONG, encoder=lambda name: name.endswith("bias")),
@@ -175,8 +168,8 @@ _TABLE = [
     recurrent("gru_no_bias", nn.GRU, bias=False),
     recurrent("rnn_tanh", nn.RNN, batch_first=True, initial=True),
     recurrent("rnn_relu", nn.RNN, nonlinearity="relu", bidirectional=True),
-    Case("lstm_cell", lambda: models.Cell(nn.LSTMCell), SEQUENCE, vmap="refused"),
-    Case("gru_cell", lambda: models.Cell(nn.GRUCell), SEQUENCE, vmap="refused"),
+    Case("lstm_cell", lambda: models.cell(nn.LSTMCell), SEQUENCE, vmap="refused"),
+    Case("gru_cell", lambda: models.cell(nn.GRUCell), SEQUENCE, vmap="refused"),
 ]
 
 LAYER_CASES: dict[str, Case] = {case.name: case for case in _TABLE}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+
+class Layers(nn.Module):
+    """Any function of a few layers."""
+
+    def __init__(self, function: Callable[..., Any], **layers: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        return self.function(self, *inputs, **named)
 
 
 class VisionTransformer(nn.Module):
@@ -60,16 +74,11 @@ class TiedLanguageModel(nn.Module):
         return self.output(torch.tanh(self.hidden(self.embedding(tokens).mean(1))))
 
 
-class Reused(nn.Module):
+def reused() -> Layers:
     """One Linear applied twice in a forward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.shared, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.tanh(self.shared(torch.tanh(self.stem(x))))
-        return self.head(torch.tanh(self.shared(x)))
+    twice = lambda m, x: torch.tanh(m.shared(torch.tanh(m.shared(torch.tanh(m.stem(x))))))  # noqa: E731
+    layers = {"stem": nn.Linear(5, 6), "shared": nn.Linear(6, 6), "head": nn.Linear(6, 3)}
+    return Layers(lambda m, x: m.head(twice(m, x)), **layers)
 
 
 class TextClassifier(nn.Module):
@@ -106,38 +115,26 @@ class Output:
     logits: Tensor
 
 
-class DictOutput(nn.Module):
-    """Returns {"logits": ..., "features": ...}."""
+def dict_output() -> Layers:
+    """Returns {"features": ..., "logits": ...}."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+    def forward(m: Any, x: Tensor) -> dict[str, Tensor]:
+        features = torch.tanh(m.stem(x))
+        return {"features": features, "logits": m.head(features)}
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        features = torch.tanh(self.stem(x))
-        return {"features": features, "logits": self.head(features)}
+    return Layers(forward, stem=nn.Linear(5, 6), head=nn.Linear(6, 3))
 
 
-class TwoInputs(nn.Module):
+def two_inputs() -> Layers:
     """Two positional arguments, the second an integer table index."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.image, self.table, self.head = nn.Linear(5, 6), nn.Embedding(4, 6), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor, index: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.image(x) + self.table(index)))
+    layers = {"image": nn.Linear(5, 6), "table": nn.Embedding(4, 6), "head": nn.Linear(6, 3)}
+    return Layers(lambda m, x, index: m.head(torch.tanh(m.image(x) + m.table(index))), **layers)
 
 
-class FunctionalDropout(nn.Module):
+def functional_dropout() -> Layers:
     """Randomness that no module declares."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(F.dropout(torch.tanh(self.stem(x)), 0.5, self.training))
+    forward = lambda m, x: m.head(F.dropout(torch.tanh(m.stem(x)), 0.5, m.training))  # noqa: E731
+    return Layers(forward, stem=nn.Linear(5, 8), head=nn.Linear(8, 3))
 
 
 class LayerScale(nn.Module):
@@ -216,28 +213,23 @@ class NormTwice(nn.Module):
         return self.head(torch.tanh(self.norm(self.mid(x))).mean((2, 3)))
 
 
-class Checkpointed(nn.Module):
+def checkpointed() -> Layers:
     """Non-reentrant activation checkpointing around the middle of a network."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.mid, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.head(checkpoint(lambda y: torch.tanh(m.mid(y)), torch.tanh(m.stem(x)), use_reentrant=False))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.tanh(self.stem(x))
-        return self.head(checkpoint(lambda y: torch.tanh(self.mid(y)), x, use_reentrant=False))
+    return Layers(forward, stem=nn.Linear(5, 6), mid=nn.Linear(6, 6), head=nn.Linear(6, 3))
 
 
-class DataDependent(nn.Module):
+def data_dependent() -> Layers:
     """Control flow on values that are read below Python's methods, which neither vmap nor its engines can follow."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.stem(x)
+        return m.head(torch.tanh(x) if torch.ops.aten.item(x.abs().max()) < 1e6 else x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        return self.head(torch.tanh(x) if torch.ops.aten.item(x.abs().max()) < 1e6 else x)
+    return Layers(forward, stem=nn.Linear(5, 6), head=nn.Linear(6, 3))
 
 
 class SquareOnce(torch.autograd.Function):

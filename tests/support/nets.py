@@ -11,32 +11,30 @@ from torch import Tensor, nn
 from gradconsist import GradientConsistencyLoss
 
 from . import compare, state
+from .models import Layers
 from .oracle import judge
 
 
-def views(pairs: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+def views(pairs: int = 4, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(5)
     weak = torch.randn(pairs, 5, generator=generator, dtype=torch.float64)
     strong = weak + torch.randn(pairs, 5, generator=generator, dtype=torch.float64)
-    return weak, strong, torch.arange(pairs) % 3
+    return weak.to(dtype), strong.to(dtype), torch.arange(pairs) % 3
 
 
-class Net(nn.Module):
+class Net(Layers):
     """A function of a stem, two vectors, a head, and layers of one's own."""
 
-    def __init__(self, function: Callable[[Any, Tensor], Tensor] | None = None, **layers: nn.Module) -> None:
-        super().__init__()
-        self.function = function or (lambda net, x: torch.tanh(net.stem(x)))
-        self.stem, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+    def __init__(self, function: Callable[..., Tensor] | None = None, **layers: nn.Module) -> None:
+        function = function or (lambda net, x: torch.tanh(net.stem(x)))
+        super().__init__(function, stem=nn.Linear(5, 6), head=nn.Linear(6, 3), **layers)
         self.gain, self.shift = nn.Parameter(0.5 + torch.rand(6)), nn.Parameter(torch.randn(6))
-        for name, layer in layers.items():
-            self.add_module(name, layer)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.function(self, x))
+    def forward(self, *inputs: Any) -> Tensor:
+        return self.head(super().forward(*inputs))
 
 
-def net(function: Callable[[Any, Tensor], Tensor] | None = None, *, seed: int = 0, **layers: nn.Module) -> Net:
+def net(function: Callable[..., Tensor] | None = None, *, seed: int = 0, **layers: nn.Module) -> Net:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Net(function, **layers).double()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 from . import models
 from .oracle import Judge, Tape, Tree, Verdict, tree_map
@@ -200,13 +200,14 @@ def _weight_norm() -> nn.Module:
     return nn.Sequential(model, nn.Identity())
 
 
-def _weight_norm_by_hand(model: nn.Module, tape: Tape) -> None:
+def weight_norm_by_hand(model: nn.Module, tape: Tape) -> None:
     """Torch's second derivative of weight_norm is wrong; v (g / |v|) written out is right."""
-    for layer, dim in ((model[0][0], 0), (model[0][2], 1)):  # type: ignore[index]
-        other = 1 - dim
-        layer.parametrizations.weight[0].forward = lambda g, v, other=other: (
-            v * (g / v.square().sum(dim=other, keepdim=True).sqrt())
-        )
+    for layer in model.modules():
+        if parametrize.is_parametrized(layer, "weight"):
+            own = layer.parametrizations.weight[0]  # type: ignore[union-attr,index]
+            own.forward = lambda g, v, dim=own.dim: (
+                v * (g / v.square().sum([other for other in range(v.dim()) if other != dim], keepdim=True).sqrt())
+            )
 
 
 def _spectral_norm() -> nn.Module:
@@ -301,7 +302,7 @@ _TABLE = [
     Case("transformer_layer_eval", lambda: nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, dropout=0.2,
         batch_first=True), nn.Flatten(), nn.Linear(12, 3)), normal(3, 4), training=False),
     Case("tied_embedding", models.TiedLanguageModel, tokens(7, 4), classes=7),
-    Case("reused_linear", models.Reused, VECTOR),
+    Case("reused_linear", models.reused, VECTOR),
     Case("module_with_two_names", _two_names, VECTOR),
     Case("conv_grouped", lambda: conv_stack(nn.Conv2d(4, 6, 3, groups=2), channels=6), IMAGE),
     Case("conv_dilated", lambda: conv_stack(nn.Conv2d(4, 4, 3, dilation=2, padding=2, padding_mode="circular")), IMAGE),
@@ -314,15 +315,15 @@ _TABLE = [
         normal(2, 4, 4, 4)),
     Case("pooling", lambda: conv_stack(nn.MaxPool2d(2), nn.AvgPool2d(2, 1), nn.AdaptiveAvgPool2d(1)), IMAGE),
     Case("text_dict", models.TextClassifier, _text),
-    Case("two_inputs", models.TwoInputs, _two),
-    Case("dict_output", models.DictOutput, VECTOR),
+    Case("two_inputs", models.two_inputs, _two),
+    Case("dict_output", models.dict_output, VECTOR),
     Case("dropout", lambda: mlp(nn.Tanh, nn.Dropout(0.5)), VECTOR),
-    Case("dropout_functional", models.FunctionalDropout, VECTOR),
+    Case("dropout_functional", models.functional_dropout, VECTOR),
     Case("dropout2d", lambda: conv_stack(nn.Conv2d(4, 4, 3), nn.Dropout2d(0.5)), IMAGE),
     Case("bare_parameters", models.LayerScale, VECTOR),
     Case("frozen_subset", mlp, VECTOR, prepare=_freeze_stem),
     Case("prelu", lambda: mlp(lambda: nn.PReLU(init=0.2)), VECTOR),
-    Case("weight_norm", _weight_norm, VECTOR, reference=_weight_norm_by_hand),
+    Case("weight_norm", _weight_norm, VECTOR, reference=weight_norm_by_hand),
     Case("spectral_norm_eval", _spectral_norm, VECTOR, training=False, randomize=False),
     # Moved weights, as after some training: the power iteration has not converged, and every call moves it on.
     Case("spectral_norm_train", _spectral_norm, VECTOR),
@@ -334,8 +335,8 @@ _TABLE = [
     Case("history_one_by_one", lambda: models.WithMemory(models.PickyHistory), VECTOR),
     Case("gru", lambda: models.Recurrent(nn.GRU), normal(3, 4), vmap="refused"),
     Case("lstm", lambda: models.Recurrent(nn.LSTM), normal(3, 4), vmap="refused"),
-    Case("checkpointed", models.Checkpointed, VECTOR),
-    Case("data_dependent", models.DataDependent, VECTOR, vmap="refused", ghost="refused"),
+    Case("checkpointed", models.checkpointed, VECTOR),
+    Case("data_dependent", models.data_dependent, VECTOR, vmap="refused", ghost="refused"),
 ]  # fmt: skip
 
 CASES: dict[str, Case] = {case.name: case for case in _TABLE}

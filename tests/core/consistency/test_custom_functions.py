@@ -15,6 +15,7 @@ from gradconsist._consistency import custom_functions
 from gradconsist.diagnostics import check, verify
 from gradconsist.errors import UnsupportedModuleError
 from support import compare
+from support.models import Layers
 from support.oracle import judge
 
 
@@ -212,19 +213,10 @@ def test_one_that_cannot_be_tested_is_told_once(function: type[Function], caplog
     assert "diagnostics.verify" in record.getMessage()
 
 
-class OnInputsFirst(nn.Module):
-    """Applies a Function to the inputs, which have no derivative, before it applies it to features."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.head = nn.Linear(9, 8), nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(Swish.apply(self.stem(Swish.apply(x))))
-
-
 def test_a_call_without_a_derivative_is_not_the_one_that_is_tested() -> None:
-    gc = GradientConsistencyLoss(OnInputsFirst().double())
+    """Here a Function is applied to the inputs, which have no derivative, before it is applied to features."""
+    model = Layers(lambda m, x: m.head(Swish.apply(m.stem(Swish.apply(x)))), stem=nn.Linear(9, 8), head=nn.Linear(8, 4))
+    gc = GradientConsistencyLoss(model.double())
     gc(*views())
     assert gc._probed.functions == {"Swish (in its forward)": True}
 
@@ -282,12 +274,8 @@ def test_an_operator_of_a_library_is_one_too() -> None:
 
     square.register_autograd(lambda ctx, g: 2 * ctx.x * g, setup_context=keep)
 
-    class Squares(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return square(x)
-
     with pytest.raises(UnsupportedModuleError, match=r"square_default \(in '1'\) has a wrong second derivative"):
-        GradientConsistencyLoss(network(Squares()).double())(*views())
+        GradientConsistencyLoss(network(Layers(lambda _, x: square(x))).double())(*views())
 
 
 class Branching(nn.Module):
@@ -361,21 +349,17 @@ def test_a_right_function_in_a_branch_is_tested_once(monkeypatch: pytest.MonkeyP
 
 
 def test_a_parameter_used_by_reference_in_a_branch_is_refused() -> None:
-    class Referring(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
-            self.alias = [self.body.weight]
-
-        def forward(self, x: Tensor) -> Tensor:
-            weight = self.alias[0] if bool((x[:, 0] > 5).all()) else self.body.weight
-            return self.head(torch.tanh(nn.functional.linear(x, weight)))
+    def referring(m: Any, x: Tensor) -> Tensor:
+        weight = m.alias[0] if bool((x[:, 0] > 5).all()) else m.body.weight
+        return m.head(torch.tanh(nn.functional.linear(x, weight)))
 
     torch.manual_seed(0)
     x, target = torch.randn(4, 5), torch.arange(4) % 3
     x[2:, 0] += 10
     for engine in ("auto", "loop"):
         for fused in (True, False):
-            gc = GradientConsistencyLoss(Referring(), engine=engine, fused=fused)
+            model: Any = Layers(referring, body=nn.Linear(5, 6), head=nn.Linear(6, 3))
+            model.alias = [model.body.weight]
+            gc = GradientConsistencyLoss(model, engine=engine, fused=fused)
             with pytest.raises(UnsupportedModuleError, match=r"'body\.weight' is also used through a reference"):
                 gc(x, x + 0.1, target)

@@ -16,6 +16,7 @@ from gradconsist.engines import GhostEngine, LoopEngine, VmapEngine, base
 from gradconsist.engines.conditions import SamplesDiffer, in_groups
 from gradconsist.engines.ghost import engine as ghost
 from support import compare
+from support.models import Layers
 from support.oracle import judge
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # torch, of vmap
@@ -241,17 +242,9 @@ def test_a_vmap_of_the_model_is_left_to_torch() -> None:
 @pytest.mark.parametrize("engine", ["ghost", "auto"])
 def test_with_random_numbers_a_condition_is_not_answered(engine: str) -> None:
     """Groups that run again would draw other numbers, so that some answers became more likely than alone."""
-
-    class Skips(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(5, 5)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x if torch.rand(()) < 0.5 else self.layer(x)
-
+    skips = lambda m, x: x if torch.rand(()) < 0.5 else m.layer(x)  # noqa: E731
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 5), Skips(), nn.Linear(5, 3)).double()
+    model = nn.Sequential(nn.Linear(5, 5), Layers(skips, layer=nn.Linear(5, 5)), nn.Linear(5, 3)).double()
     gc = GradientConsistencyLoss(model, engine=engine, dropout="on")
     x = torch.randn(6, 5, dtype=torch.float64)
     gc(x, x + 0.1, torch.arange(6) % 3).backward()

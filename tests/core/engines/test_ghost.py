@@ -14,8 +14,9 @@ from gradconsist.engines import AutoEngine, GhostEngine, LoopEngine
 from gradconsist.errors import ConfigError, UnsupportedModuleError
 from support import compare
 from support.layer_zoo import LAYER_CASES
-from support.oracle import Verdict, cross_entropy, judge
-from support.zoo import CASES, Case, Problem
+from support.models import Layers
+from support.oracle import cross_entropy, judge
+from support.zoo import CASES, Problem
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),  # torch, of vmap over Bilinear
@@ -125,25 +126,23 @@ def test_two_calls_are_bitwise_equal_and_chunks_agree(name: str, form: Any) -> N
         assert compare.cosine_error(gc.last.cosine, seen[None][2]) <= 1e-13
 
 
-class _Lengths(nn.Module):
+def _lengths() -> nn.Module:
     """A bag of words with a convolution and attention, for texts of any length."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding, self.head = nn.Embedding(9, 6, padding_idx=0), nn.Linear(6, 3)
-        self.convolution, self.attention = nn.Conv1d(6, 6, 2), nn.MultiheadAttention(6, 2, batch_first=True)
+    def forward(m: Any, ids: Tensor) -> Tensor:
+        x = torch.tanh(m.convolution(m.embedding(ids).transpose(1, 2)).transpose(1, 2))
+        return m.head(m.attention(x, x, x)[0].mean(1))
 
-    def forward(self, ids: Tensor) -> Tensor:
-        x = torch.tanh(self.convolution(self.embedding(ids).transpose(1, 2)).transpose(1, 2))
-        return self.head(self.attention(x, x, x)[0].mean(1))
+    layers = {"convolution": nn.Conv1d(6, 6, 2), "attention": nn.MultiheadAttention(6, 2, batch_first=True)}
+    return Layers(forward, embedding=nn.Embedding(9, 6, padding_idx=0), **layers, head=nn.Linear(6, 3)).double()
 
 
 @FORMS
 @pytest.mark.parametrize("stop", [None, "weak", "strong"])
 def test_views_of_different_lengths(form: Any, stop: str | None) -> None:
-    model = _Lengths().double()
+    model = _lengths()
     weak, strong, target = torch.randint(9, (4, 6)), torch.randint(9, (4, 8)), torch.randint(3, (4,))
-    verdict = _judge_of_two_lengths(model, weak, strong, target, stop)
+    verdict = judge(model, weak, strong, target, stop_gradient=stop, batchnorm="running", observed=weak)
     for fused, chunk_size in ((True, 3), (False, None)):
         gc = GradientConsistencyLoss(
             model, engine=GhostEngine(form=form), stop_gradient=stop, fused=fused, chunk_size=chunk_size
@@ -151,10 +150,6 @@ def test_views_of_different_lengths(form: Any, stop: str | None) -> None:
         loss = gc(weak, strong, target)
         compare.assert_agrees(gc.last, loss, compare.gradient_of(loss, model), verdict, dtype=DOUBLE)
         assert compare.cosine_error(gc.measure(weak, strong, target).cosine, verdict.cosine) <= 1e-10
-
-
-def _judge_of_two_lengths(model: nn.Module, weak: Tensor, strong: Tensor, target: Tensor, stop: Any) -> Verdict:
-    return judge(model, weak, strong, target, stop_gradient=stop, batchnorm="running", observed=weak)
 
 
 @pytest.mark.parametrize("form", ["gradient", "gram"])
@@ -179,31 +174,22 @@ def test_the_form_has_a_known_name() -> None:
     assert GradientConsistencyLoss(nn.Linear(2, 2), engine="ghost").engine == GhostEngine()
 
 
-class _Method(nn.Module):
-    """A method that forwards labeled and unlabeled images in one batch, as FixMatch does."""
-
-    def __init__(self, case: Case) -> None:
-        super().__init__()
-        self.model = case.problem().model
-
-    def forward(self, weak: Tensor, strong: Tensor) -> Tensor:
-        logits = self.model(torch.cat([weak, strong]))
-        return cross_entropy(logits, torch.arange(len(logits)) % 3).mean()
-
-
 @FORMS
 @pytest.mark.parametrize("name", ["wrn_slice", "cnn_batchnorm_twice", "basic_block", "frames"])
 def test_observed_statistics_of_the_wrapper(name: str, form: Any) -> None:
     """`batchnorm="observed"`: here the method's forward saw both views, so the constants are the joint ones."""
     problem = ALL[name].problem()
-    method = _Method(ALL[name])
-    method.model.load_state_dict(problem.model.state_dict())
-    gc = GradientConsistencyLoss(method.model, engine=GhostEngine(form=form), batchnorm="observed")
+
+    def method(weak: Tensor, strong: Tensor) -> Tensor:
+        logits = problem.model(torch.cat([weak, strong]))
+        return cross_entropy(logits, torch.arange(len(logits)) % 3).mean()
+
+    gc = GradientConsistencyLoss(problem.model, engine=GhostEngine(form=form), batchnorm="observed")
     pair = ViewPair(problem.weak, problem.strong, problem.target)
     wrapper = GGCRWrapper(method, gc, weight=1.0, warmup_steps=0, gate="all", pair_fn=lambda *_: pair)
     out = wrapper(problem.weak, problem.strong)
-    total = compare.gradient_of(out.loss, method.model)
-    base = compare.gradient_of(method(problem.weak, problem.strong), method.model)
+    total = compare.gradient_of(out.loss, problem.model)
+    base = compare.gradient_of(method(problem.weak, problem.strong), problem.model)
     verdict = problem.judge(observed=torch.cat([problem.weak, problem.strong])).verdict()
     assert gc.last is not None
     assert compare.cosine_error(gc.last.cosine, verdict.cosine) <= 1e-10

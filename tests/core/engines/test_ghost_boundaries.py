@@ -19,14 +19,7 @@ from gradconsist.engines import GhostEngine, register_rule, unregister_rule
 from gradconsist.engines.ghost.capture import Capture
 from gradconsist.errors import UnsupportedModuleError
 from support import compare
-from support.oracle import Judge
-
-
-def _views(width: int = 5, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    weak = torch.randn(6, width, generator=generator, dtype=dtype)
-    strong = weak + torch.randn(6, width, generator=generator, dtype=dtype)
-    return weak, strong, torch.randint(3, (6,), generator=generator)
+from support.nets import assert_exact, net, views
 
 
 def _double(model: nn.Module) -> nn.Module:
@@ -34,16 +27,6 @@ def _double(model: nn.Module) -> nn.Module:
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.5)
     return model.double()
-
-
-def _assert_exact(model: nn.Module, engine: object = "ghost", **options: object) -> GradientConsistencyLoss:
-    """Against the oracle, which runs the model sample by sample without the library."""
-    gc_ = GradientConsistencyLoss(model, engine=engine, **options)
-    loss = gc_(*_views())
-    verdict = Judge(model, *_views()).verdict()
-    gradient = compare.gradient_of(loss, model)
-    compare.assert_agrees(gc_.last, loss, gradient, verdict, dtype=torch.float64)
-    return gc_
 
 
 class Branching(nn.Module):
@@ -65,8 +48,8 @@ def _around(middle: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("engine", ["ghost", "auto"])
 def test_a_module_that_vmap_refuses_runs_sample_by_sample(engine: str) -> None:
     model = _around(Branching(nn.Linear(6, 6)))
-    _assert_exact(model, engine)
-    report = check(GradientConsistencyLoss(model, engine=engine), *_views())
+    assert_exact(model, engine)
+    report = check(GradientConsistencyLoss(model, engine=engine), *views())
     assert report.ok
     assert "GhostEngine" in report.engine
     assert str(report).startswith("SLOW: run sample by sample (reasons below): '2'\nexact, by ")
@@ -78,39 +61,33 @@ def test_the_rules_of_the_comparison_hold_inside_a_looped_module() -> None:
     pytest.importorskip("torch.nn.utils.parametrizations")
     inner = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)), nn.Dropout(0.5))
     model = _around(Branching(inner))
-    by_loop = GradientConsistencyLoss(model, engine="loop")(*_views())
+    by_loop = GradientConsistencyLoss(model, engine="loop")(*views())
     expected = compare.gradient_of(by_loop, model)
-    by_ghost = GradientConsistencyLoss(model, engine="ghost")(*_views())
+    by_ghost = GradientConsistencyLoss(model, engine="ghost")(*views())
     assert compare.relative(compare.gradient_of(by_ghost, model), expected) <= 1e-10
 
 
 def test_an_engine_that_serves_two_models_keeps_them_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = GhostEngine()
     branching, plain = _around(Branching(nn.Linear(6, 6))), _around(nn.Linear(6, 6))
-    _assert_exact(branching, engine)
+    assert_exact(branching, engine)
     assert set(engine.looped(branching)) == {"2"}
     # Not sample by sample, as the other model's module of that name.
     monkeypatch.setattr(Capture, "one_by_one", lambda *_, **__: pytest.fail("sample by sample"))
-    _assert_exact(plain, engine)
+    assert_exact(plain, engine)
     assert engine.looped(plain) == {}
 
 
-class Gated(nn.Module):
-    """A branch under no_grad is a constant, and no reason to loop."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.gate, self.last = nn.Linear(5, 6), nn.Linear(5, 6), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            gate = torch.sigmoid(self.gate(x))
-        return self.last(torch.tanh(self.first(x)) * gate)
-
-
 def test_a_branch_under_no_grad_is_a_constant() -> None:
-    engine, model = GhostEngine(), _double(Gated())
-    _assert_exact(model, engine)
+    """And no reason to loop."""
+
+    def gated(net: Any, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            gate = torch.sigmoid(net.gate(x))
+        return torch.tanh(net.stem(x)) * gate
+
+    engine, model = GhostEngine(), net(gated, gate=nn.Linear(5, 6))
+    assert_exact(model, engine)
     assert engine.looped(model) == {}
 
 
@@ -127,13 +104,15 @@ def _tensors() -> int:
 
 
 @pytest.mark.usefixtures("without_collector")
-def test_nothing_outlives_a_call_even_without_the_garbage_collector() -> None:
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "graph"])
+@pytest.mark.parametrize("engine", ["ghost", "vmap", "loop"])
+def test_nothing_outlives_a_call_even_without_the_garbage_collector(engine: str, fused: bool) -> None:
     model = _double(nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3)))
-    loss = GradientConsistencyLoss(model, engine="ghost")
-    loss(*_views()).backward()
+    loss = GradientConsistencyLoss(model, engine=engine, fused=fused)
+    loss(*views()).backward()
     before = _tensors()
     for _ in range(5):
-        loss(*_views()).backward()
+        loss(*views()).backward()
     assert _tensors() <= before
 
 
@@ -159,9 +138,9 @@ def test_a_registered_rule_works_under_autocast() -> None:
     model = nn.Sequential(Mixing(), nn.Tanh(), nn.Linear(5, 3))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         by_rule = GradientConsistencyLoss(model, engine="ghost")
-        by_rule(*_views(dtype=torch.float32))
+        by_rule(*views(dtype=torch.float32))
         by_loop = GradientConsistencyLoss(model, engine="loop")
-        by_loop(*_views(dtype=torch.float32))
+        by_loop(*views(dtype=torch.float32))
     assert by_rule.last is not None
     assert by_loop.last is not None
     assert compare.cosine_error(by_rule.last.cosine, by_loop.last.cosine) <= 2e-2
@@ -182,9 +161,9 @@ def test_long_inner_products_keep_their_digits_in_float32() -> None:
 def test_a_loss_with_the_engine_can_be_copied_and_pickled() -> None:
     model = _around(Branching(nn.Linear(6, 6)))
     loss = GradientConsistencyLoss(model, engine=GhostEngine(form="gram"))
-    value = loss(*_views()).item()
+    value = loss(*views()).item()
     for twin in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
-        assert twin(*_views()).item() == value
+        assert twin(*views()).item() == value
         assert repr(twin.engine) == repr(loss.engine)
 
 
@@ -226,5 +205,5 @@ class Rows:
 def test_no_sample_finds_what_another_left_in_an_argument(kind: Callable[[], Any]) -> None:
     model = _double(Cached(kind))
     with pytest.raises(UnsupportedModuleError, match="engine='loop'"):
-        GradientConsistencyLoss(model, engine="ghost")(*_views())
-    _assert_exact(model, "auto")
+        GradientConsistencyLoss(model, engine="ghost")(*views())
+    assert_exact(model, "auto")

@@ -16,7 +16,7 @@ from gradconsist.engines import GhostEngine, register_rule, unregister_rule
 from gradconsist.errors import ConfigError, LossContractError, UnsupportedModuleError
 from support import compare, state
 from support.layer_zoo import LAYER_CASES
-from support.models import TiedLanguageModel
+from support.models import Layers, TiedLanguageModel
 from support.oracle import judge
 from support.zoo import CASES
 
@@ -139,18 +139,11 @@ def test_a_layer_with_a_rule_returns_one_tensor() -> None:
         def forward(self, x: Tensor) -> Any:
             return super().forward(x), x
 
-    class Takes(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.both = Both(5, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.both(x)[0]
-
+    takes = Layers(lambda m, x: m.both(x)[0], both=Both(5, 3))
     register_rule(Both, _right)
     try:
         with pytest.raises(UnsupportedModuleError, match=r"Both.*returned a tuple.*unregister_rule"):
-            GradientConsistencyLoss(Takes(), engine="ghost")(*torch.randn(2, 4, 5), torch.arange(4) % 3)
+            GradientConsistencyLoss(takes, engine="ghost")(*torch.randn(2, 4, 5), torch.arange(4) % 3)
     finally:
         unregister_rule(Both)
 
@@ -344,14 +337,11 @@ def test_the_notes_say_which_statistics_are_held() -> None:
 
 
 def test_a_model_that_nothing_takes() -> None:
-    class Centred(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x - x.mean(0)
-
-    model = nn.Sequential(nn.Linear(5, 4), Centred(), nn.Linear(4, 3))
+    centred = Layers(lambda _, x: x - x.mean(0))
+    model = nn.Sequential(nn.Linear(5, 4), centred, nn.Linear(4, 3))
     x = torch.randn(4, 5)
     report = diagnostics.check(GradientConsistencyLoss(model), x, x.flip(0), torch.arange(4) % 3)
     assert not report.ok
     assert str(report).startswith("REFUSED: ")
-    assert "`model.1` (Centred)" in str(report).splitlines()[0]
+    assert "`model.1` (Layers)" in str(report).splitlines()[0]
     assert [row.route for row in report.rows] == ["refused"] * 4

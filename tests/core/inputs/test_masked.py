@@ -4,33 +4,26 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from gradconsist import GradientConsistencyLoss
 from gradconsist.errors import NonFiniteError, UnsupportedModuleError
 from support import compare
+from support.nets import Net, net
 from support.zoo import CASES
 
 ENGINES = pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
 
 
-class _MixesSamples(nn.Module):
+def _mixes_samples() -> Net:
     """A sample's output depends on its neighbours, which must be refused."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.head = nn.Linear(5, 4), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.stem(x).tanh()
-        return self.head(h - 0.5 * h.mean(0, keepdim=True))
+    return net(lambda net, x: net.stem(x) - 0.5 * net.stem(x).mean(0, keepdim=True))
 
 
 @ENGINES
 def test_p10_nan_in_a_masked_pair_does_not_hide_that_a_model_mixes_samples(engine: str) -> None:
     """The model is tried on a pair of the call, once: on one that is compared."""
     p = CASES["mlp"].problem()
-    model = _MixesSamples().double()
+    model = _mixes_samples()
     gc = GradientConsistencyLoss(model, engine=engine)
     p.weak[0] = torch.nan
     with pytest.raises(UnsupportedModuleError, match="changes with the other samples"):
@@ -41,7 +34,7 @@ def test_p10_nan_in_a_masked_pair_does_not_hide_that_a_model_mixes_samples(engin
 def test_a_step_with_nan_settles_nothing_about_the_model(engine: str) -> None:
     """It is refused as such, and the next step finds the model to mix samples."""
     p = CASES["mlp"].problem()
-    gc = GradientConsistencyLoss(_MixesSamples().double(), engine=engine)
+    gc = GradientConsistencyLoss(_mixes_samples(), engine=engine)
     broken = p.weak.clone()
     broken[0] = torch.nan
     with pytest.raises(NonFiniteError, match="weak"):

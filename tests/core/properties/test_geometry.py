@@ -18,6 +18,7 @@ from gradconsist import GradientConsistencyLoss
 from support import compare
 from support.generated import Plan, apart, outcome, plans, with_views
 from support.laws import law, same, within
+from support.models import Layers
 from support.zoo import CASES, Problem
 
 DTYPES = st.sampled_from([torch.float32, torch.float64])
@@ -43,25 +44,18 @@ def test_p03_symmetry(engine: str, plan: Plan) -> None:
     within("gradient, one view stopped", apart(strong.gradient, weak.gradient), 1e-9)
 
 
-class Scaled(nn.Module):
-    """A model whose input brings a factor of its own for the loss, so that each view can be scaled alone."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor, factor: Tensor) -> dict[str, Tensor]:
-        return {"logits": self.model(x), "factor": factor}
-
-
 def scaled_loss(output: dict[str, Tensor], target: Tensor) -> Tensor:
     return output["factor"] * F.cross_entropy(output["logits"], target, reduction="none")
 
 
 def scaled(p: Problem, engine: str, weak: float, strong: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosine, loss and gradient where the weak view's loss is multiplied by `weak`, the strong one's by `strong`."""
+    """Cosine, loss and gradient where the weak view's loss is multiplied by `weak`, the strong one's by `strong`.
+
+    The input brings the factor for the loss, so that each view can be scaled alone.
+    """
+    model = Layers(lambda m, x, factor: {"logits": m.model(x), "factor": factor}, model=p.model)
     factors = [torch.full([len(p.target)], factor, dtype=p.weak.dtype) for factor in (weak, strong)]
-    gc = GradientConsistencyLoss(Scaled(p.model), loss_fn=scaled_loss, engine=engine, min_norm=1e-14)
+    gc = GradientConsistencyLoss(model, loss_fn=scaled_loss, engine=engine, min_norm=1e-14)
     loss = gc((p.weak, factors[0]), (p.strong, factors[1]), p.target)
     return gc.last.cosine, loss.detach(), compare.gradient_of(loss, p.model)
 

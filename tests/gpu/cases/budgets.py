@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gradconsist import GGCRWrapper, GradientConsistencyLoss, SSLBatch
 from gradconsist.methods import FixMatch
@@ -48,17 +48,13 @@ def wide_resnet(blocks: int) -> nn.Module:
     return nn.Sequential(*stem, *body, nn.BatchNorm2d(4), nn.ReLU(), Mean(), nn.Linear(4, 3))
 
 
-class Transformer(nn.Module):
-    def __init__(self, blocks: int) -> None:
-        super().__init__()
-        body = [nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True) for _ in range(blocks)]
-        self.patch, self.body, self.head = nn.Conv2d(3, 8, 3, stride=3), nn.Sequential(*body), nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(self.patch(x).flatten(2).transpose(1, 2)).mean(1))
+def transformer(blocks: int) -> nn.Module:
+    body = [nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True) for _ in range(blocks)]
+    forward = lambda m, x: m.head(m.body(m.patch(x).flatten(2).transpose(1, 2)).mean(1))  # noqa: E731
+    return models.Layers(forward, patch=nn.Conv2d(3, 8, 3, stride=3), body=nn.Sequential(*body), head=nn.Linear(8, 3))
 
 
-NETWORKS = {"wide_resnet": wide_resnet, "transformer": Transformer}
+NETWORKS = {"wide_resnet": wide_resnet, "transformer": transformer}
 
 
 def counted(gpu: SimulatedGPU, model: nn.Module, *, term: bool) -> tuple[int, Counter[str], Counter[str]]:

@@ -14,6 +14,7 @@ from gradconsist import GGCRWrapper, GradientConsistencyLoss, SSLBatch, diagnost
 from gradconsist._inputs.precision import has_float64
 from gradconsist.errors import DeviceError, UnsupportedModuleError
 from support import compare, methods
+from support.models import Layers
 from support.simulated_gpu import SimulatedGPU
 from support.zoo import CASES
 
@@ -91,14 +92,9 @@ class Detached(torch.autograd.Function):
         return 2 * ctx.x * grad
 
 
-class Squared(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return Detached.apply(x)
-
-
 def test_a_wrong_second_derivative_is_still_found() -> None:
     """It is measured in float64, on the CPU if need be."""
-    model = nn.Sequential(nn.Linear(5, 4), Squared(), nn.Linear(4, 3)).cuda()
+    model = nn.Sequential(nn.Linear(5, 4), Layers(lambda _, x: Detached.apply(x)), nn.Linear(4, 3)).cuda()
     views = torch.randn(4, 5).cuda(), torch.randn(4, 5).cuda(), torch.zeros(4, dtype=torch.long).cuda()
     with pytest.raises(UnsupportedModuleError, match="wrong second derivative"):
         GradientConsistencyLoss(model, engine="loop")(*views)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from gradconsist.methods import FixMatch
 from gradconsist.optim import SAM
 from gradconsist.regularizers import GradientNormPenalty, JacobianPenalty
 from support import methods
+from support.models import Layers
 
 from .devices import computing_on, move, on_both, to_cpu
 
@@ -31,6 +33,11 @@ def network(device: str, *, dropout: float = 0.0) -> nn.Module:
 
 def same(found: Any, expected: Any, *, rtol: float = 1e-9, atol: float = 1e-11) -> None:
     torch.testing.assert_close(found, expected, rtol=rtol, atol=atol, equal_nan=True)
+
+
+def same_on_both(run: Callable[[str], Any], **tolerances: float) -> None:
+    expected, found = on_both(run)
+    same(found, expected, **tolerances)
 
 
 def gradients(loss: Tensor, model: nn.Module) -> dict[str, Any]:
@@ -106,8 +113,7 @@ def test_half_precision_with_a_scaler(dtype: torch.dtype) -> None:
         assert scaler.get_scale() == 256.0
         return losses
 
-    expected, found = on_both(run)
-    same(found, expected, rtol=0.02, atol=0.0)
+    same_on_both(run, rtol=0.02, atol=0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -119,8 +125,7 @@ def test_a_model_in_half_precision(dtype: torch.dtype) -> None:
         value = loss(*(view.to(dtype) if view.is_floating_point() else view for view in views))
         return {**gradients(value, model), "cosine": loss.last.cosine}
 
-    expected, found = on_both(run)
-    same(found, expected, rtol=0.02, atol=0.02)
+    same_on_both(run, rtol=0.02, atol=0.02)
 
 
 def test_measure_needs_no_graph() -> None:
@@ -132,8 +137,7 @@ def test_measure_needs_no_graph() -> None:
         assert record.cosine.device.type == device
         return [record.cosine, record.norm_weak, record.norm_strong, record.summary()]
 
-    expected, found = on_both(run)
-    same(found, expected)
+    same_on_both(run)
 
 
 def test_diagnostics() -> None:
@@ -172,8 +176,7 @@ def test_penalties() -> None:
             found.append(gradients(penalty(*args), model))
         return found
 
-    expected, found = on_both(run)
-    same(found, expected)
+    same_on_both(run)
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
@@ -194,8 +197,7 @@ def test_sam(adaptive: bool) -> None:
             optimizer.step(closure)
         return dict(model.state_dict())
 
-    expected, found = on_both(run)
-    same(found, expected)
+    same_on_both(run)
 
 
 def test_random_layers_leave_the_generators_alone() -> None:
@@ -215,11 +217,8 @@ def test_random_layers_leave_the_generators_alone() -> None:
 
 
 def test_draws_on_the_device_are_noticed() -> None:
-    class Noisy(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x + 0 * torch.rand(x.shape, device=x.device, dtype=x.dtype)  # only the generator tells
-
-    model = nn.Sequential(nn.Linear(5, 3), Noisy()).double().cuda()
+    noisy = lambda _, x: x + 0 * torch.rand(x.shape, device=x.device, dtype=x.dtype)  # noqa: E731  # only its generator tells
+    model = nn.Sequential(nn.Linear(5, 3), Layers(noisy)).double().cuda()
     with pytest.raises(UnsupportedModuleError, match="drew random numbers"):
         GradientConsistencyLoss(model)(*(move(view, "cuda") for view in VIEWS))
 
