@@ -129,7 +129,7 @@ def _inputs() -> Claim:
     return Claim(
         "Bad inputs with class and message",
         f"{len(table)} rows: {errors} errors that say what to do, {handled} handled and held against the oracle,"
-        f" {kinds.count('Elsewhere')} in the trainers' tests",
+        f" {kinds.count('Elsewhere')} held by other tests, which are named",
         "python -m pytest tests/core/inputs/test_bad_inputs.py",
     )
 

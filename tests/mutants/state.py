@@ -228,7 +228,8 @@ BUGS = [
     Bug(
         "a flag and a number taken for one constant",
         "views with different constants are refused",
-        "refusals/test_errors.py::test_inputs test_wrapper.py::test_a_forward_with_other_constants_is_not_the_views",
+        "inputs/test_bad_inputs.py::test_bad_calls"
+        " test_wrapper.py::test_a_forward_with_other_constants_is_not_the_views",
         "_inputs/batch.py", "type(a) is type(b) and a == b", "a == b",
     ),
     Bug(
@@ -274,7 +275,7 @@ BUGS = [
     Bug(
         "raw DDP accepted",
         "a model whose second forward would be counted is refused",
-        "inputs/test_bad_inputs.py::test_refusals",
+        "test_hazards.py::test_parallel_models_are_refused_by_name",
         "_refusals/models.py",
         '    "torch.nn.parallel.distributed.DistributedDataParallel": (\n',
         '    "DistributedDataParallel": (\n',
@@ -282,7 +283,7 @@ BUGS = [
     Bug(
         "Embedding(scale_grad_by_freq=True) accepted",
         "a gradient that depends on the rest of the batch is refused",
-        "refusals/test_errors.py::test_refused_modules",
+        "engines/test_operators.py::test_operators[embedding_by_frequency-loop]",
         "_refusals/models.py",
         "if isinstance(module, nn.Embedding) and module.scale_grad_by_freq:",
         "if isinstance(module, nn.EmbeddingBag) and module.scale_grad_by_freq:",
@@ -317,7 +318,7 @@ BUGS = [
     Bug(
         "functions among the attributes are known by their type",
         "a layer that gets another function is tried again",
-        "test_sharing.py::test_another_function_or_option_of_a_layer_is_noticed[function]",
+        "test_sharing.py::test_a_switch_that_is_turned_later_is_noticed[function]",
         REMEMBERED, "note(identity(value), switch)", "note(kind, switch)",
     ),
     Bug(

@@ -1,7 +1,7 @@
 """The plan's 64 bad inputs, each with the class and the message that it gets: argument, finding, remedy.
 
-Where a row is no mistake here, because the input is handled, it says so and is held against the oracle. Rows of the
-trainers name the tests that hold them. More forms of most rows, in every engine: test_errors.
+Where a row is no mistake here, because the input is handled, it says so and shows the right result. A row that other
+tests hold, in more forms or in every engine, names them; so do those of the trainers.
 """
 
 from __future__ import annotations
@@ -16,12 +16,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
 
-from gradconsist import GGCRWrapper, GradientConsistencyLoss
+from gradconsist import GradientConsistencyLoss
 from gradconsist.errors import (
-    ConfigError,
     DeviceError,
     GradConsistError,
     GradModeError,
@@ -37,6 +34,7 @@ from gradconsist.errors import (
 from support import compare, state
 from support.changes import poke, put
 from support.models import SquareOnce
+from support.nets import Layers, net
 from support.zoo import CASES, Problem
 
 TESTS = Path(__file__).resolve().parents[2]
@@ -46,7 +44,7 @@ TESTS = Path(__file__).resolve().parents[2]
 class Bad:
     """A call with one mistake: `change` spoils the arguments of a good one on the zoo's `problem`."""
 
-    number: int
+    number: int  # 0 beside the plan
     says: str
     error: type[Exception]
     match: str
@@ -78,7 +76,7 @@ class Handled:
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """Of the trainers; the tests that hold it, as "file::test"."""
+    """The tests that hold it, as "file::test"."""
 
     number: int
     says: str
@@ -87,31 +85,6 @@ class Elsewhere:
 
 def _loss(p: Problem, model: nn.Module | None = None, **options: Any) -> Tensor:
     return GradientConsistencyLoss(p.model if model is None else model, **options)(*p.views)
-
-
-def _with(p: Problem, function: Callable[[nn.Linear, Tensor], Any], **options: Any) -> Tensor:
-    """The loss of a model that does something between two layers."""
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.stem, self.head = nn.Linear(5, 6).double(), nn.Linear(6, 3).double()
-
-        def forward(self, x: Tensor) -> Any:
-            return function(self.head, self.stem(x))
-
-    with torch.random.fork_rng(devices=[]):
-        model = Model()
-    return _loss(p, model, **options)
-
-
-def _exact(p: Problem, **options: Any) -> None:
-    for engine in ("auto", "loop", "vmap", "ghost"):
-        gc = GradientConsistencyLoss(p.model, engine=engine, **options)
-        loss = gc(*p.views)
-        compare.assert_agrees(
-            gc.last, loss, compare.gradient_of(loss, p.model), p.judge().verdict(), dtype=torch.float64
-        )
 
 
 def _nan_parameter(p: Problem) -> None:
@@ -148,60 +121,6 @@ def _twice(p: Problem) -> None:
     assert torch.equal(compare.gradient_of(once, p.model), compare.gradient_of(twice, p.model))
 
 
-def _ddp(p: Problem) -> None:
-    distributed = pytest.importorskip("torch.distributed")
-    store = distributed.HashStore()
-    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        _loss(p, nn.parallel.DistributedDataParallel(p.model))
-    finally:
-        distributed.destroy_process_group()
-
-
-def _fsdp(p: Problem) -> None:
-    distributed = pytest.importorskip("torch.distributed")
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        _loss(p, fully_shard(p.model, mesh=init_device_mesh("cpu", (1,))))
-    finally:
-        distributed.destroy_process_group()
-
-
-def _flash_only(p: Problem) -> None:
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        _exact(p)
-
-
-class _Overwriting(nn.Module):
-    """Overwrites what its first layer was given, which no gradient of an output needs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = x.clone()
-        y = self.stem(z)
-        z.mul_(0.5)
-        return self.head(torch.tanh(y))
-
-
-def _overwritten(p: Problem) -> None:
-    with torch.random.fork_rng(devices=[]):
-        model = _Overwriting().double()
-    for engine in ("loop", "vmap"):
-        with pytest.raises(UnsupportedModuleError, match=r"inplace=False.*modified by an inplace operation"):
-            _loss(p, model, engine=engine)
-    _loss(p, model, engine="ghost")
-
-
-def _wrap(p: Problem, **options: Any) -> None:
-    GGCRWrapper(lambda: None, GradientConsistencyLoss(p.model), **options)
-
-
 def _bag(p: Problem) -> Tensor:
     with torch.random.fork_rng(devices=[]):
         model = nn.Sequential(nn.EmbeddingBag(9, 5), nn.Linear(5, 3))
@@ -209,6 +128,10 @@ def _bag(p: Problem) -> Tensor:
 
 
 _NAN, _INF = float("nan"), float("inf")
+
+EXACT = ("core/test_exactness.py::test_engines_agree_with_the_oracle",
+    "core/engines/test_ghost.py::test_every_model_is_exact_in_every_form")  # fmt: skip
+PARALLEL = ("core/test_hazards.py::test_parallel_models_are_refused_by_name",)
 
 TABLE: list[Bad | Refused | Handled | Elsewhere] = [
     # Tensors
@@ -270,42 +193,36 @@ TABLE: list[Bad | Refused | Handled | Elsewhere] = [
     Refused(36, "a loss of another shape", LossContractError,
         r"`loss_fn` returned a tensor of shape \(1, 3\).*reduction='none'", lambda p: _loss(p, loss_fn=lambda z, t: z)),
     # Modules
-    Handled(37, "BatchNorm in train mode", _exact, "cnn_batchnorm_train"),
-    Handled(38, "SyncBatchNorm in one process (among several: test_hazards)", _exact, "cnn_sync_batchnorm_train"),
-    Handled(39, "InstanceNorm that tracks statistics", _exact, "cnn_instancenorm_tracking"),
+    Elsewhere(37, "BatchNorm in train mode", EXACT),
+    Elsewhere(38, "SyncBatchNorm in one process, and among several",
+        (*EXACT, "core/test_hazards.py::test_sync_batchnorm_among_processes")),
+    Elsewhere(39, "InstanceNorm that tracks statistics", EXACT),
     Handled(40, "a compiled model (test_isolation)", lambda p: _loss(p, torch.compile(p.model, backend="eager"))),
-    Refused(41, "a scripted model", UnsupportedModuleError, "`model` is a .*ScriptModule.*pass the Python module",
-        lambda p: _loss(p, torch.jit.trace(p.model, p.weak))),
-    Refused(42, "FSDP", UnsupportedModuleError, "`model` is sharded by FSDP.*use DistributedDataParallel", _fsdp),
-    Refused(43, "raw DDP", UnsupportedModuleError, r"`model` is a Distrib.*ddp\.module.*DDP\(GGCRWrapper", _ddp),
-    Refused(44, "DataParallel", UnsupportedModuleError,
-        r"`model` is a DataParallel: pass the inner model \(`\.module`\)",
-        lambda p: _loss(p, nn.DataParallel(p.model))),
+    Elsewhere(41, "a scripted model", ("core/test_hazards.py::test_script_modules",)),
+    Elsewhere(42, "FSDP", PARALLEL),
+    Elsewhere(43, "raw DDP", PARALLEL),
+    Elsewhere(44, "DataParallel", PARALLEL),
     Refused(45, "a lazy module", UnsupportedModuleError,
         r"`model\.0` has uninitialized \(lazy\) parameters: run one forward",
         lambda p: _loss(p, nn.Sequential(nn.LazyLinear(3)))),
-    Refused(46, "a reentrant checkpoint", UnsupportedModuleError, "uses reentrant checkpointing.*use_reentrant=False",
-        lambda p: _with(p, lambda head, y: checkpoint(head, y, use_reentrant=True))),
+    Elsewhere(46, "a reentrant checkpoint", ("core/refusals/test_graph.py::test_reentrant_checkpointing_is_refused",)),
     Refused(47, "EmbeddingBag", UnsupportedModuleError, r"`model\.0` is an EmbeddingBag.*use Embedding", _bag,
         "tied_embedding"),
-    Handled(48, "attention where only flash is allowed", _flash_only, "attention_functional"),
+    Elsewhere(48, "attention where only flash is allowed",
+        ("core/test_hazards.py::test_attention_where_only_a_fused_kernel_is_allowed",)),
     Refused(49, "an output without logits", LossContractError,
         r"output is a dict \('scores': tensor \[1, 3\], 'all': tuple\), not logits.*pass `loss_fn=",
-        lambda p: _with(p, lambda head, y: {"scores": head(y), "all": (y, None)})),
+        lambda p: _loss(p, Layers(lambda m, x: {"scores": m.own(x), "all": (x, None)}, own=p.model))),
     Refused(50, "a function without a second derivative", UnsupportedModuleError,
         "(?s)once_differentiable.*differentiable operations",
-        lambda p: _with(p, lambda head, y: head(SquareOnce.apply(y)), engine="loop")),
-    Refused(51, "a layer's input is overwritten", UnsupportedModuleError, r"stem\.weight.*overwritten.*inplace=False",
-        _overwritten),
-    Handled(52, "parameters of no layer with a rule", _exact, "bare_parameters"),
+        lambda p: _loss(p, net(lambda net, x: SquareOnce.apply(net.stem(x))), engine="loop")),
+    Elsewhere(51, "a layer's input is overwritten",
+        ("core/engines/test_ghost_hazards.py::test_a_layer_input_that_is_overwritten_later",)),
+    Elsewhere(52, "parameters of no layer with a rule", EXACT),
     # Options
-    Refused(53, "a negative lambda", ConfigError, "`weight` is -0.1: give .*least 0", lambda p: _wrap(p, weight=-0.1)),
-    Refused(54, "lambda is NaN", ConfigError, "`weight` is nan: give a finite number", lambda p: _wrap(p, weight=_NAN)),
-    Refused(55, "a bound of 0", ConfigError, "`min_norm` is 0.0: give .*1e-18", lambda p: _loss(p, min_norm=0.0)),
-    Refused(56, "a chunk of 2.5", ConfigError, "`chunk_size` is 2.5: give an int", lambda p: _loss(p, chunk_size=2.5)),
-    Refused(57, "a projection that is a number", ConfigError, r"`projection` is 0: pass RandomProjection\(dim",
-        lambda p: _loss(p, projection=0)),
-    Refused(58, "an unknown engine", ConfigError, "'lop': choose.*mean 'loop'", lambda p: _loss(p, engine="lop")),
+    *(Elsewhere(number, says, ("core/refusals/test_options.py::test_a_bad_option_is_named",)) for number, says in (
+        (53, "a negative lambda"), (54, "lambda is NaN"), (55, "a bound of 0"), (56, "a chunk of 2.5"),
+        (57, "a projection that is a number"), (58, "an unknown engine"))),
     Elsewhere(59, "an unknown option", ("examples/test_options.py::test_a_wrong_command_line_ends_with_status_2",)),
     Elsewhere(60, "a configuration that would run code (options are a command line, runs are JSON: there is no YAML)",
         ("examples/test_hostile_files.py::test_a_config_of_another_form_is_refused",)),
@@ -322,8 +239,46 @@ TABLE: list[Bad | Refused | Handled | Elsewhere] = [
 ]  # fmt: skip
 
 
+MORE = [
+    Bad(0, "a list of numbers", InputTypeError, "weak", put(weak=[1.0, 2.0])),
+    Bad(0, "no target", InputTypeError, "target", put(target=None)),
+    Bad(0, "weight of another size", InputShapeError, "weight", put(weight=torch.ones(4))),
+    Bad(0, "weight of two dimensions", InputShapeError, "weight", put(weight=torch.ones(5, 1))),
+    Bad(0, "nan weight", NonFiniteError, "weight", put(weight=torch.full((5,), _NAN))),
+    Bad(0, "NumPy labels", InputTypeError, r"`target` is a ndarray.*torch\.from_numpy",
+        put(target=lambda t: t.numpy())),
+    Bad(0, "NumPy weights", InputTypeError, r"`weight` is a ndarray.*torch\.from_numpy",
+        put(weight=torch.ones(5).numpy())),
+    Bad(0, "labels elsewhere", DeviceError, "`target` is on meta, the model on cpu",
+        put(target=lambda t: t.to("meta"))),
+    Bad(0, "weight elsewhere", DeviceError, "`weight` is on meta, the model", put(weight=torch.ones(5, device="meta"))),
+    Bad(0, "weight is a list", InputTypeError, "weight", put(weight=[1, 1, 1, 1, 1])),
+    Bad(0, "soft target of another width", InputShapeError, "target", put(target=torch.full((5, 4), 0.25).double())),
+    Bad(0, "views of different structure", InputTypeError, "strong|weak", put(strong=lambda x: {"x": x})),
+    Bad(0, "constants that differ", InputValueError,
+        r"`weak\['on'\]` is True and `strong\['on'\]` is False: .*pass the same in both",
+        put(weak=lambda x: {"input": x, "on": True}, strong=lambda x: {"on": False, "input": x})),
+    Bad(0, "constants of two types", InputValueError, r"`weak\[1\]` is 1 and `strong\[1\]` is True",
+        put(weak=lambda x: (x, 1), strong=lambda x: (x, True))),
+    Bad(0, "a tensor for a constant", InputTypeError,
+        r"`weak\['mask'\]` is a tensor and `strong\['mask'\]` is None: pass a tensor in both, or the same constant",
+        put(weak=lambda x: {"input": x, "mask": x}, strong=lambda x: {"input": x, "mask": None})),
+    Bad(0, "texts", InputTypeError, r"`weak\['text'\]` is a list, not a tensor: tokenize texts first",
+        put(weak=lambda x: {"input": x, "text": ["a"] * 5})),
+    Bad(0, "nothing but texts", InputTypeError, "`weak` holds no tensor: tokenize texts first", put(weak=["a"] * 5)),
+    Bad(0, "one text", InputTypeError, "`strong` is a str, not a tensor: tokenize texts first", put(strong="a b c")),
+    Bad(0, "nothing but constants", InputTypeError, "`weak` holds no tensor: pass a tensor.*constants such as",
+        put(weak={"on": True, "mask": None})),
+    Bad(0, "arrays among tensors", InputTypeError, r"`strong\[1\]` is a ndarray, not a tensor.*torch\.from_numpy",
+        put(strong=lambda x: (x, x.numpy()))),
+    Bad(0, "a number as a tensor", InputShapeError, r"`weak\[1\]` has no dim.*as a Python number",
+        put(weak=lambda x: (x, torch.tensor(2.0)))),
+    Bad(0, "an empty dict", InputShapeError, "weak", put(weak={}, strong={})),
+]  # fmt: skip
+
+
 def _rows(kind: type) -> Any:
-    rows = [row for row in TABLE if isinstance(row, kind)]
+    rows = [row for row in (*TABLE, *MORE) if isinstance(row, kind)]
     return pytest.mark.parametrize("row", rows, ids=[f"{row.number} {row.says}" for row in rows])
 
 
@@ -334,7 +289,7 @@ def _snapshot(p: Problem) -> dict[str, Any]:
 def test_the_table_has_all_64_rows_once(record_testsuite_property: Callable[[str, object], None]) -> None:
     assert [row.number for row in TABLE] == list(range(1, 65))
     counts = {kind.__name__: sum(isinstance(row, kind) for row in TABLE) for kind in (Bad, Refused, Handled, Elsewhere)}
-    assert counts == {"Bad": 23, "Refused": 27, "Handled": 8, "Elsewhere": 6}
+    assert counts == {"Bad": 23, "Refused": 15, "Handled": 3, "Elsewhere": 23}
     record_testsuite_property("bad_inputs", f"{len(TABLE)} of 64: {counts}")
 
 
@@ -350,6 +305,7 @@ def test_bad_calls(row: Bad) -> None:
         with pytest.raises(row.error, match=row.match) as caught:
             call(**arguments)
         assert issubclass(row.error, GradConsistError)
+        assert gc.last is None
         assert len(str(caught.value)) < 500
         assert "tensor(" not in str(caught.value)
     assert state.differences(before, _snapshot(p)) == []
@@ -373,7 +329,7 @@ def test_handled(row: Handled) -> None:
 
 
 @_rows(Elsewhere)
-def test_tests_of_the_trainers_exist(row: Elsewhere) -> None:
+def test_tests_that_hold_a_row_exist(row: Elsewhere) -> None:
     for address in row.tests:
         file, name = address.split("::")
         if not (TESTS / file).exists():

@@ -47,16 +47,16 @@ WITHOUT = "does not go with `{}"
 
 #: Who takes the options, the options, and words of the message.
 OPTIONS: list[tuple[str, dict[str, Any], str]] = [
-    ("loss", {"engine": "lop"}, "engine.*loop"),
+    ("loss", {"engine": "lop"}, "'lop': choose.*mean 'loop'"),
     ("loss", {"engine": 3}, "engine"),
     ("loss", {"engine": None}, "engine"),
-    ("loss", {"min_norm": 0.0}, "min_norm"),
+    ("loss", {"min_norm": 0.0}, "`min_norm` is 0.0: give .*1e-18"),
     ("loss", {"min_norm": -1e-8}, "min_norm"),
     ("loss", {"min_norm": NAN}, "min_norm"),
     ("loss", {"min_norm": "small"}, "min_norm"),
     ("loss", {"chunk_size": 0}, "chunk_size"),
     ("loss", {"chunk_size": -1}, "chunk_size"),
-    ("loss", {"chunk_size": 2.5}, "chunk_size"),
+    ("loss", {"chunk_size": 2.5}, "`chunk_size` is 2.5: give an int"),
     ("loss", {"chunk_size": True}, "chunk_size"),
     ("loss", {"chunk_size": "all"}, "chunk_size"),
     ("loss", {"max_pairs": 0}, "max_pairs"),
@@ -75,10 +75,10 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("loss", {"through_statistics": True, "dropout": "on"}, WITHOUT.format("dropout='on'`: only joint statistics")),
     *[
         ("loss", {"projection": value}, r"`projection` is .*: pass RandomProjection\(dim, kind, seed=\.\.\.\), or")
-        for value in (64, "kronecker", RandomProjection, RandomProjection(2).projector())
+        for value in (0, "kronecker", RandomProjection, RandomProjection(2).projector())
     ],
-    ("wrapper", {"weight": -0.1}, "weight"),
-    ("wrapper", {"weight": NAN}, "weight"),
+    ("wrapper", {"weight": -0.1}, "`weight` is -0.1: give .*least 0"),
+    ("wrapper", {"weight": NAN}, "`weight` is nan: give a finite number"),
     ("wrapper", {"weight": INF}, "weight"),
     ("wrapper", {"weight": "0.1"}, "weight"),
     ("wrapper", {"warmup_steps": -1}, "warmup_steps"),
