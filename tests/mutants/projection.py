@@ -13,7 +13,7 @@ BUGS = [
     Bug(
         "projection: another matrix for the strong view",
         "both views meet the same matrix",
-        "engines/test_projected_engines.py::test_identical_views_have_cosine_one[kronecker-vmap]",
+        "properties/test_projections.py::test_p13_identical_views[vmap]",
         "engines/vmap.py", "problem.projection.sketches(weak), problem.projection.sketches(strong)",
         "problem.projection.sketches(weak), type(problem.projection)(problem.projection.kind, problem.projection.dim,"
         " (*problem.projection.key, 1)).sketches(strong)",
@@ -90,7 +90,7 @@ BUGS = [
         "projection: the number of calls not restored",
         "a resumed run goes on with the same matrices",
         "engines/test_projection.py::test_a_resumed_loss_goes_on_with_the_same_matrices"
-        " engines/test_projection.py::test_a_resumed_run_of_the_wrapper_is_bitwise_the_uninterrupted_one[kronecker]",
+        " test_wrapper.py::test_a_resumed_run_continues_bitwise[kronecker]",
         "_consistency/own_state.py", '        self._calls = int(numbers.get("calls", 0))\n', "",
     ),
     Bug(

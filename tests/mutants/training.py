@@ -7,7 +7,7 @@ from mutants.bug import Bug
 WRAPPER, SCHEDULES = "wrapper.py", "_inputs/schedules.py"
 FIXMATCH, METHOD, FAMILY = (f"methods/{name}.py" for name in ("fixmatch", "base", "weak_to_strong"))
 RESUME = "test_wrapper.py::test_a_resumed_run_continues_bitwise test_wrapper.py"
-EVERY = "test_wrapper.py::test_the_weight_of_each_step test_wrapper.py::test_every_kth_step_times_k"
+EVERY = "test_wrapper.py::test_the_weight_of_each_step"
 PSEUDO_CODE = "methods/test_fixmatch.py"
 
 BUGS = [

@@ -109,25 +109,6 @@ def test_views_of_different_lengths(kind: Any) -> None:
 
 
 @ENGINE
-@pytest.mark.parametrize("kind", KINDS)
-def test_identical_views_have_cosine_one(kind: Any, engine: str) -> None:
-    """Both views meet the same matrix."""
-    problem = CASES["conv_grouped"].problem()
-    gc = GradientConsistencyLoss(problem.model, engine=engine, projection=RandomProjection(2, kind))
-    record = gc.measure(problem.weak, problem.weak, problem.target)
-    assert float((record.cosine - 1).abs().max()) <= 1e-12
-
-
-@ENGINE
-def test_a_wide_kronecker_projection_is_exact(engine: str) -> None:
-    problem = CASES["cnn_batchnorm_train"].problem()
-    gc = GradientConsistencyLoss(problem.model, engine=engine, projection=RandomProjection(64))
-    loss = gc(*problem.views)
-    gradient = compare.gradient_of(loss, problem.model)
-    compare.assert_agrees(gc.last, loss, gradient, problem.judge().verdict(), dtype=torch.float64)
-
-
-@ENGINE
 def test_weights_subset_and_reduction_stay_inside(engine: str) -> None:
     """With `max_pairs` the same pairs as without a projection, and weights and reduction as ever."""
     weight = torch.tensor([1.0, 0.0, 0.5, 1.0, 0.25], dtype=torch.float64)
@@ -158,6 +139,7 @@ def test_half_precision_forward() -> None:
         assert float((record.cosine - full).abs().max()) <= 5e-2
 
 
+# Identical views, and projections wider than every weight: properties/test_projections.py.
 GEOMETRIES = {
     "1d": ((6, 4, 3), (9,), Geometry((1,), (1,), (1,)), 1),
     "strided, dilated": ((6, 4, 3, 2), (9, 8), Geometry((2, 1), (1, 0), (1, 2)), 1),

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from gradconsist import GGCRWrapper, GradientConsistencyLoss, RandomProjection, SSLBatch
+from gradconsist import GradientConsistencyLoss, RandomProjection
 from gradconsist.engines import GradProducts, Problem
 from gradconsist.engines.projection import KINDS, Projector
 from gradconsist.errors import ConfigError, StateError
-from gradconsist.methods import FixMatch
 from support import compare
 from support.zoo import CASES
 
@@ -208,41 +207,6 @@ def test_a_state_that_does_not_fit_is_refused() -> None:
         with pytest.raises(StateError, match=r"`state\['calls'\]` is .*expected a count"):
             projected.load_state_dict(projected.state_dict() | {"calls": calls})
     assert projected.state_dict()["calls"] == 0
-
-
-def _trained(steps: list[int], kind: Any) -> list[Tensor]:
-    """Parameters after a run that is saved and loaded into fresh objects after each number of steps."""
-    data = torch.Generator().manual_seed(0)
-    batches = []
-    for _ in range(sum(steps)):
-        x, u = (torch.randn(n, 5, generator=data) for n in (3, 4))
-        batches.append(SSLBatch(x, torch.tensor([0, 1, 2]), u, u + 0.5 * torch.randn(4, 5, generator=data)))
-    saved: Any = None
-    for count in steps:
-        model = CASES["mlp"].problem(dtype=torch.float32).model
-        projection = RandomProjection(2, kind, resample_every=2)
-        gc = GradientConsistencyLoss(model, projection=projection, max_pairs=3)
-        wrapper = GGCRWrapper(FixMatch(model, threshold=0.0), gc, weight=1.0, warmup_steps=1)
-        if saved is not None:
-            wrapper.load_state_dict(saved)
-        for batch in batches[:count]:
-            wrapper.zero_grad()
-            wrapper(batch).loss.backward()
-            with torch.no_grad():
-                for parameter in wrapper.parameters():
-                    parameter -= 0.1 * parameter.grad
-        batches = batches[count:]
-        saved = copy.deepcopy(wrapper.state_dict())
-    return [parameter.detach() for parameter in model.parameters()]
-
-
-@KIND
-def test_a_resumed_run_of_the_wrapper_is_bitwise_the_uninterrupted_one(kind: Any) -> None:
-    torch.manual_seed(3)
-    whole = _trained([7], kind)
-    torch.manual_seed(3)
-    parts = _trained([4, 3], kind)
-    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 
 
 def test_a_projector_is_the_same_in_float32() -> None:

@@ -4,34 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from hypothesis import strategies as st
-from torch import Tensor
 
 from gradconsist import RandomProjection
 from gradconsist.engines.projection import KINDS
 from support import compare
 from support.generated import Plan, apart, outcome, plans, with_views
 from support.laws import law, same, within
-from support.zoo import Problem
 
 SEEDS = st.integers(0, 10**6)
-
-
-def sketched(p: Problem, projection: RandomProjection) -> tuple[Tensor, Tensor]:
-    """Cosines of P g_w and P g_s, and the derivative of the mean of 1 - cos, with P written out."""
-    judge = p.judge()
-    matrix = projection.matrix([parameter.shape for parameter in judge.compared])
-    cosines = []
-    for i in range(judge.size):
-        weak, strong = (matrix @ judge._sample_gradient(view, i) for view in (0, 1))
-        cosines.append(weak @ strong / (weak.norm() * strong.norm()))
-    cosine = torch.stack(cosines)
-    wanted = list(judge.trainable.values())
-    if not cosine.requires_grad:
-        return cosine, torch.cat([torch.zeros_like(each).flatten() for each in wanted])
-    parts = torch.autograd.grad((1 - cosine).mean(), wanted, allow_unused=True, materialize_grads=True)
-    return cosine.detach(), torch.cat([part.flatten() for part in parts])
 
 
 @law("P13", plan=plans(), kind=st.sampled_from(KINDS), dim=st.integers(2, 6), seed=SEEDS)
@@ -44,9 +25,10 @@ def test_p13_sketches(engine: str, plan: Plan, kind: Any, dim: int, seed: int) -
     same("gradient with the same seed", again.gradient, found.gradient)
     if found.degenerate.any():  # a sketch of few numbers may vanish: counted, and told
         return
-    cosine, gradient = sketched(p, projection)
-    within("cosine", compare.cosine_error(found.cosine, cosine), 1e-9)
-    within("gradient", apart(found.gradient, gradient), 1e-7)
+    matrix = projection.matrix([parameter.shape for parameter in compare.trainable(p.model)])
+    verdict = p.judge(sketch=matrix.mv).verdict()
+    within("cosine", compare.cosine_error(found.cosine, verdict.cosine), 1e-9)
+    within("gradient", apart(found.gradient, verdict.flat), 1e-7)
 
 
 @law("P13", plan=plans(), kind=st.sampled_from(KINDS), seed=SEEDS)
