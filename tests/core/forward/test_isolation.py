@@ -22,8 +22,10 @@ from gradconsist._forward.isolation import one_comparison
 from gradconsist.errors import GradModeError, ParameterSelectionError, UnsupportedModuleError
 from gradconsist.methods import FixMatch
 from support import compare, state
+from support.models import Layers
 from support.nets import assert_exact, net, views
 from support.oracle import judge
+from support.threads import delicate, in_threads, work
 
 DOUBLE = torch.float64
 ENGINES = pytest.mark.parametrize("engine", ["auto", "loop", "vmap", "ghost"])
@@ -38,49 +40,11 @@ pytestmark = [  # of torch.compile itself
 # -- threads -----------------------------------------------------------------------------------------------------------
 
 
-def _delicate(seed: int) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        layers = [nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 3)]
-        return nn.Sequential(*layers).double()
-
-
-def _in_threads(works: list[Callable[[], Tensor]], rounds: int) -> None:
-    """Every work in a thread of its own, each round bitwise what it is alone."""
-    expected = [work() for work in works]
-    found: list[str] = []
-    start = threading.Barrier(len(works))
-
-    def run(work: Callable[[], Tensor], value: Tensor) -> None:
-        start.wait()
-        try:
-            found.extend("differs" for _ in range(rounds) if not torch.equal(work(), value))
-        except BaseException as error:
-            found.append(repr(error))
-
-    threads = [threading.Thread(target=run, args=pair) for pair in zip(works, expected, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == []
-
-
-def _work(model: nn.Module, **options: Any) -> Callable[[], Tensor]:
-    gc, parameters = GradientConsistencyLoss(model, **options), list(model.parameters())
-
-    def value() -> Tensor:
-        loss = gc(*views())
-        return torch.cat([loss.detach().reshape(1), *(g.flatten() for g in torch.autograd.grad(loss, parameters))])
-
-    return value
-
-
 @pytest.mark.parametrize(("engine", "rounds"), [("auto", 30), ("loop", 8), ("vmap", 8), ("ghost", 8)])
 def test_two_models_in_two_threads(engine: str, rounds: int) -> None:
-    models = [_delicate(0), _delicate(1)]
+    models = [delicate(0), delicate(1)]
     before = {**state.of_process(), **state.of_model(models[0])}
-    _in_threads([_work(model, engine=engine) for model in models], rounds)
+    assert in_threads([work(model, engine=engine) for model in models], rounds) == (0, [])
     assert state.differences(before, {**state.of_process(), **state.of_model(models[0])}) == []
 
 
@@ -88,33 +52,33 @@ def test_two_models_in_two_threads(engine: str, rounds: int) -> None:
 @ENGINES
 def test_one_model_in_two_threads(engine: str, fused: bool) -> None:
     """Without the lock, each thread sees the other's stand-ins for the parameters, and modes stay changed for good."""
-    model = _delicate(0)
+    model = delicate(0)
     before = {**state.of_process(), **state.of_model(model)}
-    _in_threads([_work(model, engine=engine, fused=fused) for _ in range(2)], 6)
+    assert in_threads([work(model, engine=engine, fused=fused) for _ in range(2)], 6) == (0, [])
     assert state.differences(before, {**state.of_process(), **state.of_model(model)}) == []
 
 
 def test_one_loss_in_two_threads_and_measure_beside_it() -> None:
-    model = _delicate(0)
+    model = delicate(0)
     gc, parameters = GradientConsistencyLoss(model, max_pairs=None), list(model.parameters())
     works: list[Callable[[], Tensor]] = [
         lambda: torch.autograd.grad(gc(*views()), parameters)[0],
         lambda: gc.measure(*views()).cosine,
         lambda: torch.autograd.grad(gc(*views()), parameters)[-1],
     ]
-    _in_threads(works, 10)
+    assert in_threads(works, 10) == (0, [])
 
 
 def test_threads_wait_for_each_other_and_not_for_ever() -> None:
     """A comparison that fails lets the next one in."""
-    model = _delicate(0)
+    model = delicate(0)
     gc = GradientConsistencyLoss(model, loss_fn=lambda z, t: 1 / 0)
     with pytest.raises(ZeroDivisionError, match="division"):
         gc(*views())
     done = threading.Event()
 
     def other() -> None:
-        GradientConsistencyLoss(_delicate(1))(*views())
+        GradientConsistencyLoss(delicate(1))(*views())
         done.set()
 
     thread = threading.Thread(target=other, daemon=True)
@@ -124,7 +88,7 @@ def test_threads_wait_for_each_other_and_not_for_ever() -> None:
 
 
 def test_random_numbers_of_another_thread_are_an_error_and_not_a_result() -> None:
-    model = _delicate(0)
+    model = delicate(0)
 
     def meanwhile(z: Tensor, t: Tensor) -> Tensor:
         thread = threading.Thread(target=lambda: (torch.rand(1), random.random()))
@@ -166,15 +130,9 @@ def test_a_loss_inside_a_hook_is_refused() -> None:
         GradientConsistencyLoss(model)(*views())
 
 
-class _Step(nn.Module):
+def _step(gc: GradientConsistencyLoss) -> nn.Module:
     """A step whose parameters are the model's."""
-
-    def __init__(self, model: nn.Module, gc: GradientConsistencyLoss) -> None:
-        super().__init__()
-        self.model, self.gc = model, gc
-
-    def forward(self) -> Tensor:
-        return self.gc(*views())
+    return Layers(lambda _: gc(*views()), model=gc.model)
 
 
 @FUSED
@@ -182,7 +140,7 @@ class _Step(nn.Module):
 def test_inside_functional_call_it_is_the_loss_of_those_parameters(engine: str, fused: bool) -> None:
     """As meta-learning does: the gradient reaches what was put in place of the parameters, and what they come from."""
     model = net()
-    step = _Step(model, GradientConsistencyLoss(model, engine=engine, fused=fused))
+    step = _step(GradientConsistencyLoss(model, engine=engine, fused=fused))
     sources = {f"model.{name}": p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     loss = functional_call(step, {name: 0.9 * source for name, source in sources.items()}, ())
     parts = torch.autograd.grad(loss, list(sources.values()), allow_unused=True, materialize_grads=True)
@@ -195,7 +153,7 @@ def test_inside_functional_call_it_is_the_loss_of_those_parameters(engine: str, 
 
 def _transforms(gc: GradientConsistencyLoss) -> dict[str, Callable[[], Any]]:
     weak, strong, target = views()
-    step, parameters = _Step(gc.model, gc), {f"model.{n}": p.detach() for n, p in gc.model.named_parameters()}
+    step, parameters = _step(gc), {f"model.{n}": p.detach() for n, p in gc.model.named_parameters()}
 
     def forward_mode() -> Tensor:
         with forward_ad.dual_level():
