@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gradconsist import GGCRWrapper, GradientConsistencyLoss, StepOutput, ViewPair
 from gradconsist.errors import InputTypeError, ParameterSelectionError, UnsupportedModuleError
 from support import compare, state
+from support.models import Layers
 from support.nets import Net, assert_exact, net, views
 from support.oracle import judge
 
@@ -31,16 +32,6 @@ def assert_refused(build: Callable[[], nn.Module], engine: str, match: str) -> N
 
 
 # -- scripts, and functions called past their Python form --------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def script() -> Callable[[str], Any]:
-    """Scripted functions by their Python text, since torch reads it from files."""
-
-    def build(name: str) -> Any:
-        return torch.jit.script(SCRIPTED[name])
-
-    return build
 
 
 def _tanh(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
@@ -68,31 +59,55 @@ def _dropout(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return torch.dropout(x, 0.5, True) * w + b
 
 
-SCRIPTED = {f.__name__.strip("_"): f for f in (_tanh, _layer_norm, _instance_norm, _weight_norm, _batch_norm, _dropout)}
+def _native_layer_norm(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return torch.ops.aten.native_layer_norm(x, [6], w, b, 1e-5)[0]
+
+
+def _weight_norm_interface(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.linear(x, torch._weight_norm_interface(torch.outer(w, b) + torch.diag(b), w[:, None], 0)[0])
+
+
+#: What no function mode sees into, by what it computes.
+BELOW = {
+    **{f.__name__[1:]: f for f in (_tanh, _layer_norm, _instance_norm, _weight_norm, _batch_norm, _dropout)},
+    "native_layer_norm": _layer_norm,
+    "weight_norm_interface": _weight_norm,
+}
+OPERATORS = {"native_layer_norm": _native_layer_norm, "weight_norm_interface": _weight_norm_interface}
 
 
 def _applied(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Net:
     return net(lambda net, x: torch.tanh(function(torch.tanh(net.stem(x)), net.gain, net.shift)))
 
 
-SCRIPT_REFUSALS = {
-    ("layer_norm", "vmap"): r"torch's LayerNorm.*wrong under vmap.*'auto'",
+LAYER_NORM = r"torch's LayerNorm.*wrong under vmap.*'auto'"
+BELOW_REFUSED = {
+    ("layer_norm", "vmap"): LAYER_NORM,
+    ("native_layer_norm", "vmap"): LAYER_NORM,
     ("instance_norm", "vmap"): r"torch's InstanceNorm.*wrong under vmap.*'auto'",
-    **{("weight_norm", engine): "weight_norm.*parametrizations" for engine in ("auto", "loop", "vmap", "ghost")},
-    **{("batch_norm", engine): "other samples" for engine in ("auto", "loop", "vmap", "ghost")},
-    **{("dropout", engine): "random numbers" for engine in ("auto", "loop", "vmap", "ghost")},
-}
+    **{
+        (name, engine): match
+        for engine in ("auto", "loop", "vmap", "ghost")
+        for name, match in {
+            "weight_norm": "weight_norm.*parametrizations", "weight_norm_interface": r"weight_norm .* write v \* \(g",
+            "batch_norm": "other samples", "dropout": "random numbers",
+        }.items()
+    },
+}  # fmt: skip
 
 
 @ENGINES
-@pytest.mark.parametrize("name", SCRIPTED)
-def test_scripted_functions_are_exact_or_refused(script: Callable[[str], Any], name: str, engine: str) -> None:
-    """No function mode sees into them: what would need replacing is found in the graph, or by its effect."""
-    model = _applied(script(name))
-    if (name, engine) in SCRIPT_REFUSALS:
-        assert_refused(lambda: model, engine, SCRIPT_REFUSALS[name, engine])
-    else:
-        assert_exact(model, engine, _applied(SCRIPTED[name]))
+@pytest.mark.parametrize("name", BELOW)
+def test_scripted_functions_and_operators_are_exact_or_refused(name: str, engine: str) -> None:
+    """What would need replacing is found in the graph, or by its effect."""
+    model = _applied(OPERATORS[name] if name in OPERATORS else torch.jit.script(BELOW[name]))
+    match = BELOW_REFUSED.get((name, engine))
+    if match is None:
+        assert_exact(model, engine, _applied(BELOW[name]))
+        return
+    assert_refused(lambda: model, engine, match)
+    if "wrong under vmap" in match:
+        GradientConsistencyLoss(model, engine=engine).measure(*views())  # the first derivative is right
 
 
 def _by_hand(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
@@ -263,12 +278,6 @@ def test_distributed_inputs_are_refused() -> None:
     mesh = init_device_mesh("cpu", (1,))
     with pytest.raises(InputTypeError, match="`weak` is a DTensor: pass an ordinary"):
         GradientConsistencyLoss(net())(distribute_tensor(weak, mesh, [Replicate()]), strong, target)
-
-
-@ENGINES
-def test_sync_batchnorm_alone_is_batchnorm(engine: str) -> None:
-    model = net(lambda net, x: torch.tanh(net.norm(net.stem(x))), norm=nn.SyncBatchNorm(6))
-    assert_exact(model, engine)
 
 
 @ENGINES
@@ -626,17 +635,8 @@ def test_two_losses_on_one_model_called_twice_and_differentiated_backwards(engin
 def test_the_loss_in_a_wrapper_in_a_wrapper() -> None:
     """Two terms on one model, each counted and weighted for itself."""
     weak, strong, target = views()
-
-    class Method(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = net()
-
-        def forward(self) -> StepOutput:
-            return StepOutput(F.cross_entropy(self.model(weak), target), ViewPair(weak, strong, target))
-
-    method = Method()
-    model = method.model
+    model, pair = net(), ViewPair(weak, strong, target)
+    method = Layers(lambda m: StepOutput(F.cross_entropy(m.model(weak), target), pair), model=model)
     gc = GradientConsistencyLoss(model)
     inner = GGCRWrapper(method, gc, weight=0.1, warmup_steps=0)
     outer = GGCRWrapper(inner, GradientConsistencyLoss(model, encoder=model.stem), weight=0.3, warmup_steps=0)

@@ -482,23 +482,27 @@ def test_non_contiguous_views() -> None:
         assert compare.relative(compare.gradient_of(loss, p.model), reference.flat) <= 1e-8
 
 
+class Spy(engines.LoopEngine):
+    """Keeps the sizes of all chunks, and has memory for so many pairs."""
+
+    def __init__(self, most: int = 100, room: int = 100) -> None:
+        self.most_pairs, self.room, self.sizes = most, room, list[int]()
+
+    def products(self, problem: engines.Problem) -> GradProducts:
+        self.sizes.append(len(problem.target))
+        if len(problem.target) > self.room:
+            raise torch.OutOfMemoryError("simulated")
+        return super().products(problem)
+
+
 @pytest.mark.parametrize(("pairs", "sizes"), [(23, [8, 8, 7]), (22, [11, 11]), (11, [11]), (12, [6, 6]), (1, [1])])
 def test_automatic_chunks_are_of_about_equal_size(pairs: int, sizes: list[int]) -> None:
     """A rest of one pair would take as long as a chunk of several."""
-    seen: list[int] = []
-
-    class Spy:
-        most_pairs = 11
-
-        def products(self, problem: engines.Problem) -> GradProducts:
-            seen.append(len(problem.target))
-            return engines.LoopEngine().products(problem)
-
     weak = torch.randn(pairs, 4)
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3))
-    gc = GradientConsistencyLoss(model, engine=Spy())
-    gc(weak, weak + 0.1 * torch.randn(pairs, 4), torch.arange(pairs) % 3)
-    assert seen[-len(sizes) :] == sizes
+    spy = Spy(most=11)
+    GradientConsistencyLoss(model, engine=spy)(weak, weak + 0.1 * torch.randn(pairs, 4), torch.arange(pairs) % 3)
+    assert spy.sizes[-len(sizes) :] == sizes
 
 
 @pytest.mark.parametrize(
@@ -509,38 +513,21 @@ def test_automatic_chunks_follow_the_memory_of_a_pair(
 ) -> None:
     """The graph of a pair keeps about 300 kB besides the parameters, which all pairs share; the limits are in MB."""
     layers = nn.Conv2d(1, 8, 3), nn.Tanh(), nn.AvgPool2d(30), nn.Flatten(), nn.Linear(8, 3)
-    model, x, sizes = nn.Sequential(*layers), torch.randn(12, 1, 32, 32), []
-
-    class Spy(engines.LoopEngine):
-        most_pairs = 100
-
-        def products(self, problem: engines.Problem) -> GradProducts:
-            sizes.append(len(problem.target))
-            return super().products(problem)
-
+    model, x, spy = nn.Sequential(*layers), torch.randn(12, 1, 32, 32), Spy()
     monkeypatch.setitem(comparison._CHUNK_BYTES, "cpu", usual * 10**6)
     monkeypatch.setitem(comparison._MOST_BYTES, "cpu", limit * 10**6)
     monkeypatch.setattr(comparison, "_MANY", 11)
     monkeypatch.setattr(comparison, "_BUSY_PAIRS_OF_MANY", busy)
-    GradientConsistencyLoss(model, engine=Spy())(x, x + 0.1, torch.arange(12) % 3)
-    assert sizes[0] == 1
-    assert set(sizes[1:]) == {size}
+    GradientConsistencyLoss(model, engine=spy)(x, x + 0.1, torch.arange(12) % 3)
+    assert spy.sizes[0] == 1
+    assert set(spy.sizes[1:]) == {size}
 
 
 def test_a_chunk_that_fitted_is_remembered_and_part_of_the_state() -> None:
-    sizes: list[int] = []
-
-    class Small(engines.LoopEngine):
-        most_pairs = 100
-
-        def products(self, problem: engines.Problem) -> GradProducts:
-            sizes.append(len(problem.target))
-            if len(problem.target) > 5:
-                raise torch.OutOfMemoryError("simulated")
-            return super().products(problem)
-
     model, x = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)), torch.randn(16, 4)
-    gc, again = (GradientConsistencyLoss(model, engine=Small()) for _ in range(2))
+    small = Spy(room=5)
+    sizes = small.sizes
+    gc, again = (GradientConsistencyLoss(model, engine=small) for _ in range(2))
     assert set(gc.state_dict()) == {"generator"}
     target = torch.arange(16) % 3
     expected = GradientConsistencyLoss(model, engine="loop")(x, x + 0.1, target)

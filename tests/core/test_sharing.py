@@ -243,18 +243,16 @@ class Draws(nn.Module):
         return F.dropout(x, 0.5, self.training) + self.rate
 
 
-class Doubles(nn.Module):
+def doubles() -> nn.Module:
     """Something else in train mode, without chance."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * x if self.training else x
+    return models.Layers(lambda m, x: 2 * x if m.training else x)
 
 
 class Masked(Normalised):
     """A class that is masked out by a large number, which no difference of the others comes near."""
 
     def __init__(self) -> None:
-        super().__init__(Doubles())
+        super().__init__(doubles())
 
     def forward(self, x: Tensor) -> Tensor:
         logits = super().forward(x)
@@ -320,7 +318,8 @@ def layer(extra: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
 #: (model, method, options of the wrapper and the loss), and words of the reason.
 REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "dropout": (layer(lambda: nn.Dropout(0.5)), None, {}, "draws random numbers"),
-    "another mode": (layer(Doubles), None, {}, "other logits in the comparison"),
+    "dropout of a layer with parameters": (layer(Draws), None, {}, "draws random numbers"),
+    "another mode": (layer(doubles), None, {}, "other logits in the comparison"),
     "beside a masked class": (Masked, None, {}, "returns other logits in the comparison"),
     "a buffer": (layer(Remembers), None, {}, "changes its buffers"),
     "counter": (layer(Counts), None, {}, "changes its attributes"),
@@ -362,20 +361,6 @@ def test_what_would_change_the_step_is_not_shared(name: str) -> None:
         run(model, method, batches, share=True, **{**options, "warmup_steps": 100})
 
 
-@pytest.mark.parametrize(
-    ("off", "on"), [(False, True), ([], [0.5]), ({"on": 0, "kind": nn.Dropout}, {"on": 1, "kind": nn.Dropout}), (0, 1)]
-)
-def test_a_switch_that_is_turned_later_is_noticed(off: Any, on: Any) -> None:
-    model = build(layer(lambda: Switched(off)))
-    wrapper = GGCRWrapper(FixMatch(model, threshold=0.4), GradientConsistencyLoss(model), warmup_steps=0)
-    batches = methods.data(2)
-    wrapper(batches[0])
-    assert wrapper.unshared is None
-    next(module for module in model.modules() if isinstance(module, Switched)).rates = on
-    wrapper(batches[1])
-    assert "draws random numbers" in wrapper.unshared
-
-
 class Options:
     """What a model of another library keeps its options in."""
 
@@ -394,35 +379,26 @@ class Acting(nn.Module):
         return F.dropout(self.function(x), self.options.noise, training=self.training)
 
 
-@pytest.mark.parametrize("what", ["function", "options"])
-def test_another_function_or_option_of_a_layer_is_noticed(what: str) -> None:
-    model = build(layer(Acting))
-    wrapper = GGCRWrapper(FixMatch(model, threshold=0.4), GradientConsistencyLoss(model), warmup_steps=0)
-    batches = methods.data(2)
-    wrapper(batches[0])
-    assert wrapper.unshared is None
-    acting = next(module for module in model.modules() if isinstance(module, Acting))
-    if what == "options":
-        acting.options.noise = 0.5
-    else:
-        acting.function = lambda x: F.dropout(x, 0.5)
-    wrapper(batches[1])
-    assert "draws random numbers" in str(wrapper.unshared)
+#: A layer, and what is done to it after the first step.
+TURNED: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], None]]] = {
+    "flag": (lambda: Switched(False), lambda own: setattr(own, "rates", True)),
+    "number": (lambda: Switched(0), lambda own: setattr(own, "rates", 1)),
+    "list": (lambda: Switched([]), lambda own: setattr(own, "rates", [0.5])),
+    "dict": (lambda: Switched({"on": 0, "kind": nn.Dropout}), lambda own: own.rates.update(on=1)),
+    "function": (Acting, lambda own: setattr(own, "function", lambda x: F.dropout(x, 0.5))),
+    "options": (Acting, lambda own: setattr(own.options, "noise", 0.5)),
+    "probability": (lambda: nn.Dropout(0.0), lambda own: setattr(own, "p", 0.5)),
+}
 
 
-def test_a_layer_that_draws_although_it_has_parameters_is_not_shared() -> None:
-    model = build(layer(Draws))
-    wrapper = GGCRWrapper(FixMatch(model), GradientConsistencyLoss(model), warmup_steps=0, share=True)
-    with pytest.raises(ConfigError, match="draws random numbers"):
-        wrapper(methods.data(1)[0])
-
-
-def test_dropout_whose_probability_rises_later_is_seen() -> None:
-    model, batches = build(layer(lambda: nn.Dropout(0.0))), methods.data(2)
+@pytest.mark.parametrize("name", TURNED)
+def test_a_switch_that_is_turned_later_is_noticed(name: str) -> None:
+    own, turn = TURNED[name]
+    model, batches = build(layer(own)), methods.data(2)
     wrapper = GGCRWrapper(FixMatch(model, threshold=0.4), GradientConsistencyLoss(model), warmup_steps=0)
     wrapper(batches[0])
     assert wrapper.unshared is None
-    model.extra.p = 0.5
+    turn(model.extra)
     wrapper(batches[1])
     assert "draws random numbers" in str(wrapper.unshared)
 

@@ -8,17 +8,14 @@ NORM, FORWARD, COMPARISON = "_forward/batchnorm.py", "_forward/per_sample.py", "
 OPERATORS = "_forward/exact_operators.py"
 OBSERVER, STATISTICS = "_forward/observer.py", "_forward/statistics.py"
 THROUGH_TEST = "forward/test_through_statistics.py"
-JOINT = (
-    "forward/test_normalization.py::test_statistics_are_joint_over_both_views_and_all_chunks"
-    " forward/test_normalization.py"
-)
+JOINT = "forward/test_normalization.py::test_batchnorm_options forward/test_normalization.py"
 RANDOM = 'randomness="different" if problem.random'
 
 BUGS = [
     Bug(
         "statistics of the chunk",
         "BatchNorm's statistics are joint over all pairs, whatever the chunk size",
-        "forward/test_normalization.py::test_statistics_are_joint_over_both_views_and_all_chunks[loop]",
+        "forward/test_normalization.py::test_batchnorm_options[cnn_batchnorm_train-auto-loop]",
         COMPARISON,
         "                terms, losses = self._terms(problem, index[rows], weight[rows])\n",
         "                if self.batchnorm.recorded and self.options.statistics is None:\n"
@@ -29,7 +26,7 @@ BUGS = [
     Bug(
         "statistics of the weak view",
         "BatchNorm's statistics are joint over both views",
-        "forward/test_normalization.py::test_statistics_are_joint_over_both_views_and_all_chunks[loop]",
+        "forward/test_normalization.py::test_batchnorm_options[cnn_batchnorm_train-auto-loop]",
         STATISTICS,
         "forward.output(concatenate(weak, strong), record=True)",
         "forward.output(concatenate(weak, weak), record=True)",

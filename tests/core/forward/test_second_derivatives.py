@@ -28,6 +28,8 @@ from gradconsist.errors import UnsupportedModuleError
 from gradconsist.types import GradProducts
 from support import compare
 from support.layer_zoo import LAYER_CASES
+from support.models import Layers
+from support.nets import net, views
 from support.oracle import judge
 from support.zoo import CASES
 
@@ -42,95 +44,32 @@ def scripted(function: Any) -> Any:
     return lambda x, w: compiled(x, w)  # a plain function, since a model that holds the other cannot be copied
 
 
-# What torch computes inside a scripted function, or for torch.ops, no Python sees: no formula of ours can stand in.
-
-
-@scripted
-def scripted_layer_norm(x: Tensor, w: Tensor) -> Tensor:
-    return torch.layer_norm(x, [x.shape[-1]], w)
-
-
-@scripted
-def scripted_instance_norm(x: Tensor, w: Tensor) -> Tensor:
-    return torch.instance_norm(x[:, None], w[:1], None, None, None, True, 0.1, 1e-5, False)[:, 0]
-
-
 @scripted
 def scripted_weight_norm(x: Tensor, w: Tensor) -> Tensor:
     return x @ torch._weight_norm(torch.outer(w, w.sin()) + 0.3, w[:, None].exp(), 0)
 
 
-def operator_layer_norm(x: Tensor, w: Tensor) -> Tensor:
-    return torch.ops.aten.native_layer_norm(x, [6], w, None, 1e-5)[0]
-
-
-def operator_weight_norm(x: Tensor, w: Tensor) -> Tensor:
-    return x @ torch._weight_norm_interface(torch.outer(w, w.sin()) + 0.3, w[:, None].exp(), 0)[0]
-
-
-class Between(nn.Module):
-    """A function of features and of a parameter, between two linear layers."""
-
-    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.stem = nn.Linear(5, 6)
-        self.w = nn.Parameter(torch.randn(6))
-        self.head = nn.Linear(6, 3)
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.function(self.stem(x), self.w).tanh())
-
-
 def _problem(function: Callable[[Tensor, Tensor], Tensor]) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        weak = torch.randn(3, 5).double()
-        strong = weak + 0.4 * torch.randn(3, 5).double()
-        return Between(function).double(), weak, strong, torch.tensor([0, 1, 2])
-
-
-@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost", "auto"])
-@pytest.mark.parametrize("function", [scripted_weight_norm, operator_weight_norm], ids=["scripted", "operator"])
-def test_weight_norm_out_of_reach_is_refused(function: Any, engine: str) -> None:
-    gc = GradientConsistencyLoss(_problem(function)[0], engine=engine)
-    with pytest.raises(UnsupportedModuleError, match=r"torch's weight_norm .* write v \* \(g"):
-        gc(*_problem(function)[1:])
-
-
-@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost", "auto"])
-@pytest.mark.parametrize("function", [scripted_layer_norm, scripted_instance_norm, operator_layer_norm])
-def test_normalisation_out_of_reach_is_exact_or_refused(function: Any, engine: str) -> None:
-    """Wrong under vmap of grad only."""
-    problem = _problem(function)
-    gc = GradientConsistencyLoss(problem[0], engine=engine)
-    if engine == "vmap":
-        with pytest.raises(UnsupportedModuleError, match=r"torch's (Layer|Instance)Norm.*wrong under vmap.*'loop'"):
-            gc(*problem[1:])
-        gc.measure(*problem[1:])  # the first derivative is right
-        return
-    verdict = judge(*problem)
-    loss = gc(*problem[1:])
-    compare.assert_agrees(gc.last, loss, compare.gradient_of(loss, problem[0]), verdict, dtype=torch.float64)
-
-
-class Switching(Between):
-    """Runs its function if a flag is set, or on samples whose first entry is large."""
-
-    on = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.stem(x)
-        return self.head((self.function(h, self.w) if self.on or bool((x[:, 0] > 5).all()) else h).tanh())
+    """A function of features and of a parameter, between two linear layers."""
+    model = net(lambda net, x: function(net.stem(x), net.gain).tanh())
+    del model.shift  # nothing uses it
+    return model, *views(3)
 
 
 @pytest.mark.parametrize("way", ["flag", "some samples", "all samples"])
 def test_a_script_that_the_first_call_did_not_run_is_refused_by_vmap(way: str) -> None:
-    torch.manual_seed(3)
-    model = Switching(scripted(types.FunctionType(_gated.__code__, globals(), f"gated_{way[:4]}"))).double()
-    x, target = torch.randn(3, 5).double(), torch.tensor([0, 1, 2])
+    function = scripted(types.FunctionType(_gated.__code__, globals(), f"gated_{way[:4]}"))
+
+    def switching(net: Any, x: Tensor) -> Tensor:
+        """Runs the script if a flag is set, or on samples whose first entry is large."""
+        h = net.stem(x)
+        return (function(h, net.gain) if net.on or bool((x[:, 0] > 5).all()) else h).tanh()
+
+    model: Any = net(switching)
+    model.on = False
+    x, _, target = views(3)
     for _ in range(3):
-        model.function(model.stem(x), model.w).sum().backward()
+        function(model.stem(x), model.gain).sum().backward()
     gc = GradientConsistencyLoss(model, engine="vmap")
     gc(x, x + 0.4, target)
     model.on = way == "flag"
@@ -310,17 +249,9 @@ def test_both_derivatives_of_the_cosine_as_a_function_of_two_vectors(scales: tup
     assert all(float(gradient[1].abs().max()) == 0.0 for gradient in first)
 
 
-class NormsOfGroups(nn.Module):
-    """Logits from the norms of three groups of features, the last of which is zero: by the norm, or as a constant."""
-
-    def __init__(self, norm: Any) -> None:
-        super().__init__()
-        self.body, self.head, self.norm = nn.Linear(4, 6), nn.Linear(3, 3), norm
-
-    def forward(self, x: Tensor) -> Tensor:
-        groups = self.body(x).unflatten(1, (3, 2))
-        zero = groups * torch.tensor([1.0, 1.0, 0.0], dtype=x.dtype).view(3, 1)
-        return self.head(self.norm(zero))
+def norms_of_groups(m: Any, x: Tensor) -> Tensor:
+    """Logits from the norms of three groups of features, the last of which is zero."""
+    return m.head(m.norm(m.body(x).unflatten(1, (3, 2)) * m.mask))
 
 
 NORMS = {
@@ -339,7 +270,9 @@ def test_the_norm_of_a_zero_vector_has_a_second_derivative(norm: Any, engine: st
     outcomes = []
     for function in (norm, lambda g: torch.cat([norm(g[:, :2]), torch.zeros_like(g[:, 2:, 0])], 1)):
         torch.manual_seed(0)
-        model = NormsOfGroups(function).double()
+        model = Layers(norms_of_groups, body=nn.Linear(4, 6), head=nn.Linear(3, 3)).double()
+        model.norm = function
+        model.register_buffer("mask", torch.tensor([1.0, 1.0, 0.0]).double().view(3, 1))
         weak, strong = torch.randn(5, 4).double(), torch.randn(5, 4).double()
         gc = GradientConsistencyLoss(model, engine=engine)
         loss = gc(weak, strong, torch.arange(5) % 3)

@@ -6,6 +6,7 @@ The judge is the value of the term itself at displaced parameters: a central dif
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from gradconsist.errors import ConfigError, UnsupportedModuleError
 from gradconsist.methods import FixMatch
 from gradconsist.regularizers import GradientNormPenalty
 from support import compare
+from support.models import Layers
 
 ENGINES = pytest.mark.parametrize("engine", ["loop", "vmap", "ghost", "auto"])
 Views = tuple[Tensor, Tensor, Tensor]
@@ -98,20 +100,19 @@ def check(
             assert along(gradient, direction) == pytest.approx(truth, rel=1e-7, abs=1e-9), options
 
 
-def test_it_is_the_gradient_of_the_value() -> None:
-    check(WAYS)
+#: Some of the ways, and what else is given.
+GIVEN: dict[str, tuple[list[Any], dict[str, Any]]] = {
+    "nothing": (WAYS, {}),
+    "weights": (WAYS[::2], {"weight": torch.tensor([1.0, 0.0, 0.5, 2.0, 0.0, 1.0], dtype=torch.float64)}),
+    "encoder": (WAYS[:1] + WAYS[4:6], {"encoder": lambda name: not name.startswith("8.")}),
+    "projection": (WAYS[2:3] + WAYS[4:5], {"projection": RandomProjection(3, "kronecker", seed=1)}),
+    "gradient norm": (WAYS[4:5], {"kind": GradientNormPenalty}),
+}
 
 
-def test_with_weights() -> None:
-    check(WAYS[::2], weight=torch.tensor([1.0, 0.0, 0.5, 2.0, 0.0, 1.0], dtype=torch.float64))
-
-
-def test_with_the_encoder_alone() -> None:
-    check(WAYS[:1] + WAYS[4:6], encoder=lambda name: not name.startswith("8."))
-
-
-def test_with_a_projection() -> None:
-    check(WAYS[2:3] + WAYS[4:5], projection=RandomProjection(3, "kronecker", seed=1))
+@pytest.mark.parametrize(("ways", "given"), GIVEN.values(), ids=GIVEN)
+def test_it_is_the_gradient_of_the_value(ways: list[Any], given: dict[str, Any]) -> None:
+    check(ways, **given)
 
 
 def test_statistics_that_depend_on_no_parameter() -> None:
@@ -122,9 +123,16 @@ def test_statistics_that_depend_on_no_parameter() -> None:
     check(WAYS[1::2], model=model)
 
 
+UNMOVED: dict[str, Callable[[], nn.Module]] = {
+    "of the inputs": lambda: nn.Sequential(nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(72, 4)).double(),
+    "running": lambda: network().eval(),
+}
+
+
 @ENGINES
-def test_nothing_to_follow_is_the_gradient_by_definition(engine: str) -> None:
-    model = nn.Sequential(nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(72, 4)).double()
+@pytest.mark.parametrize("build", UNMOVED.values(), ids=UNMOVED)
+def test_nothing_to_follow_is_the_gradient_by_definition(build: Callable[[], nn.Module], engine: str) -> None:
+    model = build()
     flat = [
         compare.gradient_of(GradientConsistencyLoss(model, engine=engine, through_statistics=on)(*views()), model)
         for on in (False, True)
@@ -132,20 +140,11 @@ def test_nothing_to_follow_is_the_gradient_by_definition(engine: str) -> None:
     assert torch.equal(*flat)
 
 
-class Changing(nn.Module):
-    """Its forward does something else where graphs are built."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = network()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(1.5 * x if torch.is_grad_enabled() else x)
-
-
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "graph"])
 def test_a_forward_with_other_statistics_is_refused(fused: bool) -> None:
-    gc = GradientConsistencyLoss(Changing(), through_statistics=True, fused=fused)
+    """It does something else where graphs are built."""
+    model = Layers(lambda m, x: m.inner(1.5 * x if torch.is_grad_enabled() else x), inner=network())
+    gc = GradientConsistencyLoss(model, through_statistics=True, fused=fused)
     with pytest.raises(UnsupportedModuleError, match="statistics changed when its forward ran again"):
         gc(*views())
 
@@ -169,35 +168,25 @@ def test_verify_looks_at_it() -> None:
     assert diagnostics.verify(GradientConsistencyLoss(model), *pairs).ok
 
 
-def test_of_the_gradient_norm() -> None:
-    check(WAYS[4:5], kind=GradientNormPenalty)
-
-
 @ENGINES
 def test_a_random_subset_follows_the_statistics_of_all(engine: str) -> None:
-    model, pairs = network(), views()
-
     def term(moved: nn.Module, **options: Any) -> Tensor:
         gc = GradientConsistencyLoss(moved, engine=engine, max_pairs=2, **options)
-        return gc(*pairs, generator=torch.Generator().manual_seed(2))
+        return gc(*views(), generator=torch.Generator().manual_seed(2))
 
-    gradient = compare.gradient_of(term(model, through_statistics=True), model)
-    for direction in directions(model, 2):
-        truth = slope(model, lambda moved: term(moved).detach(), direction)
-        assert along(gradient, direction) == pytest.approx(truth, rel=1e-7, abs=1e-9)
+    _assert_slope(term)
 
 
 def test_reduction_none_has_each_pairs_own_gradient() -> None:
-    model, pairs = network(), views()
-    gc = GradientConsistencyLoss(model, through_statistics=True, fused=False, reduction="none")
     cotangent = torch.linspace(-1.0, 1.0, 6, dtype=torch.float64)
-    gradient = compare.gradient_of(gc(*pairs), model, cotangent)
+    _assert_slope(lambda m, **o: cotangent @ GradientConsistencyLoss(m, fused=False, reduction="none", **o)(*views()))
+
+
+def _assert_slope(term: Callable[..., Tensor]) -> None:
+    model = network()
+    gradient = compare.gradient_of(term(model, through_statistics=True), model)
     for direction in directions(model, 2):
-        truth = slope(
-            model,
-            lambda moved: cotangent @ GradientConsistencyLoss(moved, fused=False, reduction="none")(*pairs).detach(),
-            direction,
-        )
+        truth = slope(model, lambda moved: term(moved).detach(), direction)
         assert along(gradient, direction) == pytest.approx(truth, rel=1e-7, abs=1e-9)
 
 
@@ -210,16 +199,6 @@ def test_two_calls_do_not_meet() -> None:
     compare.gradient_of(gc(weak + 1.0, 2.0 * strong, target), model)
     assert torch.equal(compare.gradient_of(gc(weak, strong, target), model), first)
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
-
-
-@pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
-def test_without_batch_statistics_it_changes_nothing(engine: str) -> None:
-    model, pairs = network().eval(), views()
-    gradients = [
-        compare.gradient_of(GradientConsistencyLoss(model, engine=engine, through_statistics=on)(*pairs), model)
-        for on in (False, True)
-    ]
-    assert torch.equal(*gradients)
 
 
 def test_measuring_is_the_same() -> None:
