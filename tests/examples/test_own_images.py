@@ -378,22 +378,26 @@ def test_letters_that_no_font_has_are_said_once(tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize(
-    ("absent", "arguments", "status", "message"),
+    ("absent", "command", "status", "message"),
     [
-        ("torch", ["--help"], 0, "--skip-damaged"),
-        ("torch", ["--epochs", "3"], 2, "error: --epochs is no option; this trainer counts steps"),
-        ("torch", ["--labelz", "3"], 2, "error: --labelz is no option; did you mean --labels?"),
-        ("torch", ["--steps", "many"], 2, "error: .*--steps"),
-        ("tyro", [], 2, "error: tyro is not installed.*pip install '.[examples]'"),
+        ("torch", "fixmatch_imagenet.py --help", 0, "--skip-damaged"),
+        ("torch", "fixmatch_imagenet.py --epochs 3", 2, "error: --epochs is no option; this trainer counts steps"),
+        ("torch", "fixmatch_imagenet.py --labelz 3", 2, "error: --labelz is no option; did you mean --labels?"),
+        ("torch", "fixmatch_imagenet.py --steps many", 2, "error: .*--steps"),
+        *[
+            ("tyro", program, 2, "error: tyro is not installed, which this program needs: .*pip install '.[examples]'")
+            for program in ("fixmatch_imagenet.py", "demo.py --output out", "reproduce.py --output out")
+        ],
     ],
 )
 def test_help_and_mistakes_need_no_torch_and_what_is_absent_is_named(
-    tmp_path: Path, absent: str, arguments: list[str], status: int, message: str
+    tmp_path: Path, absent: str, command: str, status: int, message: str
 ) -> None:
     (tmp_path / f"{absent}.py").write_text(f"raise ModuleNotFoundError('none', name='{absent}')")
-    command = [sys.executable, str(ROOT / "examples" / "fixmatch_imagenet.py"), *arguments]
+    script, *arguments = command.split()
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    words = [sys.executable, str(ROOT / "examples" / script), *arguments]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=60, cwd=tmp_path)
     assert done.returncode == status, done.stderr
     assert all(part in done.stdout + done.stderr for part in message.split(".*"))
     assert status == 0 or done.stderr.count("\n") == 1

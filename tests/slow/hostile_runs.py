@@ -10,7 +10,6 @@ import resource
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from unittest import mock
 
 import torch
 from hostile_checkpoints import Case, begun, config, copied, quietly, resaved
-from victims import before_operations, canonical, digests, forked
+from victims import before_operations, canonical, digests, forked, slow_disk
 
 import trainer.step
 from trainer.checkpoint import load_latest
@@ -123,12 +122,6 @@ def _unprivileged(_: Path) -> None:
     raise OSError(ctypes.get_errno(), "capabilities cannot be dropped")
 
 
-def _slowly(_: Path) -> None:
-    for name in ("fsync", "replace"):
-        original = getattr(os, name)
-        setattr(os, name, lambda *given, original=original: (time.sleep(0.1), original(*given))[1])
-
-
 def _interrupted(_: Path) -> None:
     signal.signal(signal.SIGALRM, lambda *_: None)
     signal.setitimer(signal.ITIMER_REAL, 0.003, 0.003)
@@ -178,7 +171,7 @@ def places(work: Path, quick: bool) -> Iterator[Case]:
     yield case("checkpoint folder a file", lambda run: swap(run, "checkpoints", Path.touch), {1})
     yield case("run directory a file", lambda run: swap(run, ".", lambda _: run.touch()), {2})
     yield case("config.json a pipe", lambda run: swap(run, "config.json", os.mkfifo), {1})
-    yield case("a slow disk", lambda _: None, {0}, _slowly)
+    yield case("a slow disk", lambda _: None, {0}, lambda _: slow_disk(0.1))
     yield case("a signal every 3 ms", lambda _: None, {0}, _interrupted)
 
 

@@ -54,6 +54,7 @@ from victims import (
     forked,
     launched,
     remains,
+    slow_disk,
     totals,
     tree_digest,
     two_processes,
@@ -211,17 +212,11 @@ def at_random(bench: Bench, part: str, variant: str, start: Start) -> None:
         bench.keep(part, variant, folder, kills, whole)
 
 
-def slow_disk(_: Path) -> None:
-    """30 ms more for each fsync and each rename, so that most of a save's time is where a kill hurts."""
-    for name in ("fsync", "replace"):
-        original = getattr(os, name)
-        setattr(os, name, lambda *given, original=original: (time.sleep(0.03), original(*given))[1])
-
-
 def in_a_save(bench: Bench, variant: str) -> None:
     """Kill a run once in each of its saves, at a random moment after the temporary file is seen."""
     whole, _ = bench.reference(f"random {variant}", in_fork(variant))
-    start = in_fork(variant, slow_disk)
+    # Most of a save's time is then where a kill hurts.
+    start = in_fork(variant, lambda _: slow_disk(0.03))
     folder, kills = bench.folder(), []
     while True:
         victim, checkpoints = start(folder), folder / "checkpoints"

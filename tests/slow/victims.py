@@ -191,6 +191,13 @@ def before_operations(folder: Path, act: Callable[[int], object]) -> None:
     sys.addaudithook(hook)
 
 
+def slow_disk(seconds: float) -> None:
+    """From now on, each fsync and each rename of this process takes so much longer."""
+    for name in ("fsync", "replace"):
+        original = getattr(os, name)
+        setattr(os, name, lambda *given, original=original: (time.sleep(seconds), original(*given))[1])
+
+
 def remains(folder: Path) -> dict[str, Any]:
     """What a killed process left: the step of the last checkpoint, and what is half done.
 
