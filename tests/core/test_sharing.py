@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -43,28 +44,23 @@ class Normalised(nn.Module):
         return 2 * self.head(torch.tanh(self.hidden(x)))
 
 
-class Grouped(nn.Module):
+def conv() -> nn.Module:
     """A convolution with GroupNorm."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.norm, self.head = nn.Conv1d(1, 4, 3), nn.GroupNorm(2, 4), nn.Linear(12, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * self.head(torch.tanh(self.norm(self.stem(x[:, None]))).flatten(1))
+    return models.Layers(
+        lambda net, x: 2 * net.head(torch.tanh(net.norm(net.stem(x[:, None]))).flatten(1)),
+        stem=nn.Conv1d(1, 4, 3), norm=nn.GroupNorm(2, 4), head=nn.Linear(12, CLASSES),
+    )  # fmt: skip
 
 
-class Text(nn.Module):
+def text() -> nn.Module:
     """Takes words and a mask by keyword, beside a constant, and returns an object with logits."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.words, self.norm, self.head = nn.Embedding(11, 8), nn.LayerNorm(8), nn.Linear(8, CLASSES)
-
-    def forward(self, ids: Tensor, mask: Tensor, pooling: str) -> models.Output:
+    def forward(net: nn.Module, *, ids: Tensor, mask: Tensor, pooling: str) -> models.Output:
         assert pooling == "mean"
-        x = torch.tanh(self.norm(self.words(ids))) * mask[..., None]
-        return models.Output(2 * self.head(x.sum(1) / mask.sum(1, keepdim=True)))
+        x = torch.tanh(net.norm(net.words(ids))) * mask[..., None]
+        return models.Output(2 * net.head(x.sum(1) / mask.sum(1, keepdim=True)))
+
+    return models.Layers(forward, words=nn.Embedding(11, 8), norm=nn.LayerNorm(8), head=nn.Linear(8, CLASSES))
 
 
 def words(step: int) -> SSLBatch:
@@ -149,7 +145,7 @@ def test_every_method_takes_the_same_steps(name: str, engine: str, fused: bool) 
 
 
 @pytest.mark.parametrize(
-    ("kind", "batches"), [(Grouped, methods.data(3)), (Text, [words(step) for step in range(3)])], ids=["conv", "text"]
+    ("kind", "batches"), [(conv, methods.data(3)), (text, [words(step) for step in range(3)])], ids=["conv", "text"]
 )
 def test_other_models_take_the_same_steps(kind: Callable[[], nn.Module], batches: list[SSLBatch]) -> None:
     model = build(kind)
@@ -232,15 +228,9 @@ def test_a_resumed_run_continues_bitwise() -> None:
 # -- where it is refused -----------------------------------------------------------------------------------------------
 
 
-class Draws(nn.Module):
+def draws() -> nn.Module:
     """Noise in train mode, from a module that has a parameter, so that nothing switches it off."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rate = nn.Parameter(torch.zeros(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(x, 0.5, self.training) + self.rate
+    return models.Layers(lambda m, x: F.dropout(m.norm(x), 0.5, m.training), norm=nn.LayerNorm(8))
 
 
 def doubles() -> nn.Module:
@@ -318,7 +308,7 @@ def layer(extra: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
 #: (model, method, options of the wrapper and the loss), and words of the reason.
 REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "dropout": (layer(lambda: nn.Dropout(0.5)), None, {}, "draws random numbers"),
-    "dropout of a layer with parameters": (layer(Draws), None, {}, "draws random numbers"),
+    "dropout of a layer with parameters": (layer(draws), None, {}, "draws random numbers"),
     "another mode": (layer(doubles), None, {}, "other logits in the comparison"),
     "beside a masked class": (Masked, None, {}, "returns other logits in the comparison"),
     "a buffer": (layer(Remembers), None, {}, "changes its buffers"),
@@ -361,22 +351,11 @@ def test_what_would_change_the_step_is_not_shared(name: str) -> None:
         run(model, method, batches, share=True, **{**options, "warmup_steps": 100})
 
 
-class Options:
-    """What a model of another library keeps its options in."""
-
-    def __init__(self) -> None:
-        self.noise = 0.0
-
-
-class Acting(nn.Module):
-    """A layer with a function and an object of options among its attributes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.function, self.options = F.relu, Options()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(self.function(x), self.options.noise, training=self.training)
+def acting() -> nn.Module:
+    """A layer with a function among its attributes, and options in an object of another library's."""
+    own = models.Layers(lambda m, x: F.dropout(F.relu(x), m.options.noise, m.training))
+    own.options = SimpleNamespace(noise=0.0)
+    return own
 
 
 #: A layer, and what is done to it after the first step.
@@ -385,8 +364,8 @@ TURNED: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], None]]] = {
     "number": (lambda: Switched(0), lambda own: setattr(own, "rates", 1)),
     "list": (lambda: Switched([]), lambda own: setattr(own, "rates", [0.5])),
     "dict": (lambda: Switched({"on": 0, "kind": nn.Dropout}), lambda own: own.rates.update(on=1)),
-    "function": (Acting, lambda own: setattr(own, "function", lambda x: F.dropout(x, 0.5))),
-    "options": (Acting, lambda own: setattr(own.options, "noise", 0.5)),
+    "function": (acting, lambda own: setattr(own, "function", lambda _, x: F.dropout(x, 0.5))),
+    "options": (acting, lambda own: setattr(own.options, "noise", 0.5)),
     "probability": (lambda: nn.Dropout(0.0), lambda own: setattr(own, "p", 0.5)),
 }
 

@@ -42,7 +42,7 @@ CHECKS: dict[str, Callable[[str], bool]] = {
 }
 FLAGS = {
     *("grad mode", "inference mode", "anomaly", "autocast", "flash", "memory efficient", "math", "cudnn attention"),
-    *("attention fast path", "cudnn", "mkldnn", "tf32", "default dtype", "threads", "deterministic"),
+    *("attention fast path", "cudnn", "mkldnn", "precision", "default dtype", "threads", "deterministic"),
 }
 KEPT: dict[tuple[str, str, bool], int] = {}
 
@@ -110,7 +110,7 @@ def _problem() -> tuple[Problem, _Layer]:
 
 
 def _snapshot(p: Problem) -> dict[str, Any]:
-    found = {**state.of_process(), **state.of_model(p.model)}
+    found = state.snapshot(p.model)
     found["python random state"] = hash(random.getstate())
     free = isolation._lock.acquire(blocking=False)
     if free:

@@ -58,6 +58,13 @@ def assert_agrees(record: Any, loss: Tensor, gradient: Tensor, verdict: Verdict,
     assert relative(gradient, verdict.flat) <= grad_tol
 
 
+def assert_exact(gc: Any, arguments: Any, verdict: Verdict) -> None:
+    """One call of a loss, and its gradient, against the oracle's, in the precision of the model's parameters."""
+    loss = gc(*arguments)
+    gradient = gradient_of(loss, gc.model)
+    assert_agrees(gc.last, loss, gradient, verdict, dtype=next(gc.model.parameters()).dtype)
+
+
 def assert_measures(record: Any, verdict: Verdict) -> None:
     """Cosine and norms of a record in float64 against the oracle's."""
     assert cosine_error(record.cosine, verdict.cosine) <= 1e-10

@@ -67,7 +67,7 @@ def of_process() -> dict[str, Any]:
         "attention fast path": torch.backends.mha.get_fastpath_enabled(),
         "cudnn": (torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
         "mkldnn": torch.backends.mkldnn.enabled,
-        "tf32": (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
+        "precision": precision(),
         "default dtype": torch.get_default_dtype(),
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
@@ -84,6 +84,30 @@ def of_process() -> dict[str, Any]:
         for name in names:
             state[f"{prefix}.{name}"] = id(getattr(namespace, name))
     return state
+
+
+def precision() -> dict[str, Any]:
+    """Every flag of precision that this torch has."""
+    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    found = {
+        "matmul": torch.get_float32_matmul_precision(),
+        "half sums": cuda.allow_fp16_reduced_precision_reduction,
+        "bfloat16 sums": cuda.allow_bf16_reduced_precision_reduction,
+    }
+    for name, place in (("matmul", cuda), ("convolutions", cudnn)):
+        with contextlib.suppress(RuntimeError):  # newer torch refuses the old name once the new one was used
+            found[f"TF32 in {name}"] = place.allow_tf32
+    for path in ("", "cuda.matmul.", "cudnn.", "cudnn.conv.", "cudnn.rnn.", "mkldnn.", "mkldnn.matmul.", "mkldnn.rnn."):
+        owner: Any = torch.backends
+        for part in path.split(".")[:-1]:
+            owner = getattr(owner, part, None)
+        found[f"{path}fp32_precision"] = getattr(owner, "fp32_precision", None)
+    return found
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Of the process and of a model."""
+    return {**of_process(), **of_model(model)}
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

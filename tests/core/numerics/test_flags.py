@@ -77,27 +77,6 @@ def test_n07_teacher_and_student_in_one_region(engine: str) -> None:
         assert bool(parameter.grad.any()), name
 
 
-def _flags() -> dict[str, Any]:
-    """Every precision flag that this torch has."""
-    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    found = {
-        "matmul precision": torch.get_float32_matmul_precision(),
-        "half sums": cuda.allow_fp16_reduced_precision_reduction,
-        "bfloat16 sums": cuda.allow_bf16_reduced_precision_reduction,
-        "cudnn": (cudnn.enabled, cudnn.benchmark, cudnn.deterministic),
-        "mkldnn": torch.backends.mkldnn.enabled,
-    }
-    for name, place in (("matmul", cuda), ("convolutions", cudnn)):
-        with contextlib.suppress(RuntimeError):  # newer torch refuses the old name once the new one was used
-            found[f"TF32 in {name}"] = place.allow_tf32
-    for path in ("", "cuda.matmul.", "cudnn.", "cudnn.conv.", "cudnn.rnn.", "mkldnn.", "mkldnn.matmul.", "mkldnn.rnn."):
-        owner: Any = torch.backends
-        for part in path.split(".")[:-1]:
-            owner = getattr(owner, part, None)
-        found[f"{path}fp32_precision"] = getattr(owner, "fp32_precision", None)
-    return found
-
-
 @contextlib.contextmanager
 def _tf32(allowed: bool) -> Iterator[None]:
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
@@ -122,22 +101,19 @@ def test_n10_precision_flags_are_the_users(name: str, allowed: bool, engine: str
     """
     p = CASES[name].problem(dtype=torch.float32)
     inside: list[dict[str, Any]] = []
-    p.model.register_forward_pre_hook(lambda module, args: inside.append(_flags()))
+    p.model.register_forward_pre_hook(lambda module, args: inside.append(state.precision()))
     with _tf32(allowed):
-        before, process = _flags(), state.of_process()
+        process = state.of_process()
         gc = GradientConsistencyLoss(p.model, engine=engine)
         gc(*p.views).backward()
         gc.measure(*p.views)
-        assert _flags() == before
         handle = p.model.register_forward_hook(_raise)
         with pytest.raises(_PlantedError, match="planted"):
             gc(*p.views)
         handle.remove()
-        assert _flags() == before
         assert state.differences(process, state.of_process()) == []
-    precision = [key for key in before if "TF32" in key or "precision" in key]
     assert inside
-    assert all(seen[key] == before[key] for seen in inside for key in precision)
+    assert all(seen == process["precision"] for seen in inside)
 
 
 def _raise(*_: object) -> None:
