@@ -61,11 +61,13 @@ def test_reduction_none_has_a_graph_for_each_pair(engine: str) -> None:
 
 @FUSED
 def test_backward_scales_with_the_cotangent(fused: bool) -> None:
-    """0.1 * gc(...) and a GradScaler's factor arrive as ordinary factors; an outer graph is respected."""
+    """0.1 * gc(...), a GradScaler's factor and a loss in two sums arrive as factors; an outer graph is respected."""
     p = problem()
     reference = p.judge().verdict().flat
     gc = GradientConsistencyLoss(p.model, fused=fused)
     assert compare.relative(compare.gradient_of(-0.125 * gc(*p.views), p.model), -0.125 * reference) <= 1e-8
+    loss = gc(*p.views)
+    assert compare.relative(compare.gradient_of(loss + 2 * loss, p.model), 3.0 * reference) <= 1e-8
     factor = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
     loss = gc(*p.views)
     assert compare.relative(compare.gradient_of(factor * loss, p.model), 3.0 * reference) <= 1e-8
@@ -272,8 +274,7 @@ def test_stop_gradient(name: str, view: str, engine: str) -> None:
     p, verdict = problem(name), CASES[name].verdict(stop_gradient=view)
     fused = (STOPPED.index(name) + (view == "weak") + (engine == "ghost")) % 2 == 0
     gc = GradientConsistencyLoss(p.model, engine=engine, fused=fused, stop_gradient=view, chunk_size=2)
-    loss = gc(*p.views)
-    compare.assert_agrees(gc.last, loss, compare.gradient_of(loss, p.model), verdict, dtype=torch.float64)
+    compare.assert_exact(gc, p.views, verdict)
 
 
 # -- degenerate pairs --------------------------------------------------------------------------------------------------
@@ -361,9 +362,8 @@ def test_min_norm_is_a_floor_on_each_norm(engine: str) -> None:
         for above in (0.999, 1.001):
             verdict = p.judge(min_norm=min_norm * above).verdict()
             gc = GradientConsistencyLoss(p.model, engine=engine, min_norm=min_norm * above)
-            loss = gc(*p.views)
+            compare.assert_exact(gc, p.views, verdict)
             assert gc.last.degenerate.tolist() == (smaller <= min_norm * above).tolist()
-            compare.assert_agrees(gc.last, loss, compare.gradient_of(loss, p.model), verdict, dtype=torch.float64)
 
 
 def test_the_degenerate_do_not_spread_through_extreme_scales() -> None:

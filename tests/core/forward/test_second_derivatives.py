@@ -1,7 +1,7 @@
 """Torch's wrong second derivatives: by formula or refused by name, wherever they hide, and found by `verify`.
 
-`benchmarks/derivatives/sweep_derivatives.py` is the search for them; here is what it found, and derivative
-checks of L_g itself.
+`benchmarks/derivatives/sweep_derivatives.py` is the search for them; here is what it found. Differences of L_g itself:
+test_oracle, on which test_exactness and test_ghost rest, and tests/slow/directional.py.
 """
 
 from __future__ import annotations
@@ -27,14 +27,12 @@ from gradconsist.engines import vmap as vmap_module
 from gradconsist.errors import UnsupportedModuleError
 from gradconsist.types import GradProducts
 from support import compare
-from support.layer_zoo import LAYER_CASES
 from support.models import Layers
 from support.nets import net, views
 from support.oracle import judge
 from support.zoo import CASES
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # torch, of vmap
-ZOO = {**CASES, **LAYER_CASES}
 
 
 def scripted(function: Any) -> Any:
@@ -196,37 +194,6 @@ def test_max_norm_is_found_without_our_refusal(monkeypatch: pytest.MonkeyPatch) 
     # A forward that writes into the weights is found before any derivative is.
     with pytest.raises(UnsupportedModuleError, match="changes with the other samples"):
         diagnostics.verify(GradientConsistencyLoss(problem.model, loss_fn=problem.case.loss_fn), *problem.views)
-
-
-# L_g by gradcheck: every parameter at once, against differences of the library's own value.
-
-SMOOTH = [
-    "mlp", "mlp_soft_target", "mlp_layernorm", "mlp_rmsnorm", "mlp_user_loss", "cnn_groupnorm", "attention_functional",
-    "reused_linear", "conv_grouped", "conv_transposed", "conv1d", "conv3d", "two_inputs", "dict_output",
-    "bare_parameters", "frozen_subset", "weight_norm", "spectral_norm_eval", "transposed3d", "linear_3d", "glu",
-    "shared", "tied_embedding", "rnn_tanh",
-]  # fmt: skip
-FUSED = ["mlp", "reused_linear", "bare_parameters", "weight_norm"]
-TIGHT = {"eps": 1e-6, "atol": 1e-7, "rtol": 1e-5}
-
-
-class _AtParameters:
-    """L_g as gradcheck wants it, which moves the parameters in place."""
-
-    def __init__(self, gc: GradientConsistencyLoss, *views: Any) -> None:
-        self.gc, self.views = gc, views
-
-    def __call__(self, *parameters: Tensor) -> Tensor:
-        return self.gc(*self.views)
-
-
-@pytest.mark.parametrize(("name", "fused"), [(n, False) for n in SMOOTH] + [(n, True) for n in FUSED])
-def test_gradcheck_of_the_loss(name: str, fused: bool) -> None:
-    """Along random directions; entry by entry, and more models, in tests/slow/directional.py."""
-    problem = ZOO[name].problem(pairs=2)
-    options = {"encoder": problem.case.encoder, "loss_fn": problem.case.loss_fn, "fused": fused}
-    loss = _AtParameters(GradientConsistencyLoss(problem.model, **options), *problem.views)
-    assert gradcheck(loss, compare.trainable(problem.model), fast_mode=True, **TIGHT)
 
 
 @pytest.mark.parametrize("scales", [(1.0, 1.0), (1e-3, 1.0), (30.0, 0.01)])
