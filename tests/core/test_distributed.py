@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,13 @@ Parameters = dict[str, Tensor]
 def two() -> Iterator[Processes]:
     with Processes(2) as ranks:
         yield ranks
+
+
+def assert_gradients(ranks: Processes, spec: Spec) -> list[dict[str, Any]]:
+    """What all ranks got, whose first gradient is that of one process on the joined batch."""
+    expected, found = ddp.judge(spec), ranks.run(ddp.train, spec)
+    assert all(ddp.error(rank["gradient"], expected) <= BOUND for rank in found), spec
+    return found
 
 
 def same(first: Parameters, second: Parameters) -> bool:
@@ -60,37 +68,25 @@ def test_a_rank_that_fails_dies_or_hangs_fails_the_test(worker: str, message: st
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "graph"])
 @pytest.mark.parametrize("engine", ["ghost", "loop"])
 def test_gradients_are_those_of_one_process(two: Processes, engine: str, fused: bool) -> None:
-    spec = Spec(loss={"engine": engine, "fused": fused})
-    expected = ddp.judge(spec)
-    for rank in two.run(ddp.train, spec):
-        assert any(rank["compared"][0])
-        assert ddp.error(rank["gradient"], expected) <= BOUND
+    ranks = assert_gradients(two, Spec(loss={"engine": engine, "fused": fused}))
+    assert all(any(rank["compared"][0]) for rank in ranks)
 
 
 @pytest.mark.parametrize("name", list(ddp.gradient_cases(2))[1:])
 def test_gradients_in_every_form(two: Processes, name: str) -> None:
     spec = ddp.gradient_cases(2)[name]
-    expected = ddp.judge(spec)
-    for number, rank in enumerate(two.run(ddp.train, spec)):
+    for number, rank in enumerate(assert_gradients(two, spec)):
         assert any(map(any, rank["compared"])) == (number not in spec.empty)
         assert rank["step"] == spec.accumulate  # every call counts, under no_sync too
-        assert ddp.error(rank["gradient"], expected) <= BOUND
 
 
 @pytest.mark.parametrize("world", [3, 4])
 def test_gradients_of_three_and_four_processes(world: int) -> None:
     cases = ddp.gradient_cases(world)
+    chosen = "as it is", "no_sync", "empty mask on the last rank", "uneven, one ratio", "uneven, unlabeled only"
     with Processes(world) as ranks:
-        for name in (
-            "as it is",
-            "no_sync",
-            "empty mask on the last rank",
-            "uneven, one ratio",
-            "uneven, unlabeled only",
-        ):
-            expected = ddp.judge(cases[name])
-            for rank in ranks.run(ddp.train, cases[name]):
-                assert ddp.error(rank["gradient"], expected) <= BOUND, name
+        for name in chosen:
+            assert_gradients(ranks, cases[name])
 
 
 def test_uneven_batches_without_weights_give_the_mean_of_the_ranks_means(two: Processes) -> None:
@@ -114,9 +110,7 @@ def test_a_rank_with_fewer_batches_under_join(two: Processes) -> None:
 def test_a_layer_without_use_needs_the_search_where_there_is_a_graph(two: Processes) -> None:
     """As with any loss; the fused form names every parameter and does without."""
     spec = Spec(model="layer without use", steps=2)
-    expected = ddp.judge(spec)
-    for rank in two.run(ddp.train, spec):
-        assert ddp.error(rank["gradient"], expected) <= BOUND
+    assert_gradients(two, spec)
     with pytest.raises(RankError, match="Expected to have finished reduction in the prior iteration"):
         two.run(ddp.train, replace(spec, loss={"fused": False}))
 

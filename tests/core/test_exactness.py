@@ -48,9 +48,8 @@ def test_engines_agree_with_the_oracle(name: str, engine: str) -> None:
             with pytest.raises(UnsupportedModuleError, match="loop"):
                 gc(*problem.views)
             continue
-        loss, verdict = gc(*problem.views), CASES[name].verdict(dtype=dtype)
-        gradient = compare.gradient_of(loss, problem.model)
-        compare.assert_agrees(gc.last, loss, gradient, verdict, dtype=dtype)
+        verdict = CASES[name].verdict(dtype=dtype)
+        compare.assert_exact(gc, problem.views, verdict)
         if dtype == DOUBLE and fused:
             compare.assert_measures(gc.measure(*problem.views), verdict)
 
@@ -90,9 +89,7 @@ def test_what_is_compared_and_what_is_differentiated(engine: str) -> None:
         problem = CASES["mlp"].problem()
         verdict = problem.judge(compared=compared).verdict()
         gc = GradientConsistencyLoss(problem.model, encoder=encoder(problem.model), engine=engine)
-        loss = gc(*problem.views)
-        gradient = compare.gradient_of(loss, problem.model)
-        compare.assert_agrees(gc.last, loss, gradient, verdict, dtype=torch.float64)
+        compare.assert_exact(gc, problem.views, verdict)
         assert float(verdict.gradient["4.weight"].norm()) > 1e-3
 
 
@@ -102,13 +99,11 @@ def test_frozen_parameters_are_not_compared(engine: str) -> None:
     problem = CASES["frozen_subset"].problem()
     verdict = problem.judge(compared=lambda n: n.startswith(("0.", "2."))).verdict()
     gc = GradientConsistencyLoss(problem.model, encoder=[problem.model[0], problem.model[2]], engine=engine)
-    loss = gc(*problem.views)
-    loss.backward()
+    gc(*problem.views).backward()
     assert problem.model[0].weight.grad is None
     assert problem.model[2].weight.grad is None
     problem.model.zero_grad()
-    gradient = compare.gradient_of(gc(*problem.views), problem.model)
-    compare.assert_agrees(gc.last, loss, gradient, verdict, dtype=torch.float64)
+    compare.assert_exact(gc, problem.views, verdict)
 
 
 def test_parameters_frozen_after_construction() -> None:
@@ -130,9 +125,7 @@ def test_many_pairs_in_odd_chunks(engine: str) -> None:
     for pairs, chunk_size in ((7, 3), (7, 2), (7, 7), (7, 50), (1, 1), (1, None), (2, "auto")):
         problem = CASES["cnn_batchnorm_train"].problem(pairs=pairs)
         gc = GradientConsistencyLoss(problem.model, engine=engine, chunk_size=chunk_size)
-        loss = gc(*problem.views)
-        gradient = compare.gradient_of(loss, problem.model)
-        compare.assert_agrees(gc.last, loss, gradient, problem.judge().verdict(), dtype=torch.float64)
+        compare.assert_exact(gc, problem.views, problem.judge().verdict())
 
 
 def _difference() -> nn.Module:
@@ -150,8 +143,7 @@ def test_views_are_paired_by_key_in_whatever_order_they_were_built(engine: str, 
     target = torch.tensor([0, 1, 2, 0])
     verdict = Judge(model, weak, strong, target, stop_gradient=stop).verdict()
     gc = GradientConsistencyLoss(model, engine=engine, stop_gradient=stop, chunk_size=3)
-    loss = gc(weak, {key: strong[key] for key in ("other", "one")}, target)
-    compare.assert_agrees(gc.last, loss, compare.gradient_of(loss, model), verdict, dtype=torch.float64)
+    compare.assert_exact(gc, (weak, {key: strong[key] for key in ("other", "one")}, target), verdict)
 
 
 def test_old_style_weight_norm() -> None:

@@ -40,15 +40,11 @@ def test_a_module_with_two_names_inside_one_that_runs_sample_by_sample(engine: s
     own = nn.Linear(6, 6)
     model = nn.Sequential(nn.Linear(5, 6), Layers(branch, first=own, second=own), nn.Linear(6, 3)).double()
     p = Problem(CASES["mlp"], model, *CASES["mlp"].problem().views)
-    before, verdict = _snapshot(p), p.judge().verdict()
+    before, verdict = state.snapshot(p.model), p.judge().verdict()
     gc = GradientConsistencyLoss(model, engine=engine)
     loss = gc(*p.views)
-    assert state.differences(before, _snapshot(p)) == []
+    assert state.differences(before, state.snapshot(p.model)) == []
     compare.assert_agrees(gc.last, loss, compare.gradient_of(loss, model), verdict, dtype=torch.float64)
-
-
-def _snapshot(p: Problem) -> dict[str, object]:
-    return {**state.of_process(), **state.of_model(p.model)}
 
 
 def _give_gradients(p: Problem) -> None:
@@ -68,21 +64,21 @@ def test_a_successful_call_leaves_no_trace(name: str, engine: str) -> None:
         engine = "auto"
     p = CASES[name].problem()
     _give_gradients(p)
-    before = _snapshot(p)
+    before = state.snapshot(p.model)
     loss = GradientConsistencyLoss(p.model, encoder=p.case.encoder, engine=engine, fused=fused, chunk_size=2)
-    assert state.differences(before, _snapshot(p)) == [], "after construction"
+    assert state.differences(before, state.snapshot(p.model)) == [], "after construction"
     value = loss(*p.views)
-    assert state.differences(before, _snapshot(p)) == [], "after the call"
+    assert state.differences(before, state.snapshot(p.model)) == [], "after the call"
     loss.measure(*p.views)
     with torch.no_grad():
         loss.measure(*p.views)
-    assert state.differences(before, _snapshot(p)) == [], "after measure"
+    assert state.differences(before, state.snapshot(p.model)) == [], "after measure"
     value.backward()
-    changed = state.differences(before, _snapshot(p))
+    changed = state.differences(before, state.snapshot(p.model))
     assert changed, "backward writes gradients"
     assert all(key.endswith(": grad") for key in changed)
     del loss, value
-    assert all(key.endswith(": grad") for key in state.differences(before, _snapshot(p)))
+    assert all(key.endswith(": grad") for key in state.differences(before, state.snapshot(p.model)))
 
 
 FORMS = {form: GhostEngine(form=form) for form in ("gradient", "gram")}
@@ -105,11 +101,11 @@ def test_an_exception_in_any_forward_leaves_no_trace(engine: Any, fused: bool) -
             raise (KeyError, KeyboardInterrupt)[at % 2]("planted")
         return x
 
-    p = CASES["cnn_batchnorm_train"].problem()
+    p = CASES["cnn_batchnorm_train"].problem(pairs=3)
     parts = list(p.model)
     p.model = nn.Sequential(*parts[:3], nn.Dropout(0.3), Layers(explode), *parts[3:]).double()
     _give_gradients(p)
-    before = _snapshot(p)
+    before = state.snapshot(p.model)
     GradientConsistencyLoss(p.model, engine=engine, fused=fused, chunk_size=2)(*p.views)
     count = calls
     assert count >= 5
@@ -119,9 +115,9 @@ def test_an_exception_in_any_forward_leaves_no_trace(engine: Any, fused: bool) -
         named = r"`model\.4` \(Layers\): KeyError: 'planted'|^planted$"
         with pytest.raises((ModelError, KeyboardInterrupt), match=named):
             gc(*p.views)
-        assert state.differences(before, _snapshot(p)) == []
+        assert state.differences(before, state.snapshot(p.model)) == []
     assert torch.isfinite(gc(*p.views)), "and the loss works afterwards"
-    assert state.differences(before, _snapshot(p)) == []
+    assert state.differences(before, state.snapshot(p.model)) == []
 
 
 def test_the_random_states_of_torch_and_python_stay_as_they_were() -> None:

@@ -140,7 +140,7 @@ _TABLE = [
     Case("conv_twice", lambda: stack1d(models.Apply(nn.Conv1d(4, 4, 2, padding=1), _twice), 4), normal(3, 6)),
     Case("text_padding", lambda: models.Text(0, tied=False), tokens(7, 6), classes=7),
     Case("text_negative_padding_tied", lambda: models.Text(-2, tied=True), tokens(7, 6), classes=7),
-    Case("shared", models.Shared, VECTOR),
+    Case("shared", models.shared, VECTOR),
     Case("bare_and_ruled", models.Bare, normal(3, 4, 4)),
     Case("generated_kernels", models.Generated, normal(3, 4, 6)),
     Case("functional_weights", models.Functional, VECTOR),

@@ -150,15 +150,9 @@ class LayerScale(nn.Module):
         return self.head(x + self.scale * torch.tanh(self.block(x))) * self.temperature
 
 
-class Recurrent(nn.Module):
+def recurrent(kind: type[nn.RNNBase]) -> Layers:
     """A native recurrent network, its last hidden state classified."""
-
-    def __init__(self, kind: type[nn.RNNBase]) -> None:
-        super().__init__()
-        self.rnn, self.head = kind(4, 5, batch_first=True), nn.Linear(5, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.rnn(x)[0][:, -1])
+    return Layers(lambda m, x: m.head(m.rnn(x)[0][:, -1]), rnn=kind(4, 5, batch_first=True), head=nn.Linear(5, 3))
 
 
 class WideBlock(nn.Module):
@@ -200,17 +194,15 @@ class FunctionalNorm(nn.Module):
         return F.batch_norm(x, self.mean, self.var, self.gain, self.shift, self.training, 0.1, 1e-5)
 
 
-class NormTwice(nn.Module):
+def norm_twice() -> Layers:
     """One BatchNorm called at two places of a forward: two sets of statistics."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.mid, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 3)
-        self.norm = nn.BatchNorm2d(4)
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = torch.tanh(m.norm(m.stem(x)))
+        return m.head(torch.tanh(m.norm(m.mid(x))).mean((2, 3)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.tanh(self.norm(self.stem(x)))
-        return self.head(torch.tanh(self.norm(self.mid(x))).mean((2, 3)))
+    convolutions = {"stem": nn.Conv2d(3, 4, 3), "mid": nn.Conv2d(4, 4, 3, padding=1)}
+    return Layers(forward, **convolutions, head=nn.Linear(4, 3), norm=nn.BatchNorm2d(4))
 
 
 def checkpointed() -> Layers:

@@ -44,10 +44,9 @@ def assert_exact(model: nn.Module, engine: str, reference: nn.Module | None = No
     """Against the oracle on `reference`, a model of the same function and parameters; nothing is left behind."""
     if reference is not None:
         reference.load_state_dict(model.state_dict())
-    before = {**state.of_process(), **state.of_model(model)}
+    before = state.snapshot(model)
     verdict = judge(model if reference is None else reference, *views())
     gc = GradientConsistencyLoss(model, engine=engine, **options)
-    loss = gc(*views())
-    compare.assert_agrees(gc.last, loss, compare.gradient_of(loss, model), verdict, dtype=torch.float64)
+    compare.assert_exact(gc, views(), verdict)
     assert compare.cosine_error(gc.measure(*views()).cosine, verdict.cosine) <= 1e-10
-    assert state.differences(before, {**state.of_process(), **state.of_model(model)}) == []
+    assert state.differences(before, state.snapshot(model)) == []

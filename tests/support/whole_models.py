@@ -101,6 +101,12 @@ def _case(name: str, build: Callable[[], nn.Module], **options: Any) -> Case:
     return Case(name, build, reference=_by_hand, **options)
 
 
+def _made(path: str, *args: Any, **options: Any) -> Callable[[], nn.Module]:
+    """What "module:name" makes, imported only then."""
+    module, name = path.split(":")
+    return lambda: getattr(importlib.import_module(module), name)(*args, **options)
+
+
 # -- torchvision and timm ----------------------------------------------------------------------------------------------
 
 
@@ -121,12 +127,6 @@ def _torchvision_convnext() -> nn.Module:
 
     blocks = [CNBlockConfig(16, 24, 1), CNBlockConfig(24, 32, 2), CNBlockConfig(32, None, 1)]
     return ConvNeXt(blocks, stochastic_depth_prob=0.2, num_classes=CLASSES)
-
-
-def _torchvision_vit() -> nn.Module:
-    from torchvision.models.vision_transformer import VisionTransformer
-
-    return VisionTransformer(32, 8, 2, 2, 32, 64, dropout=0.1, attention_dropout=0.1, num_classes=CLASSES)
 
 
 def _torchvision_swin(version: int) -> nn.Module:
@@ -150,12 +150,6 @@ def _torchvision_regnet() -> nn.Module:
 
     params = BlockParams.from_init_params(depth=5, w_0=16, w_a=8.0, w_m=2.0, group_width=8, se_ratio=0.25)
     return RegNet(params, num_classes=CLASSES, stem_width=16)
-
-
-def _torchvision_densenet() -> nn.Module:
-    from torchvision.models.densenet import DenseNet
-
-    return DenseNet(8, (2, 2), 16, bn_size=2, drop_rate=0.1, num_classes=CLASSES)
 
 
 def _timm(name: str, **options: Any) -> Callable[[], nn.Module]:
@@ -184,18 +178,6 @@ def _timm_nfnet() -> nn.Module:
         (1, 1), (16, 32), stem_type="3x3", stem_chs=8, group_size=8, act_layer="gelu", attn_layer="se", attn_kwargs={}
     )
     return NormFreeNet(cfg, num_classes=CLASSES, drop_path_rate=0.1)
-
-
-def _timm_efficientnet() -> nn.Module:
-    from timm.models.efficientnet import _gen_efficientnet_lite
-
-    return _gen_efficientnet_lite("efficientnet_lite0", 0.25, 0.5, num_classes=CLASSES)
-
-
-def _timm_mixer() -> nn.Module:
-    from timm.models.mlp_mixer import MlpMixer
-
-    return MlpMixer(CLASSES, 32, patch_size=8, num_blocks=2, embed_dim=32)
 
 
 _VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -269,7 +251,8 @@ _TABLE = [
         "torchvision/resnet_groupnorm", lambda: _torchvision_resnet(norm_layer=functools.partial(nn.GroupNorm, 4))
     ),
     _case("torchvision/convnext", _torchvision_convnext),
-    _case("torchvision/vit", _torchvision_vit),
+    _case("torchvision/vit", _made("torchvision.models.vision_transformer:VisionTransformer", 32, 8, 2, 2, 32, 64,
+          dropout=0.1, attention_dropout=0.1, num_classes=CLASSES)),
     _case("torchvision/swin", lambda: _torchvision_swin(1)),
     _case("torchvision/swin_v2", lambda: _torchvision_swin(2)),
     _case("torchvision/efficientnet", _torchvision_efficientnet),
@@ -280,7 +263,8 @@ _TABLE = [
     _case("torchvision/regnet", _torchvision_regnet),
     _case("torchvision/shufflenet_v2", lambda: _torchvision("shufflenet_v2_x0_5")),
     _case("torchvision/squeezenet", lambda: _torchvision("squeezenet1_1")),
-    _case("torchvision/densenet", _torchvision_densenet),
+    _case("torchvision/densenet", _made("torchvision.models.densenet:DenseNet", 8, (2, 2), 16, bn_size=2, drop_rate=0.1,
+          num_classes=CLASSES)),
     _case("timm/resnet10t", _timm("resnet10t")),
     _case("timm/resnetv2_weight_standardised", _timm_resnet_v2),
     _case("timm/nfnet_weight_standardised", _timm_nfnet),
@@ -291,9 +275,10 @@ _TABLE = [
                                       drop_path_rate=0.1)),
     _case("timm/convnextv2_atto", _timm("convnextv2_atto", depths=(1, 1, 1, 1), dims=(16, 24, 32, 40))),
     _case("timm/swin", _timm("swin_tiny_patch4_window7_224", **_SWIN)),
-    _case("timm/efficientnet_lite", _timm_efficientnet),
+    _case("timm/efficientnet_lite", _made("timm.models.efficientnet:_gen_efficientnet_lite", "efficientnet_lite0", 0.25,
+          0.5, num_classes=CLASSES)),
     _case("timm/mobilenetv3_small_050", _timm("mobilenetv3_small_050", drop_rate=0.1)),
-    _case("timm/mixer", _timm_mixer),
+    _case("timm/mixer", _made("timm.models.mlp_mixer:MlpMixer", CLASSES, 32, patch_size=8, num_blocks=2, embed_dim=32)),
 ]  # fmt: skip
 
 WHOLE_CASES: dict[str, Case] = {case.name: case for case in _TABLE}

@@ -71,9 +71,7 @@ def test_every_model_is_exact_in_every_form(name: str) -> None:
             with pytest.raises(UnsupportedModuleError, match="engine='loop'"):
                 gc(*problem.views)
             continue
-        loss = gc(*problem.views)
-        gradient = compare.gradient_of(loss, problem.model)
-        compare.assert_agrees(gc.last, loss, gradient, ALL[name].verdict(dtype=dtype, stop_gradient=stop), dtype=dtype)
+        compare.assert_exact(gc, problem.views, ALL[name].verdict(dtype=dtype, stop_gradient=stop))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -82,8 +80,7 @@ def test_the_defaults_and_measure_are_exact(name: str) -> None:
     verdict = ALL[name].verdict(stop_gradient=None)
     problem = ALL[name].problem()
     gc = _loss(problem)
-    loss = gc(*problem.views)
-    compare.assert_agrees(gc.last, loss, compare.gradient_of(loss, problem.model), verdict, dtype=DOUBLE)
+    compare.assert_exact(gc, problem.views, verdict)
     form: Any = ("gradient", "gram")[list(ALL).index(name) % 2]
     engine: Any = GhostEngine(form=form) if ALL[name].ghost == "exact" else "auto"
     compare.assert_measures(_loss(problem, engine=engine).measure(*problem.views), verdict)
@@ -147,8 +144,7 @@ def test_views_of_different_lengths(form: Any, stop: str | None) -> None:
         gc = GradientConsistencyLoss(
             model, engine=GhostEngine(form=form), stop_gradient=stop, fused=fused, chunk_size=chunk_size
         )
-        loss = gc(weak, strong, target)
-        compare.assert_agrees(gc.last, loss, compare.gradient_of(loss, model), verdict, dtype=DOUBLE)
+        compare.assert_exact(gc, (weak, strong, target), verdict)
         assert compare.cosine_error(gc.measure(weak, strong, target).cosine, verdict.cosine) <= 1e-10
 
 
@@ -159,9 +155,7 @@ def test_what_vmap_refuses_is_exact_under_auto(name: str, form: Any, caplog: pyt
     gc = _loss(problem, engine="auto")
     assert isinstance(gc.engine, AutoEngine)
     gc.engine.engine = GhostEngine(form=form)
-    loss = gc(*problem.views)
-    gradient = compare.gradient_of(loss, problem.model)
-    compare.assert_agrees(gc.last, loss, gradient, ALL[name].verdict(stop_gradient=None), dtype=DOUBLE)
+    compare.assert_exact(gc, problem.views, ALL[name].verdict(stop_gradient=None))
     fell_back = ALL[name].ghost == "refused"
     assert isinstance(gc.engine.engine, LoopEngine) == fell_back
     assert ("per-sample loop" in caplog.text) == fell_back

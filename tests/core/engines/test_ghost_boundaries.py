@@ -19,6 +19,7 @@ from gradconsist.engines import GhostEngine, register_rule, unregister_rule
 from gradconsist.engines.ghost.capture import Capture
 from gradconsist.errors import UnsupportedModuleError
 from support import compare
+from support.models import Layers
 from support.nets import assert_exact, net, views
 
 
@@ -29,16 +30,13 @@ def _double(model: nn.Module) -> nn.Module:
     return model.double()
 
 
-class Branching(nn.Module):
+def _branching(m: Any, x: Tensor) -> Tensor:
     """Control flow on a value that is read below Python's methods, which vmap refuses; both branches are linear."""
+    return torch.tanh(m.inner(x)) if torch.ops.aten.item(x.detach()[..., 0].sum()) > 0 else m.other(x)
 
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-        self.other = nn.Linear(6, 6)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.inner(x)) if torch.ops.aten.item(x.detach()[..., 0].sum()) > 0 else self.other(x)
+def branches(inner: nn.Module) -> nn.Module:
+    return Layers(_branching, inner=inner, other=nn.Linear(6, 6))
 
 
 def _around(middle: nn.Module) -> nn.Module:
@@ -47,7 +45,7 @@ def _around(middle: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("engine", ["ghost", "auto"])
 def test_a_module_that_vmap_refuses_runs_sample_by_sample(engine: str) -> None:
-    model = _around(Branching(nn.Linear(6, 6)))
+    model = _around(branches(nn.Linear(6, 6)))
     assert_exact(model, engine)
     report = check(GradientConsistencyLoss(model, engine=engine), *views())
     assert report.ok
@@ -60,7 +58,7 @@ def test_the_rules_of_the_comparison_hold_inside_a_looped_module() -> None:
     """weight_norm by formula, dropout off: below vmap no function mode is active by itself."""
     pytest.importorskip("torch.nn.utils.parametrizations")
     inner = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)), nn.Dropout(0.5))
-    model = _around(Branching(inner))
+    model = _around(branches(inner))
     by_loop = GradientConsistencyLoss(model, engine="loop")(*views())
     expected = compare.gradient_of(by_loop, model)
     by_ghost = GradientConsistencyLoss(model, engine="ghost")(*views())
@@ -69,7 +67,7 @@ def test_the_rules_of_the_comparison_hold_inside_a_looped_module() -> None:
 
 def test_an_engine_that_serves_two_models_keeps_them_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = GhostEngine()
-    branching, plain = _around(Branching(nn.Linear(6, 6))), _around(nn.Linear(6, 6))
+    branching, plain = _around(branches(nn.Linear(6, 6))), _around(nn.Linear(6, 6))
     assert_exact(branching, engine)
     assert set(engine.looped(branching)) == {"2"}
     # Not sample by sample, as the other model's module of that name.
@@ -159,7 +157,7 @@ def test_long_inner_products_keep_their_digits_in_float32() -> None:
 
 
 def test_a_loss_with_the_engine_can_be_copied_and_pickled() -> None:
-    model = _around(Branching(nn.Linear(6, 6)))
+    model = _around(branches(nn.Linear(6, 6)))
     loss = GradientConsistencyLoss(model, engine=GhostEngine(form="gram"))
     value = loss(*views()).item()
     for twin in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
@@ -167,31 +165,24 @@ def test_a_loss_with_the_engine_can_be_copied_and_pickled() -> None:
         assert repr(twin.engine) == repr(loss.engine)
 
 
-class Remembers(nn.Module):
+def _remembers(m: Any, x: Tensor, cache: Any) -> Tensor:
     """Puts its state into an argument, as attention does with a cache, and goes on from what it finds there."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(6, 6)
-
-    def forward(self, x: Tensor, cache: Any) -> Tensor:
-        known = cache if isinstance(cache, list) else cache.rows
-        h = self.inner(x) + (known[-1] if known else 0.0)
-        known.append(h)
-        return h if torch.ops.aten.item(h.sum()) > 0 else h.clone()  # vmap refuses to look
+    known = cache if isinstance(cache, list) else cache.rows
+    h = m.inner(x) + (known[-1] if known else 0.0)
+    known.append(h)
+    return h if torch.ops.aten.item(h.sum()) > 0 else h.clone()  # vmap refuses to look
 
 
-class Cached(nn.Module):
+def _cached(kind: Callable[[], Any]) -> nn.Module:
     """Makes a cache, calls a layer with it, and reads what the layer left there."""
 
-    def __init__(self, kind: Callable[[], Any]) -> None:
-        super().__init__()
-        self.kind, self.stem, self.part, self.head = kind, nn.Linear(5, 6), Remembers(), nn.Linear(6, 3)
+    def forward(m: Any, x: Tensor) -> Tensor:
+        cache = kind()
+        h = m.part(m.stem(x), cache).tanh()
+        return m.head(h + sum(cache if isinstance(cache, list) else cache.rows))
 
-    def forward(self, x: Tensor) -> Tensor:
-        cache = self.kind()
-        h = self.part(self.stem(x), cache).tanh()
-        return self.head(h + sum(cache if isinstance(cache, list) else cache.rows))
+    part = Layers(_remembers, inner=nn.Linear(6, 6))
+    return Layers(forward, stem=nn.Linear(5, 6), part=part, head=nn.Linear(6, 3))
 
 
 class Rows:
@@ -203,7 +194,7 @@ class Rows:
 
 @pytest.mark.parametrize("kind", [Rows, list])
 def test_no_sample_finds_what_another_left_in_an_argument(kind: Callable[[], Any]) -> None:
-    model = _double(Cached(kind))
+    model = _double(_cached(kind))
     with pytest.raises(UnsupportedModuleError, match="engine='loop'"):
         GradientConsistencyLoss(model, engine="ghost")(*views())
     assert_exact(model, "auto")

@@ -93,12 +93,12 @@ def test_a_registered_rule_is_exact_in_a_model(registered: bool, stop: Any) -> N
     model, target = Model().double(), torch.arange(4) % 3
     weak, strong = torch.randn(2, 4, 3, 5, dtype=DOUBLE)
     verdict = judge(model, weak, strong, target, stop_gradient=stop)
-    before = {**state.of_process(), **state.of_model(model)}
+    before = state.snapshot(model)
     for form, fused, chunk_size in (("auto", True, 1), ("gram", False, None), ("gradient", True, 3)):
         engine = GhostEngine(form=form)  # type: ignore[arg-type]
         gc = GradientConsistencyLoss(model, engine=engine, fused=fused, chunk_size=chunk_size, stop_gradient=stop)
         loss = gc(weak, strong, target)
-        assert state.differences(before, {**state.of_process(), **state.of_model(model)}) == []
+        assert state.differences(before, state.snapshot(model)) == []
         compare.assert_agrees(gc.last, loss, compare.gradient_of(loss, model), verdict, dtype=DOUBLE)
         assert compare.cosine_error(gc.measure(weak, strong, target).cosine, verdict.cosine) <= 1e-10
 
@@ -110,10 +110,10 @@ def test_a_rule_that_fails_leaves_no_trace() -> None:
     register_rule(Wave, broken)
     model = nn.Sequential(nn.Linear(5, 5), Wave(5, 3)).double()
     views = torch.randn(2, 4, 5, dtype=DOUBLE)
-    before = {**state.of_process(), **state.of_model(model)}
+    before = state.snapshot(model)
     with pytest.raises(KeyError, match="boom"):
         GradientConsistencyLoss(model, engine="ghost")(*views, torch.arange(4) % 3)
-    assert state.differences(before, {**state.of_process(), **state.of_model(model)}) == []
+    assert state.differences(before, state.snapshot(model)) == []
 
 
 @pytest.mark.parametrize(
@@ -249,12 +249,12 @@ REPORTED = ["mlp", "wrn_slice", "vit", "tied_embedding", "bare_parameters", "fro
 def test_the_report_lists_every_parameter(name: str, engine: str) -> None:
     problem = ALL[name].problem()
     case = problem.case
-    before = {**state.of_process(), **state.of_model(problem.model)}
+    before = state.snapshot(problem.model)
     report = diagnostics.check(
         GradientConsistencyLoss(problem.model, encoder=case.encoder, loss_fn=case.loss_fn, engine=engine),
         *problem.views,
     )
-    assert state.differences(before, {**state.of_process(), **state.of_model(problem.model)}) == []
+    assert state.differences(before, state.snapshot(problem.model)) == []
     assert [row.parameter for row in report.rows] == [name for name, _ in problem.model.named_parameters()]
     assert [row.size for row in report.rows] == [p.numel() for p in problem.model.parameters()]
     refused = getattr(case, engine, "exact") == "refused"
@@ -313,10 +313,9 @@ def test_a_tied_table_takes_one_hot_rows_for_short_texts_only(
     assert next(row.route for row in rows if row.parameter == "embedding.weight").endswith(
         f"{form} form (2 uses as one)"
     )
-    loss = gc(weak, strong, target)
+    gc(weak, strong, target)
     assert (2 in made) == (form == "gram")  # targets have one dimension
-    verdict = judge(model, weak, strong, target)
-    compare.assert_agrees(gc.last, loss, compare.gradient_of(loss, model), verdict, dtype=torch.float64)
+    compare.assert_exact(gc, (weak, strong, target), judge(model, weak, strong, target))
 
 
 @pytest.mark.parametrize("form", ["gradient", "gram"])

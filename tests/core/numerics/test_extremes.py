@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -57,6 +59,14 @@ def vectors(scale: float, dtype: torch.dtype, *, mixed: float = 0.0) -> tuple[Te
     return (weak * spread * scale).to(dtype), ((weak + draw()) * spread * scale).to(dtype)
 
 
+def compared(weak: Tensor, strong: Tensor, **options: Any) -> tuple[Any, float, Tensor]:
+    """Record, value and gradient where the views are the per-sample gradients."""
+    model = Product(weak.shape[1], weak.dtype)
+    gc = GradientConsistencyLoss(model, loss_fn=total, **options)
+    loss = gc(weak, strong, torch.zeros(len(weak), dtype=torch.long))
+    return gc.last, float(loss.detach()), compare.gradient_of(loss, model)
+
+
 # Scale, and powers of ten over which entries spread. Float16 holds 6e-8 to 65504, and the loss is multiplied by 1024.
 NORMAL = {
     torch.float64: [(1.0, 0), (1e-9, 0), (1e15, 0), (1e30, 0), (1e-9, 12), (1e100, 40)],
@@ -73,13 +83,10 @@ WITHIN = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2e-2, torch
 def test_n01_every_scale_is_exact(dtype: torch.dtype, scale: float, mixed: float, engine: str, fused: bool) -> None:
     """Value and derivative against the closed form; p = 1, so that the gradients themselves do not round."""
     weak, strong = vectors(scale, dtype, mixed=mixed)
-    model = Product(SIZE, dtype)
-    gc = GradientConsistencyLoss(model, loss_fn=total, engine=engine, fused=fused, min_norm=1e-9)
-    loss = gc(weak, strong, torch.zeros(3, dtype=torch.long))
-    gradient = compare.gradient_of(loss, model)
+    record, _, gradient = compared(weak, strong, engine=engine, fused=fused, min_norm=1e-9)
     value, derivative = closed_form(weak, strong)
-    assert not gc.last.degenerate.any()
-    assert compare.cosine_error(gc.last.cosine, value) <= min(WITHIN[dtype], 1e-6)  # summed in float32
+    assert not record.degenerate.any()
+    assert compare.cosine_error(record.cosine, value) <= min(WITHIN[dtype], 1e-6)  # summed in float32
     assert compare.relative(gradient, -derivative.mean(0)) <= WITHIN[dtype]
 
 
@@ -92,13 +99,11 @@ def test_n01_zero_and_tiny_are_degenerate(scale: float, dtype: torch.dtype, engi
     weak, strong = vectors(1.0, dtype)
     weak[0] = weak[0].double() * scale
     strong[1] = strong[1].double() * scale
-    model = Product(SIZE, dtype)
-    gc = GradientConsistencyLoss(model, loss_fn=total, engine=engine, fused=fused)
-    loss = gc(weak, strong, torch.zeros(3, dtype=torch.long))
-    assert gc.last.degenerate.tolist() == [True, True, False]
+    record, loss, gradient = compared(weak, strong, engine=engine, fused=fused)
+    assert record.degenerate.tolist() == [True, True, False]
     value, derivative = closed_form(weak[2:], strong[2:])
-    assert abs(float(loss.detach()) - float(1 - value[0]) / 3) <= 1e-6
-    assert compare.relative(compare.gradient_of(loss, model), -derivative[0] / 3) <= WITHIN[dtype]
+    assert abs(loss - float(1 - value[0]) / 3) <= 1e-6
+    assert compare.relative(gradient, -derivative[0] / 3) <= WITHIN[dtype]
 
 
 @ENGINES
@@ -163,13 +168,10 @@ def test_n03_zero_views_and_one_hot_vectors(engine: str, fused: bool) -> None:
     eye = torch.eye(SIZE, dtype=torch.float64)
     weak = torch.stack([0 * eye[0], 0 * eye[0], eye[0], eye[0], eye[0], eye[0] + eye[1]])
     strong = torch.stack([eye[0], 0 * eye[0], eye[0], eye[1], -eye[0], eye[0]])
-    model = Product(SIZE, torch.float64)
-    gc = GradientConsistencyLoss(model, loss_fn=total, engine=engine, fused=fused)
-    loss = gc(weak, strong, torch.zeros(6, dtype=torch.long))
-    assert gc.last.degenerate.tolist() == [True, True, False, False, False, False]
+    record, _, gradient = compared(weak, strong, engine=engine, fused=fused)
+    assert record.degenerate.tolist() == [True, True, False, False, False, False]
     expected = torch.tensor([torch.nan, torch.nan, 1, 0, -1, 0.5**0.5], dtype=torch.float64)
-    assert compare.cosine_error(gc.last.cosine, expected) <= 1e-15
-    gradient = compare.gradient_of(loss, model)
+    assert compare.cosine_error(record.cosine, expected) <= 1e-15
     _, derivative = closed_form(weak[2:], strong[2:])
     assert compare.relative(gradient, -derivative.sum(0) / 6) <= 1e-14
 
@@ -179,14 +181,12 @@ def test_n03_zero_views_and_one_hot_vectors(engine: str, fused: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_n03_one_parameter(dtype: torch.dtype, engine: str, fused: bool) -> None:
     """Numbers have a sign and no direction: cosine 1 or -1, whose derivative is 0."""
-    model = Product(1, dtype)
-    gc = GradientConsistencyLoss(model, loss_fn=total, engine=engine, fused=fused)
     weak, strong = torch.tensor([[2.0], [3.0], [0.0]], dtype=dtype), torch.tensor([[5.0], [-0.1], [1.0]], dtype=dtype)
-    loss = gc(weak, strong, torch.zeros(3, dtype=torch.long))
+    record, _, gradient = compared(weak, strong, engine=engine, fused=fused)
     eps = torch.finfo(dtype).eps
-    assert gc.last.degenerate.tolist() == [False, False, True]
-    assert float((gc.last.cosine[:2] - torch.tensor([1.0, -1.0])).abs().max()) <= 2 * eps
-    assert float(compare.gradient_of(loss, model).abs().max()) <= 4 * eps
+    assert record.degenerate.tolist() == [False, False, True]
+    assert float((record.cosine[:2] - torch.tensor([1.0, -1.0])).abs().max()) <= 2 * eps
+    assert float(gradient.abs().max()) <= 4 * eps
 
 
 @pytest.mark.parametrize("min_norm", [0.0, 1e-19, 1e-30, 5e-324, float("inf"), float("nan")])

@@ -160,12 +160,12 @@ def test_failures_of_the_model(case: Fails) -> None:
     """Named with view, module and remedy, from torch's own error, and nothing is left behind."""
     with torch.random.fork_rng(devices=[]):
         gc = GradientConsistencyLoss(case.build())
-    before = {**state.of_process(), **state.of_model(gc.model)}
+    before = state.snapshot(gc.model)
     for call in (gc, gc.measure):
         with pytest.raises(case.error, match=case.match) as caught:
             call(case.weak, case.strong, torch.arange(5) % 3)
         assert isinstance(caught.value.__cause__, case.cause)
-    assert state.differences(before, {**state.of_process(), **state.of_model(gc.model)}) == []
+    assert state.differences(before, state.snapshot(gc.model)) == []
 
 
 @pytest.mark.parametrize("engine", ["loop", "vmap", "ghost"])
