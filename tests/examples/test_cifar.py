@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,12 +10,11 @@ import pytest
 import torch
 import torchvision.datasets
 
-from support.runs import MakeConfig
+from support.runs import MakeConfig, trained
 from trainer.config import Config, resolve
 from trainer.datasets import load_images
 from trainer.loader import StepDataset
 from trainer.split import draw_split
-from trainer.training import run
 from trainer.weights import load_model
 
 SIDE = 4  # of the stand-ins; the counts and the classes are CIFAR's
@@ -77,7 +75,6 @@ def test_the_protocols_of_cifar(
 def test_a_run_on_cifar_100(cifar: Callable[[int], None], tiny: MakeConfig, preset: Any) -> None:
     cifar(500)
     config = tiny(preset=preset, dataset="cifar100", labels=100, steps=3, eval_every=3, ggcr_warmup=1)
-    assert run(config) == 0
-    model, about = load_model(Path(str(config.output)) / "model.safetensors")
+    model, about = load_model(trained(config) / "model.safetensors")
     assert (about["dataset"], len(about["classes"]), about["image_size"]) == ("cifar100", 100, [SIDE, SIDE])
     assert model.head.out_features == 100

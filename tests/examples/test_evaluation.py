@@ -2,20 +2,18 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import trainer.runlog
-from support.runs import MakeConfig
+from support.runs import MakeConfig, trained
 from trainer.config import resolve
 from trainer.datasets import load_images
 from trainer.evaluation import Evaluated, Scores, evaluate, with_fresh_statistics
 from trainer.loader import ToModel
 from trainer.runlog import Progress
-from trainer.training import run
 from trainer.weights import load_model
 
 
@@ -52,8 +50,7 @@ def test_the_statistics_that_are_evaluated_are_exported(tiny: MakeConfig) -> Non
     buffers = {}
     for statistics in ("averaged", "anew"):
         config = tiny(statistics, steps=4, eval_every=4, eval_statistics=statistics)
-        assert run(config) == 0
-        folder = Path(str(config.output))
+        folder = trained(config)
         summary = json.loads((folder / "summary.json").read_text())
         assert summary["protocol"].endswith(f"BatchNorm statistics {statistics}")
         model, _ = load_model(folder / "model.safetensors")
@@ -90,8 +87,7 @@ def test_recalls_and_precision_of_the_mask_are_in_metrics_and_tensorboard(tiny: 
         "tensorboard.backend.event_processing.event_accumulator", reason="--tensorboard needs the tensorboard package"
     )
     config = tiny(steps=4, eval_every=2, log_every=2, tensorboard=True)
-    assert run(config) == 0
-    folder = Path(str(config.output))
+    folder = trained(config)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     last = [line for line in lines if line["kind"] == "eval"][-1]
     recalls = [last[f"recall/{digit}"] for digit in range(10)]

@@ -14,7 +14,7 @@ import torch
 import torchvision
 from torch import nn
 
-from support.runs import MakeConfig, differing, final
+from support.runs import MakeConfig, differing, final, trained
 from trainer.cli import parse_config
 from trainer.config import IMAGENET, Config, resolve
 from trainer.datasets import PhotographFolder, load_images
@@ -25,7 +25,7 @@ from trainer.models import build_network, classifier_head
 from trainer.optimizer import cosine_factor, set_learning_rate
 from trainer.processes import Processes, join
 from trainer.split import choose_labeled
-from trainer.training import main, run
+from trainer.training import run
 
 
 def part(rank: int, world: int) -> Processes:
@@ -230,14 +230,6 @@ def test_views_are_torchvisions_and_of_the_size_asked_for(photographs: MakeConfi
     assert supervised.weak.shape == (0, 16, 16, 3)
 
 
-def test_an_image_that_cannot_be_read_is_named(photographs: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    config = photographs()
-    for path in Path(config.data_dir).glob("train/bee/*"):
-        path.write_bytes(path.read_bytes()[:40])
-    assert main(config) == 1
-    assert "train/bee/bee_" in capsys.readouterr().err
-
-
 # -- networks ----------------------------------------------------------------------------------------------------------
 
 
@@ -295,8 +287,7 @@ def test_a_run_leaves_what_the_cifar_trainers_leaves_and_continues_bitwise(photo
 
 def test_weights_are_exported_under_torchvisions_names(photographs: MakeConfig) -> None:
     config = photographs(arch="shufflenet_v2_x0_5", method="supervised", steps=1, lr_warmup=0)
-    assert run(config) == 0
-    folder = Path(str(config.output))
+    folder = trained(config)
     state, weights = final(folder), safetensors.torch.load_file(folder / "model.safetensors")
     torchvision.models.get_model(config.arch, weights=None, num_classes=3).load_state_dict(weights)
     assert all(torch.equal(value, state[f".average.model.{name}"]) for name, value in weights.items())
@@ -317,15 +308,4 @@ def test_weights_are_exported_under_torchvisions_names(photographs: MakeConfig) 
 )  # fmt: skip
 def test_methods_and_precisions_take_a_step(photographs: MakeConfig, changes: dict[str, Any]) -> None:
     config = photographs(stop_after_steps=1, **changes)
-    assert run(config) == 0
-    assert final(str(config.output))[".step"] == 1
-
-
-def test_another_split_is_refused(photographs: MakeConfig) -> None:
-    config = photographs()
-    assert run(dataclasses.replace(config, stop_after_steps=1)) == 0
-    (Path(config.data_dir) / "train" / "ant" / "ant_0.JPEG").unlink()
-    with pytest.raises(
-        ResumeError, match=r"1 file is gone \(train.ant.ant_0.JPEG\): restore them, or give --skip-damaged"
-    ):
-        run(config)
+    assert final(trained(config))[".step"] == 1

@@ -17,7 +17,7 @@ from PIL import Image
 import evaluate
 import predict
 from support.pictures import MakeFolder
-from support.runs import MakeConfig
+from support.runs import MakeConfig, trained
 from trainer import loggers
 from trainer.cli import parse_config
 from trainer.datasets import load_images
@@ -106,8 +106,7 @@ def test_evaluate_and_predict_read_a_folder_as_the_run_does(
     shutil.copy(root / "train" / "ant" / "000.png", test / "bee" / ".thumbnails")
     (test / "bee" / "photo.heic").write_text("")
     config = mine()
-    assert run(config) == 0
-    last = read_json(Path(str(config.output), "summary.json"))["last"]
+    last = read_json(trained(config) / "summary.json")["last"]
     capsys.readouterr()
     assert evaluate.main([str(config.output), str(test)]) == 0
     said = capsys.readouterr()
@@ -213,8 +212,7 @@ def test_a_run_goes_on_when_all_test_images_are_lost(mine: MakeConfig, root: Pat
 
 def test_half_a_line_that_a_full_disk_left_does_not_cost_the_run(mine: MakeConfig) -> None:
     config = mine(stop_after_steps=6)
-    assert run(config) == 0
-    timing = Path(str(config.output), "timing.jsonl")
+    timing = trained(config) / "timing.jsonl"
     whole = json_lines(timing)
     with open(timing, "a") as file:
         file.write('{"step": 9, "sec')
@@ -237,8 +235,7 @@ def test_statistics_that_a_checkpoint_does_not_have_are_said(
     mine: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = mine(eval_statistics="anew", stop_after_steps=1)
-    assert run(config) == 0
-    load_model(str(config.output))
+    load_model(trained(config))
     assert "note: of --eval-statistics anew only model.safetensors has" in capsys.readouterr().err
     assert run(dataclasses.replace(config, stop_after_steps=None)) == 0
     capsys.readouterr()
@@ -251,8 +248,7 @@ def test_statistics_that_a_checkpoint_does_not_have_are_said(
 
 def test_weights_are_known_by_their_content_and_must_be_floats(mine: MakeConfig, tmp_path: Path) -> None:
     config = mine(steps=1)
-    assert run(config) == 0
-    weights = load_model(str(config.output))[0].state_dict()
+    weights = load_model(trained(config))[0].state_dict()
     for name in ("a.ckpt", "a.pth.tar", "a"):
         torch.save({"state_dict": weights}, tmp_path / name)
         assert run(mine(f"from-{name}", init_from=str(tmp_path / name), steps=1)) == 0
@@ -282,31 +278,6 @@ def test_weights_are_known_by_their_content_and_must_be_floats(mine: MakeConfig,
 )
 def test_switches_are_written_in_every_way(words: str, name: str, value: bool | None) -> None:
     assert getattr(parse_config(words.split()), name) is value
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("--labels some", "--labels is 'some'; expected an integer or \"all\" or None"),
-        ("--lr=fast", "--lr is 'fast'; expected a number or None"),
-        ("--norm layer", '--norm is \'layer\'; expected "batch" or "group" or "sync"'),
-        ("--steps", "--steps is empty; expected an integer"),
-        ("--no-steps", "--no-steps is no option; did you mean --steps?"),
-        ("--num-classes 3", "--num-classes is no option; the classes are those of the data set"),
-    ],
-)
-def test_a_value_of_another_type_is_named(capsys: pytest.CaptureFixture[str], words: str, message: str) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        parse_config(words.split())
-    assert capsys.readouterr().err.startswith(f"error: {message}")
-
-
-@pytest.mark.parametrize(("name", "text"), [("options.json", '{"seed": 7}'), ("options.yaml", "seed: 7")])
-def test_options_from_a_file_with_a_mark_of_windows(name: str, text: str, tmp_path: Path) -> None:
-    if name.endswith("yaml"):
-        pytest.importorskip("yaml")
-    (tmp_path / name).write_text(text, encoding="utf-8-sig")
-    assert parse_config(["--config", str(tmp_path / name)]).seed == 7
 
 
 def test_class_names_do_not_depend_on_the_locale(photo_folder: MakeFolder) -> None:

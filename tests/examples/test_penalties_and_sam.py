@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gradconsist import StepOutput
 from gradconsist.optim import SAM
 from gradconsist.regularizers import GradientNormPenalty
-from support.runs import MakeConfig, differing, final, unequal
+from support.runs import MakeConfig, differing, final, trained, unequal
 from trainer.config import method_label, resolve
 from trainer.errors import OptionError
 from trainer.methods import build_method
@@ -41,8 +41,7 @@ def test_each_acts(tiny: MakeConfig, changes: dict[str, Any]) -> None:
     saved = []
     for name, options in (("plain", {}), ("changed", changes)):
         config = tiny(name, steps=4, eval_every=4, **options)
-        assert run(config) == 0
-        state = final(str(config.output))
+        state = final(trained(config))
         saved.append({key: value for key, value in state.items() if key.startswith(".average.model.")})
     assert unequal(*saved) != []
     assert all(bool(torch.isfinite(value).all()) for value in saved[1].values())

@@ -19,7 +19,7 @@ import predict
 import report
 import reproduce
 from support.pictures import draw_folder
-from support.runs import MakeConfig
+from support.runs import MakeConfig, trained
 from trainer.cli import parse_config
 from trainer.errors import refuse
 from trainer.launch import TRACEBACK, guarded
@@ -152,8 +152,7 @@ def test_a_network_of_ones_own_that_fails(
 
 def test_tied_weights_are_exported(here: Path, tiny: MakeConfig) -> None:
     config = tiny(arch="user_nets:tied", dataset="folder", data_dir="photos", labels=8)
-    assert run(config) == 0
-    model, _ = load_model(str(config.output))
+    model, _ = load_model(trained(config))
     assert model.first.weight is model.other.weight
 
 
@@ -181,35 +180,6 @@ def test_variables_of_torchrun_that_are_no_numbers(
         monkeypatch.setenv(key, text)
     assert main(tiny()) == 2
     assert capsys.readouterr().err.startswith(f"error: {message}")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("labels: [1", "no YAML: while parsing a flow sequence"),
-        ("1: 2", "1 is no name of an option"),
-        ("? [1, 2]\n: 3", "[1, 2] is no name of an option"),
-        ("steps: 2020-01-01", "'steps' is \"2020-01-01\"; expected an integer"),
-        ("!!python/object/apply:os.mkdir [pwned]", "could not determine a constructor"),
-        ("a: &a [*a]", "recursive"),
-        ("steps: 1\n---\nsteps: 2", "expected a single document"),
-        ("labels: 250\nlabels: 40\n", "'labels' is there twice"),
-    ],
-)
-def test_yaml_of_any_shape(here: Path, capsys: pytest.CaptureFixture[str], text: str, message: str) -> None:
-    pytest.importorskip("yaml")
-    Path("options.yaml").write_text(text)
-    status, line = said(capsys, "fixmatch_cifar", "--config options.yaml")
-    assert (status, line[:28]) == (2, "error: --config options.yaml")
-    assert message in line
-    assert not Path("pwned").exists()
-
-
-def test_options_from_yaml(here: Path) -> None:
-    pytest.importorskip("yaml")
-    Path("options.yaml").write_text("labels: 250\nlr: 1e-3")  # a text by the letter of YAML 1.1
-    config = parse_config(["--config", "options.yaml"])
-    assert (config.labels, config.lr) == (250, 1e-3)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,16 @@ from trainer.datasets import load_images
 from trainer.loader import StepDataset, ToModel
 from trainer.split import draw_split
 from trainer.step import Trainer
+from trainer.training import run
 
 #: What the fixtures `tiny` and `photographs` give: `make("name", option=value)`.
 MakeConfig = Callable[..., Config]
+
+
+def trained(config: Config) -> Path:
+    """The directory of a run, which ends well."""
+    assert run(config) == 0
+    return Path(str(config.output))
 
 
 def stepped(config: Config, steps: int) -> tuple[Trainer, StepDataset]:

@@ -224,8 +224,9 @@ TABLE: list[Bad | Refused | Handled | Elsewhere] = [
         (53, "a negative lambda"), (54, "lambda is NaN"), (55, "a bound of 0"), (56, "a chunk of 2.5"),
         (57, "a projection that is a number"), (58, "an unknown engine"))),
     Elsewhere(59, "an unknown option", ("examples/test_options.py::test_a_wrong_command_line_ends_with_status_2",)),
-    Elsewhere(60, "a configuration that would run code (options are a command line, runs are JSON: there is no YAML)",
-        ("examples/test_hostile_files.py::test_a_config_of_another_form_is_refused",)),
+    Elsewhere(60, "a configuration that would run code (runs are JSON, option files JSON or YAML)",
+        ("examples/test_hostile_files.py::test_a_config_of_another_form_is_refused",
+        "examples/test_config_file.py::test_a_wrong_file_is_refused_by_name_on_one_line")),
     Elsewhere(61, "a long warm-up", ("examples/test_training.py::test_a_term_that_can_never_act_is_said",)),
     Elsewhere(62, "an EMA decay outside [0, 1)",
         ("examples/test_options.py::test_impossible_options_are_refused_before_anything_is_written",)),
@@ -234,8 +235,8 @@ TABLE: list[Bad | Refused | Handled | Elsewhere] = [
         ("examples/test_hostile_files.py::test_a_forged_pickle_is_refused_and_runs_nothing",
         "examples/test_hostile_files.py::test_a_whole_checkpoint_of_something_else_is_refused",
         "examples/test_hostile_files.py::test_a_run_file_that_is_no_file_or_lost_is_refused")),
-    Elsewhere(64, "a data set of another layout", ("examples/test_folder.py::test_missing_folder_is_refused",
-        "examples/test_folder.py::test_wrong_layout_says_what_was_found")),
+    Elsewhere(64, "a data set of another layout",
+        ("examples/test_folder.py::test_a_wrong_layout_is_refused_and_says_what_was_found",)),
 ]  # fmt: skip
 
 
@@ -282,10 +283,6 @@ def _rows(kind: type) -> Any:
     return pytest.mark.parametrize("row", rows, ids=[f"{row.number} {row.says}" for row in rows])
 
 
-def _snapshot(p: Problem) -> dict[str, Any]:
-    return {**state.of_process(), **state.of_model(p.model)}
-
-
 def test_the_table_has_all_64_rows_once(record_testsuite_property: Callable[[str, object], None]) -> None:
     assert [row.number for row in TABLE] == list(range(1, 65))
     counts = {kind.__name__: sum(isinstance(row, kind) for row in TABLE) for kind in (Bad, Refused, Handled, Elsewhere)}
@@ -299,7 +296,7 @@ def test_bad_calls(row: Bad) -> None:
     p = CASES[row.problem].problem()
     arguments: dict[str, Any] = {"weak": p.weak, "strong": p.strong, "target": p.target}
     row.change(arguments)
-    before = _snapshot(p)
+    before = state.snapshot(p.model)
     gc = GradientConsistencyLoss(p.model)
     for call in (gc, gc.measure):
         with pytest.raises(row.error, match=row.match) as caught:
@@ -308,7 +305,7 @@ def test_bad_calls(row: Bad) -> None:
         assert gc.last is None
         assert len(str(caught.value)) < 500
         assert "tensor(" not in str(caught.value)
-    assert state.differences(before, _snapshot(p)) == []
+    assert state.differences(before, state.snapshot(p.model)) == []
 
 
 @pytest.mark.filterwarnings(
