@@ -238,12 +238,9 @@ def test_loss_and_gradient_are_base_plus_weight_times_term(fused: bool) -> None:
 def test_gate_all_compares_every_pair() -> None:
     method, wrapper = make(weight=1.0, dropout=0.0, gate="all")
     out = wrapper(DATA[0])
-    weight = torch.ones(6)
-    assert float(out.logs["ggcr_loss"]) == pytest.approx(expected_term(method, DATA[0], weight=weight), abs=2e-5)
-    method, wrapper = make(weight=1.0, dropout=0.0, gate="method")
-    gated = wrapper(DATA[0])
-    assert float(gated.logs["ggcr_loss"]) == pytest.approx(expected_term(method, DATA[0]), abs=2e-5)
-    assert float(gated.logs["ggcr_loss"]) != float(out.logs["ggcr_loss"])
+    every = expected_term(method, DATA[0], weight=torch.ones(6))
+    assert float(out.logs["ggcr_loss"]) == pytest.approx(every, abs=2e-5)
+    assert float(out.logs["ggcr_loss"]) != pytest.approx(expected_term(method, DATA[0]), abs=1e-3)
 
 
 #: Options of the schedule, and the weight that the term has in each step.

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gradconsist._forward.batchnorm import Statistics, affine
-from gradconsist.engines.ghost import conv, gram, parts, pointwise, rules
+from gradconsist.engines.ghost import conv, gram, pointwise, rules
 from gradconsist.engines.ghost.decomposed import RECURRENT
 
 DOUBLE = torch.float64
@@ -248,50 +248,6 @@ def test_embedding_against_dense_one_hot(pairs: int, positions: int) -> None:
     assert gradcheck(lambda d: _upper(rule.gram(ids, d)), (d,), fast_mode=True)
 
 
-@pytest.mark.parametrize(("channel", "shape"), [(-1, (4, 2, 3)), (2, (4, 2, 3, 5)), (2, (4, 1, 3, 2, 2))])
-def test_bias_sums_over_everything_but_channels(channel: int, shape: tuple[int, ...]) -> None:
-    d = _normal(*shape, grad=False)
-    rest = [dim for dim in range(1, d.dim()) if dim != channel % d.dim()]
-    found = rules.Bias(channel, shape[1]).gradients(None, d.flatten(0, 1))
-    assert torch.allclose(found, d.sum(rest), rtol=1e-12)
-
-
-def test_several_products_with_one_weight_are_one_with_more_positions() -> None:
-    """y = x W^T on one and on three positions, y = x W on two, and a table of two words."""
-    plain, transposed = rules.LinearWeight(), rules.LinearWeight(transposed=True)
-    calls = [(plain, _normal(4, t, 3, seed=t), _normal(4 * t, 2, seed=9 + t)) for t in (1, 3)]
-    calls.append((transposed, _normal(4, 2, 2, seed=5), _normal(8, 3, seed=6)))
-    ids, taken = torch.tensor([[0, 1], [1, 1], [0, 0], [1, 0]]), _normal(4, 2, 3, seed=7)
-    table = torch.zeros(4, 2, 3, dtype=DOUBLE)
-    for i, t in itertools.product(range(4), range(2)):
-        table[i, ids[i, t]] += taken[i, t].detach()
-    x, d = parts.joined([*calls, (rules.EmbeddingWeight((2, 3)), ids, taken)])
-    expected = torch.stack(
-        [
-            sum((d[i].T @ x[i] if rule is plain else x[i].T @ d[i]) for rule, x, d in (
-                (rule, x, d.unflatten(0, (4, -1))) for rule, x, d in calls
-            ))
-            for i in range(4)
-        ]
-    )  # fmt: skip
-    assert torch.allclose(sum(rule.gradients(a, b) for rule, a, b in calls), expected, rtol=1e-12)
-    expected = expected + table
-    assert torch.allclose(plain.gradients(x, d), expected, rtol=1e-12)
-    assert torch.allclose(parts.products(plain, x, d, "gram"), _pairs(expected), rtol=1e-10)
-
-
-@FEW
-@given(st.integers(1, 3), st.integers(1, 2), st.integers(1, 3), st.integers(1, 3))
-def test_channel_affine(samples: int, before: int, channels: int, after: int) -> None:
-    """Right in first and second derivative."""
-    x = _normal(samples, before, channels, after)
-    scale, shift = (_normal(samples, channels, seed=seed) for seed in (2, 3))
-    expected = x * scale[:, None, :, None] + shift[:, None, :, None]
-    assert torch.allclose(pointwise.ChannelAffine.apply(x, scale, shift), expected, rtol=1e-12)
-    assert gradcheck(pointwise.ChannelAffine.apply, (x, scale, shift), fast_mode=True)
-    assert gradgradcheck(pointwise.ChannelAffine.apply, (x, scale, shift), fast_mode=True)
-
-
 @FEW
 @given(st.integers(1, 3), st.integers(2, 5))
 def test_standardize(count: int, size: int) -> None:
@@ -327,38 +283,6 @@ def test_leaky_relu(slope: float) -> None:
     (ours,) = torch.autograd.grad(function(at_zero), at_zero)
     stock = F.leaky_relu(at_zero, slope) if slope else F.relu(at_zero)
     assert torch.equal(ours, torch.autograd.grad(stock, at_zero)[0]), "the value that torch takes at the kink"
-
-
-def _cancelling(positions: int, left: float) -> Tensor:
-    """Position weights +1, -1, +1, ... whose sum is about `left` of their size."""
-    return torch.tensor([1.0, -1.0]).repeat(positions // 2) + left * torch.linspace(-1, 2, positions)
-
-
-@pytest.mark.parametrize("left", [1e-1, 1e-2, 1e-4])
-def test_forms_give_way_where_positions_cancel_in_float32(left: float) -> None:
-    """A gradient that is 1e-4 of its positions' has a squared norm of 1e-8 of theirs: nothing of it would be left."""
-    weight = _cancelling(8, left)
-    base = torch.randn(4, 1, 6)
-    d, a = base * weight[:, None], torch.ones(4, 8, 3)
-    ids = torch.full((4, 8), 2)
-    image, maps = torch.ones(4, 1, 2, 8), (base * weight[:, None]).transpose(1, 2)
-    cases: list[tuple[Any, Tensor, Tensor]] = [
-        (rules.LinearWeight(), a, d.flatten(0, 1)),
-        (rules.EmbeddingWeight((5, 6)), ids, d),
-        (rules.ConvolutionWeight((6, 2, 1), conv.Geometry((1,), (0,), (1,))), image, maps),
-    ]
-    for rule, x, d in cases:
-        wide = x.double() if x.is_floating_point() else x
-        expected = gram.pair_gram(rule.gradients(wide, d.double()))
-        formed = _error(gram.pair_gram(rule.gradients(x, d)), expected)
-        assert _error(parts.products(rule, x, d, "gram"), expected) <= max(2e-5, 2 * formed), rule
-
-
-def _error(found: Tensor, expected: Tensor) -> float:
-    """Of the products, relative to the norms."""
-    weak, strong = expected[:, 0, 0], expected[:, 1, 1]
-    scale = torch.stack([weak, strong, (weak * strong).sqrt()], 1)
-    return float(((_upper(found) - _upper(expected)).abs() / scale).max())
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
