@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -53,7 +53,7 @@ class Probed:
     classes: int | None = None
     functions: dict[str, bool] = field(default_factory=dict)
     met: set[str] = field(default_factory=set)
-    states: dict[Hashable, Hashable] = field(default_factory=dict)
+    states: dict[Hashable, Any] = field(default_factory=dict)
     told: set[str] = field(default_factory=set)
     report_only: bool = False
     dense: set[str] = field(default_factory=set)
@@ -97,7 +97,8 @@ class Probed:
         found = attributes(model)
         state = modules, trained, constants(views[0]), found.switches
         # One object for equal ones: a state is large, and texts come in hundreds of lengths.
-        return State((self.states.setdefault(state, state), tuple(map(shapes, views))), found.everything)
+        key = self.states.setdefault(state, state), tuple(map(shapes, views))
+        return State(self.states.setdefault(key, key), found.everything)
 
 
 def _is_power(count: int) -> bool:
