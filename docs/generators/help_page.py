@@ -96,9 +96,10 @@ def search_text(searched: dict[str, Result]) -> str:
     return "".join(lines)
 
 
-def _ratio(seconds: dict[tuple[str, int], float], variant: str, other: str) -> float:
+def _ratio(seconds: dict[tuple[str, int], float | None], variant: str, other: str) -> float:
     """Median over the seeds that both have."""
-    seeds = [seed for name, seed in seconds if name == variant and (other, seed) in seconds]
+    # No seconds: the run shared its core with other work.
+    seeds = [seed for name, seed in seconds if name == variant and seconds[name, seed] and seconds.get((other, seed))]
     return median(seconds[variant, seed] / seconds[other, seed] for seed in seeds)
 
 
@@ -128,7 +129,7 @@ def help_page() -> str:
     seconds_of_runs = [run["seconds"] or 0.0 for grid in found.values() for run in grid["runs"]]
     for search in searched.values():
         seconds_of_runs += [run[1] for stage in search["runs"].values() for of in stage.values() for run in of.values()]
-    hours, runs = sum(seconds_of_runs) / 3600, len(seconds_of_runs)
+    hours, runs, untimed = sum(seconds_of_runs) / 3600, len(seconds_of_runs), seconds_of_runs.count(0.0)
     return f"""# Does it help?
 
 {headline(table)}
@@ -185,8 +186,8 @@ images. A gain that needs length, size or resolution would not be seen.
 - **Chosen without the term**: classes, labels and threshold were chosen on held-out training images, by whether
   FixMatch beats the labels alone. Test images decided nothing.
 - **The last step counts**: accuracy of the averaged model, with BatchNorm's running statistics averaged beside it.
-{searches_protocol(searched)}- **All of it**: {hours:.1f} hours of training on one core of a CPU, {runs} runs,
-  every one in [the appendix](appendix/runs.md).
+{searches_protocol(searched)}- **All of it**: {hours:.1f} hours of training on one core of a CPU, {runs} runs ({untimed}
+  of them not timed), every one in [the appendix](appendix/runs.md).
 
 To repeat it, with the four classes in `cifar10-jpeg-4/train/CLASS` and `cifar10-jpeg-4/test/CLASS`:
 
