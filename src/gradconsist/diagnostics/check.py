@@ -50,7 +50,7 @@ class CheckReport:
         refusal: the error message, with its remedy; None if the loss accepts the model.
         projection: the projection whose sketches are compared; None if the gradients themselves are.
         looped: modules that run sample by sample, which costs time.
-        untested: custom autograd code whose second derivative could not be tested.
+        untested: registered rules, and custom autograd code whose second derivative could not be tested.
     """
 
     rows: list[CheckRow]
@@ -140,6 +140,7 @@ def check(consistency: GradientConsistencyLoss, weak: Inputs, strong: Inputs, ta
         how = "NOT tested: see diagnostics.verify" if name in untested else "tested on one sample"
         notes[f"custom autograd code {name}"] = f"second derivative {how}"
     rows = _rows(model, routes, set(compared_parameters(model, own.encoder)), repr(running))
+    untested += sorted({f"registered rule of {row.kind}" for row in rows if row.route.startswith("registered rule")})
     return CheckReport(
         rows, notes, repr(running), auto.reason if auto else None, None, projection, list(looped), untested
     )

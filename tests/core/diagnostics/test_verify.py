@@ -187,9 +187,13 @@ def test_it_fails_where_only_the_value_is_wrong(what: str) -> None:
     register_rule(_Scale, lambda module, x, d: {"factor": 2 * x * d})
     try:
         engine = _TooSmall() if what == "engine" else "ghost"
-        report = diagnostics.verify(GradientConsistencyLoss(model, engine=engine), x, x + 0.2, target)
+        gc = GradientConsistencyLoss(model, engine=engine)
+        report, checked = (run(gc, x, x + 0.2, target) for run in (diagnostics.verify, diagnostics.check))
     finally:
         unregister_rule(_Scale)
+    if what == "rule":
+        told = "UNPROVEN: registered rule of _Scale: test it with diagnostics.verify\nexact, by GhostEngine"
+        assert str(checked).startswith(told)
     assert not report.ok
     assert report.worst <= report.tolerance < report.value_error
     assert "DISAGREE with those of engine='loop'" in str(report).splitlines()[0]
