@@ -62,9 +62,9 @@ def warn_of_equal_views() -> None:
 def warn_of_conditions() -> None:
     """Warns of a model whose conditions depend on the batch, so that a sample alone is computed otherwise."""
     logger.warning(
-        "the model asks something of its whole batch (a longest length, `.any()`, a largest value) and then gives a"
-        " sample other numbers than alone. Each sample is compared by what it gives alone, your method trains on what"
-        " it gives in a batch: mask the padding, or decide by sample (`torch.where`)."
+        "the model asks something of its whole batch (a longest length, `.any()`, a largest value), and"
+        " the answer changes the outputs of single samples. The comparison runs each sample with its own answer, your"
+        " method with that of the batch, so the two differ: mask the padding, or decide per sample (`torch.where`)."
     )
 
 

@@ -152,7 +152,7 @@ def _diagonal_sums(
             shifts.remove(0)
             total = p.clone()
         else:
-            total = p.new_zeros([count if dim in (row, column) else size for dim, size in enumerate(p.shape)])
+            total = p.new_zeros([count if dim in (row, column) else each for dim, each in enumerate(p.shape)])
         # By parts that lie inside, since a padded p would be many times as large where the dilation is.
         for shift in shifts:
             first, last = max(0, -shift), min(count, length - shift)
