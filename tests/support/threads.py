@@ -34,7 +34,7 @@ def work(model: nn.Module, **options: Any) -> Callable[[], Tensor]:
 
 
 def in_threads(works: list[Callable[[], Tensor]], rounds: int) -> tuple[int, list[str]]:
-    """Every work in a thread of its own: how often it gave something else than alone, and what was raised."""
+    """Runs each job in its own thread; returns how many results differed from the job alone, and the errors."""
     expected = [one() for one in works]
     differing: list[bool] = []
     errors: list[str] = []
