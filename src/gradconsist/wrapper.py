@@ -95,10 +95,10 @@ class GGCRWrapper(nn.Module):
         super().__init__()
         if not callable(method):
             raise ConfigError(
-                f"`method` is a {type(method).__name__}: pass a module or function that returns a step's loss."
+                f"`method` is of type {type(method).__name__}: pass a module or function that returns a step's loss."
             )
         if not isinstance(consistency, GradientConsistencyLoss):
-            raise ConfigError(f"`consistency` is a {type(consistency).__name__}: pass a GradientConsistencyLoss.")
+            raise ConfigError(f"`consistency` is of type {type(consistency).__name__}: pass a GradientConsistencyLoss.")
         if consistency.settings.reduction == "none":
             raise ConfigError("`consistency` has reduction='none': the wrapper adds a scalar, use 'mean' or 'sum'.")
         trained = trainable_parameters(consistency.settings.model).values()
@@ -106,25 +106,19 @@ class GGCRWrapper(nn.Module):
             raise ConfigError(
                 "`consistency` compares a model that `method` does not train: give both the same model object."
             )
-        check_number("weight", weight, least=0.0)
-        check_count("warmup_steps", warmup_steps, least=0)
-        check_count("ramp_steps", ramp_steps, least=0)
-        check_count("every", every)
-        check_choice("gate", gate, ("method", "all"))
         if pair_fn is not None and not callable(pair_fn):
             raise ConfigError(
-                f"`pair_fn` is a {type(pair_fn).__name__}: pass a function (args, kwargs, output) -> ViewPair."
+                f"`pair_fn` is of type {type(pair_fn).__name__}: pass a function (args, kwargs, output) -> ViewPair."
             )
-        check_choice("share", share, ("auto", True, False))
         self.method = method
         self.consistency = consistency
-        self.weight = weight
-        self.warmup_steps = warmup_steps
-        self.ramp_steps = ramp_steps
-        self.every = every
-        self.gate = gate
+        self.weight = check_number("weight", weight, least=0.0)
+        self.warmup_steps = check_count("warmup_steps", warmup_steps, least=0)
+        self.ramp_steps = check_count("ramp_steps", ramp_steps, least=0)
+        self.every = check_count("every", every)
+        self.gate = check_choice("gate", gate, ("method", "all"))
         self.pair_fn = pair_fn
-        self.share = share
+        self.share = check_choice("share", share, ("auto", True, False))
         self.step = 0
         self.unshared: str | None = None
         self._tried = False

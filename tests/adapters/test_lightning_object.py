@@ -130,9 +130,9 @@ def test_what_cannot_be_attached() -> None:
     loss = GradientConsistencyLoss(module.model)
     with pytest.raises(ConfigError, match="`module` has a term attached already"):
         adapter.attach(module, loss)
-    with pytest.raises(ConfigError, match=r"`module` is a Sequential: pass a LightningModule"):
+    with pytest.raises(ConfigError, match=r"`module` is of type Sequential: pass a LightningModule"):
         adapter.attach(module.model, loss)
-    with pytest.raises(ConfigError, match=r"`module` is a function: pass a LightningModule"):
+    with pytest.raises(ConfigError, match=r"`module` is of type function: pass a LightningModule"):
         adapter.attach(lambda: None, loss)
     with pytest.raises(ConfigError, match="`consistency` compares a model that `module` does not train"):
         adapter.attach(Module(), loss)

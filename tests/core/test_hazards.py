@@ -276,7 +276,7 @@ def test_distributed_inputs_are_refused() -> None:
 
     weak, strong, target = views()
     mesh = init_device_mesh("cpu", (1,))
-    with pytest.raises(InputTypeError, match="`weak` is a DTensor: pass an ordinary"):
+    with pytest.raises(InputTypeError, match="`weak` is of type DTensor: pass an ordinary"):
         GradientConsistencyLoss(net())(distribute_tensor(weak, mesh, [Replicate()]), strong, target)
 
 

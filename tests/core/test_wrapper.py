@@ -423,7 +423,7 @@ OTHER_STATES: dict[str, tuple[str, Callable[[GGCRWrapper], Any], str]] = {
         r"start with 'module\.', .*`wrapper\.method\.model\.load_state_dict"),
     "of a compiled wrapper": ("wrapper", lambda w: _prefixed("_orig_mod.", w.state_dict()),
         r"start with '_orig_mod\.', as torch\.compile"),
-    "nothing": ("wrapper", lambda w: None, r"`state_dict` is a NoneType: pass what `wrapper\.state_dict\(\)`"),
+    "nothing": ("wrapper", lambda w: None, r"`state_dict` is of type NoneType: pass what `wrapper\.state_dict\(\)`"),
     "the bare model's, for a method": ("method", lambda w: w.method.model.state_dict(),
         r"keys of the bare model, not those of a FixMatch: .*`method\.model\.load_state_dict"),
     "the wrapper's, for a method": ("method", lambda w: w.state_dict(),

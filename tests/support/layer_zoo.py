@@ -85,6 +85,11 @@ def _unbatched(layer: nn.Module, x: Tensor) -> Tensor:
     return torch.stack([layer(image.T.unsqueeze(0)) for image in x]).flatten(2).transpose(1, 2)
 
 
+def _bilinear(layer: nn.Module, x: Tensor) -> Tensor:
+    x = x.to(layer.weight.dtype)  # torch's nn.Bilinear raises under autocast if its input is in half precision
+    return layer(x, x.sin())
+
+
 def _folded(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x.reshape(-1, x.shape[-1])).unflatten(0, x.shape[:-1])
 
@@ -134,7 +139,7 @@ _TABLE = [
     after("linear_4d_no_bias", lambda: nn.Linear(6, 5, bias=False), 5, normal(2, 3, 4)),
     after("linear_5d", lambda: nn.Linear(6, 2), 2, normal(2, 1, 2, 4)),
     after("linear_one_feature", lambda: nn.Linear(6, 1), 1, SEQUENCE),
-    after("bilinear", lambda: models.Apply(nn.Bilinear(6, 6, 4), lambda layer, x: layer(x, x.sin())), 4),
+    after("bilinear", lambda: models.Apply(nn.Bilinear(6, 6, 4), _bilinear), 4),
     after("prelu_channels", lambda: nn.Sequential(nn.Linear(6, 4), nn.PReLU(4, init=0.3)), 4),
     after("glu", lambda: nn.Sequential(nn.Linear(6, 8), nn.GLU()), 4, SEQUENCE),
     Case("conv_twice", lambda: stack1d(models.Apply(nn.Conv1d(4, 4, 2, padding=1), _twice), 4), normal(3, 6)),

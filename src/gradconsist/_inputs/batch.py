@@ -160,13 +160,13 @@ def _remedy(found: Any) -> str:
 
 def _check_leaf(place: str, leaf: Any) -> None:
     if not isinstance(leaf, Tensor):
-        raise InputTypeError(f"`{place}` is a {type(leaf).__name__}, not a tensor: {_remedy(leaf)}")
+        raise InputTypeError(f"`{place}` is of type {type(leaf).__name__}, not a tensor: {_remedy(leaf)}")
     if leaf.is_nested or leaf.layout is not torch.strided or leaf.is_quantized or leaf.is_complex():
         kind = "nested" if leaf.is_nested else "quantized" if leaf.is_quantized else str(leaf.layout)
         kind = "complex" if leaf.is_complex() else kind
         raise InputTypeError(f"`{place}` is a {kind} tensor: pass an ordinary dense, real tensor.")
     if is_wrapper(leaf):
-        raise InputTypeError(f"`{place}` is a {type(leaf).__name__}: pass an ordinary dense tensor.")
+        raise InputTypeError(f"`{place}` is of type {type(leaf).__name__}: pass an ordinary dense tensor.")
     if leaf.dim() == 0:
         raise InputShapeError(
             f"`{place}` has no dimensions: the first one must be the batch. Pass a constant as a Python number."

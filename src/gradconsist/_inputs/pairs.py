@@ -92,7 +92,7 @@ def check_target(target: Any, size: int, default_loss: bool) -> Tensor:
     """Checks the target and detaches it: `size` rows, and for the default loss classes or probabilities."""
     if not isinstance(target, Tensor):
         raise InputTypeError(
-            f"`target` is a {type(target).__name__}, not a tensor: pass class indices or probabilities (for NumPy"
+            f"`target` is of type {type(target).__name__}, not a tensor: pass class indices or probabilities (for NumPy"
             " arrays: torch.from_numpy)."
         )
     if target.dim() == 0 or target.shape[0] != size:
@@ -145,7 +145,7 @@ def check_weight(weight: Any, target: Tensor, fused: bool) -> Tensor:
     if weight is None:
         return torch.ones(target.shape[0], device=target.device)
     if not isinstance(weight, Tensor) or weight.is_complex():
-        found = "a complex tensor" if isinstance(weight, Tensor) else f"a {type(weight).__name__}"
+        found = "a complex tensor" if isinstance(weight, Tensor) else f"of type {type(weight).__name__}"
         raise InputTypeError(
             f"`weight` is {found}: pass a real or boolean tensor [B] (for NumPy arrays: torch.from_numpy)."
         )

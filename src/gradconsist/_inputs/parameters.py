@@ -63,8 +63,8 @@ def compared_parameters(model: nn.Module, encoder: Encoder) -> dict[str, Paramet
         what = "the predicate given as `encoder` selects"
     else:
         raise ParameterSelectionError(
-            f"`encoder` is a {type(encoder).__name__}: pass a module, a sequence of modules, a predicate on parameter"
-            " names such as `lambda name: name.startswith('encoder.')`, or None."
+            f"`encoder` is of type {type(encoder).__name__}: pass a module, a sequence of modules, a predicate on"
+            " parameter names such as `lambda name: name.startswith('encoder.')`, or None."
         )
     for name, parameter in chosen.items():
         if parameter.is_complex():
@@ -121,8 +121,8 @@ def _parameters_of(model: nn.Module, modules: Sequence[nn.Module]) -> set[int]:
             raise ParameterSelectionError(_not_by_name(model, module, f"`encoder[{position}]`"))
         if not isinstance(module, nn.Module):
             raise ParameterSelectionError(
-                f"`encoder[{position}]` is a {type(module).__name__}, not a module: pass modules, or a predicate on"
-                " parameter names such as `lambda name: name.startswith('encoder.')`."
+                f"`encoder[{position}]` is of type {type(module).__name__}, not a module: pass modules, or a predicate"
+                " on parameter names such as `lambda name: name.startswith('encoder.')`."
             )
         inside = {id(parameter) for parameter in module.parameters()}
         if not inside <= own:

@@ -18,7 +18,7 @@ def check_keys(owner: nn.Module, state: Any, name: str) -> None:
     Torch reports all other differences, with the keys. `name` is what messages call the owner.
     """
     if not isinstance(state, Mapping):
-        raise StateError(f"`state_dict` is a {type(state).__name__}: pass what `{name}.state_dict()` returned.")
+        raise StateError(f"`state_dict` is of type {type(state).__name__}: pass what `{name}.state_dict()` returned.")
     own, given = set(owner.state_dict()), {str(key) for key in state}
     if not given or given <= own:
         return

@@ -36,7 +36,7 @@ _ONCE = {
 def check_model(model: object) -> None:
     """Refuses a model whose gradients cannot be compared exactly."""
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"`model` is a {type(model).__name__}, not a torch.nn.Module: pass the module itself.")
+        raise ConfigError(f"`model` is of type {type(model).__name__}, not a torch.nn.Module: pass the module itself.")
     for path, module in model.named_modules():
         where = f"`model.{path}`" if path else "`model`"
         kinds = {f"{kind.__module__}.{kind.__qualname__}": kind.__name__ for kind in type(module).__mro__}

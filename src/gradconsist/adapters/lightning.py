@@ -57,8 +57,8 @@ def attach(module: Any, consistency: GradientConsistencyLoss, **options: Any) ->
         callable(getattr(module, name, None)) for name in (*_REPLACED, "log_dict")
     ):
         raise ConfigError(
-            f"`module` is a {type(module).__name__}: pass a LightningModule. For a method that you call once per step,"
-            " use GGCRWrapper."
+            f"`module` is of type {type(module).__name__}: pass a LightningModule. For a method that you call once per"
+            " step, use GGCRWrapper."
         )
     if hasattr(module, "_orig_mod"):
         raise ConfigError("`module` is compiled: attach to the LightningModule that was given to torch.compile.")

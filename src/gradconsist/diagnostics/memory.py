@@ -173,7 +173,8 @@ def memory_report(
 def _pair(batch: Any) -> ViewPair:
     if not isinstance(batch, Sequence) or not 3 <= len(batch) <= 4:
         raise InputTypeError(
-            f"`batch` is a {type(batch).__name__}: pass a ViewPair, or (weak, strong, target) with or without a weight."
+            f"`batch` is of type {type(batch).__name__}: pass a ViewPair, or (weak, strong, target) with or without"
+            " a weight."
         )
     return ViewPair(*batch)
 

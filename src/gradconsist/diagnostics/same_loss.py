@@ -25,8 +25,8 @@ def unobserved(consistency: object) -> Settings:
     """Checks the user's loss and returns its options, with joint statistics instead of observed ones."""
     if not isinstance(consistency, GradientConsistencyLoss):
         raise ConfigError(
-            f"`consistency` is a {type(consistency).__name__}: pass the GradientConsistencyLoss that you train with, so"
-            " that its own options count."
+            f"`consistency` is of type {type(consistency).__name__}: pass the GradientConsistencyLoss that you train"
+            " with, so that its own options count."
         )
     own = consistency.settings
     return replace(own, batchnorm="auto") if own.batchnorm == "observed" else own

@@ -39,9 +39,6 @@ class Method(nn.Module):
         joint: bool = True,
     ) -> None:
         super().__init__()
-        check_number("unlabeled_weight", unlabeled_weight, least=0.0)
-        check_count("unlabeled_ramp_steps", unlabeled_ramp_steps, least=0)
-        check_choice("joint", joint, (True, False))
         if logits_fn is not None and (not callable(logits_fn) or isinstance(logits_fn, type | nn.Module)):
             raise ConfigError(
                 f"`logits_fn` is {logits_fn!r:.80}: pass a function from the model's output to logits [B, C], or None"
@@ -49,9 +46,9 @@ class Method(nn.Module):
             )
         self.model = model
         self.logits_fn = logits_fn
-        self.unlabeled_weight = unlabeled_weight
-        self.unlabeled_ramp_steps = unlabeled_ramp_steps
-        self.joint = joint
+        self.unlabeled_weight = check_number("unlabeled_weight", unlabeled_weight, least=0.0)
+        self.unlabeled_ramp_steps = check_count("unlabeled_ramp_steps", unlabeled_ramp_steps, least=0)
+        self.joint = check_choice("joint", joint, (True, False))
         self.step = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

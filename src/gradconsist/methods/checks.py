@@ -39,7 +39,7 @@ def check_call(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> S
 def _checked(batch: object) -> SSLBatch:
     """Checks that a batch is an `SSLBatch` with labeled and unlabeled inputs, whose parts match row by row."""
     if not isinstance(batch, SSLBatch):
-        raise InputTypeError(f"`batch` is a {type(batch).__name__}: pass SSLBatch(x, y, weak, strong).")
+        raise InputTypeError(f"`batch` is of type {type(batch).__name__}: pass SSLBatch(x, y, weak, strong).")
     _check_labels(batch.y)
     labeled, *views = (check_inputs(f"batch.{name}", getattr(batch, name)) for name in ("x", "weak", "strong"))
     x, weak, strong = (len(leaves(part)[0]) for part in (labeled, *views))
@@ -58,7 +58,7 @@ def _check_labels(y: Any) -> None:
     """Checks that labels are whole numbers [n]; torch's cross-entropy checks rows of probabilities."""
     if not isinstance(y, Tensor):
         remedy = " (for NumPy arrays: torch.from_numpy)" if hasattr(y, "__array__") else ""
-        raise InputTypeError(f"`batch.y` is a {type(y).__name__}: pass class indices [n]{remedy}.")
+        raise InputTypeError(f"`batch.y` is of type {type(y).__name__}: pass class indices [n]{remedy}.")
     if y.is_floating_point() and y.dim() == 2 and y.shape[1] > 1:
         return
     if y.dtype not in (torch.int64, torch.uint8):

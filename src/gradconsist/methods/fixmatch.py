@@ -44,10 +44,8 @@ class FixMatch(WeakToStrong):
         logits_fn: LogitsFunction | None = None,
     ) -> None:
         super().__init__(model, unlabeled_weight, unlabeled_ramp_steps, logits_fn, joint)
-        check_number("threshold", threshold, least=0.0, most=1.0)
-        check_number("brier_weight", brier_weight, least=0.0)
-        self.threshold = threshold
-        self.brier_weight = brier_weight
+        self.threshold = check_number("threshold", threshold, least=0.0, most=1.0)
+        self.brier_weight = check_number("brier_weight", brier_weight, least=0.0)
 
     def _targets(self, weak: Tensor, batch: SSLBatch) -> tuple[Tensor, Tensor, Logs]:
         confidence, target = weak.softmax(1).max(1)

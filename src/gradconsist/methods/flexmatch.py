@@ -59,12 +59,9 @@ class FlexMatch(WeakToStrong):
         logits_fn: LogitsFunction | None = None,
     ) -> None:
         super().__init__(model, unlabeled_weight, unlabeled_ramp_steps, logits_fn, joint)
-        check_count("samples", samples)
-        check_number("threshold", threshold, least=0.0, most=1.0)
-        check_choice("threshold_warmup", threshold_warmup, (True, False))
-        self.samples = samples
-        self.threshold = threshold
-        self.threshold_warmup = threshold_warmup
+        self.samples = check_count("samples", samples)
+        self.threshold = check_number("threshold", threshold, least=0.0, most=1.0)
+        self.threshold_warmup = check_choice("threshold_warmup", threshold_warmup, (True, False))
         self._remember("selected", torch.full((samples,), -1))
 
     def thresholds(self, classes: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -59,8 +59,7 @@ class MeanTeacher(Method):
         logits_fn: LogitsFunction | None = None,
     ) -> None:
         super().__init__(model, unlabeled_weight, unlabeled_ramp_steps, logits_fn)
-        check_number("ema_decay", ema_decay, least=0.0, most=1.0)
-        self.ema_decay = ema_decay
+        self.ema_decay = check_number("ema_decay", ema_decay, least=0.0, most=1.0)
         self.teacher = copy.deepcopy(model).requires_grad_(False)
 
     def forward(self, batch: SSLBatch) -> StepOutput:

@@ -65,10 +65,8 @@ class MixMatch(Method):
         logits_fn: LogitsFunction | None = None,
     ) -> None:
         super().__init__(model, unlabeled_weight, unlabeled_ramp_steps, logits_fn, joint)
-        check_number("temperature", temperature, least=1e-3)
-        check_number("alpha", alpha, least=0.0)
-        self.temperature = temperature
-        self.alpha = alpha
+        self.temperature = check_number("temperature", temperature, least=1e-3)
+        self.alpha = check_number("alpha", alpha, least=0.0)
         # Keeps the state, not the generator, so that the method can be copied and pickled.
         self._random = torch.Generator().manual_seed(torch.initial_seed() % 2**63).get_state()
 

@@ -38,8 +38,7 @@ class PseudoLabel(Method):
         logits_fn: LogitsFunction | None = None,
     ) -> None:
         super().__init__(model, unlabeled_weight, unlabeled_ramp_steps, logits_fn)
-        check_number("threshold", threshold, least=0.0, most=1.0)
-        self.threshold = threshold
+        self.threshold = check_number("threshold", threshold, least=0.0, most=1.0)
 
     def forward(self, batch: SSLBatch) -> StepOutput:
         """Computes the loss of one step."""

@@ -62,14 +62,10 @@ class SoftMatch(WeakToStrong):
         logits_fn: LogitsFunction | None = None,
     ) -> None:
         super().__init__(model, unlabeled_weight, unlabeled_ramp_steps, logits_fn, joint)
-        check_count("classes", classes)
-        check_number("ema_decay", ema_decay, least=0.0, most=1.0)
-        check_number("width", width, least=0.0)
-        check_choice("align", align, (True, False))
-        self.classes = classes
-        self.ema_decay = ema_decay
-        self.width = width
-        self.align = align
+        self.classes = check_count("classes", classes)
+        self.ema_decay = check_number("ema_decay", ema_decay, least=0.0, most=1.0)
+        self.width = check_number("width", width, least=0.0)
+        self.align = check_choice("align", align, (True, False))
         self._remember("probability", torch.full((classes,), 1 / classes, dtype=torch.float64))
         self._remember("mean", torch.tensor(1 / classes, dtype=torch.float64))
         self._remember("variance", torch.tensor(1.0))

@@ -64,12 +64,9 @@ class TemporalEnsembling(Method):
         logits_fn: LogitsFunction | None = None,
     ) -> None:
         super().__init__(model, unlabeled_weight, unlabeled_ramp_steps, logits_fn)
-        check_count("samples", samples)
-        check_count("classes", classes)
-        check_number("ema_decay", ema_decay, least=0.0, most=0.9999)
-        self.samples = samples
-        self.classes = classes
-        self.ema_decay = ema_decay
+        self.samples = check_count("samples", samples)
+        self.classes = check_count("classes", classes)
+        self.ema_decay = check_number("ema_decay", ema_decay, least=0.0, most=0.9999)
         self._remember("ensemble", torch.zeros(samples, classes))
         self._remember("visits", torch.zeros(samples, dtype=torch.int64))
 

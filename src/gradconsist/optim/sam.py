@@ -58,7 +58,7 @@ class SAM(Optimizer):
         check_number("rho", rho, least=0.0)
         check_choice("adaptive", adaptive, (True, False))
         if model is not None and not isinstance(model, nn.Module):
-            raise ConfigError(f"`model` is a {type(model).__name__}: pass the module, or None.")
+            raise ConfigError(f"`model` is of type {type(model).__name__}: pass the module, or None.")
         self.base = base
         self.model = model
         self._before: dict[Tensor, Tensor] = {}

@@ -90,15 +90,13 @@ class JacobianPenalty(GeneratorOwner):
         seed: int = 0,
     ) -> None:
         check_model(model)
-        if projections is not None:
-            check_count("projections", projections)
         if output_fn is not None and (not callable(output_fn) or isinstance(output_fn, type)):
             raise ConfigError(f"`output_fn` is {output_fn!r}: pass a function from the model's output, or None.")
         check_choice("batchnorm", batchnorm, ("auto", "batch", "running"))
         check_count("seed", seed, least=0)
         trainable_parameters(model)
         self.model = model
-        self.projections = projections
+        self.projections = None if projections is None else check_count("projections", projections)
         self.output_fn = output_fn
         self.batchnorm: BatchNormPolicy = batchnorm
         self._generator = torch.Generator().manual_seed(seed)

@@ -153,7 +153,7 @@ def test_bad_arguments() -> None:
     model, weak, strong, y = problem()
     with pytest.raises(ConfigError, match="`segments` is 0"):
         consistency_bound(GradientConsistencyLoss(model), weak, strong, y, segments=0)
-    with pytest.raises(ConfigError, match="`consistency` is a Sequential: pass the GradientConsistencyLoss"):
+    with pytest.raises(ConfigError, match="`consistency` is of type Sequential: pass the GradientConsistencyLoss"):
         consistency_bound(model, weak, strong, y)  # type: ignore[arg-type]
     with pytest.raises(InputValueError, match="no pair is left"):
         consistency_bound(GradientConsistencyLoss(model), weak, weak, y)

@@ -189,11 +189,11 @@ def test_a_refused_engine_is_a_row_with_its_reason() -> None:
 
 def test_bad_batches() -> None:
     model, pair = small(6)
-    with pytest.raises(ConfigError, match="`consistency` is a Sequential: pass the GradientConsistencyLoss"):
+    with pytest.raises(ConfigError, match="`consistency` is of type Sequential: pass the GradientConsistencyLoss"):
         memory_report(model, pair)  # type: ignore[arg-type]
     with pytest.raises(InputValueError, match="no pair of `batch` has a positive weight"):
         memory_report(GradientConsistencyLoss(model), (*pair, torch.zeros(6)))
-    with pytest.raises(InputTypeError, match="`batch` is a Tensor"):
+    with pytest.raises(InputTypeError, match="`batch` is of type Tensor"):
         memory_report(GradientConsistencyLoss(network()), torch.randn(5, 1, 12, 12))
-    with pytest.raises(InputTypeError, match="`batch` is a tuple"):
+    with pytest.raises(InputTypeError, match="`batch` is of type tuple"):
         memory_report(GradientConsistencyLoss(network()), batch()[:2])

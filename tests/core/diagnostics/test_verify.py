@@ -157,7 +157,7 @@ def test_it_verifies_the_loss_that_is_trained() -> None:
     assert diagnostics.verify(GradientNormPenalty(p.model), *p.views, directions=2).ok
     observed = GradientConsistencyLoss(CASES["cnn_batchnorm_train"].problem().model, batchnorm="observed")
     assert diagnostics.verify(observed, *CASES["cnn_batchnorm_train"].problem().views, directions=1).ok
-    with pytest.raises(ConfigError, match="`consistency` is a Sequential: pass the GradientConsistencyLoss"):
+    with pytest.raises(ConfigError, match="`consistency` is of type Sequential: pass the GradientConsistencyLoss"):
         diagnostics.verify(p.model, *p.views)
 
 

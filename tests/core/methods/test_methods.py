@@ -192,9 +192,9 @@ def test_weight_0_is_the_bare_method_bitwise(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_bad_batches(name: str) -> None:
     method, batch = build(name), DATA[0]
-    with pytest.raises(InputTypeError, match="`batch` is a Tensor"):
+    with pytest.raises(InputTypeError, match="`batch` is of type Tensor"):
         method(batch.x)
-    with pytest.raises(InputTypeError, match=r"`batch.strong` is a NoneType, not a tensor: pass a tensor"):
+    with pytest.raises(InputTypeError, match=r"`batch.strong` is of type NoneType, not a tensor: pass a tensor"):
         method(batch._replace(strong=None))
     with pytest.raises(InputShapeError, match="4 labeled inputs x, 2 labels y"):
         method(batch._replace(y=batch.y[:2]))
@@ -272,11 +272,11 @@ def test_bad_inputs_of_several_members(name: str) -> None:
             r"`batch.x\['on'\]` is a tensor and .*weak\['on'\]` is None",
         ),
         ({"strong": named(pixels, mode="x")}, InputValueError, r"`batch.strong\['mode'\]` is 'x': .*the same in both"),
-        ({"weak": named(pixels, on=pixels.numpy())}, InputTypeError, r"`batch.weak\['on'\]` is a ndarray"),
-        ({"x": {"text": ["a"] * 4}}, InputTypeError, r"`batch.x\['text'\]` is a list, not a tensor: tokenize"),
+        ({"weak": named(pixels, on=pixels.numpy())}, InputTypeError, r"`batch.weak\['on'\]` is of type ndarray"),
+        ({"x": {"text": ["a"] * 4}}, InputTypeError, r"`batch.x\['text'\]` is of type list, not a tensor: tokenize"),
         ({"x": ["a"] * 4}, InputTypeError, "`batch.x` holds no tensor: tokenize texts first"),
         ({"x": {}}, InputShapeError, "`batch.x` is empty"),
-        ({"x": "text"}, InputTypeError, "`batch.x` is a str, not a tensor: tokenize texts first"),
+        ({"x": "text"}, InputTypeError, "`batch.x` is of type str, not a tensor: tokenize texts first"),
         ({"x": good.x | {"on": good.x["on"][:1]}}, InputShapeError, "`batch.x` mixes batch sizes"),
     ):
         with pytest.raises(error, match=match):
@@ -332,7 +332,7 @@ LABELS: list[tuple[str, Callable[[torch.Tensor], Any], type[Exception], str]] = 
     ("a column", lambda y: y[:, None], InputShapeError, r"`batch\.y` has shape \(.*, 1\).*`y\.flatten\(\)`"),
     ("one-hot", lambda y: nn.functional.one_hot(y), InputShapeError, r"`y\.argmax\(1\)` for rows"),
     ("too large", lambda y: y + 100, InputValueError, r"`batch\.y` has classes from 10\d to 10\d.*fewer logits"),
-    ("NumPy", lambda y: y.numpy(), InputTypeError, r"`batch\.y` is a ndarray.*torch\.from_numpy"),
+    ("NumPy", lambda y: y.numpy(), InputTypeError, r"`batch\.y` is of type ndarray.*torch\.from_numpy"),
     ("elsewhere", lambda y: y.to("meta"), DeviceError, r"`batch\.y` is on meta, the model on cpu: move it there"),
 ]
 
