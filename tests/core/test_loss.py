@@ -506,10 +506,18 @@ def test_automatic_chunks_are_of_about_equal_size(pairs: int, sizes: list[int]) 
 
 
 @pytest.mark.parametrize(
-    ("usual", "limit", "busy", "size"), [(0, 2, 12, 6), (0, 9, 4, 4), (0, 9, 1, 1), (2, 9, 1, 6), (9, 9, 1, 12)]
+    ("usual", "limit", "busy", "size", "options"),
+    [
+        (0, 2, 12, 6, {}),
+        (0, 9, 4, 4, {}),
+        (0, 9, 1, 1, {}),
+        (0, 9, 1, 2, {"stop_gradient": "weak"}),  # the views are batches of their own, half as large
+        (2, 9, 1, 6, {}),
+        (9, 9, 1, 12, {}),
+    ],
 )
 def test_automatic_chunks_follow_the_memory_of_a_pair(
-    usual: int, limit: int, busy: int, size: int, monkeypatch: pytest.MonkeyPatch
+    usual: int, limit: int, busy: int, size: int, options: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The graph of a pair keeps about 300 kB besides the parameters, which all pairs share; the limits are in MB."""
     layers = nn.Conv2d(1, 8, 3), nn.Tanh(), nn.AvgPool2d(30), nn.Flatten(), nn.Linear(8, 3)
@@ -518,7 +526,7 @@ def test_automatic_chunks_follow_the_memory_of_a_pair(
     monkeypatch.setitem(comparison._MOST_BYTES, "cpu", limit * 10**6)
     monkeypatch.setattr(comparison, "_MANY", 11)
     monkeypatch.setattr(comparison, "_BUSY_PAIRS_OF_MANY", busy)
-    GradientConsistencyLoss(model, engine=spy)(x, x + 0.1, torch.arange(12) % 3)
+    GradientConsistencyLoss(model, engine=spy, **options)(x, x + 0.1, torch.arange(12) % 3)
     assert spy.sizes[0] == 1
     assert set(spy.sizes[1:]) == {size}
 

@@ -314,7 +314,9 @@ class _Run:
         usual, limit = (
             table.get(index.device.type, table["cpu"]) // max(1, kept) for table in (_CHUNK_BYTES, _MOST_BYTES)
         )
-        wanted = min(limit, max(usual, _BUSY_PAIRS if everything <= _MANY else _BUSY_PAIRS_OF_MANY))
+        busy = _BUSY_PAIRS if everything <= _MANY else _BUSY_PAIRS_OF_MANY
+        busy *= 1 + (problem.graph_weak != problem.graph_strong)  # else the views are one batch
+        wanted = min(limit, max(usual, busy))
         most = min(everything, wanted, getattr(engine, "most_pairs", None) or everything, probed.fitted or everything)
         return math.ceil(everything / math.ceil(everything / max(1, most)))  # even: a small last one would be slow
 

@@ -10,7 +10,6 @@ of which only the upper triangle is used. Matrices of different parameters add u
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -25,29 +24,17 @@ def interleaved(weak: Tensor, strong: Tensor) -> Tensor:
 
 
 class _RowGram(torch.autograd.Function):
-    """Maps rows [n, r, K] to rows rows^T [n, r, r]. Autograd would form the two terms of the derivative separately.
-
-    The rows may come in parts along r, of which those that need no derivative get none.
-    """
+    """Maps rows [n, r, K] to rows rows^T [n, r, r]. Autograd would form the two terms of the derivative separately."""
 
     @staticmethod
-    def forward(ctx: Any, *parts: Tensor) -> Tensor:
-        ctx.save_for_backward(*parts)
-        rows = _joined(parts)
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
         return rows @ rows.transpose(1, 2)
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        parts = ctx.saved_tensors
-        rows = _joined(parts)
-        both = (cotangent + cotangent.transpose(1, 2)).split([part.shape[1] for part in parts], 1)
-        return tuple(
-            torch.bmm(each, rows) if wanted else None for each, wanted in zip(both, ctx.needs_input_grad, strict=True)
-        )
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return torch.cat(tuple(parts), 1) if len(parts) > 1 else parts[0]
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        (rows,) = ctx.saved_tensors
+        return torch.bmm(cotangent + cotangent.transpose(1, 2), rows)
 
 
 def row_gram(rows: Tensor) -> Tensor:
@@ -67,13 +54,31 @@ class _PairGram(_RowGram):
     """Does the same for r = 2 with pairwise sums, because a matrix product over a long K loses digits."""
 
     @staticmethod
-    def forward(ctx: Any, *parts: Tensor) -> Tensor:
-        ctx.save_for_backward(*parts)
-        rows = _joined(parts)
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
         weak, strong = rows.unbind(1)
         ww, ss = (rows * rows).sum(2).unbind(1)
         ws = (weak * strong).sum(1)
         return torch.stack([ww, ws, ws, ss], 1).view(-1, 2, 2)
+
+
+class _GramOfTwo(torch.autograd.Function):
+    """Does the same for views [n, K] that come separately, without a copy that joins them."""
+
+    @staticmethod
+    def forward(ctx: Any, weak: Tensor, strong: Tensor) -> Tensor:
+        ctx.save_for_backward(weak, strong)
+        ww, ws, ss = ((a * b).sum(1) for a, b in ((weak, weak), (weak, strong), (strong, strong)))
+        return torch.stack([ww, ws, ws, ss], 1).view(-1, 2, 2)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        weak, strong = ctx.saved_tensors
+        both = (cotangent + cotangent.transpose(1, 2)).unsqueeze(3)  # [n, 2, 2, 1]
+        return tuple(
+            torch.addcmul(row[:, 0] * weak, row[:, 1], strong) if wanted else None
+            for row, wanted in zip(both.unbind(1), ctx.needs_input_grad, strict=True)
+        )
 
 
 def pair_gram(*gradients: Tensor) -> Tensor:
@@ -92,7 +97,7 @@ def pair_gram(*gradients: Tensor) -> Tensor:
 
 def pair_gram_of_two(weak: Tensor, strong: Tensor) -> Tensor:
     """Computes the same from the gradients [n, ...] of one parameter in views that come separately."""
-    gram: Tensor = _PairGram.apply(*(wide(view.flatten(1).unsqueeze(1)) for view in (weak, strong)))
+    gram: Tensor = _GramOfTwo.apply(*(wide(view.flatten(1)) for view in (weak, strong)))
     return gram
 
 
