@@ -61,19 +61,7 @@ class Compared(NamedTuple):
 
 
 def compare(options: Comparison, pairs: Pairs) -> Compared:
-    """Computes L_g and the record of `pairs`, and the strong views' losses if they are wanted.
-
-    Args:
-        options: options and state of the call.
-        pairs: checked arguments.
-
-    Returns:
-        Loss, record and losses.
-
-    Raises:
-        GradConsistError: the model cannot be compared exactly, or a gradient is not finite.
-        ModelError: the model or `loss_fn` raised an error from torch or Python.
-    """
+    """Computes L_g and the record of `pairs`, and the strong views' losses if they are wanted."""
     selection = select(pairs, options.settings.max_pairs, options.reduction, options.generator, options.wide)
     source = options.generator
     seed = int(torch.randint(2**62, (), generator=source, device=source.device)) if options.dropout else None

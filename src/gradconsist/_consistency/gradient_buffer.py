@@ -35,10 +35,8 @@ class GradientBuffer:
     def add(self, loss: Tensor, amplification: float = 1.0) -> None:
         """Adds one chunk's loss and gradient, and frees its graph.
 
-        Args:
-            loss: the chunk's loss.
-            amplification: a power of two by which the loss is multiplied during differentiation, so that float16 does
-                not underflow on the way; reduced if it would overflow.
+        The loss is multiplied by `amplification` during differentiation, a power of two, so that float16 does not
+        underflow on the way; it is reduced if it would overflow.
         """
         parts: Sequence[Tensor | None] = [None] * len(self._sources)
         if loss.requires_grad:  # else the gradients are constant, as for a linear model with a linear loss
@@ -48,11 +46,7 @@ class GradientBuffer:
         self._accumulate(parts)
 
     def add_through(self, values: Sequence[Tensor]) -> None:
-        """Adds the part of the gradient that goes through the tensors in `through`, by the chain rule.
-
-        Args:
-            values: the same tensors with their graph to the aliases; without a graph if they do not depend on them.
-        """
+        """Adds the part of the gradient through `through`, by the chain rule: `values` is `through` with its graph."""
         parts = self._gradients[self._own :]
         known = [(v, part) for v, part in zip(values, parts, strict=True) if part is not None and v.requires_grad]
         if known:
@@ -83,15 +77,10 @@ class GradientBuffer:
         return [None if part is None else part / factor for part in parts]
 
     def attach(self, parameters: Mapping[str, Tensor], sparse: Container[str] = ()) -> Tensor:
-        """Returns the value as a tensor whose backward gives the buffered gradient, scaled, to the parameters.
+        """Returns the value as a scalar whose backward gives the buffered gradient, scaled, to the parameters.
 
-        Args:
-            parameters: the named parameters, in the order of the aliases. A parameter that no chunk depends on gets no
-                gradient, as in an ordinary backward.
-            sparse: names of the parameters that get a sparse gradient.
-
-        Returns:
-            Scalar tensor that requires grad.
+        They come in the order of the aliases, those named in `sparse` with a sparse gradient. A parameter that no chunk
+        depends on gets none, as in an ordinary backward.
         """
         found = zip(parameters, self._gradients[: self._own], strict=True)
         gradients = [None if part is None else in_its_form(part, name in sparse) for name, part in found]

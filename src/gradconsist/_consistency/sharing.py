@@ -55,13 +55,7 @@ def losses_obstacle(settings: Settings) -> str | None:
 def sharing_obstacle(method: Any, settings: Settings, *, demanded: bool) -> str | None:
     """Says what forbids a shared pass, without running the model; None if nothing does.
 
-    Args:
-        method: any method.
-        settings: the loss's options.
-        demanded: whether the user wants it with BatchNorm in batch mode, too.
-
-    Returns:
-        The reason.
+    `demanded`: the user wants it with BatchNorm in batch mode, too.
     """
     if not hasattr(method, "sharing_obstacle"):
         return (
@@ -107,14 +101,8 @@ def normalises_batch(settings: Settings) -> bool:
 def difference(settings: Settings, probed: Probed, inputs: Inputs, *, demanded: bool) -> str | None:
     """Says in what the model computes something else in the method than in the comparison, by running it both ways.
 
-    Args:
-        settings: the loss's options.
-        probed: results so far; this one is added.
-        inputs: strong views.
-        demanded: whether other statistics of a BatchNorm, and with ``dropout="on"`` another draw, are accepted.
-
-    Returns:
-        The reason; None if both agree to rounding.
+    Returns None if both agree to rounding. `demanded`: other statistics of a BatchNorm are accepted, and with
+    ``dropout="on"`` another draw.
     """
     inputs = check_inputs("strong", inputs)
     region = autocast_region(leaves(inputs)[0].device)

@@ -18,34 +18,20 @@ from gradconsist.types import GradProducts
 
 
 def degenerate_pairs(products: GradProducts, min_norm: float) -> Tensor:
-    """Finds pairs whose cosine is noise: ||g_w|| <= min_norm or ||g_s|| <= min_norm.
+    """Finds pairs [B] whose cosine is noise: ||g_w|| <= min_norm or ||g_s|| <= min_norm.
 
     The derivative of the cosine grows like 1/||g||. Semi-supervised methods select confident samples, whose gradients
     vanish, so this case is common.
-
-    Args:
-        products: inner products, [B] each.
-        min_norm: bound on each norm, in the loss's units.
-
-    Returns:
-        Boolean tensor [B].
     """
     return (products.weak.detach().sqrt() <= min_norm) | (products.strong.detach().sqrt() <= min_norm)
 
 
 def cosine(products: GradProducts, degenerate: Tensor) -> Tensor:
-    """Computes GC = ⟨g_w, g_s⟩ / (||g_w|| ||g_s||), and 0 with a zero derivative for degenerate pairs.
+    """Computes GC = ⟨g_w, g_s⟩ / (||g_w|| ||g_s||) [B], and 0 with a zero derivative for degenerate pairs.
 
     The norms divide one after the other: their product can overflow or underflow where the norms do not, and so can the
     derivative of `rsqrt`, weak^(-3/2). The value is clamped to [-1, 1], since rounding can exceed these bounds by a few
     units in the last place. The derivative is not clamped, so a pair at a bound still contributes to the gradient.
-
-    Args:
-        products: inner products, [B] each.
-        degenerate: pairs to leave out, [B].
-
-    Returns:
-        Cosines [B], differentiable in the products.
     """
     # Double `where`: a value masked after a division by zero still sends NaN backwards.
     one = torch.ones_like(products.weak)
@@ -60,16 +46,7 @@ class Criterion(Protocol):
     """Defines what a pair adds to the loss, as a function of its inner products."""
 
     def terms(self, products: GradProducts, similarity: Tensor, degenerate: Tensor) -> Tensor:
-        """Returns the terms [B], before their weights.
-
-        Args:
-            products: inner products, [B] each.
-            similarity: their cosines, 0 for degenerate pairs, [B].
-            degenerate: pairs without a cosine, [B].
-
-        Returns:
-            Terms [B], differentiable in the products.
-        """
+        """Returns the terms [B] before their weights, from the products and their cosines (0 for degenerate pairs)."""
         ...
 
     def steepness(self, norm_weak: Tensor, norm_strong: Tensor) -> Tensor:

@@ -45,22 +45,8 @@ def probe_model(
 ) -> State:
     """Tries the model on a pair of the call unless it passed before, and checks the targets on every call.
 
-    Args:
-        forward: the model under this call's rules.
-        pairs: the call's pairs.
-        index: the compared pairs; the others may hold anything and are not used.
-        probed: results so far; passed checks are added.
-        compared: names of the parameters whose gradients are compared.
-
-    Returns:
-        The model's state in this call.
-
-    Raises:
-        LossContractError: the loss depends on no parameter of the model, or on no compared one.
-        UnsupportedModuleError: a sample's loss depends on its neighbours, on chance, or on a parameter used outside its
-            module; or a custom Function has a wrong second derivative.
-        InputValueError: a class index is outside the model's classes.
-        InputShapeError: probabilities and logits differ in their number of columns.
+    Pairs outside `index` may hold anything and are not used. `compared` names the parameters whose gradients are
+    compared. Passed checks are added to `probed`. Returns the model's state in this call.
     """
     state = probed.state(forward.model, pairs.weak, pairs.strong)
     forward_fact, functions_fact = ("forward", *state.key), ("functions", *state.key)
@@ -99,22 +85,10 @@ def probe_engine(
     expected: Sequence[Tensor],
     probed: Probed,
 ) -> int:
-    """Tries engine and derivative on a pair unless they passed before, and measures the memory that a pair needs.
+    """Tries engine and derivative on a pair unless they passed before; returns the bytes that a pair's graph keeps.
 
-    Args:
-        state: the model's state in this call.
-        engine: the engine.
-        problem: the call's pairs.
-        terms: a function per compared pair that computes its term. The first term with a graph decides: in float16 a
-            gradient may overflow, and such a term shows nothing.
-        expected: tensors that the term must be differentiable in.
-        probed: results so far; what is found is added.
-
-    Returns:
-        Bytes that the graph of one pair keeps.
-
-    Raises:
-        RuntimeError: the engine or the derivative failed.
+    The first of `terms` with a graph decides: in float16 a gradient may overflow, and such a term shows nothing. It
+    must be differentiable in `expected`.
     """
     # The engine is part of the key, because the automatic one may have changed.
     derivative = (f"derivative by {engine!r}", *state.key)
@@ -219,15 +193,7 @@ def _try_derivative(forward: PerSampleForward, pairs: Pairs, probed: Probed, com
 def probe_functions(forward: PerSampleForward, pairs: Pairs, index: Tensor, probed: Probed, keys: set[str]) -> None:
     """Tests custom Functions that no earlier sample ran, since samples may take different branches of a model.
 
-    Args:
-        forward: the model under this call's rules.
-        pairs: the call's pairs.
-        index: the pairs whose graph holds the Functions.
-        probed: results so far; what is found is added.
-        keys: keys of all Functions in that graph.
-
-    Raises:
-        UnsupportedModuleError: a Function has a wrong second derivative.
+    `keys` are those of all Functions in the graph of the pairs `index`.
     """
     if keys <= probed.met or probed.report_only:
         return

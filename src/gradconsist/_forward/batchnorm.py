@@ -59,16 +59,9 @@ class StatisticsMissingError(Exception):
 
 
 def batch_statistics(x: Tensor) -> Statistics:
-    """Computes statistics over the batch and all positions, in float32 at least, with the graph of `x` if it has one.
+    """Computes mean and biased variance over batch and positions of `x` [B, channels, ...], in float32 at least.
 
-    Args:
-        x: input of a BatchNorm, [B, channels, ...].
-
-    Returns:
-        Mean and biased variance.
-
-    Raises:
-        InputShapeError: there is only one value per channel, so the variance would be 0.
+    They have the graph of `x` if it has one. A single value per channel, whose variance would be 0, is refused.
     """
     _check_several(x)
     dims = [dim for dim in range(x.dim()) if dim != 1]
@@ -158,11 +151,7 @@ class BatchNormCalls:
         self._recording, self._eps = [] if record else None, []
 
     def finish_forward(self) -> None:
-        """Ends a forward: keeps the recorded statistics, or checks that every recorded call was made.
-
-        Raises:
-            UnsupportedModuleError: this forward made fewer calls than the recorded one.
-        """
+        """Ends a forward: keeps the recorded statistics, or checks that every recorded call was made."""
         if self._recording is not None:
             self.recorded, self._recording = _with_variances(self._recording, self._eps), None
         elif self.recorded is not None and self._position != len(self.recorded):
@@ -286,18 +275,7 @@ def _row(rows: Tensor, number: Tensor | int) -> Tensor:
 
 
 def _by_view(weak: list[Statistics], strong: list[Statistics]) -> list[Statistics]:
-    """Stacks the statistics of both views to [2, channels] for each call.
-
-    Args:
-        weak: statistics of the calls in the weak views' forward.
-        strong: statistics of the calls in the strong views' forward.
-
-    Returns:
-        One entry per call.
-
-    Raises:
-        UnsupportedModuleError: the forwards made different calls.
-    """
+    """Stacks the statistics of both views to [2, channels] for each call, and refuses forwards with different calls."""
     if [len(each.mean) for each in weak] != [len(each.mean) for each in strong]:
         raise UnsupportedModuleError(
             f"the model's BatchNorm calls differ between the method's forwards: {len(weak)} with the weak views and"

@@ -23,15 +23,8 @@ def call_with(
     place: torch replaces it twice and restores the replacement last. The user's model would silently lose its parameter
     (seen in torch 2.13 and 2.15).
 
-    Args:
-        module: the module to call.
-        tensors: replacements by name; for tied tensors, the first name.
-        args: positional arguments of the call.
-        kwargs: keyword arguments of the call.
-        left: filled with the tensors in the places of `tensors` after the call, since a module may put others there.
-
-    Returns:
-        The module's output.
+    The name of a tied tensor is its first one. `left` is filled with the tensors in the places of `tensors` after the
+    call, since a module may put others there.
     """
     places = list(_places(module))
     given = {id(own): tensors[name] for name, own in places if name in tensors}
@@ -44,14 +37,7 @@ def call_with(
 
 
 def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies tensors, those of one kind with one kernel.
-
-    Args:
-        tensors: buffers by name.
-
-    Returns:
-        Their copies.
-    """
+    """Copies tensors, those of one kind with one kernel."""
     found = {name: torch.empty_like(tensor) for name, tensor in tensors.items() if _is_plain(tensor)}
     kinds: dict[Any, list[str]] = {}
     for name in found:

@@ -32,14 +32,7 @@ _here = threading.local()
 
 @contextmanager
 def one_comparison() -> Iterator[None]:
-    """Lets one comparison per process run at a time; other threads wait.
-
-    Yields:
-        None.
-
-    Raises:
-        GradModeError: the call comes from inside a comparison or a transform.
-    """
+    """Lets one comparison per process run at a time; other threads wait, and a call from inside one is refused."""
     if getattr(_here, "compares", False):
         raise GradModeError(
             "GradientConsistencyLoss was called inside a comparison (by `loss_fn`, a hook or the model's own forward),"

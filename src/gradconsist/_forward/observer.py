@@ -48,11 +48,7 @@ class _Forward:
 
 
 class Observer(TorchFunctionMode):
-    """Records the BatchNorm calls in batch mode of every forward of `model` inside the block.
-
-    Args:
-        model: the model to watch.
-    """
+    """Records the BatchNorm calls in batch mode of every forward of `model` inside the block."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -98,14 +94,8 @@ class Observer(TorchFunctionMode):
     def observed(self, pair: ViewPair) -> Constants:
         """Returns the statistics of the forwards in batch mode that the two views went through.
 
-        Args:
-            pair: the views that the method compared.
-
-        Returns:
-            One entry per BatchNorm call in batch mode; two such lists if the views went through two forwards.
-
-        Raises:
-            ConfigError: a view went through no forward in batch mode, or through several with different statistics.
+        One entry per BatchNorm call; two such lists if the views went through two forwards. A view that went through
+        none, or through several with different statistics, raises a ConfigError.
         """
         found = [forward for forward in self._forwards if forward.statistics]
         weak, strong = (_statistics_of(name, getattr(pair, name), found) for name in ("weak", "strong"))

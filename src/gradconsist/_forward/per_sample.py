@@ -114,19 +114,9 @@ class PerSampleForward:
         parameters: Mapping[str, Tensor] | None = None,
         view: Tensor | int | None = None,
     ) -> Tensor:
-        """Computes losses [B], times `loss_scale`, with `parameters` in place of the model's.
+        """Computes losses [B], times `loss_scale`, in float32 at least, with `parameters` in place of the model's.
 
-        Args:
-            inputs: samples, batch first.
-            target: targets, batch first.
-            parameters: replacements by name.
-            view: see `gradconsist.engines.base.Losses`.
-
-        Returns:
-            Losses [B], in float32 at least.
-
-        Raises:
-            LossContractError: `loss_fn` did not return one real number per sample.
+        `view`: see `gradconsist.engines.base.Losses`.
         """
         _, value = self._run(inputs, target, parameters or {}, view)
         if not isinstance(value, Tensor) or value.shape != target.shape[:1] or not value.is_floating_point():

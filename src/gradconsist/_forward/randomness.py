@@ -57,16 +57,8 @@ def _same(first: tuple[Any, ...], second: tuple[Any, ...]) -> bool:
 def preserved_randomness(device: torch.device, seed: int | None) -> Iterator[None]:
     """Seeds random numbers for the block, or forbids them, and restores the user's random state afterwards.
 
-    Args:
-        device: the model's device; its generator is preserved, as are those of the CPU, Python and NumPy.
-        seed: seed for the block, or None if nothing in it may draw a random number.
-
-    Yields:
-        None.
-
-    Raises:
-        UnsupportedModuleError: `seed` is None and a number was drawn.
-        DeviceError: the device's random state cannot be kept.
+    Preserves the generators of `device`, the CPU, Python and NumPy. Without a seed, a number that is drawn inside the
+    block raises an UnsupportedModuleError.
     """
     before = _state(device)
     try:
@@ -95,15 +87,7 @@ def preserved_randomness(device: torch.device, seed: int | None) -> Iterator[Non
 
 
 def restore_generator(generator: torch.Generator, state: object) -> None:
-    """Sets a generator on the CPU to a saved state.
-
-    Args:
-        generator: the generator.
-        state: what its ``get_state()`` returned, on any device.
-
-    Raises:
-        StateError: `state` is something else.
-    """
+    """Sets a generator on the CPU to what a ``get_state()`` returned, on any device; else raises a StateError."""
     try:
         # A copy: torch reads a view, such as a row of gathered states, from the wrong place and crashes.
         generator.set_state(state.cpu().clone())  # type: ignore[attr-defined]

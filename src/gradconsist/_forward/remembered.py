@@ -32,11 +32,7 @@ _DIFFERENT = "samples leave different values in attributes, and these are not te
 
 
 class Memory:
-    """Reads and writes the attributes of a module and its submodules, except those that every module has.
-
-    Args:
-        module: the module.
-    """
+    """Reads and writes the attributes of a module and its submodules, except those that every module has."""
 
     def __init__(self, module: nn.Module) -> None:
         self._owners = list(module.modules())
@@ -82,11 +78,7 @@ class Memory:
 def nothing_kept(module: nn.Module) -> Iterator[None]:
     """Restores the module's memory after the block, whatever the module writes inside it.
 
-    Args:
-        module: the module. Tensors among its attributes, except parameters, are replaced by copies inside the block.
-
-    Yields:
-        None.
+    Tensors among its attributes, except parameters, are replaced by copies inside the block.
     """
     memory = Memory(module)
     before = memory.read()
@@ -204,14 +196,7 @@ class SampleStates:
         return [set(registry) for owner in self._layer.modules() for registry in _registries(owner)]
 
     def lend(self, start: dict[Any, Any]) -> dict[str, Tensor]:
-        """Prepares a sample's forward: sets the memory and returns the buffers.
-
-        Args:
-            start: `self.start` with the sample's tensors.
-
-        Returns:
-            Buffers for this forward, each with its name.
-        """
+        """Prepares a sample's forward from `start` with its tensors: sets the memory, returns the named buffers."""
         copies = lent(start)
         self._met = {key: _Met(copies[key], value) for key, value in start.items()}
         self._memory.restore({key: value for key, value in copies.items() if key not in self._buffers})
@@ -220,11 +205,7 @@ class SampleStates:
     def collect(self, buffers: dict[str, Tensor]) -> None:
         """Collects what a sample's forward left in buffers and memory.
 
-        Args:
-            buffers: the buffers after the forward.
-
-        Raises:
-            RuntimeError: the forward registered something or deleted an attribute.
+        A forward that registered something or deleted an attribute raises a RuntimeError.
         """
         now: dict[Any, Any] = {name: buffers[name] for name in self._buffers}
         now.update(self._memory.read())
@@ -238,8 +219,7 @@ class SampleStates:
     def tensors(self) -> list[Tensor]:
         """Stacks what the samples left in places that changed: tensors with one row per sample.
 
-        Raises:
-            RuntimeError: samples left different values that are not tensors of one shape.
+        Different values that are not tensors of one shape raise a RuntimeError.
         """
         found: list[Tensor] = []
         for key in self._changed:
@@ -250,8 +230,7 @@ class SampleStates:
     def put(self, tensors: Iterator[Tensor]) -> None:
         """Writes what the samples left to buffers and memory, for layers that run later in the same forward.
 
-        Args:
-            tensors: the result of `tensors`, in the form that later layers see.
+        `tensors` is the result of `tensors`, in the form that later layers see.
         """
         after = {key: _rebuilt(plan, tensors) for key, plan in self._plans.items()}
         memory = {key: after.get(key, value) for key, value in {**self.start, **after}.items()}

@@ -37,20 +37,8 @@ def our_rules(
 ) -> Iterator[None]:
     """Sets random state, modes and flags for `PerSampleForward` inside the block, and explains errors of torch.
 
-    Args:
-        model: the user's model.
-        device: the model's device.
-        views: the model's inputs, each with its name for a message.
-        seed: seed of the block's random numbers; None if it may draw none.
-        dropout: whether random layers stay on.
-
-    Yields:
-        None.
-
-    Raises:
-        UnsupportedModuleError: torch cannot differentiate the model; the message says what to do.
-        InputTypeError: the views do not fit the arguments of the model's forward.
-        ModelError: the model or its loss raised an error from torch or Python.
+    The views have names for the messages. Without a seed the block may draw no random number. `dropout`: random layers
+    stay on.
     """
     try:
         with (

@@ -16,11 +16,7 @@ from torch import Tensor, nn
 def sparse_parameters(model: nn.Module) -> set[str]:
     """Returns the first names of parameters that are weights of ``nn.Embedding(sparse=True)`` and nothing else.
 
-    Args:
-        model: the model. In torch, a tied weight has a dense gradient as soon as one of its uses has.
-
-    Returns:
-        Names as in ``model.named_parameters()``.
+    In torch, a tied weight has a dense gradient as soon as one of its uses has.
     """
     only: dict[int, bool] = {}
     for module in model.modules():
@@ -38,13 +34,8 @@ def in_its_form(gradient: Tensor, sparse: bool) -> Tensor:
 def aliases(parameters: Mapping[str, Tensor], sparse: Container[str]) -> dict[str, Tensor]:
     """Makes views of the parameters, with a graph, that pass on gradients in dense or sparse form.
 
-    Args:
-        parameters: parameters by name.
-        sparse: names of those with a sparse gradient. It is read in the backward, since a use that makes a gradient
-            dense may be found after the views were made.
-
-    Returns:
-        The views, with the same names.
+    The names in `sparse` are read in the backward, since a use that makes a gradient dense may be found after the views
+    were made.
     """
     with torch.enable_grad():
         views: dict[str, Tensor] = {

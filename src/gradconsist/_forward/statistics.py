@@ -62,16 +62,7 @@ def _in_parts(func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def take_statistics(forward: PerSampleForward, weak: Inputs, strong: Inputs) -> None:
-    """Records the joint statistics of all weak and strong inputs in one forward without a graph.
-
-    Args:
-        forward: its BatchNorm calls use these statistics from now on.
-        weak: all weak views of a call.
-        strong: all strong views of a call.
-
-    Raises:
-        InputShapeError: the views cannot be put in one batch.
-    """
+    """Records the joint statistics of all weak and strong inputs in one forward without a graph, for later forwards."""
     if not concatenable(weak, strong):
         raise InputShapeError(
             "`weak` and `strong` differ in shape, so BatchNorm's joint statistics cannot be taken from one batch: pad"
@@ -82,16 +73,7 @@ def take_statistics(forward: PerSampleForward, weak: Inputs, strong: Inputs) -> 
 
 
 def check_through_statistics(wanted: object, batchnorm: BatchNormPolicy, dropout: str) -> None:
-    """Refuses options that leave no statistics of the call to differentiate.
-
-    Args:
-        wanted: the option `through_statistics`.
-        batchnorm: the BatchNorm policy.
-        dropout: "off" or "on".
-
-    Raises:
-        ConfigError: `wanted` is not a boolean, the statistics do not come from the call, or their forward is random.
-    """
+    """Refuses options that leave no statistics of the call to differentiate, or a random forward."""
     check_choice("through_statistics", wanted, (True, False))
     if not wanted:
         return
@@ -104,15 +86,7 @@ def check_through_statistics(wanted: object, batchnorm: BatchNormPolicy, dropout
 
 
 def check_can_follow(*, given: bool, half: bool) -> None:
-    """Refuses a call whose statistics cannot be differentiated.
-
-    Args:
-        given: whether the caller passed the statistics.
-        half: whether part of the call runs in float16.
-
-    Raises:
-        ConfigError: `given` or `half` is true.
-    """
+    """Refuses a call whose statistics cannot be differentiated: the caller gave them, or part of it runs in float16."""
     if given:
         raise ConfigError(
             "`through_statistics=True` does not go with given `statistics`, whose dependence on the parameters is not"
@@ -126,13 +100,9 @@ def check_can_follow(*, given: bool, half: bool) -> None:
 
 
 class StatisticsPath:
-    """Differentiates L_g through the joint statistics of a call.
+    """Differentiates L_g through the joint statistics of a call, which the calls of `forward` use.
 
-    Args:
-        forward: its BatchNorm calls use the recorded statistics.
-        weak: all weak views of the call.
-        strong: all strong views of the call.
-        stand_ins: makes views of the model's parameters, each with its name.
+    `stand_ins` makes views of the model's parameters, each with its name.
     """
 
     def __init__(
@@ -143,11 +113,7 @@ class StatisticsPath:
         self._stand_ins = stand_ins
 
     def cut(self) -> list[Tensor]:
-        """Replaces the recorded statistics by leaf tensors, so that the chunks can be differentiated for them (dF/ds).
-
-        Returns:
-            Mean and variance of each call.
-        """
+        """Returns leaf tensors in place of the statistics, so that chunks can be differentiated for them (dF/ds)."""
         calls = self._forward.batchnorm
         calls.recorded = [
             each._replace(
@@ -175,11 +141,7 @@ class StatisticsPath:
         return self._record()
 
     def _record(self) -> list[Tensor]:
-        """Records the statistics again, now with their graph.
-
-        Raises:
-            UnsupportedModuleError: they differ from those before.
-        """
+        """Records the statistics again, now with their graph, and refuses a model that gives others than before."""
         calls = self._forward.batchnorm
         before = calls.recorded or []
         self._forward.output(concatenate(*self._inputs), record=True)

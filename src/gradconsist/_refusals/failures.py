@@ -57,14 +57,8 @@ def model_failure(
     """Turns an error raised by the user's model or loss into one of this library's.
 
     Returns None if `error` did not come from the model, or if its class belongs to neither Python nor torch: such
-    exceptions are the user's own.
-
-    Args:
-        error: what was raised, with its traceback.
-        model: the model, or a module that holds it.
-        views: its inputs, each with its name for a message.
-        works: tries the model on inputs; None if it must not run again.
-        root: prefix of the paths of `model` in a message; "" for none.
+    exceptions are the user's own. `works` tries the model on inputs; None if it must not run again. `root` is the
+    prefix of the paths of `model` in a message; "" for none.
     """
     if type(error).__module__.split(".")[0] not in ("builtins", "torch") or not isinstance(error, _RAW):
         return None

@@ -72,13 +72,11 @@ def used_otherwise(loss: Tensor, tensors: Mapping[str, Tensor], kind: str) -> se
 def check_first_derivative(loss: Tensor, own: Mapping[str, Tensor]) -> None:
     """Refuses a graph that hides parameters from `torch.autograd.grad` or has a wrong second derivative.
 
+    The loss comes from the model with copies in place of its parameters, so none of its `own` should be in that graph.
+
     Reentrant checkpointing keeps the parameters inside it out of the graph. `autograd.grad` then returns zero for them,
     without an error if no differentiated parameter comes before the checkpoint. A parameter that is used through a
     reference outside its module (a list, a closure) cannot be replaced, so engines would disagree.
-
-    Args:
-        loss: a loss of the model run with copies in place of its parameters, with its graph.
-        own: the model's parameters with their names; none of them should be in that graph.
     """
     names = {id(parameter): name for name, parameter in own.items()}
     for node in nodes(loss):

@@ -180,10 +180,9 @@ def consistency_bound(
 
 
 def _difference(record: ConsistencyRecord) -> Tensor:
-    """Computes ||a - b|| from ||a||, ||b|| and the cosine, which is NaN if one of them is zero.
+    """Computes ||a - b|| from ||a||, ||b|| and the cosine, which is NaN if one is zero.
 
-    Raises:
-        InputValueError: a and b are so close that 1 - cosine is mostly rounding.
+    Refuses a and b that are so close that 1 - cosine is mostly rounding.
     """
     a, b = record.norm_weak, record.norm_strong
     squared = (a - b).square() + 2 * a * b * (1 - record.cosine.nan_to_num(0.0))

@@ -31,18 +31,7 @@ ENGINES: dict[str, Callable[[], Engine]] = {
 
 
 def make_engine(engine: str | Engine, projection: RandomProjection | None = None) -> Engine:
-    """Returns the engine of a name, or `engine` itself if it is an object.
-
-    Args:
-        engine: a key of `ENGINES`, or an object with `products`.
-        projection: the projection that the engine must support, or None.
-
-    Returns:
-        An engine.
-
-    Raises:
-        ConfigError: `engine` is neither, or it does not support projections and one is given.
-    """
+    """Returns the engine of a name, or `engine` itself if it is an object; it must support the projection."""
     if isinstance(engine, str):
         check_choice("engine", engine, ENGINES)
         return ENGINES[engine]()

@@ -52,18 +52,7 @@ class Capture(Operators, TorchFunctionMode):
     def layer(
         self, module: nn.Module, rule: LayerGradients, forward: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Runs a layer that has a registered rule, for all samples as one batch.
-
-        Args:
-            module: the layer.
-            rule: its rule.
-            forward: its forward.
-            *args: positional arguments of the call.
-            **kwargs: keyword arguments of the call.
-
-        Returns:
-            Its output.
-        """
+        """Runs a layer that has a registered rule, for all samples as one batch."""
         state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         own = {local: self._own(tensor) for local, tensor in state.items() if id(tensor) in self._names}
         if self._paused or not own or kwargs or not all(isinstance(value, Tensor) for value in args):
@@ -101,17 +90,8 @@ class Capture(Operators, TorchFunctionMode):
         """Runs a layer that vmap refuses sample by sample; its parameters have one row per sample, so it stays exact.
 
         Every sample finds buffers and attributes in their state before the call. What the layer leaves in them then has
-        one row per sample, like its output, so a second call continues from there for each sample.
-
-        Args:
-            model: the whole model.
-            module: the layer.
-            forward: its forward.
-            *args: positional arguments of the call.
-            **kwargs: keyword arguments of the call.
-
-        Returns:
-            Its output, of any structure of tensors.
+        one row per sample, like its output, so a second call continues from there for each sample. The output may be
+        any structure of tensors.
         """
         if self._paused:
             return forward(*args, **kwargs)

@@ -115,16 +115,9 @@ def _derivative(gy: Tensor, x: Tensor, w: Tensor, geometry: Geometry, which: int
 
 
 def sample_gradients(x: Tensor, gy: Tensor, shape: Sequence[int], geometry: Geometry) -> Tensor:
-    """Computes per-sample weight gradients with one grouped convolution.
+    """Computes per-sample weight gradients [N, *shape] with one grouped convolution.
 
-    Args:
-        x: inputs [N, b, C, ...]: N samples of b maps each.
-        gy: gradients of the outputs [N, b, p, ...].
-        shape: shape of the weight.
-        geometry: geometry of the layer.
-
-    Returns:
-        [N, *shape].
+    Takes inputs [N, b, C, ...], b maps per sample, and output gradients [N, b, p, ...].
     """
     n = x.shape[0]
     per_sample = (n * shape[0], *shape[1:])
@@ -135,16 +128,9 @@ def sample_gradients(x: Tensor, gy: Tensor, shape: Sequence[int], geometry: Geom
 
 
 def per_sample_convolution(x: Tensor, w: Tensor, geometry: Geometry, stage: Stage | None = None) -> Tensor:
-    """Convolves each sample with its own weights.
+    """Convolves each sample [b, C, ...] with its own weight; returns [N, b, p, ...].
 
-    Args:
-        x: [N, b, C, ...].
-        w: [N, *weight shape].
-        geometry: geometry of the layer.
-        stage: see `Stage`; None if the weights' gradient is always wanted.
-
-    Returns:
-        [N, b, p, ...].
+    Without a stage the weights' gradient is always wanted.
     """
     n = x.shape[0]
     folded = x.transpose(0, 1).flatten(1, 2)
@@ -166,19 +152,7 @@ def normal_form(
 ) -> tuple[Tensor, Geometry]:
     """Brings the arguments of ``F.conv*d``, which come in several forms, into one form.
 
-    Args:
-        input: [..., C, spatial].
-        dims: number of spatial dimensions.
-        stride: int or ints.
-        padding: int, ints, "valid" or "same".
-        dilation: int or ints.
-        groups: groups.
-        kernel: spatial size of the weight.
-        output_padding: int or ints, for a transposed convolution.
-        transposed: whether the convolution is transposed.
-
-    Returns:
-        The input (padded if "same" is asymmetric) and the geometry.
+    Returns the input [..., C, spatial], padded if "same" is asymmetric, and the geometry.
     """
     stride, dilation, output_padding = (_ints(value, dims) for value in (stride, dilation, output_padding))
     if padding == "valid":

@@ -17,14 +17,7 @@ from gradconsist.errors import UnsupportedModuleError
 
 
 def check_inputs(uses: Sequence[Use]) -> None:
-    """Refuses a layer whose input was overwritten after the layer had used it.
-
-    Args:
-        uses: the uses of one forward.
-
-    Raises:
-        UnsupportedModuleError: the version of an input has changed since it was recorded.
-    """
+    """Refuses a layer whose input was overwritten after the layer had used it."""
     for use in uses:
         if tuple(x._version for x in use.inputs) != use.versions:
             raise UnsupportedModuleError(
@@ -34,16 +27,7 @@ def check_inputs(uses: Sequence[Use]) -> None:
 
 
 def check_coverage(losses: Tensor, uses: Sequence[Use], outputs: Sequence[Tensor | None]) -> None:
-    """Refuses a use that the losses depend on but whose output got no gradient.
-
-    Args:
-        losses: the losses of one forward, with their graph.
-        uses: the uses of that forward.
-        outputs: for each use the gradient of its output, or None.
-
-    Raises:
-        UnsupportedModuleError: there is such a use.
-    """
+    """Refuses a use that the losses depend on but whose output got no gradient (None among `outputs`)."""
     silent = [use for use, d in zip(uses, outputs, strict=True) if d is None]
     if not silent:
         return

@@ -14,11 +14,7 @@ from torch import Tensor
 def body(function: Callable[..., Any]) -> Callable[..., Any]:
     """Copies a torch function without its dispatch to modes, so that a mode sees the calls inside it.
 
-    Args:
-        function: a function of `torch.nn.functional` that begins with ``if has_torch_function(...)``.
-
-    Returns:
-        The same code, in which that test is always False.
+    The function begins with ``if has_torch_function(...)``; in the copy that test is always False.
     """
     blind = {**function.__globals__, "has_torch_function": lambda _: False}
     copy = types.FunctionType(function.__code__, blind, function.__name__, function.__defaults__, function.__closure__)

@@ -120,12 +120,7 @@ class GhostEngine:
     def _products(self, problem: Problem, *, together: bool = True) -> GradProducts:
         """Computes the products in one batch, or in one batch per group of samples that answer all conditions alike.
 
-        Args:
-            problem: the pairs.
-            together: whether both views may be in one batch.
-
-        Returns:
-            Inner products.
+        `together`: both views may be in one batch.
         """
         try:
             return self._in_one_batch(problem, together=together)

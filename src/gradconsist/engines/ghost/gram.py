@@ -38,14 +38,7 @@ class _RowGram(torch.autograd.Function):
 
 
 def row_gram(rows: Tensor) -> Tensor:
-    """Computes inner products of the rows of each matrix, in float32 at least.
-
-    Args:
-        rows: [n, r, K].
-
-    Returns:
-        [n, r, r].
-    """
+    """Computes inner products [n, r, r] of the rows of each matrix [n, r, K], in float32 at least."""
     gram: Tensor = _RowGram.apply(wide(rows))
     return gram
 
@@ -82,14 +75,7 @@ class _GramOfTwo(torch.autograd.Function):
 
 
 def pair_gram(*gradients: Tensor) -> Tensor:
-    """Computes M from per-sample gradients; those of several parameters count as one vector.
-
-    Args:
-        *gradients: [N, ...] each, interleaved.
-
-    Returns:
-        [n, 2, 2].
-    """
+    """Computes M [n, 2, 2] from interleaved gradients [N, ...]; those of several parameters are one vector."""
     rows = [wide(part.reshape(part.shape[0] // 2, 2, -1)) for part in gradients]
     gram: Tensor = _PairGram.apply(torch.cat(rows, 2) if len(rows) > 1 else rows[0])
     return gram
@@ -107,15 +93,9 @@ WORST_CANCELLATION = 64.0
 
 
 def position_gram(inputs: Tensor, outputs: Tensor, doubts: Doubts | None = None) -> Tensor:
-    """Computes M of G = sum_t d_t a_t^T without forming G: sum over t, t' of ⟨a_t, a_t'⟩ ⟨d_t, d_t'⟩.
+    """Computes M [n, 2, 2] of G = sum_t d_t a_t^T without forming G: sum over t, t' of ⟨a_t, a_t'⟩ ⟨d_t, d_t'⟩.
 
-    Args:
-        inputs: a, [N, T, features in], interleaved.
-        outputs: gradients d of the outputs, [N, T, features out].
-        doubts: see `doubt`.
-
-    Returns:
-        [n, 2, 2].
+    Takes inputs a [N, T, features in] and gradients d of the outputs [N, T, features out], interleaved.
     """
     samples, positions = inputs.shape[:2]
     n = samples // 2
@@ -133,10 +113,8 @@ Doubts: TypeAlias = "list[tuple[Tensor, Tensor]]"
 def doubt(doubts: Doubts | None, gram: Tensor, uncancelled: Tensor) -> None:
     """Adds to `doubts` what tells whether positions cancel so far that float32 loses accuracy; reads nothing.
 
-    Args:
-        doubts: gets one entry; none in float64. None to take M unchecked.
-        gram: M [n, 2, 2].
-        uncancelled: the sum over positions [n, 2] of what each adds to the squared norm by itself.
+    `uncancelled` [n, 2] is the sum over positions of what each adds to the squared norm by itself. Nothing is added in
+    float64, or where M [n, 2, 2] is taken unchecked (None).
     """
     if doubts is not None and gram.dtype != torch.float64:
         doubts.append((gram.detach().diagonal(dim1=1, dim2=2), uncancelled.detach()))

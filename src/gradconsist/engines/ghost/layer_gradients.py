@@ -59,7 +59,7 @@ def see(
     graph: bool,
     looped: Container[str] = (),
 ) -> Seen:
-    """Runs one forward, and one backward to the outputs of layers, for a batch of samples.
+    """Runs one forward, and one backward to the outputs of layers, for a batch of N samples.
 
     Args:
         problem: losses and compared parameters.
@@ -68,12 +68,6 @@ def see(
         view: the view of each sample, [N].
         graph: whether the result must be differentiable.
         looped: paths of modules that run sample by sample.
-
-    Returns:
-        Uses, output gradients and other per-sample gradients.
-
-    Raises:
-        SamplesDiffer: samples answer a condition in the model or its loss differently.
     """
     is_tensor = isinstance(inputs, Tensor)
     columns = leaves(inputs)

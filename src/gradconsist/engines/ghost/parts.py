@@ -23,28 +23,14 @@ _SMALL = 2**14
 def joined(calls: Sequence[tuple[LinearWeight | EmbeddingWeight, Tensor | None, Tensor]]) -> tuple[Tensor, Tensor]:
     """Joins several uses of one weight, also as a table of embeddings, into one linear layer with more positions.
 
-    Args:
-        calls: rule, input and output gradient of each use.
-
-    Returns:
-        Input [N, T, c] and output gradient [N, T, p] of y = x W^T.
+    Returns input [N, T, c] and output gradient [N, T, p] of y = x W^T.
     """
     xs, ds = zip(*(rule.rows(x, d) for rule, x, d in calls), strict=True)
     return torch.cat(xs, 1), torch.cat(ds, 1)
 
 
 def chosen(rule: Rule, x: Tensor | None, d: Tensor, form: Form) -> str:
-    """Returns the form for one use: the requested one, or the cheaper one; "gradient" if there is no choice.
-
-    Args:
-        rule: rule of the use.
-        x: its input, interleaved.
-        d: gradients of its output.
-        form: "auto" or a form.
-
-    Returns:
-        "gradient" or "gram".
-    """
+    """Returns the form for one use: the requested one, or the cheaper one; "gradient" if there is no choice."""
     formed, direct = rule.costs(x, d)
     if not math.isfinite(direct):
         return "gradient"
@@ -54,11 +40,7 @@ def chosen(rule: Rule, x: Tensor | None, d: Tensor, form: Form) -> str:
 
 
 class Parts:
-    """Collects the uses and gradients of all parameters of a chunk, and computes their M with few kernels.
-
-    Args:
-        form: see `chosen`.
-    """
+    """Collects the uses and gradients of all parameters of a chunk, and computes their M with few kernels."""
 
     def __init__(self, form: Form) -> None:
         self._form = form

@@ -53,17 +53,9 @@ def patch_gram(
 def pixel_gram(
     x: Tensor, gy: Tensor, kernel: tuple[int, ...], geometry: Geometry, doubts: Doubts | None = None
 ) -> Tensor:
-    """Computes M of the weight gradients of a convolution with stride 1.
+    """Computes M [n, 2, 2] of the weight gradients of a convolution with stride 1.
 
-    Args:
-        x: inputs [N, C, ...], interleaved.
-        gy: gradients of the outputs [N, p, ...].
-        kernel: spatial size of the weight.
-        geometry: geometry of the layer.
-        doubts: see `doubt`.
-
-    Returns:
-        [n, 2, 2].
+    Takes inputs [N, C, ...] and gradients of the outputs [N, p, ...], interleaved, and the spatial size of the kernel.
     """
     gram: Tensor
     gram, uncancelled = _PixelGram.apply(wide(x), gy.to(wide_dtype(x)), kernel, geometry)

@@ -78,14 +78,8 @@ def intercepted(
 ) -> Iterator[None]:
     """Replaces the forward of some layers inside the block.
 
-    Args:
-        model: the model that holds the layers, or None.
-        run: called as ``run(layer, rule, forward, *args, **kwargs)`` for layers with a registered rule.
-        one_by_one: called as ``one_by_one(model, layer, forward, *args, **kwargs)`` for layers in `looped`.
-        looped: paths of layers that run sample by sample.
-
-    Yields:
-        None.
+    Layers with a registered rule run as ``run(layer, rule, forward, *args, **kwargs)``, those in `looped` as
+    ``one_by_one(model, layer, forward, *args, **kwargs)``.
     """
     instead: list[tuple[nn.Module, Callable[..., Any]]] = []
     for path, layer in [] if model is None else model.named_modules():
@@ -109,13 +103,8 @@ def intercepted(
 def culprit(model: nn.Module | None, error: BaseException) -> str | None:
     """Finds the path of the innermost module in whose forward `error` was raised.
 
-    Args:
-        model: the whole model.
-        error: the error, with its traceback.
-
-    Returns:
-        The path; None if it is the model itself, or a module that holds a BatchNorm, whose calls are counted per
-        forward rather than per sample.
+    None if it is the model itself, or a module that holds a BatchNorm, whose calls are counted per forward rather than
+    per sample.
     """
     found = None if model is None else innermost(model, error)
     if found is None:

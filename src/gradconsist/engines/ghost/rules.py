@@ -33,27 +33,17 @@ class Rule(Protocol):
         ...
 
     def gradients(self, x: Tensor | None, d: Tensor) -> Tensor:
-        """Computes per-sample gradients.
+        """Computes per-sample gradients [N, *parameter shape].
 
-        Args:
-            x: the input [N, ...], or None if the rule does not need it.
-            d: gradients of the outputs, with each sample's maps or positions folded into the rows.
-
-        Returns:
-            [N, *parameter shape].
+        The input [N, ...] is None if the rule does not need it; `d` has each sample's maps or positions folded into the
+        rows.
         """
         ...
 
     def gram(self, x: Tensor | None, d: Tensor, doubts: Doubts | None = None) -> Tensor | None:
         """Computes M [n, 2, 2] of interleaved samples without forming gradients; None if the rule cannot.
 
-        Args:
-            x: the input.
-            d: gradients of the outputs.
-            doubts: gets an entry if M may have lost accuracy; see `gradconsist.engines.ghost.gram.doubt`.
-
-        Returns:
-            M, or None.
+        `doubts` gets an entry if M may have lost accuracy; see `gradconsist.engines.ghost.gram.doubt`.
         """
         return None
 

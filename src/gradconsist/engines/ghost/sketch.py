@@ -28,16 +28,10 @@ _FACTORED = (LinearWeight, ConvolutionWeight, EmbeddingWeight)
 
 
 def sketches(seen: Seen, parameters: Mapping[str, Tensor], projector: Projector) -> dict[str, Tensor]:
-    """Computes the sketches of all samples, whose inner products add up.
+    """Computes the sketches of N samples, whose inner products add up.
 
-    Args:
-        seen: results of a forward of N samples.
-        parameters: the compared parameters, in order.
-        projector: the matrices.
-
-    Returns:
-        For "gaussian", one sketch [N, k] with the empty name; for "kronecker", names and sketches [N, k, k] of the
-        projected weights. Parameters that the losses do not depend on are left out.
+    For "gaussian" one sketch [N, k] with the empty name; for "kronecker" names and sketches [N, k, k] of the projected
+    weights. Parameters that the losses do not depend on are left out.
     """
     found: dict[str, Tensor] = {}
     start = 0
@@ -67,18 +61,9 @@ def route(name: str, seen: Seen, projector: Projector | None) -> str:
 
 
 def of_use(rule: Rule, x: Tensor | None, d: Tensor, shape: torch.Size, start: int, projector: Projector) -> Tensor:
-    """Computes the Kronecker sketch of one use of a weight.
+    """Computes the Kronecker sketch [N, k, k] of one use of a weight.
 
-    Args:
-        rule: rule of the use.
-        x: its input [N, ...].
-        d: gradients of its output, with each sample's maps or positions folded into the rows.
-        shape: shape of the weight.
-        start: where the weight begins in the flat vector of all parameters.
-        projector: the matrices.
-
-    Returns:
-        [N, k, k].
+    `shape` is the weight's, which begins at `start` in the flat vector of all parameters.
     """
     if not isinstance(rule, _FACTORED):
         return projector.sketch(rule.gradients(x, d), start)
