@@ -88,12 +88,11 @@ def _direction(
     w_ih, w_hh = weights[:2]
     b_ih, b_hh = weights[2:4] if has_biases else (None, None)
     w_hr = weights[-1] if len(weights) in (3, 5) else None
-    inputs = F.linear(x, w_ih, b_ih)  # all steps at once
+    inputs = F.linear(x, w_ih, b_ih).unbind()  # all steps at once; indexed, each would have a gradient of full length
     outputs: list[Tensor] = []
-    steps = range(len(x))
-    for t in reversed(steps) if reverse else steps:
+    for x_t in reversed(inputs) if reverse else inputs:
         state = step(
-            inputs[t],
+            x_t,
             state,
             lambda h: F.linear(h, w_hh, b_hh),
             lambda h: h if w_hr is None else F.linear(h, w_hr),
