@@ -13,7 +13,7 @@ model, and shares no code with the library. A cell ends as
 
     pass      inside the bounds of the contract (SPEC section 5)
     dtype     beyond them, and so is the oracle itself when it computes in that precision: at most three times its error
-              (half precision: twice, and a few units in the last place)
+              (half precision: twice, and a few units in the last place; anything, where not a digit of it is right)
     refused   by name, where the row says that it must be
     xfail     a known bug of torch, with its thread; if such a cell passes, that is an error as well
     wrong     anything else: beyond the bounds, an error that is not the library's own, a refusal that was not expected

@@ -74,6 +74,8 @@ class Precision:
 
     def allowance(self, quantity: str, own: float) -> float:
         """What an engine may be off where the oracle in the same precision is off by `own`."""
+        if quantity in ("gradient", "norms", "inputs") and own >= 1.0:
+            return math.inf  # noise: not one digit of the oracle is right either, so its size says nothing
         if quantity == "direction":
             return self.factor**2 * own + self.floor[1] ** 2  # about half the square of the relative error
         return self.factor * own + {"cosine": self.floor[0], "loss": 2 * self.floor[0]}.get(quantity, self.floor[1])
