@@ -8,6 +8,7 @@ vit-tiny-table            the same with positions as nn.Embedding and the mean i
                           parameter, as hook-based libraries need it
 cnn                       four convolutions with ReLU, no normalisation: in the scope of every peer
 mlp                       784-256-256-10
+bilstm                    two bidirectional LSTM layers of 64, over the 28 rows of 28 numbers
 """
 
 from __future__ import annotations
@@ -169,6 +170,18 @@ def mlp() -> Classifier:
     return Classifier(nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()), 256)
 
 
+class Rows(nn.Module):
+    """A recurrent network over the rows of an image, and the mean over its outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.LSTM(28, 64, 2, batch_first=True, bidirectional=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Vectors of 784 to features [B, 128]."""
+        return self.layers(x.unflatten(1, (28, 28)))[0].mean(1)
+
+
 @dataclass(frozen=True)
 class Spec:
     """How a model is built, and the inputs that it takes."""
@@ -191,6 +204,7 @@ _SPECS = {
     "vit-tiny-table": Spec(lambda: Classifier(VisionEncoder(table=True), 192)),
     "cnn": Spec(cnn),
     "mlp": Spec(mlp, None),
+    "bilstm": Spec(lambda: Classifier(Rows(), 128), None),
 }
 
 
