@@ -59,9 +59,9 @@ A step with the term over the split FixMatch step without it, measured in altern
 
 {made(cost)}
 
-Other models. "one view constant": `stop_gradient='weak'`; "one pass":
-[the wrapper's `share`](guides/wrap-your-method.md#one-pass-for-both-losses), which BatchNorm rules out by default. Recurrent layers ("bilstm") run
-step by step, since torch's fused kernels for them have no second derivative:
+Other models. Recurrent layers ("bilstm") run step by step, since torch's fused kernels for them have no second
+derivative. "one view constant": `stop_gradient='weak'`; "one pass":
+[the wrapper's `share`](guides/wrap-your-method.md#one-pass-for-both-losses), which BatchNorm rules out by default:
 
 {other_models(models)}
 

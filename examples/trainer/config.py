@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from os.path import realpath
 from pathlib import Path
 from typing import Any, Literal
 
@@ -251,7 +252,7 @@ def resolve(config: Config, processes: int = 1) -> Config:
 
 def run_name(config: Config) -> str:
     """Name a run after the options that one varies most."""
-    data = Path(config.data_dir).resolve().name if config.dataset == "folder" else config.dataset
+    data = Path(realpath(config.data_dir)).name if config.dataset == "folder" else config.dataset
     labeled = Path(config.label_file).stem if config.label_file else config.labels or config.label_fraction
     arch = config.arch.replace(":", "-").replace("/", "-")
     return f"{data}-{labeled}-{method_label(config)}-{arch}-seed{config.seed}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from os.path import realpath
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,7 +97,8 @@ def check_options(config: Config, processes: int) -> None:
 
 def _check_data(config: Config) -> None:
     for part in ("train", "test", "val", "unlabeled") if config.dataset == "folder" and config.output else ():
-        if Path(str(config.output)).resolve().is_relative_to(Path(config.data_dir, part).resolve()):
+        # Not `resolve`, which raises a RuntimeError for a link to itself.
+        if Path(realpath(str(config.output))).is_relative_to(realpath(Path(config.data_dir, part))):
             raise OptionError(
                 f"--output {config.output} lies among the images in {part}/, where its pictures would be trained on: "
                 "give a folder outside."

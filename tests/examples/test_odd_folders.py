@@ -76,6 +76,19 @@ def test_a_part_that_is_no_folder_is_refused(root: Path, part: str, broken: bool
         list_folder(root)
 
 
+@pytest.mark.parametrize("part", ["", "train", "unlabeled"])
+def test_a_link_to_itself_is_refused(
+    root: Path, mine: MakeConfig, part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(root / part)
+    (root / part).symlink_to(root / part)
+    assert main(mine(output=None)) == main(mine()) == 1
+    assert (
+        capsys.readouterr().err.count("make it a directory" if part == "unlabeled" else "expected --data-dir to hold")
+        == 2
+    )
+
+
 def test_what_a_system_puts_there_is_hidden_and_what_is_not_used_is_said(root: Path) -> None:
     ant = root / "train" / "ant"
     for thumbnails in (ant / "@eaDir" / "000.png", ant / "__MACOSX", root / "train" / "__MACOSX"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import shutil
 import sys
@@ -12,7 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 from hostile_checkpoints import Case, begun, copied
 from hostile_runs import refusal
 from PIL import Image
@@ -60,6 +58,7 @@ def data(work: Path, quick: bool) -> Iterator[Case]:
     def case(row: str, name: str, change: Callable[[Path], object], words: str, run: str = "new") -> Case:
         copied(whole, root)
         change(root)
+        shutil.rmtree(work / run, ignore_errors=True)  # of a case that was taken
         return row, name, refusal(copied(stopped, work / "old") if run == "old" else work / run, words,
                                   data_dir=str(root), **options)  # fmt: skip
 
@@ -83,7 +82,8 @@ def data(work: Path, quick: bool) -> Iterator[Case]:
     yield case("image", "a link to nowhere", swap(image, lambda path: path.symlink_to("nowhere")), unreadable)
     yield case("image", "a pipe", swap(image, os.mkfifo), unreadable)
     yield case("image", "endless", swap(image, _zeros), unreadable)
-    yield case("image", "a folder", swap(image, os.mkdir), unreadable)
+    row, name, answer = case("image", "a folder", swap(image, os.mkdir), "")
+    yield row, name, "ok: left out, and told" if "empty folders named like an image" in answer else answer
     yield case(
         "image", "another size", swap(image, lambda path: Image.new("RGB", (9, 9)).save(path)), "give --image-size"
     )
@@ -92,38 +92,27 @@ def data(work: Path, quick: bool) -> Iterator[Case]:
     yield case(
         "folder", "a class less in test", lambda root: shutil.rmtree(root / "test" / "bee"), "only in train: ['bee']"
     )
-    yield case(
-        "folder", "a class that is empty", lambda root: (root / third).parent.mkdir(), "the same class directories"
-    )
-    yield case("folder", "no test", lambda root: shutil.rmtree(root / "test"), "expected --data-dir to hold")
+    yield case("folder", "a class that is empty", lambda root: (root / third).parent.mkdir(), "holds no image")
+    yield case("folder", "no train", lambda root: shutil.rmtree(root / "train"), "expected --data-dir to hold")
     yield case(
         "folder", "train a file", lambda root: (shutil.rmtree(root / "train"), (root / "train").touch()), "expected"
     )
     yield case("folder", "train a link to itself", lambda root: _loop(root / "train"), "expected --data-dir to hold")
-    changed = "the data set (pixels or labels) differs"
-    yield case("since the run began", "an image gone", swap(image, lambda _: None), "differs from the one", "old")
+    changed = "differs from the data set that the run"
+    yield case("since the run began", "an image gone", swap(image, lambda _: None), "differs from the data set", "old")
     yield case("since the run began", "an image more", lambda root: _photo(root / more), "differs", "old")
     yield case("since the run began", "a class moved", _move, "differs", "old")
     for bit in range(8 * 700, 8 * len(content), 8 * (100 if quick else 7)):
         flipped = bytearray(content)
         flipped[bit // 8] ^= 16
-        row, name, answer = case(
+        yield case(
             "image, a bit since the run began", f"bit {bit}",
             lambda root, flipped=flipped: (root / image).write_bytes(bytes(flipped)), changed, "old",
         )  # fmt: skip
-        if unreadable in answer:
-            answer = "ok: refused"
-        elif "status 0" in answer and _same_pixels(content, bytes(flipped)):
-            answer = "ok: the same pixels"
-        yield row, name, answer
 
 
 def _zeros(path: Path) -> None:
     path.symlink_to("/dev/zero")
-
-
-def _same_pixels(a: bytes, b: bytes) -> bool:
-    return np.array_equal(*(np.asarray(Image.open(io.BytesIO(content)).convert("RGB")) for content in (a, b)))
 
 
 def _enormous(path: Path) -> None:
