@@ -24,8 +24,9 @@ class SAM(Optimizer):
         e = rho * g / ||g||                                   (adaptive: e = rho * w^2 g / || |w| g ||)
         w <- base step from w by the gradient at w + e
 
-    The weights are saved and restored bitwise, so a step costs one copy of them, plus two forwards and backwards. If
-    the gradient is zero or not finite, e is 0 and the base optimizer takes its normal step.
+    and -e instead of e in a group with ``maximize=True``. The weights are saved and restored bitwise, so a step costs
+    one copy of them, plus two forwards and backwards. If the gradient is zero or not finite, e is 0 and the base
+    optimizer takes its normal step.
 
     ``step(closure)`` does all of this. If your loop needs another order, call `first_step`, `restore` and
     `second_step`: docs/guides/penalties-and-sam.md shows how with a GradScaler, several processes and BatchNorm.
@@ -96,7 +97,8 @@ class SAM(Optimizer):
                 self._before[parameter] = parameter.detach().clone()
                 # Divide in float32 or wider, because a half-precision norm may overflow.
                 move = direction * (group.get("rho", self.defaults["rho"]) / norm.to(direction.device))
-                parameter.add_(move.to(parameter.dtype))
+                # What is maximised is worst where it is smallest.
+                parameter.add_(move.to(parameter.dtype), alpha=-1 if group.get("maximize") else 1)
         if zero_grad:
             self.zero_grad()
         return norm

@@ -57,6 +57,24 @@ def test_the_loss_returned_is_that_of_the_weights_themselves() -> None:
     assert sam.step(closure(sam, model, batch)).item() == before.item()
 
 
+def test_to_maximise_is_to_minimise_the_negative() -> None:
+    batch = data()
+
+    def stepped(sign: float) -> list[Any]:
+        model = network()
+        sam = SAM(torch.optim.SGD(model.parameters(), lr=0.1, maximize=sign < 0), rho=0.5)
+
+        def evaluate() -> None:
+            sam.zero_grad()
+            (sign * F.cross_entropy(model(batch[0]), batch[1])).backward()
+
+        sam.step(evaluate)
+        return arrays(model)
+
+    for found, wanted in zip(stepped(-1.0), stepped(1.0), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-12)
+
+
 def test_the_ball_of_radius_zero_is_the_base_optimizer() -> None:
     plain, flat, batch = network(), network(), data()
     optimizer = torch.optim.Adam(plain.parameters(), lr=0.1)
