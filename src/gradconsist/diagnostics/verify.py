@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from gradconsist._forward.batchnorm import Statistics
 from gradconsist._inputs.batch import check_inputs, doubled, map_members
 from gradconsist._inputs.options import check_count, check_number
+from gradconsist.diagnostics.landscape import landscape
 from gradconsist.diagnostics.same_loss import double_of, statistics_here
-from gradconsist.errors import InputValueError
+from gradconsist.errors import GradConsistError, InputValueError
 from gradconsist.loss import GradientConsistencyLoss
 from gradconsist.types import ConsistencyRecord, GradProducts, Inputs
 
 _STEPS = (1e-4, 1e-5, 1e-6)
+_FLOOR = 1e-9  # L_g and losses are of order 1: below this, both derivatives are rounding
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,15 @@ class VerifyReport:
         tolerance: bound on the relative error.
         value_error: largest relative difference between the loss's cosines and norms and those of the loop engine; 0
             with ``dropout="on"``, where engines draw different masks.
+        stopped: suspects for which the mean loss itself has another derivative than differences show: a gradient is
+            stopped or replaced, so this test cannot tell whether L_g is right.
     """
 
     directions: list[DirectionError] = field(repr=False)
     suspects: list[DirectionError] = field(repr=False)
     tolerance: float
     value_error: float = 0.0
+    stopped: tuple[str, ...] = ()
 
     @property
     def worst(self) -> float:
@@ -70,7 +75,9 @@ class VerifyReport:
         return self.worst <= self.tolerance and self.value_error <= self.tolerance
 
     def __str__(self) -> str:
-        verdict = "agrees" if self.worst <= self.tolerance else "DISAGREES"
+        wrong = [entry.name for entry in self.suspects if entry.name not in self.stopped]
+        verdict = "DISAGREES with" if wrong or not self.stopped else "is NOT TESTED by"
+        verdict = "agrees with" if self.worst <= self.tolerance else verdict
         lines = []
         if self.value_error > self.tolerance:
             lines.append(
@@ -78,16 +85,20 @@ class VerifyReport:
                 " products, or the rule of a layer (`register_rule`), are wrong"
             )
         lines += [
-            f"gradient of L_g {verdict} with finite differences: worst relative error {self.worst:.1e} over"
+            f"gradient of L_g {verdict} finite differences: worst relative error {self.worst:.1e} over"
             f" {len(self.directions)} directions (tolerance {self.tolerance:.0e})"
         ]
         for entry in [*self.directions, *self.suspects]:
             by_step = ", ".join(f"h={h:.0e}: {error:.1e}" for h, error in entry.errors.items())
             lines.append(f"  {entry.name}: analytic {entry.analytic:+.6e}, numeric {entry.numeric:+.6e} ({by_step})")
-        if self.suspects:
+        if self.stopped:
             lines.append(
-                "  an operator that uses the parameters named last has a wrong second derivative, or a kink there"
+                f"  the mean loss itself has another derivative for {', '.join(self.stopped)}: a gradient is stopped or"
+                " replaced there (`.detach()`, `no_grad`, straight-through, `padding_idx`), which differences cannot"
+                " follow, or a custom backward is wrong"
             )
+        if wrong:
+            lines.append(f"  an operator that uses {', '.join(wrong)} has a wrong second derivative, or a kink there")
         return "\n".join(lines)
 
 
@@ -113,7 +124,9 @@ def verify(
     on a float64 copy of the model. BatchNorm's statistics stay at their values in theta, or are computed at each point
     if the gradient goes through them. With ``dropout="on"``, all evaluations draw the same numbers. If a direction
     fails, each parameter is tested alone, and the report names those that disagree. A wrong value with the right
-    derivative would pass this test, so cosines and norms are compared with those of ``engine="loop"``.
+    derivative would pass this test, so cosines and norms are compared with those of ``engine="loop"``. Differences
+    do not follow a stopped gradient (``.detach()``, a straight-through estimator): the test fails there, and the report
+    says so.
 
     It costs about ``2 + 6 * directions`` evaluations of L_g, and ``6`` more per parameter tensor after a failure. A
     handful of pairs is enough. A model with kinks (ReLU, max-pooling) may fail at some step sizes; only the smallest
@@ -140,10 +153,11 @@ def verify(
     generator = torch.Generator().manual_seed(seed)
     tested = [trial.test("all parameters", trial.parameters, generator) for _ in range(directions)]
     suspects: list[DirectionError] = []
-    if max(entry.error for entry in tested) > tolerance:
+    if not all(entry.error <= tolerance for entry in tested):  # NaN, too
         alone = [trial.test(name, {name: p}, generator) for name, p in trial.parameters.items()]
-        suspects = [entry for entry in alone if entry.error > tolerance]
-    return VerifyReport(tested, suspects, tolerance, trial.value_error)
+        suspects = [entry for entry in alone if not entry.error <= tolerance]
+    stopped = trial.stopped([entry.name for entry in suspects], tolerance, generator) if suspects else ()
+    return VerifyReport(tested, suspects, tolerance, trial.value_error, stopped)
 
 
 class _Trial:
@@ -183,10 +197,34 @@ class _Trial:
         usual = sum(float(self._gradient[k].square().sum() * v[k].square().sum()) / v[k].numel() for k in v) ** 0.5
         # A derivative that is wrongly zero must show too, so the numeric value also sets the scale.
         numeric = {h: (self._value(v, h) - self._value(v, -h)) / (2 * h) for h in _STEPS}
-        floor = 1e-9  # L_g is of order 1: below this, both are rounding
-        errors = {h: abs(analytic - value) / max(abs(value), usual, floor) for h, value in numeric.items()}
+        errors = {h: abs(analytic - value) / max(abs(value), usual, _FLOOR) for h, value in numeric.items()}
         best = min(errors, key=lambda h: errors[h])
         return DirectionError(name, analytic, numeric[best], errors)
+
+    def stopped(self, names: Sequence[str], tolerance: float, generator: torch.Generator) -> tuple[str, ...]:
+        """Returns the parameters for which even the mean loss of the weak views has another derivative."""
+        own, (weak, _, target, _) = self._loss.settings, self._arguments
+        loss_fn = None if own.default_loss else own.loss_fn
+        found = []
+        try:
+            with landscape(
+                own.model, weak, target, parameters=None, loss_fn=loss_fn, batchnorm=own.batchnorm, chunk_size=None
+            ) as here:
+                gradient = here.gradient(here.weights)
+                for name in names:
+                    parts = {key: torch.zeros_like(p) for key, p in self.parameters.items()}
+                    parts[name] = self._direction(self.parameters[name], generator)
+                    v = torch.cat([part.flatten() for part in parts.values()])
+                    analytic, usual = float(gradient @ v), float((gradient * (v != 0)).norm() * v.norm())
+                    values = [
+                        (here.value(here.weights + h * v) - here.value(here.weights - h * v)) / (2 * h) for h in _STEPS
+                    ]
+                    scale = usual / parts[name].numel() ** 0.5
+                    if not min(abs(analytic - n) / max(abs(n), scale, _FLOOR) for n in values) <= tolerance:
+                        found.append(name)
+        except GradConsistError:  # a model that the loss itself refuses
+            return ()
+        return tuple(found)
 
     def _direction(self, parameter: Tensor, generator: torch.Generator) -> Tensor:
         """Draws a random direction with the norm of the parameter (norm 1 if the parameter is zero)."""

@@ -111,6 +111,35 @@ def test_the_parameters_that_disagree_are_named() -> None:
     names = {entry.name for entry in report.suspects}
     assert "2.weight" in names
     assert all(name in str(report) for name in names)
+    assert report.stopped == ()
+    assert "DISAGREES" in str(report)
+
+
+class Stopped(nn.Module):
+    """Uses a linear layer in a way that finite differences do not follow, or with a NaN as its second derivative."""
+
+    def __init__(self, how: str, width: int) -> None:
+        super().__init__()
+        self.linear, self.how = nn.Linear(width, width), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        if self.how == "straight-through":
+            return y + ((4 * y).round() / 4 - y).detach()
+        if self.how == "detach":
+            return x * torch.sigmoid(y.detach())
+        return x + (y - y.detach()).abs().pow(1.5)
+
+
+@pytest.mark.parametrize("how", ["straight-through", "detach", "nan"])
+def test_a_stopped_gradient_is_told_from_a_wrong_one(how: str) -> None:
+    p = CASES["mlp"].problem()
+    p.model[1] = Stopped(how, p.model[0].out_features).double()
+    report = diagnostics.verify(GradientConsistencyLoss(p.model), *p.views)
+    assert not report.ok
+    assert report.suspects
+    assert ("1.linear.weight" in report.stopped) == (how != "nan")
+    assert ("NOT TESTED" in str(report)) == (how != "nan"), str(report)
 
 
 def test_one_direction_that_disagrees_is_enough() -> None:
