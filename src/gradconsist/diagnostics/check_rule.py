@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from gradconsist._forward.randomness import preserved_randomness
 from gradconsist.diagnostics.same_loss import check_float64
 from gradconsist.engines import Engine, GhostEngine, LoopEngine
 from gradconsist.engines.ghost.parts import Form
@@ -84,8 +85,9 @@ def check_rule(layer: nn.Module, *inputs: Tensor, tolerance: float = 1e-8, seed:
     strong = tuple(_perturbed(x, generator) for x in weak)
     errors: dict[str, float] = {}
     try:
+        dims = _batch_dims(layer, weak)
         for shared in (False, True):
-            model = _Probe(layer, shared, seed)
+            model = _Probe(layer, shared, seed, dims)
             expected = _evaluate(model, weak, strong, LoopEngine())
             forms: tuple[Form, ...] = ("gradient",) if shared else ("gradient", "gram")
             for form in forms:
@@ -94,7 +96,7 @@ def check_rule(layer: nn.Module, *inputs: Tensor, tolerance: float = 1e-8, seed:
                 for what, value in expected.items():
                     error = float((found[what] - value).norm() / value.norm().clamp(min=1e-30))
                     errors[f"{what}, {where}"] = error
-    except (GradConsistError, RuntimeError) as error:
+    except (GradConsistError, RuntimeError, TypeError, ValueError) as error:
         return RuleReport({}, tolerance, f"{type(error).__name__}: {error}")
     return RuleReport(errors, tolerance)
 
@@ -106,22 +108,35 @@ class _Probe(nn.Module):
     its gradient is added to the rule's.
     """
 
-    def __init__(self, layer: nn.Module, shared: bool, seed: int) -> None:
+    def __init__(self, layer: nn.Module, shared: bool, seed: int, dims: list[int]) -> None:
         super().__init__()
         self.layer = layer
         self.factor = nn.Parameter(next(layer.parameters()).new_ones(()))  # for a derivative through the inputs
         self.shared = shared
         self.seed = seed
+        self.dims = dims
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Computes a smooth number per sample: [B]."""
         outputs = self.layer(*(x * self.factor if x.is_floating_point() else x for x in inputs))
-        leaves = [leaf.reshape(len(inputs[0]), -1) for leaf in tree_leaves(outputs)]
+        leaves = [
+            leaf.movedim(dim, 0).reshape(len(inputs[0]), -1)
+            for leaf, dim in zip(tree_leaves(outputs), self.dims, strict=True)
+        ]
         value = (torch.sin(_waves(torch.cat(leaves, 1), 3.0 + self.seed)) * 2.0).sum(1)
         if self.shared:
             own = sum(_waves(p.reshape(1, -1), 7.0 + self.seed).sum() for p in self.layer.parameters())
             value = value + own * torch.sin(leaves[0].detach().sum(1))
         return value
+
+
+def _batch_dims(layer: nn.Module, inputs: tuple[Tensor, ...]) -> list[int]:
+    """Finds the samples' dimension of each output, which is not the first in the states of recurrent layers."""
+    layer = copy.deepcopy(layer)  # whatever these forwards leave in it
+    with torch.no_grad(), preserved_randomness(inputs[0].device, seed=0):
+        once, twice = (tree_leaves(layer(*x)) for x in (inputs, [torch.cat([x, x]) for x in inputs]))
+    pairs = [zip(a.shape, b.shape, strict=True) for a, b in zip(once, twice, strict=True)]
+    return [next((dim for dim, (one, two) in enumerate(pair) if one != two), 0) for pair in pairs]
 
 
 def _waves(flat: Tensor, frequency: float) -> Tensor:

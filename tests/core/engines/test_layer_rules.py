@@ -213,7 +213,7 @@ def test_a_wrong_rule_is_caught(wrong: str) -> None:
         (nn.Conv2d(4, 6, 3, padding=1, groups=2), (torch.randn(2, 4, 5, 4),)),
         (nn.ConvTranspose1d(2, 3, 3, stride=2), (torch.randn(3, 2, 5),)),
         (nn.Embedding(7, 3), (torch.randint(7, (4, 5)),)),
-        (nn.GRU(4, 3, batch_first=True), (torch.randn(3, 2, 4),)),
+        (nn.GRU(4, 3, 2, batch_first=True, bidirectional=True), (torch.randn(3, 2, 4),)),
         (nn.GroupNorm(2, 4), (torch.randn(3, 4, 5),)),
         (nn.Bilinear(3, 4, 2), (torch.randn(3, 3), torch.randn(3, 4))),
     ],
