@@ -28,7 +28,7 @@ from trainer.errors import CheckpointError, ResumeError, TrainerError
 from trainer.loader import ToModel
 from trainer.rundir import check_run
 from trainer.runlog import MetricsFile, books
-from trainer.split import draw_split, store_or_check
+from trainer.split import draw_split, split_record, store_or_check
 from trainer.step import Trainer
 from trainer.training import main
 from trainer.weights import export_weights, load_model, read_start
@@ -141,7 +141,7 @@ def _flipped_run_files(run: Path, bits: Callable[[Path, int], Iterator[int]], co
     }
     for name, check in checks.items():
         path = run / name
-        stated = {key: split.record([])[key] for key in ("sha256", "data_sha256")}
+        stated = {key: split_record(split, images)[key] for key in ("sha256", "data_sha256")}
         for bit in bits(path, count):
             try:
                 quietly(lambda path=path, check=check: check(path))
