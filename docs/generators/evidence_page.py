@@ -141,7 +141,10 @@ def other_models(result: dict[str, Any]) -> str:
         "default": "default", "one view constant": "default, stop_gradient='weak'", "one pass": "wrapper, one pass",
         "vmap": "vmap, chunk 16",
     }  # fmt: skip
-    ratio = {(row["model"], row["variant"]): f"{row['ratio_median']:.1f}x" for row in result["rows"]}
+    ratio = {
+        (row["model"], row["variant"]): f"{row['ratio_median']:.1f}x" if "ratio_median" in row else "refused"
+        for row in result["rows"]
+    }
     rows = [
         {"model": model} | {name: ratio.get((model, variant), "-") for name, variant in variants.items()}
         for model in dict.fromkeys(model for model, _ in ratio)
