@@ -198,6 +198,12 @@ BUGS = [
         DECOMPOSED, "n = torch.tanh(x_n + r * h_n)", "n = torch.tanh(r * (x_n + h_n))",
     ),
     Bug(
+        "recurrent steps are indexed",
+        "the work grows with the length, not with its square",
+        "engines/test_ghost_rules.py::test_recurrent_dropout_lies_between_layers_and_nowhere_else",
+        DECOMPOSED, "F.linear(x, w_ih, b_ih).unbind()", "[F.linear(x, w_ih, b_ih)[t] for t in range(len(x))]",
+    ),
+    Bug(
         "the backward direction left in its own order",
         "outputs of both directions are at the same time step",
         "engines/test_ghost.py::test_every_model_is_exact_in_every_form[lstm_deep]"

@@ -27,6 +27,12 @@ BUGS = [
         JACOBIAN, "list(drawn / torch.linalg.vector_norm(drawn, dim=-1, keepdim=True))", "list(drawn)",
     ),
     Bug(
+        "SAM climbs whatever the base optimizer does",
+        "what is maximised is worst where it is smallest",
+        "optim/test_sam.py::test_to_maximise_is_to_minimise_the_negative",
+        SAM, 'alpha=-1 if group.get("maximize") else 1', "alpha=1",
+    ),
+    Bug(
         "a norm for each parameter",
         "the ball is one of all parameters",
         "optim/test_sam.py::test_six_steps_with_groups[False-False]",
