@@ -279,7 +279,7 @@ BUGS = [
     Bug(
         "chunks as large as the call",
         "a chunk's graph keeps limited memory",
-        "test_loss.py::test_automatic_chunks_follow_the_memory_of_a_pair[0-2-12-6]",
+        "test_loss.py::test_automatic_chunks_follow_the_memory_of_a_pair[0-2-12-6-options0]",
         COMPARISON, "wanted = min(limit, max(", "wanted = max(limit, max(",
     ),
     Bug(
