@@ -511,7 +511,7 @@ def test_automatic_chunks_are_of_about_equal_size(pairs: int, sizes: list[int]) 
         (0, 2, 12, 6, {}),
         (0, 9, 4, 4, {}),
         (0, 9, 1, 1, {}),
-        (0, 9, 1, 2, {"stop_gradient": "weak"}),  # the views are batches of their own, half as large
+        (0, 9, 1, 2, {"stop_gradient": "weak"}),  # separate batches, half as large
         (2, 9, 1, 6, {}),
         (9, 9, 1, 12, {}),
     ],

@@ -83,10 +83,8 @@ def test_a_link_to_itself_is_refused(
     shutil.rmtree(root / part)
     (root / part).symlink_to(root / part)
     assert main(mine(output=None)) == main(mine()) == 1
-    assert (
-        capsys.readouterr().err.count("make it a directory" if part == "unlabeled" else "expected --data-dir to hold")
-        == 2
-    )
+    remedy = "make it a directory" if part == "unlabeled" else "expected --data-dir to hold"
+    assert capsys.readouterr().err.count(remedy) == 2
 
 
 def test_what_a_system_puts_there_is_hidden_and_what_is_not_used_is_said(root: Path) -> None:

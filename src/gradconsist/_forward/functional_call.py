@@ -23,7 +23,7 @@ def call_with(
     place: torch replaces it twice and restores the replacement last. The user's model would silently lose its parameter
     (seen in torch 2.13 and 2.15).
 
-    The name of a tied tensor is its first one. `left` is filled with the tensors in the places of `tensors` after the
+    A tied tensor goes by its first name. `left` is filled with the tensors in the places of `tensors` after the
     call, since a module may put others there.
     """
     places = list(_places(module))

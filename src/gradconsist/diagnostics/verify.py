@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,6 +160,15 @@ def verify(
     return VerifyReport(tested, suspects, tolerance, trial.value_error, stopped)
 
 
+def _against_differences(
+    at: Callable[[float], float], analytic: float, usual: float
+) -> tuple[dict[float, float], dict[float, float]]:
+    """Returns the central differences of `at` by step, and the relative error of `analytic` against each."""
+    numeric = {h: (at(h) - at(-h)) / (2 * h) for h in _STEPS}
+    # A derivative that is wrongly zero must show too, so the numeric value also sets the scale.
+    return numeric, {h: abs(analytic - value) / max(abs(value), usual, _FLOOR) for h, value in numeric.items()}
+
+
 class _Trial:
     """Evaluates L_g around one point, with the statistics of that point unless its gradient goes through them."""
 
@@ -195,9 +204,7 @@ class _Trial:
         analytic = sum(float((self._gradient[key] * v[key]).sum()) for key in v)
         # The typical size of ⟨g, v⟩ for a random v: if ⟨g, v⟩ is near zero by chance, rounding must not look large.
         usual = sum(float(self._gradient[k].square().sum() * v[k].square().sum()) / v[k].numel() for k in v) ** 0.5
-        # A derivative that is wrongly zero must show too, so the numeric value also sets the scale.
-        numeric = {h: (self._value(v, h) - self._value(v, -h)) / (2 * h) for h in _STEPS}
-        errors = {h: abs(analytic - value) / max(abs(value), usual, _FLOOR) for h, value in numeric.items()}
+        numeric, errors = _against_differences(lambda h: self._value(v, h), analytic, usual)
         best = min(errors, key=lambda h: errors[h])
         return DirectionError(name, analytic, numeric[best], errors)
 
@@ -215,12 +222,10 @@ class _Trial:
                     parts = {key: torch.zeros_like(p) for key, p in self.parameters.items()}
                     parts[name] = self._direction(self.parameters[name], generator)
                     v = torch.cat([part.flatten() for part in parts.values()])
-                    analytic, usual = float(gradient @ v), float((gradient * (v != 0)).norm() * v.norm())
-                    values = [
-                        (here.value(here.weights + h * v) - here.value(here.weights - h * v)) / (2 * h) for h in _STEPS
-                    ]
-                    scale = usual / parts[name].numel() ** 0.5
-                    if not min(abs(analytic - n) / max(abs(n), scale, _FLOOR) for n in values) <= tolerance:
+                    usual = float((gradient * (v != 0)).norm() * v.norm()) / parts[name].numel() ** 0.5
+                    at = lambda h, v=v: here.value(here.weights + h * v)  # noqa: E731
+                    _, errors = _against_differences(at, float(gradient @ v), usual)
+                    if not min(errors.values()) <= tolerance:
                         found.append(name)
         except GradConsistError:  # a model that the loss itself refuses
             return ()

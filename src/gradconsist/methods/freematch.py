@@ -66,11 +66,11 @@ class FreeMatch(WeakToStrong):
         logits_fn: LogitsFunction | None = None,
     ) -> None:
         super().__init__(model, unlabeled_weight, unlabeled_ramp_steps, logits_fn, joint)
-        if threshold_range is not None and not 0 <= threshold_range[0] <= threshold_range[1] <= 1:
-            raise ConfigError(f"`threshold_range` is {threshold_range!r}: give (low, high) with 0 <= low <= high <= 1.")
         self.classes = check_count("classes", classes)
         self.ema_decay = check_number("ema_decay", ema_decay, least=0.0, most=1.0)
         self.fairness_weight = check_number("fairness_weight", fairness_weight, least=0.0)
+        if threshold_range is not None and not 0 <= threshold_range[0] <= threshold_range[1] <= 1:
+            raise ConfigError(f"`threshold_range` is {threshold_range!r}: give (low, high) with 0 <= low <= high <= 1.")
         self.threshold_range = threshold_range
         self._remember("confidence", torch.tensor(1 / classes, dtype=torch.float64))
         self._remember("probability", torch.full((classes,), 1 / classes, dtype=torch.float64))

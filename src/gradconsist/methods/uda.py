@@ -66,14 +66,14 @@ class UDA(WeakToStrong):
         logits_fn: LogitsFunction | None = None,
     ) -> None:
         super().__init__(model, unlabeled_weight, unlabeled_ramp_steps, logits_fn, joint)
-        if (annealing is None) != (annealing_steps == 0):
-            raise ConfigError(
-                f"`annealing` is {annealing!r} and `annealing_steps` {annealing_steps}: give both, or neither."
-            )
         self.threshold = check_number("threshold", threshold, least=0.0, most=1.0)
         self.temperature = check_number("temperature", temperature, least=1e-3)
         self.annealing = check_choice("annealing", annealing, (None, "linear", "log", "exp"))
         self.annealing_steps = check_count("annealing_steps", annealing_steps, least=0)
+        if (annealing is None) != (annealing_steps == 0):
+            raise ConfigError(
+                f"`annealing` is {annealing!r} and `annealing_steps` {annealing_steps}: give both, or neither."
+            )
 
     def _targets(self, weak: Tensor, batch: SSLBatch) -> tuple[Tensor, Tensor, Logs]:
         mask = (weak.softmax(1).amax(1) >= self.threshold).to(weak.dtype)

@@ -112,6 +112,7 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("SAM", {"model": "net"}, "`model` is of type str"),
     ("FreeMatch", {"classes": 3, "threshold_range": (0.9, 0.8)}, r"`threshold_range` is \(0.9, 0.8\)"),
     ("UDA", {"annealing": "cubic", "annealing_steps": 3}, "`annealing` is 'cubic'"),
+    ("UDA", {"annealing": "cubic"}, "`annealing` is 'cubic': choose one of"),
     ("UDA", {"annealing": "log"}, "`annealing` is 'log' and `annealing_steps` 0: give both"),
     ("UDA", {"annealing_steps": 5}, "`annealing` is None and `annealing_steps` 5: give both"),
     ("TemporalEnsembling", {"samples": 0, "classes": 3}, "`samples` is 0"),
